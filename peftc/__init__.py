@@ -1,0 +1,87 @@
+"""Public names of peftc, each imported when it is first used, so that `import peftc` is nearly free.
+
+Names of methods (configs, empty model and layer classes) are not listed anywhere: the registry is asked, and only the
+plugin that declares the name is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from peftc._version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from peftc.compiler.compile import compile_plan
+    from peftc.config.base import PeftConfig
+    from peftc.config.prompt import PromptLearningConfig
+    from peftc.config.spec import load_spec
+    from peftc.config.types import PeftType, TaskType
+    from peftc.diagnostics import PeftcError, PeftcWarning
+    from peftc.runtime.model import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+
+#: where each fixed public name lives
+_HOMES = {
+    "PeftConfig": "peftc.config.base",
+    "PeftModel": "peftc.runtime.model",
+    "PeftType": "peftc.config.types",
+    "PeftcError": "peftc.diagnostics",
+    "PeftcWarning": "peftc.diagnostics",
+    "PromptLearningConfig": "peftc.config.prompt",
+    "TaskType": "peftc.config.types",
+    "compile_plan": "peftc.compiler.compile",
+    "get_peft_model": "peftc.runtime.model",
+    "get_peft_model_state_dict": "peftc.runtime.model",
+    "inject_adapter_in_model": "peftc.runtime.model",
+    "load_spec": "peftc.config.spec",
+}
+
+__all__ = [
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "PeftcError",
+    "PeftcWarning",
+    "PromptLearningConfig",
+    "TaskType",
+    "__version__",
+    "compile_plan",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_spec",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name[:1].isupper():
+        value = _name_of_a_method(name)
+    else:  # `from peftc import rules` asks here first; Python then imports the submodule
+        raise AttributeError(f"module `peftc` has no attribute `{name}`", name=name, obj=sys.modules[__name__])
+    globals()[name] = value
+    return value
+
+
+def _name_of_a_method(name: str) -> type:
+    """The config, model or layer class that an installed method declares under this name, or an `AttributeError`."""
+    from peftc.diagnostics import did_you_mean
+    from peftc.registry.manager import default_registry
+
+    registry = default_registry()
+    found = registry.find_name(name)
+    if found is None:
+        hint = did_you_mean(name, [*__all__, *registry.public_names()])
+        raise AttributeError(f"Neither peftc nor an installed method has the public name `{name}`. {hint}".rstrip())
+    method, role = found
+    if role == "config":
+        return method.config
+    from peftc.runtime.classes import layer_class, model_class
+
+    return model_class(method) if role == "model" else layer_class(method)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m peftc`: the command line."""
+
+from peftc.cli.main import main
+
+raise SystemExit(main())

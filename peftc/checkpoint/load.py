@@ -1,0 +1,139 @@
+"""Opening an adapter folder: the header at once and checked, the tensors when they are asked for, mapped and not copied.
+
+Only safetensors is read: a pickle is refused with how to convert it. The folder may be local or a repository of the hub;
+what is not there, not readable or damaged ends in a diagnostic that says what is there instead.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftc import rules
+from peftc.checkpoint.format import FormatError, Header, read_header
+from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.config.hub import fetch, is_repository
+from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
+from peftc.graph.nodes import TensorFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLE_NAME = "adapter_model.bin"
+
+_CONVERT = (
+    'Convert it where you trust it, inside the folder: python -c "import torch, safetensors.torch as s; '
+    "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
+    "s.save_file({k: v.clone().contiguous() for k, v in t.items()}, 'adapter_model.safetensors', metadata={'format': 'pt'})\""
+)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The weights of one adapter: a file whose header was read and checked, and whose tensors are still on the disk."""
+
+    path: Path
+    header: Header
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorFacts]:
+        """Shape and dtype by key, in file order."""
+        return {key: entry.facts for key, entry in self.header.entries.items()}
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, on the CPU. Its memory is the mapped file, private to this process: pages are read when they are
+        used, and writing to the tensor leaves the file alone. Raises `KeyError`, and `PeftcError` if the file cannot be read.
+        """
+        import torch
+
+        facts, start = self.header.entries[key].facts, self.header.entries[key].start
+        dtype = getattr(torch, facts.dtype)
+        if facts.numel == 0:
+            return torch.empty(facts.shape, dtype=dtype)
+        if start % dtype.itemsize:  # old writers did not pad the header
+            content = bytearray(self._map[start : start + facts.numel * dtype.itemsize])
+            return torch.frombuffer(content, dtype=dtype).view(facts.shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=facts.numel, offset=start).view(facts.shape)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, in file order."""
+        for key in self.tensors:
+            yield key, self.tensor(key)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        try:
+            with self.path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise PeftcError(_unreadable(self.path, error)) from error
+
+
+def open_adapter(folder: str | Path, subfolder: str | None = None, **hub_options: Any) -> AdapterFile:
+    """Open the adapter in a local folder or a repository of the hub, reading the header alone.
+
+    `subfolder` is below it. `hub_options` (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`) go to the
+    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle, damaged, not readable, hub not reachable.
+    """
+    path = _weights_path(str(folder), subfolder, hub_options)
+    try:
+        return AdapterFile(path, read_header(path))
+    except FormatError as error:
+        fix = "Copy or download the file again, or go back to an earlier checkpoint."
+        raise PeftcError(rules.CHECKPOINT_DAMAGED(f"`{path}`: {error}", fix=fix, where=Where(file=str(path)))) from None
+    except OSError as error:
+        raise PeftcError(_unreadable(path, error)) from error
+
+
+def load_adapter_tensors(folder: str | Path, subfolder: str | None = None, **hub_options: Any) -> dict[str, Tensor]:
+    """All tensors of an adapter by their key in the file; see `open_adapter`."""
+    return dict(open_adapter(folder, subfolder, **hub_options).items())
+
+
+def _weights_path(source: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Path:
+    local = Path(source, subfolder) if subfolder else Path(source)
+    try:
+        if (local / WEIGHTS_NAME).is_file():
+            return local / WEIGHTS_NAME
+        if Path(source).is_dir() or not is_repository(source):
+            raise PeftcError(_missing(local))
+    except OSError as error:
+        raise PeftcError(_unreadable(local, error)) from error
+    return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+
+
+def _missing(folder: Path) -> Diagnostic:
+    where = Where(file=str(folder))
+    if folder.is_file():
+        fix = f"Give the folder `{folder.parent}`."
+        return rules.CHECKPOINT_MISSING(f"`{folder}` is a file; an adapter is a folder", fix=fix, where=where)
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        fix = did_you_mean(folder.name, siblings) or "Check the path; a repository of the hub is `owner/name`."
+        return rules.CHECKPOINT_MISSING(f"There is no folder `{folder}`", fix=fix, where=where)
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    if PICKLE_NAME in names:
+        what = f"`{folder / PICKLE_NAME}` is not read: only `{WEIGHTS_NAME}` is"
+        return rules.CHECKPOINT_PICKLED(what, fix=_CONVERT, where=where)
+    there = ", ".join(f"`{name}`" for name in names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    inside = [p.parent.name for p in sorted(folder.glob(f"*/{WEIGHTS_NAME}"))]
+    if inside:
+        fix = f"There are adapters in its subfolders: {', '.join(f'`{folder / name}`' for name in inside)}."
+    else:
+        fix = did_you_mean(WEIGHTS_NAME, names) or "Give the folder that `save_pretrained` wrote."
+    what = f"`{folder}` has no `{WEIGHTS_NAME}`; it has {there or 'nothing'}"
+    return rules.CHECKPOINT_MISSING(what, fix=fix, where=where)
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> Diagnostic:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    fix = "Have the permissions of the file and its folders changed, or copy it to where you may read it."
+    return rules.CHECKPOINT_UNREADABLE(f"`{path}`: {reason}", fix=fix, where=Where(file=str(path)))

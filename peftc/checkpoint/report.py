@@ -1,0 +1,237 @@
+"""What a load would do, before it is done: every planned tensor matched with the file's header, and every difference named.
+
+No tensor is read here. A load without any effect and tensors of another shape are errors; missing and left-over tensors
+are warnings, as the reference goes on then too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftc import rules
+from peftc.checkpoint.keys import Nearest, assign, common_change, listed, one_of_each
+from peftc.checkpoint.save import PLAN_NAME
+from peftc.compiler.plan import AdapterPlan
+from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
+from peftc.graph.nodes import ModelFacts, TensorFacts
+
+if TYPE_CHECKING:
+    from peftc.checkpoint.load import AdapterFile
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A tensor that is there with another shape than the adapter's."""
+
+    key: str
+    expected: tuple[int, ...]
+    found: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"`{self.key}` is {self.found} in the file and {self.expected} in the adapter"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The outcome of matching: `sources` maps each planned checkpoint key to the key in the file that fills it.
+
+    `missing` are planned keys, `unexpected` keys of the file. `carried` are those of `sources` that replace tensors of the
+    base model itself. `diagnostics` says the same in words.
+    """
+
+    sources: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misfits: tuple[Misfit, ...] = ()
+    carried: tuple[str, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every planned tensor is filled and every tensor of the file is used, under its own name."""
+        return not self.diagnostics
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """`missing`, by the name that torch's own load result has for it."""
+        return list(self.missing)
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        """`unexpected`, by the name that torch's own load result has for it."""
+        return list(self.unexpected)
+
+    def require(self) -> LoadReport:
+        """Raise `PeftcError` with everything found if any of it is an error; show it as warnings otherwise."""
+        found = Collector()
+        found.add(*self.diagnostics)
+        found.raise_errors(PeftcError)
+        warn(found.warnings)
+        return self
+
+
+def expected_tensors(plan: AdapterPlan) -> dict[str, TensorFacts]:
+    """Every tensor that the adapter's checkpoint holds, by key."""
+    expected = {
+        parameter.disk: TensorFacts(parameter.shape, parameter.dtype)
+        for parameter in plan.parameters()
+        if parameter.disk is not None
+    }
+    for save in plan.saves:
+        expected |= {f"{plan.root}{save.path}.{tail}": facts for tail, facts in save.buffers}
+    if plan.prompt is not None:  # what is saved are the embeddings, whatever the encoder's own tensors are
+        expected[plan.prompt.disk] = TensorFacts(plan.prompt.shape, plan.prompt.dtype)
+    return expected
+
+
+def base_tensors(plan: AdapterPlan) -> dict[str, TensorFacts]:
+    """Tensors of adapted base layers, by key. A checkpoint may carry them: vocabulary layers are saved whole, for example."""
+    planned = {parameter.disk for parameter in plan.parameters() if parameter.base}
+    tensors = {
+        f"{plan.root}{site.path}.base_layer.{name}": facts for site in plan.maps for name, facts in site.layer.params
+    }
+    return {key: facts for key, facts in tensors.items() if key not in planned}
+
+
+def match(
+    plan: AdapterPlan,
+    found: Mapping[str, TensorFacts],
+    *,
+    file: str | None = None,
+    model: ModelFacts | None = None,
+    trained_on: ModelFacts | None = None,
+) -> LoadReport:
+    """Match a planned adapter with the header of a checkpoint.
+
+    `file` is named in the diagnostics. `model` is the base that it is loaded onto, `trained_on` the one that it was made
+    for (from the plan saved with it), both only to say where a difference comes from.
+    """
+    expected = expected_tensors(plan)
+    assigned = assign(expected, found, plan.root)
+    missing = tuple(key for key in expected if key not in assigned)
+    used = set(assigned.values())
+    left = [key for key in found if key not in used]
+    base = base_tensors(plan) if left else {}
+    carried = assign(base, left, plan.root)
+    expected |= {key: base[key] for key in carried}
+    assigned |= carried
+    misfits = tuple(
+        Misfit(source, expected[key].shape, found[source].shape)
+        for key, source in assigned.items()
+        if expected[key].shape != found[source].shape
+    )
+    wrong = {misfit.key for misfit in misfits}
+    sources = {key: source for key, source in assigned.items() if source not in wrong}
+    base_keys = set(carried.values())
+    unexpected = tuple(key for key in left if key not in base_keys)
+    report = LoadReport(sources, missing, unexpected, misfits, tuple(key for key in carried if key in sources))
+    where = Where(file=file)
+    diagnostics = [*_findings(report, where), *_another_base(report, model, trained_on, where)]
+    return replace(report, diagnostics=tuple(diagnostics))
+
+
+def match_file(plan: AdapterPlan, file: AdapterFile, model: ModelFacts | None = None) -> LoadReport:
+    """`match` with a file that was opened, and the plan that lies beside it if there is one."""
+    report = match(plan, file.tensors, file=str(file.path))
+    if report.is_clean:
+        return report
+    return match(plan, file.tensors, file=str(file.path), model=model, trained_on=base_of(file.folder))
+
+
+def base_of(folder: Path) -> ModelFacts | None:
+    """The base model that an adapter was made for, by the plan saved with it; None if there is none that can be read.
+
+    It only explains differences, so a plan that is damaged is no problem of its own here.
+    """
+    try:
+        facts = ModelFacts(**json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))["model"])
+        return facts if isinstance(facts.dims, Mapping) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _findings(report: LoadReport, where: Where) -> Iterable[Diagnostic]:
+    if report.misfits:
+        kinds = set(one_of_each(misfit.key for misfit in report.misfits)[:8])
+        examples = "; ".join(str(misfit) for misfit in report.misfits if misfit.key in kinds)
+        keys = listed(misfit.key for misfit in report.misfits)
+        yield rules.SHAPES_DIFFER(
+            f"{_count(len(report.misfits))} of another shape: {keys}. {examples}",
+            fix="Load it onto the base model that it was trained on, with the config that it was saved with.",
+            where=where,
+        )
+    elif len(report.sources) == len(report.carried):
+        yield _without_effect(report, where)
+        return
+    if report.missing:
+        hint = _nearest(report.missing, report.unexpected)
+        yield rules.KEYS_MISSING(
+            f"{_count(len(report.missing))} not in the file: {listed(report.missing)}{hint}",
+            fix="Load it with the config that it was saved with; if the file was saved by a sharded run, gather it first.",
+            where=where,
+        )
+    if report.unexpected:
+        hint = _nearest(report.unexpected, report.missing or tuple(report.sources))
+        yield rules.KEYS_UNEXPECTED(
+            f"{_count(len(report.unexpected))} left out: {listed(report.unexpected)}{hint}",
+            fix="Load it with the config that it was saved with, onto the model that it was saved from.",
+            where=where,
+        )
+    renamed = {source: key for key, source in report.sources.items() if source != key}
+    if renamed:
+        source, key = next(iter(renamed.items()))
+        yield rules.KEYS_RENAMED(
+            f"{_count(len(renamed))} in the file under another name, such as `{source}` for `{key}`",
+            fix="They were loaded; save the adapter again to have the usual names.",
+            where=where,
+        )
+
+
+def _without_effect(report: LoadReport, where: Where) -> Diagnostic:
+    if not report.unexpected:
+        return rules.NOTHING_LOADS("The file holds no tensor", fix="Save the adapter again.", where=where)
+    nearest = Nearest(report.missing)
+    pairs = {key: near for key in report.unexpected if (near := nearest(key)) is not None}
+    change = common_change(pairs) if len(pairs) == len(report.unexpected) else None
+    if change is not None:
+        hint = f"In every key the file has `{change[0]}` where this adapter has `{change[1]}`: load it onto the same model class."
+    else:
+        hint = "Load it onto the base model that it was trained on, with the config that it was saved with."
+    what = f"None of the {len(report.unexpected)} tensors has a place: the file has {listed(report.unexpected, 4)}"
+    return rules.NOTHING_LOADS(f"{what}; the adapter has {listed(report.missing, 4)}", fix=hint, where=where)
+
+
+def _another_base(
+    report: LoadReport, model: ModelFacts | None, trained_on: ModelFacts | None, where: Where
+) -> Iterable[Diagnostic]:
+    if model is None or trained_on is None:
+        return
+    told: list[tuple[str, object, object]] = [
+        ("class", trained_on.cls, model.cls),
+        ("model type", trained_on.model_type, model.model_type),
+    ]
+    told += [(name, size, model.dims[name]) for name, size in trained_on.dims.items() if name in model.dims]
+    differ = [f"{name} `{before}` against `{now}`" for name, before, now in told if before != now]
+    if not differ:
+        return
+    names = f"`{trained_on.name_or_path or trained_on.cls}`, not on `{model.name_or_path or model.cls}`"
+    yield rules.OTHER_BASE(
+        f"The adapter was trained on {names}: {', '.join(differ)}",
+        fix=f"Load it onto `{trained_on.name_or_path or trained_on.cls}`, or train a new one for this model.",
+        where=where,
+    )
+
+
+def _nearest(keys: Iterable[str], candidates: Iterable[str]) -> str:
+    """A clause naming what one key of each kind is most like."""
+    nearest = Nearest(candidates)
+    pairs = [(key, near) for key in one_of_each(keys)[:4] if (near := nearest(key)) is not None]
+    return "".join(f"; nearest to `{key}` is `{near}`" for key, near in pairs)
+
+
+def _count(number: int) -> str:
+    return f"{number} tensor is" if number == 1 else f"{number} tensors are"

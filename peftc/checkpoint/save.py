@@ -1,0 +1,107 @@
+"""Writing an adapter folder: the weights, the config, and the plan that made them, all at once or not at all.
+
+The layout is the ecosystem's (`adapter_model.safetensors`, `adapter_config.json`); `peftc_plan.json` lies beside them and
+others ignore it. Tensors are written one at a time, so nothing is copied that is already in main memory.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftc import rules
+from peftc._version import VERSION
+from peftc.checkpoint.atomic import replace_files
+from peftc.checkpoint.format import write_file
+from peftc.checkpoint.values import content_problems, dtype_name
+from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.serial import plan_to_text
+from peftc.config.base import CONFIG_NAME, PeftConfig
+from peftc.config.files import config_text
+from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
+from peftc.graph.nodes import TensorFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PLAN_NAME = "peftc_plan.json"
+#: The version of the reference whose files these are; readers compare it, ours stands behind the sign.
+REFERENCE_VERSION = "0.21.2"
+
+
+def save_adapter(
+    folder: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: PeftConfig,
+    plan: InjectionPlan | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Save an adapter into a folder, which is made if needed; other files in it stay.
+
+    `tensors` are by checkpoint key, on any device, contiguous or not, shared or not. `plan` is what it was
+    made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card.
+    The config is written as frozen (`inference_mode`) and is itself not changed.
+
+    Raises `PeftcError` for tensors without content and for a folder that cannot be written (no room, no permission), and
+    then leaves the folder as it was. Warns of NaN and infinity.
+    """
+    folder = Path(folder)
+    problems = Collector()
+    problems.add(*content_problems(tensors))
+    problems.raise_errors()
+    texts = {CONFIG_NAME: config_text(stored(config)), **(extra or {})}
+    if plan is not None:
+        texts[PLAN_NAME] = plan_to_text(plan)
+
+    def write(staged: Path) -> None:
+        write_tensors(staged / WEIGHTS_NAME, tensors)
+        for name, text in texts.items():
+            (staged / name).write_text(text, encoding="utf-8")
+
+    if folder.exists() and not folder.is_dir():
+        what = f"`{folder}` is a file, not a folder"
+        raise PeftcError(rules.SAVE_FAILED(what, fix="Save to another path.", where=Where(file=str(folder))))
+    try:
+        replace_files(folder, write, commit=CONFIG_NAME, obsolete=(PLAN_NAME,))
+    except OSError as error:
+        raise PeftcError(_not_written(folder, error)) from error
+    warn(problems.warnings)
+
+
+def stored(config: PeftConfig) -> PeftConfig:
+    """The config as it is written: frozen, and with this version named."""
+    return config.model_copy(update={"inference_mode": True, "peft_version": f"{REFERENCE_VERSION}@peftc-{VERSION}"})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as others expect it. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
+    facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in tensors.items()}
+    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt"})
+
+
+def _content(tensor: Tensor) -> Iterator[memoryview]:
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    yield flat.view(torch.uint8).numpy().data
+
+
+def _not_written(folder: Path, error: OSError) -> Diagnostic:
+    fixes = {
+        errno.ENOSPC: "Free some space on that disk, or save to another one.",
+        errno.EDQUOT: "Your quota on that disk is used up: free some space, or save to another disk.",
+        errno.EFBIG: "The process may not write files this large: raise the limit (`ulimit -f`).",
+        errno.EACCES: "Save to a folder that you may write to, or have its permissions changed.",
+        errno.EPERM: "Save to a folder that you may write to, or have its permissions changed.",
+        errno.EROFS: "That disk is mounted read-only: save to another one.",
+        errno.ENOTDIR: "A part of the path is a file: save to another path.",
+        errno.ENAMETOOLONG: "Save to a shorter path.",
+    }
+    fix = fixes.get(error.errno or 0, "Look into what the system says, or save to another place.")
+    reason = error.strerror or str(error)
+    return rules.SAVE_FAILED(
+        f"The adapter could not be saved to `{folder}`: {reason}", fix=fix, where=Where(file=str(folder))
+    )

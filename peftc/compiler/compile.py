@@ -1,0 +1,129 @@
+"""From a graph and adapters' configs to an `InjectionPlan`: every problem of every adapter is found before any is raised."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from peftc import rules
+from peftc.compiler.draft import Context, Draft, listed
+from peftc.compiler.passes import run_passes
+from peftc.compiler.plan import AdapterPlan, InjectionPlan
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean
+from peftc.graph.nodes import ModuleGraph
+from peftc.registry.boundary import boundary
+from peftc.registry.manager import Registry, default_registry
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile: see `compile_plan`."""
+
+    strict: bool = False
+    allow_dead: frozenset[str] = frozenset()
+    autocast_adapter_dtype: bool = True
+    task_heads: bool = True
+
+
+def compile_plan(
+    graph: ModuleGraph,
+    adapters: Mapping[str, PeftConfig],
+    *,
+    active: Sequence[str] | None = None,
+    strict: bool = False,
+    allow_dead: Collection[str] = (),
+    registry: Registry | None = None,
+    autocast_adapter_dtype: bool = True,
+    task_heads: bool = True,
+) -> InjectionPlan:
+    """Plan the adapters, by name, on a model. Configs are not changed; the plan has validated, resolved copies.
+
+    `active` defaults to the first adapter. With `strict` an entry without effect (a target, an exclusion, a pattern key, a
+    layer index, a module to save) is an error, otherwise a warning, and neither if it is in `allow_dead`.
+    `autocast_adapter_dtype` lifts half-precision slots to float32. Without `task_heads` a task type adds no head to
+    `modules_to_save`, as when a model is adapted in place.
+
+    Raises `PeftcError` with all problems of all adapters; warnings of a plan that was made are in `plan.warnings`.
+    """
+    found = Collector()
+    registry = registry or default_registry()
+    options = Options(strict, frozenset(allow_dead), autocast_adapter_dtype, task_heads)
+    plans = []
+    for name, config in adapters.items():
+        draft = draft_adapter(graph, name, config, registry, options)
+        found.add(*draft.problems)
+        plans.append(frozen(name, draft))
+    found.add(*conflicts(plans))
+    chosen = tuple(adapters)[:1] if active is None else tuple(active)
+    found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
+    found.raise_errors()
+    return InjectionPlan(graph.model, tuple(plans), chosen, graph.numel, found.warnings, graph)
+
+
+def draft_adapter(graph: ModuleGraph, name: str, config: PeftConfig, registry: Registry, options: Options) -> Draft:
+    """One adapter after all passes, with its problems; nothing is raised."""
+    try:
+        start, context = begin(graph, name, config, registry, options)
+    except PeftcError as error:
+        return Draft(config).failed(error)
+    return run_passes(start, context)
+
+
+def begin(
+    graph: ModuleGraph, name: str, config: PeftConfig, registry: Registry, options: Options
+) -> tuple[Draft, Context]:
+    """The draft and context that the passes start from. Raises `PeftcError` on a config or a method that cannot be used."""
+    if not config.peft_type:
+        known = ", ".join(registry.names)
+        what = f"The config of `{name}` has no `peft_type`"
+        raise PeftcError(rules.NO_TYPE(what, fix=f"Use a method's own config; installed are {known}.", where=name))
+    method = registry.method_of(config)
+    copy = config.revalidated()
+    context = Context(
+        graph, method, name, options.strict, options.allow_dead, options.autocast_adapter_dtype, options.task_heads
+    )
+    with boundary(method.peft_type, "check"):
+        said = tuple(method.check(copy))
+    return Draft(copy).told(*(_placed(problem, context, copy) for problem in said)), context
+
+
+def _placed(problem: Diagnostic, context: Context, config: PeftConfig) -> Diagnostic:
+    """A method's word on an option, with the option's place in a spec."""
+    name = problem.where.path
+    known = name is not None and name in type(config).model_fields
+    return replace(problem, where=Where(path=context.where(name or ""))) if known else problem
+
+
+def frozen(name: str, draft: Draft) -> AdapterPlan:
+    """The adapter's part of the plan."""
+    config = draft.config
+    return AdapterPlan(name, str(config.peft_type), config, draft.maps, draft.saves, draft.trains, draft.prompt)
+
+
+def conflicts(plans: Sequence[AdapterPlan]) -> tuple[Diagnostic, ...]:
+    """What keeps these adapters from being on one model together."""
+    problems: list[Diagnostic] = []
+    types = sorted({plan.peft_type for plan in plans})
+    if len(types) > 1:
+        what = f"The adapters are of several methods: {', '.join(types)}"
+        problems.append(rules.MIXED_TYPES(what, fix="Give each method a model, and a spec, of its own."))
+    training = [plan.name for plan in plans if plan.trains]
+    if training and len(plans) > 1:
+        what = f"{listed(training)} trains biases of the base model, which all {len(plans)} adapters would see"
+        fix = "Set `bias: none`, or apply the adapter alone."
+        problems.append(rules.ADAPTERS_CONFLICT(what, fix=fix, where=f"$.adapters.{training[0]}.bias"))
+    copied = {save.path: plan.name for plan in plans for save in plan.saves}
+    for plan in plans if copied else ():
+        for path, owner in copied.items():
+            hit = next((site.path for site in plan.maps if f"{site.path}.".startswith(f"{path}.")), None)
+            if hit is not None:
+                what = f"`{owner}` trains `{path}` whole while `{plan.name}` adapts `{hit}`"
+                fix = "Adapt it, or train it whole, in both."
+                problems.append(rules.ADAPTERS_CONFLICT(what, fix=fix, where=hit))
+    return tuple(problems)
+
+
+def _unknown_active(name: str, adapters: Mapping[str, PeftConfig]) -> Diagnostic:
+    fix = did_you_mean(name, adapters) or f"Adapters are {', '.join(f'`{a}`' for a in adapters)}."
+    return rules.UNKNOWN_ADAPTER(f"No adapter is called `{name}`, so it cannot be active", fix=fix, where="$.active")

@@ -1,0 +1,142 @@
+"""What each pass did to one module, also to one that is not adapted: the difference of the drafts before and after it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peftc import rules
+from peftc.compiler.compile import Options, begin
+from peftc.compiler.draft import Draft, listed
+from peftc.compiler.match import is_all_linear
+from peftc.compiler.passes import PASSES
+from peftc.compiler.plan import MapSite
+from peftc.compiler.render import shape_of
+from peftc.config.base import PeftConfig
+from peftc.config.mixins import TargetsMixin
+from peftc.diagnostics import PeftcError, nearest
+from peftc.graph.nodes import ModuleGraph, ModuleNode
+from peftc.registry.manager import Registry, default_registry
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A pass and its effects on the module; none if it left the module alone."""
+
+    name: str
+    effects: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How one adapter came to treat one module as it does. `verdict` is the outcome in a sentence."""
+
+    path: str
+    module: str
+    adapter: str
+    steps: tuple[Step, ...]
+    verdict: str
+
+
+def explain(
+    graph: ModuleGraph, name: str, config: PeftConfig, path: str, registry: Registry | None = None
+) -> Explanation:
+    """Follow the module at `path` through the passes of one adapter. Raises `PeftcError` if there is no such module."""
+    node = graph.by_path.get(path)
+    if node is None:
+        close = nearest(path, [n.path for n in graph.nodes if n.name == path.rpartition(".")[2]] or graph.by_path)
+        close = close or nearest(path, graph.by_path)
+        fix = f"Did you mean {listed(close)}?" if close else "`peftc graph` writes all paths to a file."
+        raise PeftcError(rules.UNKNOWN_MODULE(f"The model has no module `{path}`", fix=fix, where=path))
+    draft, context = begin(graph, name, config, registry or default_registry(), Options())
+    steps = []
+    for step in PASSES:
+        after = step(draft, context)
+        steps.append(Step(step.__name__, tuple(_effects(draft, after, node))))
+        draft = after
+    return Explanation(path, describe(node), name, tuple(steps), _verdict(draft, node, graph))
+
+
+def describe(node: ModuleNode) -> str:
+    """A module in a few words: `Linear 576→1536, gate`."""
+    facts = node.facts
+    words = [facts.cls] + ([shape_of(facts)] if facts.in_features else [])
+    notes = [node.role.value] if node.role else []
+    notes += [facts.note] if facts.note else []
+    return ", ".join([" ".join(words), *notes])
+
+
+def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
+    path = node.path
+    if path in after.targets and path not in before.targets:
+        yield f"meant by `{after.targets[path][0]}` ({after.source})"
+    if path in after.dropped and path not in before.dropped:
+        yield f"left alone: {after.dropped[path]}"
+    if after.overrides.get(path) and not before.overrides.get(path):
+        yield from (f"`{key}` in {name} is in force" for name, key in after.overrides[path])
+    site = _site(after, path)
+    if site is not None and _site(before, path) is None:
+        yield f"gets {_slots(site)}"
+        yield from (f"with {option} = {value}" for option, value in site.overrides)
+    if len(after.saves) > len(before.saves):
+        yield from (
+            f"copied and trained whole, in `{s.path}`" for s in after.saves if f"{path}.".startswith(f"{s.path}.")
+        )
+    if len(after.trains) > len(before.trains):
+        yield from (f"its {train.name} is trained ({train.reason})" for train in after.trains if train.path == path)
+    for problem in after.problems[len(before.problems) :]:
+        if problem.where.path == path or f"`{path}`" in problem.what:
+            yield f"{problem.severity.value}[{problem.code}]: {problem.what}"
+
+
+def _site(draft: Draft, path: str) -> MapSite | None:
+    return next((site for site in draft.maps if site.path == path), None)
+
+
+def _slots(site: MapSite) -> str:
+    return ", ".join(f"{slot.name} {'×'.join(map(str, slot.shape))} {slot.dtype or site.dtype}" for slot in site.slots)
+
+
+def _verdict(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
+    path = node.path
+    site = _site(draft, path)
+    if site is not None:
+        return f"Adapted: {sum(slot.numel for slot in site.slots if slot.trainable):,} trainable parameters."
+    if any(f"{path}.".startswith(f"{save.path}.") for save in draft.saves):
+        return "Not adapted: it is trained whole (modules_to_save)."
+    if path in draft.targets:
+        return "Not adapted: it was meant, but there is a problem."
+    if path in draft.dropped:
+        return f"Not adapted: {draft.dropped[path]}."
+    below = [s.path for s in draft.maps if s.path.startswith(f"{path}.") or not path]
+    if below:
+        return f"Not adapted itself; adapted in it: {listed(below)}."
+    return f"Not adapted: {_why_not(draft, node, graph)}"
+
+
+def _why_not(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
+    config = draft.config
+    if not isinstance(config, TargetsMixin):
+        return f"{config.peft_type} changes the model's input, not its layers."
+    if draft.source == "all-linear" or is_all_linear(config.target_modules):
+        if node.path == graph.model.output_embeddings:
+            return "`all-linear` leaves out the output embedding; name it in `target_modules` to adapt it."
+        return f"`all-linear` takes linear layers only, and this is {node.facts.kind.value}."
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return f"the pattern `{targets}` does not match its full path."
+    close = nearest(node.name, targets or ())
+    hint = f" The nearest is {listed(close, 1)}." if close else ""
+    return f"no entry of `target_modules` is its path or a suffix of it.{hint} `{node.name}` would mean it."
+
+
+def render_explanation(explanation: Explanation) -> str:
+    """Plain text: the passes that did something, one a line, then the others, then the outcome."""
+    width = max(len(step.name) for step in explanation.steps)
+    lines = [f"{explanation.path or '(the model itself)'}  {explanation.module}", f"adapter {explanation.adapter}", ""]
+    for step in explanation.steps:
+        lines += [f"  {step.name if i == 0 else '':{width}}  {effect}" for i, effect in enumerate(step.effects)]
+    idle = ", ".join(step.name for step in explanation.steps if not step.effects)
+    lines.append(textwrap.fill(f"no effect: {idle}", 100, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join([*lines, "", explanation.verdict]) + "\n"

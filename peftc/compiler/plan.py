@@ -1,0 +1,215 @@
+"""The injection plan: exactly what will be adapted, why, with which parameters. Frozen data; apply only carries it out.
+
+A plan lists, per adapter, map sites (a layer gets slots), copies (`modules_to_save`), base parameters that become
+trainable (`bias`), and prompts. `parameters()` names everything that the applied model will have more than its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import Diagnostic
+from peftc.graph.base_ref import BaseRef
+from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, Role, TensorFacts
+from peftc.tuner.slots import Key, Slot
+
+#: What stands before a module path in a wrapped model, in memory and in every checkpoint.
+WRAPPED_ROOT = "base_model.model."
+#: The same for a model that only prompt methods adapt: it has one level less.
+PROMPT_ROOT = "base_model."
+#: Embeddings of these names are saved whole with an adapter that adapts them: the reference goes by the name.
+VOCABULARY_NAMES = frozenset({"embed_tokens", "lm_head"})
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedParameter:
+    """A parameter that the applied model has and its base has not, or that changes its trainability.
+
+    `name` is as in `named_parameters` of the wrapped model; `disk` the checkpoint's key, None if it is not saved;
+    `base` says that the parameter exists without the adapter.
+    """
+
+    name: str
+    disk: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    adapter: str
+    base: bool = False
+
+    @property
+    def numel(self) -> int:
+        return TensorFacts(self.shape, self.dtype).numel
+
+
+@dataclass(frozen=True, slots=True)
+class MapSite:
+    """A layer that gets an adapter. Sites with equal layers and options share `layer`, `config` and `slots`.
+
+    `config` holds the options in force here (`overrides` applied) and is never changed; `dtype` is the slots' dtype.
+    `reason` is the entry that meant the layer, `role` what the layer is for, where that is known.
+    """
+
+    path: str
+    layer: LayerFacts
+    config: PeftConfig
+    slots: tuple[Slot, ...]
+    dtype: str
+    reason: str
+    overrides: tuple[tuple[str, Any], ...] = ()
+    role: Role | None = None
+
+    def key(self, slot: Slot, adapter: str) -> Key:
+        return Key(self.path, slot.name, adapter, slot.tail)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSite:
+    """A module that is copied and trained whole. `tensors` are all parameters below it by their path from it."""
+
+    path: str
+    tensors: tuple[tuple[str, TensorFacts], ...]
+    buffers: tuple[tuple[str, TensorFacts], ...]
+    reason: str
+
+    def key(self, tail: str, adapter: str) -> Key:
+        return Key(self.path, "modules_to_save", adapter, tail)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSite:
+    """A base parameter that becomes trainable and is saved. `wrapped` if its module is also a map site."""
+
+    path: str
+    name: str
+    tensor: TensorFacts
+    wrapped: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSite:
+    """A prompt before the input: slots of the encoder, at the root of the model."""
+
+    slots: tuple[Slot, ...]
+    dtype: str
+    disk: str
+    shape: tuple[int, ...]
+    embeddings: str
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved."""
+
+    name: str
+    peft_type: str
+    config: PeftConfig
+    maps: tuple[MapSite, ...] = ()
+    saves: tuple[SaveSite, ...] = ()
+    trains: tuple[TrainSite, ...] = ()
+    prompt: PromptSite | None = None
+
+    @property
+    def root(self) -> str:
+        """What stands before module paths in the wrapped model."""
+        return PROMPT_ROOT if self.prompt is not None else WRAPPED_ROOT
+
+    def parameters(self, trainable: bool = True) -> Iterator[PlannedParameter]:
+        """Every parameter that this adapter adds or trains; `trainable=False` for one that is loaded frozen."""
+        root = self.root
+        for site in self.maps:
+            for slot in site.slots:
+                key = site.key(slot, self.name)
+                disk = key.disk(WRAPPED_ROOT) if slot.saved else None
+                dtype = slot.dtype or site.dtype
+                yield PlannedParameter(
+                    key.memory(root), disk, slot.shape, dtype, slot.trainable and trainable, self.name
+                )
+        for save in self.saves:
+            for tail, tensor in save.tensors:
+                name = save.key(tail, self.name).memory(root)
+                disk = f"{root}{save.path}.{tail}"
+                yield PlannedParameter(name, disk, tensor.shape, tensor.dtype, trainable, self.name)
+        for train in self.trains:
+            owner = f"{train.path}.base_layer" if train.wrapped else train.path
+            name = f"{root}{owner}.{train.name}" if owner else f"{root}{train.name}"
+            yield PlannedParameter(name, name, train.tensor.shape, train.tensor.dtype, trainable, self.name, base=True)
+        if self.prompt is not None:
+            for slot in self.prompt.slots:
+                key = Key("prompt_encoder", "", self.name, f"{slot.name}.{slot.tail}" if slot.tail else slot.name)
+                dtype = slot.dtype or self.prompt.dtype
+                yield PlannedParameter(
+                    key.memory(), self.prompt.disk, slot.shape, dtype, slot.trainable and trainable, self.name
+                )
+
+    def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:
+        """Every tensor of the checkpoint: its key and facts. `model` tells which of the layers are embeddings."""
+        for parameter in self.parameters():
+            if parameter.disk is not None and self.prompt is None:
+                yield parameter.disk, TensorFacts(parameter.shape, parameter.dtype)
+        for save in self.saves:
+            for tail, facts in save.buffers if self.prompt is None else (*save.tensors, *save.buffers):
+                yield f"{self.root}{save.path}.{tail}", facts
+        if self.prompt is not None:
+            yield self.prompt.disk, TensorFacts(self.prompt.shape, self.prompt.dtype)
+        vocabulary = {model.input_embeddings, model.output_embeddings}
+        for site in self.maps:
+            if site.path in vocabulary and site.path.rpartition(".")[2] in VOCABULARY_NAMES and site.layer.weight:
+                yield f"{self.root}{site.path}.base_layer.weight", site.layer.weight
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """Adapters to apply to one base model. `graph_digest` ties the plan to the structure it was made for.
+
+    `warnings` are what the compiler found worth saying; `graph` is absent in a plan that was read from a file, and `base`,
+    the base model as a spec names it, in one that was compiled for a live model.
+    """
+
+    model: ModelFacts
+    adapters: tuple[AdapterPlan, ...]
+    active: tuple[str, ...]
+    base_numel: int
+    warnings: tuple[Diagnostic, ...] = ()
+    graph: ModuleGraph | None = field(default=None, compare=False, repr=False)
+    stored_digest: str | None = field(default=None, compare=False)
+    stored_bytes: int = field(default=0, compare=False)
+    base: BaseRef | None = None
+
+    @property
+    def graph_digest(self) -> str:
+        """Digest of the graph that the plan was made from."""
+        if self.graph is not None:
+            return self.graph.digest
+        return self.stored_digest or ""
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base model's parameters, tied ones counted once."""
+        return self.stored_bytes if self.graph is None else self.graph.nbytes
+
+    def adapter(self, name: str) -> AdapterPlan:
+        """The adapter of that name. Raises `KeyError`."""
+        return {a.name: a for a in self.adapters}[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.adapters)
+
+    def parameters(self) -> Iterator[PlannedParameter]:
+        """All parameters of all adapters; those of inactive adapters are frozen, as in the applied model."""
+        for adapter in self.adapters:
+            trainable = adapter.name in self.active and not adapter.config.inference_mode
+            yield from adapter.parameters(trainable)
+
+    def counts(self) -> tuple[int, int]:
+        """`(trainable, total)` parameters of the applied model, as `get_nb_trainable_parameters` returns them."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            trainable += parameter.numel if parameter.trainable else 0
+            total += 0 if parameter.base else parameter.numel
+        return trainable, self.base_numel + total

@@ -1,0 +1,312 @@
+"""The passes that decide which modules are meant: defaults, match, and what takes a match away again.
+
+Each is a pure function `(draft, context) -> draft`. Entries that turn out to mean nothing are found at the end, by
+`find_dead_targets`, when it is known what is left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+from peftc import rules
+from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.match import ALL_LINEAR, Deadline, Layers, Names, Pattern, PatternKeys, is_all_linear
+from peftc.config.mixins import LayersMixin, TargetsMixin
+from peftc.config.types import TaskType
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
+from peftc.graph.nodes import LINEAR_KINDS, Kind, ModuleGraph, suffixes
+from peftc.graph.targets import default_targets
+
+#: Heads that a task trains along, those of them that the model has. The reference's lists.
+TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+def resolve_defaults(draft: Draft, context: Context) -> Draft:
+    """Options with a table of defaults by model type, where the config leaves them out."""
+    model_type = context.graph.model.model_type
+    for name, table in context.method.default_targets.items():
+        if option(draft.config, name) is not None:
+            continue
+        found = default_targets(table, model_type)
+        if found is None:
+            draft = draft.told(_no_default(name, context))
+            continue
+        value: set[str] | str = found if isinstance(found, str) else set(found)
+        chosen = option(draft.config, "target_modules")
+        if name != "target_modules" and isinstance(value, set) and isinstance(chosen, set):
+            value &= chosen  # entries that are not targets have no effect, and the reference refuses them in a file
+        draft = draft.configured(**{name: value})
+        if name == "target_modules":
+            draft = draft.but(source="default")
+    return draft
+
+
+def _no_default(name: str, context: Context) -> Diagnostic:
+    graph = context.graph
+    model = f"model type `{graph.model.model_type}`" if graph.model.model_type else f"class `{graph.model.cls}`"
+    hint = f"This model has {_adaptable(graph)}." if name == "target_modules" else ""
+    choice = f", or to `{ALL_LINEAR}`" if name == "target_modules" else ", or to an empty list"
+    return rules.NO_TARGETS(
+        f"{context.method.peft_type} has no default `{name}` for {model}",
+        fix=f"Set `{name}` to a list of names{choice}. {hint}".strip(),
+        where=context.where(name),
+    )
+
+
+def add_task_heads(draft: Draft, context: Context) -> Draft:
+    """Modules to save that the task brings: the head of a classifier starts at random and has to be trained."""
+    task = draft.config.task_type
+    brings = task is not None and task in TASK_HEADS and "modules_to_save" in type(draft.config).model_fields
+    if not context.task_heads or task is None or not brings:
+        return draft
+    given: list[str] = option(draft.config, "modules_to_save") or []
+    added = [name for name in TASK_HEADS[task] if name not in given]
+    return draft.configured(modules_to_save=[*given, *added])
+
+
+def match_targets(draft: Draft, context: Context) -> Draft:
+    """Every module that `target_modules` means."""
+    targets = option(draft.config, "target_modules")
+    if targets is None or (not targets and not isinstance(targets, str)):
+        return draft
+    if is_all_linear(targets):
+        found = dict.fromkeys(_linear_layers(draft, context), (ALL_LINEAR,))
+        return draft.but(source=ALL_LINEAR, targets=found)
+    paths = (node.path for node in context.graph.nodes if node.path)
+    if isinstance(targets, str):
+        try:
+            pattern = Pattern(targets, Deadline(), context.where("target_modules"))
+            return draft.but(targets={path: (targets,) for path in paths if pattern.matches(path)})
+        except PeftcError as error:
+            return draft.failed(error)
+    names = Names(targets)
+    return draft.but(targets={path: entries for path in paths if (entries := names.find(path))})
+
+
+def _linear_layers(draft: Draft, context: Context) -> Iterable[str]:
+    """All linear layers but the output embedding, or the classifier of a sequence classification model."""
+    graph = context.graph
+    head = graph.model.output_embeddings
+    if head is None and draft.config.task_type is TaskType.SEQ_CLS and graph.model.model_type:
+        head = next((name for name in ("score", "classifier") if name in graph.by_path), None)
+    return (n.path for n in graph.nodes if n.facts.kind in LINEAR_KINDS and n.path and n.path != head)
+
+
+def spare_saved(draft: Draft, context: Context) -> Draft:
+    """Modules that are trained whole, and everything in them, are never adapted as well."""
+    saved = option(draft.config, "modules_to_save")
+    if not saved or not draft.targets:
+        return draft
+    marks = [(f".{name}.", f"`{name}` is trained whole (modules_to_save)") for name in saved]
+    dropped = {}
+    for path in draft.targets:
+        dotted = f".{path}."
+        reason = next((reason for mark, reason in marks if mark in dotted), None)
+        if reason is not None:
+            dropped[path] = reason
+    return draft.without(dropped)
+
+
+def exclude(draft: Draft, context: Context) -> Draft:
+    """Targets that `exclude_modules` leaves alone."""
+    excluded = option(draft.config, "exclude_modules")
+    if not excluded:
+        return draft
+    try:
+        return _exclude(draft, context, excluded)
+    except PeftcError as error:
+        return draft.failed(error)
+
+
+def _exclude(draft: Draft, context: Context, excluded: set[str] | str) -> Draft:
+    where = context.where("exclude_modules")
+    dropped: dict[str, str] = {}
+    if isinstance(excluded, str):
+        pattern = Pattern(excluded, Deadline(), where)
+        dropped = {
+            path: "excluded by the pattern in exclude_modules" for path in draft.targets if pattern.matches(path)
+        }
+        dead = set() if dropped else {excluded}
+    else:
+        names = Names(excluded)
+        found = {path: entries for path in draft.targets if (entries := names.find(path))}
+        dropped = {path: f"excluded by `{entries[0]}` in exclude_modules" for path, entries in found.items()}
+        dead = excluded - {entry for entries in found.values() for entry in entries}
+    problems = (
+        [_dead_exclude(entry, draft, context) for entry in sorted(dead - context.allowed)] if draft.targets else []
+    )
+    return draft.without(dropped).told(*problems)
+
+
+def _dead_exclude(entry: str, draft: Draft, context: Context) -> Diagnostic:
+    where = context.where("exclude_modules", entry)
+    if isinstance(option(draft.config, "exclude_modules"), str):
+        where = context.where("exclude_modules")
+        fix = "It is a regular expression over the full path, e.g. `.*\\.vision_tower\\..*`."
+        return rules.DEAD_EXCLUDE(
+            f"The pattern `{entry}` excludes no target", fix=fix, where=where, severity=context.dead
+        )
+    below = [path for path in draft.targets if f".{entry}." in f".{path}"]
+    if below:
+        fix = f"Exclude the layers in it by a pattern: `(.*\\.)?{entry}\\..*`."
+        what = f"`{entry}` excludes the module of that name but not the {len(below):,} targets in it, as {listed(below, 1)}"
+        return rules.DEAD_EXCLUDE(what, fix=fix, where=where, severity=context.dead)
+    names = Names([entry])
+    if any(names.find(node.path) for node in context.graph.nodes):
+        what = f"`{entry}` is no target, so excluding it changes nothing"
+        return rules.DEAD_EXCLUDE(what, fix="Remove it.", why="", where=where)
+    hint = did_you_mean(entry, _endings(draft.targets)) or "Remove it."
+    return rules.DEAD_EXCLUDE(f"No module is called `{entry}`", fix=hint, where=where, severity=context.dead)
+
+
+def filter_layers(draft: Draft, context: Context) -> Draft:
+    """Targets outside of `layers_to_transform`. A full path is meant exactly and stays."""
+    config = draft.config
+    if not isinstance(config, LayersMixin) or config.layers_to_transform in (None, []):
+        return draft
+    given = config.layers_to_transform
+    wanted = {given} if isinstance(given, int) else set(given or ())
+    patterns = config.layers_pattern or []
+    try:
+        layers = Layers(
+            [patterns] if isinstance(patterns, str) else patterns, Deadline(), context.where("layers_pattern")
+        )
+        index = {p: layers.index(p) for p, entries in draft.targets.items() if entries[0] != p}
+    except PeftcError as error:
+        return draft.failed(error)
+    dropped = {
+        path: f"layer {i} is not in layers_to_transform" if i is not None else "it is in no numbered layer"
+        for path, i in index.items()
+        if i not in wanted
+    }
+    problems = []
+    known = sorted({i for i in index.values() if i is not None})
+    for i in sorted(wanted - set(known)) if index else []:
+        span = f"targets are in layers {known[0]} to {known[-1]}" if known else "no target is in a numbered layer"
+        problems.append(
+            rules.DEAD_LAYER(
+                f"Layer {i} has no target: {span}",
+                fix="Correct the index, or set `layers_pattern` to the name of the list of layers.",
+                where=context.where("layers_to_transform"),
+                severity=context.dead,
+            )
+        )
+    exact = [path for path in draft.targets if path not in index]
+    if exact:
+        what = f"{listed(exact)} are given by full path, which `layers_to_transform` does not filter"
+        fix = "Remove those outside of the layers, or give suffixes."
+        problems.append(rules.LAYERS_BYPASSED(what, fix=fix, where=context.where("layers_to_transform")))
+    return draft.without(dropped).told(*problems)
+
+
+def apply_patterns(draft: Draft, context: Context) -> Draft:
+    """Pattern options (`rank_pattern`, …): for each target the key in force, if any."""
+    chosen: dict[str, list[tuple[str, str]]] = {}
+    problems: list[Diagnostic] = []
+    for name in draft.config.pattern_options:
+        values: Mapping[str, object] = option(draft.config, name) or {}
+        if not values:
+            continue
+        try:
+            keys = PatternKeys(tuple(values), Deadline(), context.where(name))
+            found = {path: key for path in draft.targets if (key := keys.find(path)) is not None}
+        except PeftcError as error:
+            problems.extend(error.diagnostics)
+            continue
+        used = set(found.values())
+        for path, key in found.items():
+            chosen.setdefault(path, []).append((name, key))
+        if draft.targets:
+            dead = [key for key in values if key not in used and key not in context.allowed]
+            problems.extend(_dead_key(key, name, draft, context) for key in dead)
+    return draft.but(overrides={path: tuple(pairs) for path, pairs in chosen.items()}).told(*problems)
+
+
+def _dead_key(key: str, name: str, draft: Draft, context: Context) -> Diagnostic:
+    alone = PatternKeys((key,), Deadline(), context.where(name))
+    if any(alone.find(path) for path in draft.targets):
+        what, fix = (
+            f"An earlier key of `{name}` matches every module that `{key}` matches",
+            "Put the narrower key first.",
+        )
+    else:
+        what = f"`{key}` in `{name}` matches no target"
+        fix = did_you_mean(key, _endings(draft.targets)) or "Remove it; keys match the end of a target's path."
+    return rules.DEAD_PATTERN(what, fix=fix, where=context.where(name, key), severity=context.dead)
+
+
+def find_dead_targets(draft: Draft, context: Context) -> Draft:
+    """Entries of `target_modules` that mean nothing, and adapters without any target."""
+    config = draft.config
+    if not isinstance(config, TargetsMixin) or config.target_modules is None:
+        return draft
+    if any(problem.code in _PATTERN_CODES for problem in draft.problems):
+        return draft  # what a broken pattern would have matched is not known
+    if not draft.targets:
+        return draft.told(_no_match(draft, context, config.target_modules))
+    if not isinstance(config.target_modules, set) or draft.source == ALL_LINEAR:
+        return draft
+    alive = {entry for entries in draft.targets.values() for entry in entries}
+    dead = config.target_modules - alive - context.allowed
+    return draft.told(*(_dead_target(entry, draft, context) for entry in sorted(dead)))
+
+
+_PATTERN_CODES = {rules.BAD_PATTERN.code, rules.LONG_PATTERN.code, rules.SLOW_PATTERN.code}
+
+
+def _dead_target(entry: str, draft: Draft, context: Context) -> Diagnostic:
+    where = context.where("target_modules", entry)
+    names = Names([entry])
+    lost = {path: reason for path, reason in draft.dropped.items() if names.find(path)}
+    if lost:  # another option says so: worth knowing, but nobody's slip
+        reason = Counter(lost.values()).most_common(1)[0][0]
+        what, fix = f"`{entry}` means {listed(lost)}, left alone: {reason}", f"Remove `{entry}`, or what takes it away."
+        return rules.DEAD_TARGET(what, fix=fix, where=where, severity=Severity.WARNING)
+    hint = did_you_mean(entry, _endings(_supported(context))) or f"The model has {_adaptable(context.graph)}."
+    severity = context.dead if draft.source == "target_modules" else Severity.WARNING
+    return rules.DEAD_TARGET(f"No module is called `{entry}`", fix=hint, where=where, severity=severity)
+
+
+def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagnostic:
+    where = context.where("target_modules")
+    if draft.dropped:
+        reasons = "; ".join(f"{reason} ({count:,})" for reason, count in Counter(draft.dropped.values()).most_common(3))
+        fix = "Loosen what takes them away, or choose other targets."
+        return rules.NO_MATCH(f"All {len(draft.dropped):,} targets are left alone: {reasons}", fix=fix, where=where)
+    has = f"The model has {_adaptable(context.graph)}."
+    if not isinstance(targets, str):
+        hints = [did_you_mean(entry, _endings(_supported(context))) for entry in sorted(targets)[:5]]
+        told = listed(sorted(targets)) or "The empty list"
+        fix = " ".join([*dict.fromkeys(hint for hint in hints if hint), has])
+        return rules.NO_MATCH(f"{told}: no module is called so", fix=fix, where=where)
+    if is_all_linear(targets):
+        return rules.NO_MATCH("The model has no linear layer", fix="Name the modules in `target_modules`.", where=where)
+    name = Names([targets])
+    if any(name.find(node.path) for node in context.graph.nodes):
+        fix = f"A string is a regular expression over the full path; write a list: `[{targets}]`."
+    else:
+        fix = f"It has to match the full path, as {listed(list(_supported(context))[:1])}. {has}"
+    return rules.NO_MATCH(f"The pattern `{targets}` matches no module", fix=fix, where=where)
+
+
+def _supported(context: Context) -> Iterable[str]:
+    """Paths of layers that have a kind."""
+    return (node.path for node in context.graph.nodes if node.facts.kind is not Kind.OTHER and node.path)
+
+
+def _endings(paths: Iterable[str]) -> Collection[str]:
+    """Suffixes without a number that paths end in, for suggestions: `q_proj`, `self_attn.q_proj`."""
+    found = (s for path in paths for s in suffixes(path) if not any(part.isdigit() for part in s.split(".")))
+    return list(dict.fromkeys(found))
+
+
+def _adaptable(graph: ModuleGraph) -> str:
+    """The most frequent names of linear and convolutional layers, for a sentence."""
+    kinds = {Kind.OTHER, Kind.NORM, Kind.EMBEDDING}
+    counts = Counter(n.name for n in graph.nodes if n.facts.kind not in kinds and not n.name.isdigit() and n.path)
+    return listed((name for name, _ in counts.most_common()), 10) or "no linear or convolutional layer"

@@ -1,0 +1,228 @@
+"""A plan as JSON and back, without loss: versioned, deterministic, and compact, as layers of one kind share their facts.
+
+The text is laid out for people: one module a line, so that two plans can be compared with any diff. A digest over the
+content tells a plan that was edited by hand, which is refused: what is in a plan was checked when it was compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from peftc import rules
+from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite, PromptSite, SaveSite, TrainSite
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
+from peftc.graph.base_ref import BaseRef
+from peftc.graph.nodes import LayerFacts, ModelFacts, Role, TensorFacts, facts_from_json, facts_to_json
+from peftc.registry.manager import Registry, default_registry
+from peftc.tuner.slots import Container, Slot
+
+FORMAT = "peftc.plan"
+VERSION = 1
+
+
+def plan_to_json(plan: InjectionPlan) -> dict[str, Any]:
+    """Plain data of JSON types, with a digest of itself under `digest`."""
+    trainable, total = plan.counts()
+    data: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base": None if plan.base is None else _given(asdict(plan.base)),
+        "model": {**asdict(plan.model), "dims": dict(plan.model.dims)},
+        "base_parameters": plan.base_numel,
+        "base_bytes": plan.base_bytes,
+        "graph": plan.graph_digest,
+        "active": list(plan.active),
+        "trainable": trainable,
+        "total": total,
+        "adapters": [_adapter_to_json(adapter) for adapter in plan.adapters],
+        "warnings": [_given(warning.to_dict()) for warning in plan.warnings],
+    }
+    return {**data, "digest": _digest(data)}
+
+
+def plan_digest(plan: InjectionPlan) -> str:
+    """SHA-256 of the plan's content: equal for equal plans, on every machine."""
+    return str(plan_to_json(plan)["digest"])
+
+
+def plan_to_text(plan: InjectionPlan) -> str:
+    """The plan's JSON, two spaces deep, with one short row a line."""
+    return layout(plan_to_json(plan)) + "\n"
+
+
+def plan_from_text(text: str, where: Where | None = None, registry: Registry | None = None) -> InjectionPlan:
+    """The plan in a JSON text. Raises `PeftcError` if it is not a plan, of another version, or was edited."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PeftcError(_refused(f"It is not JSON: {error}", where)) from None
+    return plan_from_json(data, where, registry)
+
+
+def plan_from_json(data: object, where: Where | None = None, registry: Registry | None = None) -> InjectionPlan:
+    """The inverse of `plan_to_json`. Raises `PeftcError` if the data is not a plan, of another version, or was edited."""
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        raise PeftcError(_refused(f"It has no `format: {FORMAT}`", where))
+    if data.get("version") != VERSION:
+        what = f"It is a plan of version {data.get('version')}; this version of peftc reads {VERSION}"
+        raise PeftcError(_refused(what, where))
+    content = {key: value for key, value in data.items() if key != "digest"}
+    if data.get("digest") != _digest(content):
+        raise PeftcError(_refused("Its content does not have its digest: it was changed after it was written", where))
+    registry = registry or default_registry()
+    try:
+        return InjectionPlan(
+            model=ModelFacts(**data["model"]),
+            adapters=tuple(_adapter_from_json(item, registry) for item in data["adapters"]),
+            active=tuple(data["active"]),
+            base_numel=data["base_parameters"],
+            warnings=tuple(_diagnostic(item) for item in data["warnings"]),
+            stored_digest=data["graph"],
+            stored_bytes=data["base_bytes"],
+            base=None if data["base"] is None else BaseRef(**data["base"]),
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, PeftcError):
+            raise
+        raise PeftcError(
+            _refused(f"Its content is not that of a plan: {type(error).__name__}: {error}", where)
+        ) from error
+
+
+def _refused(what: str, where: Where | None) -> Diagnostic:
+    return rules.PLAN_INVALID(what, fix="Write it again with `peftc plan SPEC --out FILE`.", where=where)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the members that are None."""
+    return {
+        key: _given(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None
+    }
+
+
+# one adapter ----------------------------------------------------------------------------------------------------------
+
+
+def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
+    table: dict[str, int] = {}  # by content, so that equal plans have equal tables whatever objects they share
+    known: dict[tuple[int, int, int, str, str, Role | None], int] = {}
+    rows = []
+    for site in adapter.maps:
+        key = (id(site.layer), id(site.slots), id(site.config), site.dtype, site.reason, site.role)
+        if key not in known:
+            known[key] = table.setdefault(json.dumps(_kind_to_json(site), sort_keys=True), len(table))
+        rows.append([site.path, known[key]])
+    return {
+        "name": adapter.name,
+        "peft_type": adapter.peft_type,
+        "config": adapter.config.to_json(),
+        "kinds": [json.loads(kind) for kind in table],
+        "maps": rows,
+        "saves": [
+            {"path": s.path, "reason": s.reason, "tensors": _tensors(s.tensors), "buffers": _tensors(s.buffers)}
+            for s in adapter.saves
+        ],
+        "trains": [[t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason] for t in adapter.trains],
+        "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
+    }
+
+
+def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPlan:
+    method = registry.get(data["peft_type"])
+    config = method.config(**data["config"])
+    kinds = [_kind_from_json(item, config) for item in data["kinds"]]
+    return AdapterPlan(
+        name=data["name"],
+        peft_type=data["peft_type"],
+        config=config,
+        maps=tuple(MapSite(path, *kinds[index]) for path, index in data["maps"]),
+        saves=tuple(
+            SaveSite(s["path"], _tensor_facts(s["tensors"]), _tensor_facts(s["buffers"]), s["reason"])
+            for s in data["saves"]
+        ),
+        trains=tuple(
+            TrainSite(path, name, TensorFacts(tuple(shape), dtype), wrapped, reason)
+            for path, name, shape, dtype, wrapped, reason in data["trains"]
+        ),
+        prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
+    )
+
+
+_Kind = tuple[LayerFacts, PeftConfig, tuple[Slot, ...], str, str, tuple[tuple[str, Any], ...], Role | None]
+
+
+def _kind_to_json(site: MapSite) -> dict[str, Any]:
+    return {
+        "layer": facts_to_json(site.layer),
+        "slots": [_slot_to_json(slot) for slot in site.slots],
+        "dtype": site.dtype,
+        "reason": site.reason,
+        "role": site.role and site.role.value,
+        "overrides": dict(site.overrides),
+    }
+
+
+def _kind_from_json(data: Mapping[str, Any], config: PeftConfig) -> _Kind:
+    overrides = tuple(data["overrides"].items())
+    here = config.model_copy(update=dict(overrides)).revalidated() if overrides else config
+    slots = tuple(_slot_from_json(item) for item in data["slots"])
+    role = None if data["role"] is None else Role(data["role"])
+    return facts_from_json(data["layer"]), here, slots, data["dtype"], data["reason"], overrides, role
+
+
+def _slot_to_json(slot: Slot) -> dict[str, Any]:
+    return {**asdict(slot), "shape": list(slot.shape), "container": slot.container.value}
+
+
+def _slot_from_json(data: Mapping[str, Any]) -> Slot:
+    return Slot(**{**data, "shape": tuple(data["shape"]), "container": Container(data["container"])})
+
+
+def _prompt_to_json(prompt: PromptSite) -> dict[str, Any]:
+    return {**asdict(prompt), "slots": [_slot_to_json(s) for s in prompt.slots], "shape": list(prompt.shape)}
+
+
+def _prompt_from_json(data: Mapping[str, Any]) -> PromptSite:
+    return PromptSite(
+        **{**data, "slots": tuple(_slot_from_json(item) for item in data["slots"]), "shape": tuple(data["shape"])}
+    )
+
+
+def _tensors(tensors: tuple[tuple[str, TensorFacts], ...]) -> list[list[Any]]:
+    return [[name, list(facts.shape), facts.dtype] for name, facts in tensors]
+
+
+def _tensor_facts(rows: list[Any]) -> tuple[tuple[str, TensorFacts], ...]:
+    return tuple((name, TensorFacts(tuple(shape), dtype)) for name, shape, dtype in rows)
+
+
+def _diagnostic(data: Mapping[str, Any]) -> Diagnostic:
+    return Diagnostic(**{**data, "severity": Severity(data["severity"]), "where": Where(**data["where"])})
+
+
+# layout ---------------------------------------------------------------------------------------------------------------
+
+
+def layout(value: Any, depth: int = 0, width: int = 110) -> str:
+    """JSON with sorted keys, two spaces deep; what fits on a line is on one."""
+    short = json.dumps(value, sort_keys=True)
+    if len(short) + 2 * depth <= width or not isinstance(value, (dict, list)) or not value:
+        return short
+    pad = "  " * (depth + 1)
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {layout(value[key], depth + 1, width)}" for key in sorted(value)]
+        opening, closing = "{", "}"
+    else:
+        parts = [layout(item, depth + 1, width) for item in value]
+        opening, closing = "[", "]"
+    body = f",\n{pad}".join(parts)
+    return f"{opening}\n{pad}{body}\n{'  ' * depth}{closing}"

@@ -1,0 +1,311 @@
+"""The passes that decide what is added where: slots on layers, modules to save, biases, prompts.
+
+Work is done once per kind of layer: layers of equal facts and options share config, slots and problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peftc import rules
+from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.plan import MapSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.select import TASK_HEADS
+from peftc.config.base import PeftConfig
+from peftc.config.prompt import PromptLearningConfig
+from peftc.config.types import TaskType
+from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
+from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.registry.boundary import boundary
+from peftc.tuner.method import MapTuner, PromptTuner
+from peftc.tuner.slots import Slot
+
+#: Containers without a call of their own, by class name.
+_CONTAINERS = frozenset({"ModuleList", "ModuleDict", "ParameterList", "ParameterDict"})
+#: Where every prompt's embeddings are in a checkpoint.
+_PROMPT_KEY = "prompt_embeddings"
+
+
+def resolve_orientation(draft: Draft, context: Context) -> Draft:
+    """`fan_in_fan_out` is a fact about the layers: true if one of them stores its weight as (in, out)."""
+    given = option(draft.config, "fan_in_fan_out")
+    if given is None or not draft.targets:
+        return draft
+    nodes = context.graph.by_path
+    transposed = any(nodes[path].facts.kind is Kind.CONV1D_TRANSPOSED for path in draft.targets)
+    if given and not transposed:
+        where = context.where("fan_in_fan_out")
+        what = "`fan_in_fan_out` is set, but no adapted layer is stored so; it is taken as false"
+        draft = draft.told(rules.ORIENTATION(what, fix="Remove `fan_in_fan_out`; it is found out.", where=where))
+    return draft.configured(fan_in_fan_out=transposed)
+
+
+@dataclass
+class _Kind:
+    """What layers of equal facts and options share, and how many there are."""
+
+    tuner: MapTuner[Any]
+    config: PeftConfig
+    overrides: tuple[tuple[str, Any], ...]
+    slots: tuple[Slot, ...]
+    dtype: str
+    first: str
+    problems: tuple[Diagnostic, ...]
+    fails: bool
+    count: int = 0
+
+
+def declare_slots(draft: Draft, context: Context) -> Draft:
+    """A map site for every target, with the slots that the method declares for its kind of layer."""
+    if not draft.targets:
+        return draft
+    method, nodes = context.method, context.graph.by_path
+    declarer = _Declarer(draft, context)
+    reasons: dict[str, str] = {}
+    kinds: dict[tuple[int, int, tuple[tuple[str, str], ...]], _Kind] = {}
+    maps: list[MapSite] = []
+    for path, entries in draft.targets.items():
+        node = nodes[path]
+        chosen = draft.overrides.get(path, ())
+        try:
+            with boundary(method.peft_type, "tuner_for", path):
+                tuner = method.tuner_for(draft.config, node)
+        except PeftcError as error:
+            return draft.failed(error)  # it would raise for every other module as well
+        key = (id(tuner), id(node.facts), chosen)
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = declarer.declare(tuner, node, chosen)
+        kind.count += 1
+        if kind.fails:
+            continue
+        reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
+        maps.append(MapSite(path, node.facts, kind.config, kind.slots, kind.dtype, reason, kind.overrides, node.role))
+    problems = [_counted(problem, kind) for kind in kinds.values() for problem in kind.problems]
+    return draft.but(maps=tuple(maps)).told(*problems)
+
+
+def _reason(source: str, entry: str) -> str:
+    """Why a module is adapted: `q_proj`, `default q_proj`, `all-linear`."""
+    return f"default {entry}" if source == "default" else entry
+
+
+def _counted(problem: Diagnostic, kind: _Kind) -> Diagnostic:
+    """The problem of a kind of layer, told once."""
+    if kind.count == 1:
+        return problem
+    return replace(problem, what=f"{problem.what}, as for {kind.count - 1:,} more layers like it")
+
+
+class _Declarer:
+    """Asks the method about one kind of layer at a time; configs with the same overrides are one object."""
+
+    def __init__(self, draft: Draft, context: Context) -> None:
+        self._draft, self._context = draft, context
+        self._configs: dict[tuple[tuple[str, str], ...], PeftConfig] = {(): draft.config}
+
+    def declare(self, tuner: MapTuner[Any], node: ModuleNode, chosen: tuple[tuple[str, str], ...]) -> _Kind:
+        config = self._draft.config
+        values = tuple((config.pattern_options[name], option(config, name)[key]) for name, key in chosen)
+        kind = _Kind(tuner, config, values, (), self._dtype(node.facts), node.path, (), fails=True)
+        if node.facts.kind not in tuner.supports:
+            kind.problems = (_unsupported(tuner, node, self._context),)
+            return kind
+        try:
+            kind.config = self._config(chosen, values)
+            with boundary(self._context.method.peft_type, "slots", node.path):
+                kind.slots = tuple(tuner.slots(kind.config, node.facts))
+            check_slots(kind.slots, self._context, node.path)
+            with boundary(self._context.method.peft_type, "check", node.path):
+                kind.problems = tuple(tuner.check(kind.config, node.facts, node.path))
+            kind.fails = False
+        except PeftcError as error:
+            kind.problems = error.diagnostics
+        return kind
+
+    def _config(self, chosen: tuple[tuple[str, str], ...], values: tuple[tuple[str, Any], ...]) -> PeftConfig:
+        config = self._configs.get(chosen)
+        if config is None:
+            copy = self._draft.config.model_copy(update=dict(values))
+            config = self._configs[chosen] = copy.revalidated()  # a value of a pattern is checked like the option
+        return config
+
+    def _dtype(self, facts: LayerFacts) -> str:
+        weight = facts.weight or next((tensor for _, tensor in facts.params), None)
+        return slot_dtype(weight.dtype if weight else "float32", self._context.autocast_adapter_dtype)
+
+
+def slot_dtype(weight: str, autocast: bool) -> str:
+    """The dtype of slots beside a weight: the same, half precision lifted to float32, float32 beside quantised ones.
+
+    >>> slot_dtype("bfloat16", True), slot_dtype("bfloat16", False), slot_dtype("uint8", True)
+    ('float32', 'bfloat16', 'float32')
+    """
+    if weight in ("float16", "bfloat16"):
+        return "float32" if autocast else weight
+    return weight if weight in ("float32", "float64", "complex64", "complex128") else "float32"
+
+
+def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> None:
+    """Hold a method to its contract. Raises `PeftcError` naming what is wrong with its slots."""
+    name = context.method.peft_type
+    wrong = [f"`{s.name}` has the shape {list(s.shape)}" for s in slots if any(size < 1 for size in s.shape)]
+    if not context.method.is_prompt:
+        stray = [s.name for s in slots if not s.name.startswith(context.method.prefix)]
+        wrong += [f"`{slot}` does not begin with `{context.method.prefix}`" for slot in stray]
+    if len({(s.name, s.tail) for s in slots}) < len(slots):
+        wrong.append("two slots have the same name")
+    if not slots:
+        wrong.append("there is none")
+    if wrong:
+        raise PeftcError(
+            rules.PLUGIN_INVALID(
+                f"Slots of {name}: {'; '.join(wrong)}", fix="Correct the plugin's `slots`.", where=path
+            )
+        )
+
+
+def _unsupported(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> Diagnostic:
+    kinds = ", ".join(sorted(kind.value for kind in tuner.supports))
+    note = f" ({node.facts.note})" if node.facts.note else ""
+    below = [n for n in context.graph.nodes if n.path.startswith(node.path + ".") and n.facts.kind in tuner.supports]
+    names = list(dict.fromkeys(n.name for n in below if not n.name.isdigit()))
+    fix = (
+        f"Name the layers in it: {listed(names, 8)}."
+        if names
+        else "Leave it out, or exclude it with `exclude_modules`."
+    )
+    what = f"`{node.path}` is a {node.facts.cls}{note}, which {context.method.peft_type} cannot adapt"
+    return rules.BAD_TARGET(what, why=f"It adapts layers of the kinds {kinds}.", fix=fix, where=node.path)
+
+
+def copy_modules(draft: Draft, context: Context) -> Draft:
+    """A copy, trained whole, of every module that `modules_to_save` names; of nested ones the outermost.
+
+    As in the reference a name is compared letter by letter with the end of the path: `head` also means `lm_head`.
+    """
+    names: tuple[str, ...] = tuple(dict.fromkeys(option(draft.config, "modules_to_save") or ()))
+    if not names:
+        return draft
+    saves: list[SaveSite] = []
+    problems: list[Diagnostic] = []
+    for position, node in enumerate(context.graph.nodes):
+        if not node.path.endswith(names) or (saves and node.path.startswith(saves[-1].path + ".")):
+            continue
+        if node.facts.cls in _CONTAINERS:
+            problems.append(_container(node, context))
+        saves.append(_save_site(context.graph, position, next(name for name in names if node.path.endswith(name))))
+    task = draft.config.task_type
+    heads = TASK_HEADS.get(task, ()) if task else ()
+    if heads and not saves:
+        what = f"The model has no {listed(heads)} that {task} could train"
+        problems.append(
+            rules.NO_HEAD(what, fix="Name the head in `modules_to_save`.", where=context.where("task_type"))
+        )
+    paths = [node.path for node in context.graph.nodes]
+    for name in names:
+        problems += _name_problems(name, [path for path in paths if path.endswith(name)], name in heads, context)
+    return draft.but(saves=tuple(saves)).told(*problems)
+
+
+def _name_problems(name: str, meant: list[str], optional: bool, context: Context) -> Iterator[Diagnostic]:
+    """What is wrong with a module to save that means these paths; heads that a task brings are optional."""
+    where = context.where("modules_to_save", name)
+    if not meant and not optional:
+        endings = [node.name for node in context.graph.nodes if node.path]
+        top = listed(node.path for node in context.graph.nodes if node.path and "." not in node.path)
+        hint = did_you_mean(name, endings) or f"At the top the model has {top}."
+        yield rules.DEAD_SAVE(f"No module is called `{name}`", fix=hint, where=where, severity=context.dead)
+    loose = [path for path in meant if not f".{path}".endswith(f".{name}")]
+    if loose:
+        what = f"`{name}` in `modules_to_save` also means {listed(loose)}"
+        yield rules.LOOSE_SAVE(what, fix="Write longer names, or full paths.", where=where)
+
+
+def _container(node: ModuleNode, context: Context) -> Diagnostic:
+    what = f"`{node.path}` is a {node.facts.cls}"
+    return rules.CANNOT_SAVE(what, fix="Name the modules in it.", where=context.where("modules_to_save"))
+
+
+def _save_site(graph: ModuleGraph, position: int, name: str) -> SaveSite:
+    root = graph.nodes[position].path
+    inside = list(_below(graph, position))
+    own = {f"{root}.{tail}" for tail, _ in _tensors(root, inside, "params")}
+    # a parameter that the module itself uses twice stays one parameter in the copy
+    tensors = [(t, f) for t, f in _tensors(root, inside, "params") if graph.alias_of.get(f"{root}.{t}") not in own]
+    return SaveSite(root, tuple(tensors), tuple(_tensors(root, inside, "buffers")), name)
+
+
+def _below(graph: ModuleGraph, position: int) -> Iterator[ModuleNode]:
+    root = graph.nodes[position].path
+    yield graph.nodes[position]
+    for node in graph.nodes[position + 1 :]:  # depth first: what is below follows at once
+        if not node.path.startswith(root + "."):
+            return
+        yield node
+
+
+def _tensors(root: str, nodes: list[ModuleNode], which: str) -> Iterator[tuple[str, TensorFacts]]:
+    for node in nodes:
+        inner = node.path[len(root) + 1 :]
+        for name, facts in node.facts.params if which == "params" else node.facts.buffers:
+            yield (f"{inner}.{name}" if inner else name), facts
+
+
+def train_biases(draft: Draft, context: Context) -> Draft:
+    """Base parameters that train along: every `bias` (`all`), or those of adapted layers (`…_only`)."""
+    mode = option(draft.config, "bias")
+    if not isinstance(mode, str) or mode == "none":
+        return draft
+    adapted = {site.path for site in draft.maps}
+    copied = tuple(f"{save.path}." for save in draft.saves)
+    aliases = context.graph.alias_of
+    trains = []
+    for node in context.graph.nodes:
+        if not node.facts.has_bias or f"{node.path}.".startswith(copied):
+            continue
+        if (mode != "all" and node.path not in adapted) or f"{node.path}.bias" in aliases:
+            continue
+        tensor = next(tensor for name, tensor in node.facts.params if name == "bias")
+        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}"))
+    return draft.but(trains=tuple(trains))
+
+
+def add_prompt(draft: Draft, context: Context) -> Draft:
+    """The prompt encoder's slots, after dimensions left out were taken from the model."""
+    tuner = context.method.tuner
+    if not isinstance(draft.config, PromptLearningConfig) or not isinstance(tuner, PromptTuner):
+        return draft
+    config = draft.config.model_copy(update=_dimensions(context, draft.config))
+    draft = draft.but(config=config)
+    model = context.graph.model
+    if model.input_embeddings is None:
+        what = f"`{model.cls}` has no input embeddings that prompts could go before"
+        return draft.told(rules.NO_EMBEDDINGS(what, fix="Use a method that adapts layers."))
+    tokens, width = config.num_virtual_tokens, config.token_dim
+    if tokens is None or width is None:
+        missing = "num_virtual_tokens" if tokens is None else "token_dim"
+        fix = "Set it, e.g. to 20." if tokens is None else "Set it to the width of the input embeddings."
+        return draft.told(rules.PROMPT_SIZE(f"`{missing}` is not set", fix=fix, where=context.where(missing)))
+    try:
+        with boundary(context.method.peft_type, "slots"):
+            slots = tuple(tuner.slots(config, model.dims))
+        check_slots(slots, context, None)
+    except PeftcError as error:
+        return draft.failed(error)
+    rows = tokens * (config.num_transformer_submodules or 1)
+    return draft.but(prompt=PromptSite(slots, "float32", _PROMPT_KEY, (rows, width), model.input_embeddings))
+
+
+def _dimensions(context: Context, config: PromptLearningConfig) -> Mapping[str, int | None]:
+    """Dimensions that the config leaves out, from the model."""
+    dims = context.graph.model.dims
+    found = {
+        "token_dim": dims.get("hidden_size"),
+        "num_layers": dims.get("num_hidden_layers"),
+        "num_attention_heads": dims.get("num_attention_heads"),
+        "num_transformer_submodules": 2 if config.task_type is TaskType.SEQ_2_SEQ_LM else 1,
+    }
+    return {name: value for name, value in found.items() if option(config, name) is None}

@@ -1,0 +1,1 @@
+"""Documents and configs: what users write, read with positions and validated."""

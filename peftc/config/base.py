@@ -1,0 +1,102 @@
+"""`PeftConfig`: one adapter's options, with the reference's names, defaults and meaning.
+
+A config is a plain mutable object, as users of the reference expect. It is validated when it is made and again when it
+is compiled; what is wrong comes out as diagnostics, all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from peftc.config.problems import models_below, problems, unknown_key
+from peftc.config.types import PeftType, TaskType
+from peftc.diagnostics import ConfigError
+
+CONFIG_NAME = "adapter_config.json"
+
+
+class ConfigModel(BaseModel):
+    """What every piece of a config shares: strict types, and no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = problems(error, values, models_below(type(self)))
+            raise ConfigError(tuple(problem.diagnostic for problem in found)) from None
+
+    # pydantic's own mark: a nested config is validated as part of the outer one, which keeps the paths of its problems
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValueError:
+            raise ConfigError(unknown_key([type(self)], name)) from None
+
+
+class PeftConfig(ConfigModel):
+    """What every adapter's config has. Raises `ConfigError` (also a `TypeError` and a `ValueError`) on bad values."""
+
+    peft_type: PeftType | None = None
+    """The method: the name of an installed plugin, in upper case."""
+    task_type: TaskType | None = Field(default=None, strict=False)
+    """What the model is for, e.g. `CAUSAL_LM`; decides the model class and the head that is trained along."""
+    auto_mapping: dict[str, Any] | None = None
+    """Class and library of the base model, written when there is no task type. Never imported from."""
+    peft_version: str | None = None
+    """The version that wrote the file."""
+    base_model_name_or_path: str | None = None
+    """The base model that the adapter belongs to."""
+    revision: str | None = None
+    """The revision of the base model."""
+    inference_mode: bool = False
+    """Whether the adapter is frozen."""
+
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+
+    #: pattern option -> the option that it overrides for the modules it matches, e.g. `{"rank_pattern": "r"}`
+    pattern_options: ClassVar[Mapping[str, str]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options that go into a file, sets left as sets; `type(self)(**d)` accepts the result."""
+        return self.model_dump()
+
+    def to_json(self) -> dict[str, Any]:
+        """The same, of JSON types only; sets become sorted lists."""
+        return self.model_dump(mode="json")
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into the folder, which is made if needed. Further keywords are ignored."""
+        from peftc.config.files import write_config  # here, because it belongs to the layer above
+
+        write_config(self, Path(save_directory), **kwargs)
+
+    @field_validator("peft_type", mode="after")
+    @classmethod
+    def _of_this_class(cls, value: PeftType | None) -> PeftType | None:
+        own: PeftType | None = cls.model_fields["peft_type"].default
+        if own is not None and value not in (None, own):
+            raise ValueError(f"should be `{own}`: a `{cls.__name__}` has no other type")
+        return own if value is None else value
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PeftConfig:
+        """Read an adapter's config from a folder; its type decides the class. Unrelated keywords are ignored.
+
+        Raises `PeftcError` when the file is missing, unreadable, or of an unknown type.
+        """
+        from peftc.config.files import read_config  # here, because it belongs to the layer above
+
+        return read_config(pretrained_model_name_or_path, **kwargs)
+
+    def revalidated(self) -> Self:
+        """A validated copy: attributes may have been assigned since. Raises `ConfigError`."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields})

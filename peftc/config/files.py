@@ -1,0 +1,242 @@
+"""`adapter_config.json` in and out. The file's `peft_type` decides the class; nothing else in it decides what is run.
+
+Files come from other libraries and other versions, so an unknown key is dropped with a warning that names it, while a
+value that cannot be right is an error. What people write themselves is read strictly.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peftc import rules
+from peftc.config.base import CONFIG_NAME, PeftConfig
+from peftc.config.json_text import parse_json
+from peftc.config.places import Document, Location, json_path
+from peftc.config.problems import ModelsAt, Problem, models_below, problems, shorten
+from peftc.config.reader import MAX_JSON, read_text
+from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Where, did_you_mean, nearest, warn
+from peftc.registry.manager import Registry, default_registry
+
+#: A key that the reference once wrote and that describes a run, not an adapter.
+_RUN_KEY = "runtime_config"
+
+
+def read_config(source: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> PeftConfig:
+    """The config of an adapter in a folder, in a file, or on the hub; unknown keys are warned of and dropped.
+
+    `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` are passed on if the hub is asked, and
+    ignored otherwise, as all other keywords are. Raises `PeftcError` when there is no such file, or it is not a config.
+    """
+    file = _find(os.fspath(source), subfolder, options)
+    document = parse_json(read_text(file, MAX_JSON), file)
+    config, warnings = config_from_document(document, lenient=True)
+    warn(warnings)
+    return config
+
+
+def write_config(config: PeftConfig, folder: str | os.PathLike[str], **ignored: Any) -> Path:
+    """Write `adapter_config.json` as the reference does: all options, sorted, sets as sorted lists. Returns its path.
+
+    The file is whole at every moment. Raises `ConfigError` for values that are not valid any more, `PeftcError` if the
+    file cannot be written.
+    """
+    text = config_text(config)
+    file = Path(folder) / CONFIG_NAME
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    except OSError as error:
+        fix = "Name a folder that can be written, on a disk with space."
+        what = f"`{file}` cannot be written: {error.strerror or error}"
+        raise PeftcError(rules.CANNOT_WRITE(what, fix=fix, where=Where(file=str(file)))) from error
+    return file
+
+
+def config_text(config: PeftConfig) -> str:
+    """The text of `adapter_config.json`. Raises `ConfigError` for values that are not valid any more."""
+    data = config.revalidated().to_json()
+    data.pop(_RUN_KEY, None)
+    return json.dumps(data, indent=2, sort_keys=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace the file's text in one step: another process, or a crash, sees the old text or the new. Raises `OSError`."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(handle)
+        os.chmod(temporary, _mode_for(file))
+        os.replace(temporary, file)
+    except BaseException:  # also an interrupt: nothing half written may stay
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _mode_for(file: Path) -> int:
+    """Permissions as an ordinary write would leave them; a temporary file has stricter ones."""
+    try:
+        return file.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
+def config_from_document(
+    document: Document, *, lenient: bool, registry: Registry | None = None
+) -> tuple[PeftConfig, list[Diagnostic]]:
+    """The config in a document, and warnings, all with their lines. Raises `PeftcError` with every problem."""
+    config, found = check_config(document.data, lenient=lenient, registry=registry)
+    told = [place(document, problem) for problem in found]
+    if config is None:
+        raise ConfigError(told)
+    return config, told
+
+
+def config_from_dict(
+    data: Mapping[str, Any], *, lenient: bool, where: Where | None = None, registry: Registry | None = None
+) -> tuple[PeftConfig, list[Diagnostic]]:
+    """The config that plain data describes, and warnings. Raises `ConfigError` with every problem.
+
+    With `lenient` unknown keys are dropped with a warning; otherwise they are errors. `where` is what the data is from.
+    """
+    config, found = check_config(data, lenient=lenient, registry=registry)
+    told = [_below(where or Where(), problem) for problem in found]
+    if config is None:
+        raise ConfigError(told)
+    return config, told
+
+
+def place(document: Document, problem: Problem, base: Location = ()) -> Diagnostic:
+    """The problem with its line; `base` is where the data that it is about stands in the document."""
+    return _moved(problem.diagnostic, document.where((*base, *problem.location), problem.on_key))
+
+
+def check_config(
+    data: Any, *, lenient: bool, registry: Registry | None = None
+) -> tuple[PeftConfig | None, list[Problem]]:
+    """The config, or None if there is an error among the problems."""
+    model = class_for(data, registry or default_registry())
+    if isinstance(model, Problem):
+        return None, [model]
+    warnings: list[Problem] = []
+    if lenient:
+        data, warnings = _without_unknown(model, data)
+    elif stray := not_stored(model, data):
+        return None, stray
+    try:
+        return model.__pydantic_validator__.validate_python(dict(data)), warnings
+    except ValidationError as error:
+        return None, [*warnings, *problems(error, data, models_below(model))]
+
+
+def class_for(data: Any, registry: Registry) -> type[PeftConfig] | Problem:
+    """The class that `peft_type` names, or why there is none."""
+    if not isinstance(data, Mapping):
+        what = f"A config is an object of options, not `{shorten(data)}`"
+        return Problem((), rules.WRONG_DOCUMENT(what, fix="Give `peft_type` and the options of that method."))
+    if "peft_type" not in data:
+        close = [f"`{key}` may be meant for it." for key in nearest("peft_type", data, limit=1)]
+        fix = " ".join([f"Add it, one of {', '.join(registry.names)}.", *close])
+        return Problem((), rules.MISSING_KEY("`peft_type` is missing", fix=fix))
+    name = data["peft_type"]
+    if not isinstance(name, str):
+        what = f"`peft_type` cannot be `{shorten(name)}`: should be a valid string"
+        return Problem(("peft_type",), rules.BAD_VALUE(what, fix=f"Use one of {', '.join(registry.names)}."))
+    try:
+        return registry.get(name).config
+    except PeftcError as error:
+        return Problem(("peft_type",), error.diagnostics[0])
+
+
+def not_stored(model: type[PeftConfig], data: Mapping[str, Any]) -> list[Problem]:
+    """Keys that an adapter's file does not have, although the class takes them as keywords in Python."""
+    fix = "Pass it in Python, where the model is made."
+    return [
+        Problem((key,), rules.UNKNOWN_KEY(f"`{key}` describes a run and cannot stand in a file", fix=fix), True)
+        for key in data
+        if key in model.model_fields and model.model_fields[key].exclude
+    ]
+
+
+def _without_unknown(model: type[PeftConfig], data: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Problem]]:
+    """The data without keys that the class has not, at any depth, and a warning for each."""
+    kept: dict[str, Any] = {key: value for key, value in data.items() if key != _RUN_KEY}
+    warnings = [_run_key()] if data.get(_RUN_KEY) is not None else []
+    try:
+        model.__pydantic_validator__.validate_python(kept)
+    except ValidationError as error:
+        models_at = models_below(model)
+        unknown = [p.location for p in problems(error, kept, models_at) if p.diagnostic.code == rules.UNKNOWN_KEY.code]
+        if unknown:
+            kept = copy.deepcopy(kept)
+        for location in unknown:
+            warnings.append(_dropped(location, models_at))
+            holder: Any = kept
+            for part in location[:-1]:
+                holder = holder[part]
+            del holder[location[-1]]
+    return kept, warnings
+
+
+def _run_key() -> Problem:
+    what = f"`{_RUN_KEY}` describes a run, not an adapter, and was dropped"
+    return Problem((_RUN_KEY,), rules.DROPPED_KEY(what, fix="Pass it where the model is loaded."), True)
+
+
+def _dropped(location: Location, models_at: ModelsAt) -> Problem:
+    name = str(location[-1])
+    options = [option for model in models_at(location[:-1]) for option in model.model_fields]
+    hint = did_you_mean(name, options)
+    fix = f"{hint} If it matters to this adapter, use a version that has it; otherwise remove it.".strip()
+    return Problem(
+        location, rules.DROPPED_KEY(f"`{json_path(location, root='')}` is not known and was dropped", fix=fix), True
+    )
+
+
+def _below(where: Where, problem: Problem) -> Diagnostic:
+    path = json_path(problem.location, root=where.path or "") or None
+    return _moved(problem.diagnostic, Where(where.file, where.line, where.column, path))
+
+
+def _moved(diagnostic: Diagnostic, where: Where) -> Diagnostic:
+    return Diagnostic(diagnostic.code, diagnostic.severity, diagnostic.what, diagnostic.why, diagnostic.fix, where)
+
+
+def _find(source: str, subfolder: str | None, options: Mapping[str, Any]) -> str:
+    """The path of the config file; the hub is asked only for what is no path here."""
+    path = Path(source)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        what = f"`{source[:200]}` cannot be read: {error.strerror or error}"
+        raise PeftcError(rules.UNREADABLE(what, fix="Check the path and its permissions.")) from error
+    if is_file:
+        return source
+    if is_folder:
+        return str(path / (subfolder or "") / CONFIG_NAME)
+    from peftc.config.hub import fetch, is_repository  # here: its client costs more than all the rest
+
+    if is_repository(source):
+        return str(fetch(source, CONFIG_NAME, subfolder, options))
+    fix = did_you_mean(path.name, _folders_beside(path)) or "Check the path."
+    raise PeftcError(rules.UNREADABLE(f"There is no folder `{source}`", fix=fix, where=Where(file=source)))
+
+
+def _folders_beside(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.parent.iterdir()][:1000]
+    except OSError:
+        return []

@@ -1,0 +1,73 @@
+"""Options that many methods share. A config takes the mixins it needs; each has its pass in the compiler.
+
+Meaning and defaults are the reference's; the compiler asks `isinstance(config, Mixin)` and never for a method.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from peftc.config.base import ConfigModel
+
+
+def _as_set(value: Any) -> Any:
+    return set(value) if isinstance(value, (list, tuple, frozenset)) else value
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, set, frozenset)) else value
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+#: A set of module names, or one regular expression. A list in a file; a set in memory, as in the reference.
+Names = Annotated[
+    set[str] | str | None, BeforeValidator(_as_set), PlainSerializer(_sorted, when_used="json", return_type=Any)
+]
+NameList = Annotated[list[str] | None, BeforeValidator(_as_list)]
+
+
+class TargetsMixin(ConfigModel):
+    """Which modules are adapted."""
+
+    target_modules: Names = None
+    """Names (a module matches by its full path or by a suffix at a dot), one regular expression over the full path, or
+    `all-linear`. Left out: the default for the model's type."""
+    exclude_modules: Names = None
+    """Names or one regular expression of modules that are left alone although they match."""
+
+
+class LayersMixin(ConfigModel):
+    """Restrict the targets to some of the model's layers."""
+
+    layers_to_transform: Annotated[list[int] | int | None, BeforeValidator(_as_list)] = None
+    """Indices of the layers to adapt; only with `target_modules` as a list."""
+    layers_pattern: Annotated[list[str] | str | None, BeforeValidator(_as_list)] = None
+    """Name of the list of layers (`layers`, `h`), when it is not the first numbered one in the path."""
+
+    @model_validator(mode="after")
+    def _layers_need_names(self) -> Self:
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: without it, it has no effect")
+        targets = getattr(self, "target_modules", None)
+        if isinstance(targets, str) and targets.lower() != "all-linear" and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression")
+        return self
+
+
+class ModulesToSaveMixin(ConfigModel):
+    """Modules that are trained whole and saved with the adapter."""
+
+    modules_to_save: NameList = None
+    """Names (or suffixes at a dot) of modules that are copied, trained whole and saved along, e.g. a new head."""
+
+
+class RankMixin(ConfigModel):
+    """The rank of a low-rank update."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank of the update: larger learns more and costs more."""

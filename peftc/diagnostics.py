@@ -1,0 +1,162 @@
+"""What a problem looks like: one `Diagnostic` with a stable code, a place, and what to do about it.
+
+Everything user-facing that can go wrong is a `Rule` in `peftc.rules`; calling the rule makes a diagnostic. Problems are
+collected and raised together as one `PeftcError`, so that a document with five mistakes costs one run, not five.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+
+class Severity(StrEnum):
+    """How bad it is: an error stops the operation, a warning is shown and the operation goes on."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A place: a file position, a JSON path inside a document (`$.adapters.a.r`), a module path, or several of these."""
+
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    path: str | None = None
+
+    def __str__(self) -> str:
+        parts = [str(p) for p in (self.file, self.line, self.column) if p is not None]
+        position = ":".join(parts)
+        if self.path is None:
+            return position
+        return f"{position} at `{self.path}`" if position else f"`{self.path}`"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One problem: `what` is wrong `where`, `why` it matters and how to `fix` it. `code` never changes its meaning."""
+
+    code: str
+    severity: Severity
+    what: str
+    why: str
+    fix: str
+    where: Where = field(default_factory=Where)
+
+    def __str__(self) -> str:
+        lines = [f"{self.severity.value}[{self.code}]: {self.what}"]
+        place = str(self.where)
+        if place:
+            lines.append(f"  where: {place}")
+        if self.why:
+            lines.append(f"  why:   {self.why}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A kind of problem, declared once. `title` heads its entry in the documentation, `why` is the default reason."""
+
+    code: str
+    title: str
+    why: str
+    severity: Severity = Severity.ERROR
+
+    def __call__(
+        self,
+        what: str,
+        *,
+        fix: str,
+        where: Where | str | None = None,
+        why: str | None = None,
+        severity: Severity | None = None,
+    ) -> Diagnostic:
+        """A diagnostic of this kind; a plain string as `where` is a module or JSON path."""
+        place = Where(path=where) if isinstance(where, str) else where or Where()
+        return Diagnostic(self.code, severity or self.severity, what, self.why if why is None else why, fix, place)
+
+
+class PeftcError(Exception):
+    """Raised with every diagnostic found, errors and warnings alike; `str()` shows them all."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic] | Diagnostic) -> None:
+        found = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(diagnostics)
+        self.diagnostics: tuple[Diagnostic, ...] = found
+        super().__init__(render(found))
+
+    def __reduce__(self) -> tuple[type[PeftcError], tuple[tuple[Diagnostic, ...]]]:
+        return type(self), (self.diagnostics,)
+
+
+class ConfigError(PeftcError, TypeError, ValueError):
+    """A config that cannot be made. Also a `TypeError`: other libraries catch that for an unknown keyword."""
+
+
+class PeftcWarning(UserWarning):
+    """A warning that carries its `Diagnostic`."""
+
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        self.diagnostic = diagnostic
+        super().__init__(str(diagnostic))
+
+
+class Collector:
+    """Gathers diagnostics through an operation, so that all problems are reported at once."""
+
+    def __init__(self) -> None:
+        self._found: list[Diagnostic] = []
+
+    def add(self, *diagnostics: Diagnostic) -> None:
+        self._found.extend(diagnostics)
+
+    def __iter__(self) -> Iterator[Diagnostic]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def errors(self) -> tuple[Diagnostic, ...]:
+        return tuple(d for d in self._found if d.severity is Severity.ERROR)
+
+    @property
+    def warnings(self) -> tuple[Diagnostic, ...]:
+        return tuple(d for d in self._found if d.severity is Severity.WARNING)
+
+    def raise_errors(self, error: type[PeftcError] = PeftcError) -> None:
+        """Raise everything gathered if any of it is an error."""
+        if self.errors:
+            raise error(self._found)
+
+
+def render(diagnostics: Iterable[Diagnostic]) -> str:
+    """Plain text, one block per diagnostic."""
+    return "\n".join(str(d) for d in diagnostics)
+
+
+def warn(diagnostics: Iterable[Diagnostic], stacklevel: int = 3) -> None:
+    """Show warnings through Python's warning machinery (each is a `PeftcWarning`)."""
+    for diagnostic in diagnostics:
+        warnings.warn(PeftcWarning(diagnostic), stacklevel=stacklevel)
+
+
+def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
+    """The candidates most like `name`, best first; empty when none is close."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(candidates)), n=limit, cutoff=0.6)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """A sentence naming the nearest candidates, or an empty string."""
+    close = nearest(name, candidates)
+    return f"Did you mean {' or '.join(f'`{c}`' for c in close)}?" if close else ""

@@ -1,0 +1,303 @@
+"""Facts about a model's modules, without the model: what the compiler sees instead of tensors.
+
+A `ModuleGraph` is frozen, comes from a live module or from a config on the meta device, and is cached as JSON. Facts that
+many modules share (`LayerFacts`) are one object, so that work done per kind of layer is done once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+#: Version of the JSON form; a file of another version is not read.
+GRAPH_VERSION = 1
+
+
+class Kind(StrEnum):
+    """How a module uses its weight. Decides which methods can adapt it and how its weight is stored."""
+
+    LINEAR = "linear"  # weight (out, in)
+    CONV1D_TRANSPOSED = "conv1d_transposed"  # transformers' Conv1D: a linear map, weight stored as (in, out)
+    EMBEDDING = "embedding"  # weight (num, dim)
+    CONV1D = "conv1d"  # weight (out, in / groups, k)
+    CONV2D = "conv2d"
+    CONV3D = "conv3d"
+    NORM = "norm"
+    OTHER = "other"
+
+
+#: Kinds that `all-linear` means.
+LINEAR_KINDS = frozenset({Kind.LINEAR, Kind.CONV1D_TRANSPOSED})
+CONV_KINDS = frozenset({Kind.CONV1D, Kind.CONV2D, Kind.CONV3D})
+
+
+class Role(StrEnum):
+    """What a module is for, where names and structure tell."""
+
+    Q = "q"
+    K = "k"
+    V = "v"
+    QKV = "qkv"
+    O = "o"  # noqa: E741 - the field's name for it
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+    ROUTER = "router"
+    EXPERT = "expert"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    NORM = "norm"
+    TOWER = "tower"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """A parameter or buffer of a module: storage shape and dtype (`"float32"`, `"bfloat16"`, …)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the content."""
+        return self.numel * DTYPE_BYTES.get(self.dtype, 4)
+
+
+#: Bytes of one number; dtypes that are not here count as four.
+DTYPE_BYTES: Mapping[str, int] = {
+    "complex128": 16,
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    **dict.fromkeys(("float32", "int32", "uint32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
+    **dict.fromkeys(("int8", "uint8", "bool"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What a method may know about a layer when it declares its slots: everything but the place.
+
+    `in_features` and `out_features` are those of the logical map whatever the storage: an embedding maps from
+    `num_embeddings` to `embedding_dim`, a convolution from `in_channels` to `out_channels` with `kernel` and `groups`.
+    `params` and `buffers` (persistent ones) are the module's own by name, in registration order. `note` says why a layer
+    that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own.
+    """
+
+    kind: Kind
+    cls: str
+    in_features: int = 0
+    out_features: int = 0
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    params: tuple[tuple[str, TensorFacts], ...] = ()
+    buffers: tuple[tuple[str, TensorFacts], ...] = ()
+    note: str = ""
+
+    @property
+    def weight(self) -> TensorFacts | None:
+        """The parameter called `weight`, if there is one."""
+        return next((t for n, t in self.params if n == "weight"), None)
+
+    @property
+    def has_bias(self) -> bool:
+        return any(name == "bias" for name, _ in self.params)
+
+    @property
+    def numel(self) -> int:
+        """Parameters of the module itself, children not counted."""
+        return sum(t.numel for _, t in self.params)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleNode:
+    """One module: its dotted path (empty for the root), shared facts, role, and the numbered block that it is in.
+
+    `block` is the path of the list of blocks and the index in it, e.g. `("model.layers", 3)`: the first numbered
+    segment of the path.
+    """
+
+    path: str
+    facts: LayerFacts
+    role: Role | None = None
+    block: tuple[str, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model as a whole. `dims` are numbers of its config (hidden_size, num_hidden_layers, …)."""
+
+    cls: str
+    model_type: str | None = None
+    name_or_path: str | None = None
+    input_embeddings: str | None = None
+    output_embeddings: str | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+    is_encoder_decoder: bool = False
+
+
+@dataclass(frozen=True)
+class ModuleGraph:
+    """All modules of a model, in `named_modules` order, and which parameters share storage.
+
+    `ties` lists groups of full parameter names that are one tensor, the name that `named_parameters` reports first.
+    """
+
+    model: ModelFacts
+    nodes: tuple[ModuleNode, ...]
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    @cached_property
+    def by_path(self) -> Mapping[str, ModuleNode]:
+        return {node.path: node for node in self.nodes}
+
+    @cached_property
+    def alias_of(self) -> Mapping[str, str]:
+        """Tied parameter name -> the name it is counted under (the first of its group)."""
+        return {name: group[0] for group in self.ties for name in group[1:]}
+
+    def parameters(self) -> Iterator[tuple[str, TensorFacts]]:
+        """Every parameter once, under the name that `named_parameters` gives it."""
+        aliases = self.alias_of
+        for node in self.nodes:
+            prefix = f"{node.path}." if node.path else ""
+            for name, tensor in node.facts.params:
+                full = prefix + name
+                if full not in aliases:
+                    yield full, tensor
+
+    @cached_property
+    def numel(self) -> int:
+        """All parameters, tied ones counted once."""
+        aliases = self.alias_of
+        tied = {name.rpartition(".")[0] for name in aliases}
+        total = 0
+        for node in self.nodes:
+            if node.path not in tied:
+                total += node.facts.numel
+                continue
+            prefix = f"{node.path}." if node.path else ""
+            total += sum(t.numel for n, t in node.facts.params if prefix + n not in aliases)
+        return total
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, tied ones counted once."""
+        return sum(tensor.nbytes for _, tensor in self.parameters())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over structure, shapes, dtypes and ties: what a plan depends on.
+
+        Where the model came from and what is only said for readers (roles, notes) are left out: the same model from
+        another folder, or described by a later version, is the same.
+        """
+        data = self.to_json()
+        del data["model"]["name_or_path"]
+        data["nodes"] = [[path, index] for path, index, _, _ in data["nodes"]]
+        data["facts"] = [{key: value for key, value in facts.items() if key != "note"} for facts in data["facts"]]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only; layer facts are listed once and referred to by index."""
+        table: dict[LayerFacts, int] = {}
+        nodes: list[list[Any]] = []
+        for node in self.nodes:
+            index = table.setdefault(node.facts, len(table))
+            nodes.append([node.path, index, node.role and node.role.value, node.block and list(node.block)])
+        model = self.model
+        return {
+            "version": GRAPH_VERSION,
+            "model": {
+                "cls": model.cls,
+                "model_type": model.model_type,
+                "name_or_path": model.name_or_path,
+                "input_embeddings": model.input_embeddings,
+                "output_embeddings": model.output_embeddings,
+                "dims": dict(model.dims),
+                "is_encoder_decoder": model.is_encoder_decoder,
+            },
+            "facts": [facts_to_json(facts) for facts in table],
+            "nodes": nodes,
+            "ties": [list(group) for group in self.ties],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModuleGraph:
+        """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on data of another form."""
+        if data["version"] != GRAPH_VERSION:
+            raise ValueError(f"graph version {data['version']} is not known")
+        table = [facts_from_json(item) for item in data["facts"]]
+        nodes = tuple(
+            ModuleNode(path, table[index], Role(role) if role else None, (block[0], block[1]) if block else None)
+            for path, index, role, block in data["nodes"]
+        )
+        return cls(ModelFacts(**data["model"]), nodes, tuple(tuple(group) for group in data["ties"]))
+
+
+def facts_to_json(facts: LayerFacts) -> dict[str, Any]:
+    """JSON types only."""
+    return {
+        "kind": facts.kind.value,
+        "cls": facts.cls,
+        "in_features": facts.in_features,
+        "out_features": facts.out_features,
+        "kernel": list(facts.kernel),
+        "groups": facts.groups,
+        "params": [[name, list(tensor.shape), tensor.dtype] for name, tensor in facts.params],
+        "buffers": [[name, list(tensor.shape), tensor.dtype] for name, tensor in facts.buffers],
+        "note": facts.note,
+    }
+
+
+def facts_from_json(data: Mapping[str, Any]) -> LayerFacts:
+    """The inverse of `facts_to_json`. Raises `KeyError`, `TypeError` or `ValueError` on data of another form."""
+    return LayerFacts(
+        kind=Kind(data["kind"]),
+        cls=data["cls"],
+        in_features=data["in_features"],
+        out_features=data["out_features"],
+        kernel=tuple(data["kernel"]),
+        groups=data["groups"],
+        params=_tensors_from_json(data["params"]),
+        buffers=_tensors_from_json(data["buffers"]),
+        note=data["note"],
+    )
+
+
+def _tensors_from_json(data: list[Any]) -> tuple[tuple[str, TensorFacts], ...]:
+    return tuple((name, TensorFacts(tuple(shape), dtype)) for name, shape, dtype in data)
+
+
+def block_of(path: str) -> tuple[str, int] | None:
+    """The first numbered segment of a path: `model.layers.3.mlp` -> `("model.layers", 3)`."""
+    parts = path.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:position]), int(part)
+    return None
+
+
+def suffixes(path: str) -> Iterable[str]:
+    """The path and each of its suffixes at a dot, longest first."""
+    while True:
+        yield path
+        _, dot, path = path.partition(".")
+        if not dot:
+            return

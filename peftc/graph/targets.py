@@ -1,0 +1,51 @@
+"""Which modules are adapted when a config names none: tables by model type, as data (`default_targets.json`).
+
+A method's record names its table; tables may be the same as another, or differ from one in a few model types. The values
+are the reference's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from peftc import rules
+from peftc.diagnostics import PeftcError, did_you_mean
+
+#: A list of module names, or one regular expression over the full path.
+Targets = list[str] | str
+
+
+def default_targets(table: str, model_type: str | None) -> Targets | None:
+    """The targets that a table has for a model type, None if it has none. Raises `PeftcError` on an unknown table."""
+    found = _table(table).get(model_type) if model_type is not None else None
+    return list(found) if isinstance(found, list) else found
+
+
+def known_model_types(table: str) -> tuple[str, ...]:
+    """Model types that a table knows, sorted. Raises `PeftcError` on an unknown table."""
+    return tuple(sorted(_table(table)))
+
+
+@cache
+def _data() -> Mapping[str, Any]:
+    text = files("peftc.graph").joinpath("default_targets.json").read_text(encoding="utf-8")
+    tables: Mapping[str, Any] = json.loads(text)["tables"]
+    return tables
+
+
+@cache
+def _table(name: str) -> Mapping[str, Targets]:
+    entry = _data().get(name)
+    if entry is None:
+        fix = did_you_mean(name, _data()) or f"Tables are {', '.join(_data())}."
+        raise PeftcError(rules.PLUGIN_INVALID(f"There is no table of default targets `{name}`", fix=fix))
+    if isinstance(entry, str):
+        return _table(entry)
+    if "like" in entry:
+        return {**_table(entry["like"]), **entry["but"]}
+    targets: Mapping[str, Targets] = entry["targets"]
+    return targets

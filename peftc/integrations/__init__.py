@@ -1,0 +1,1 @@
+"""What peftc knows about other libraries, one folder or file for each."""

@@ -1,0 +1,1 @@
+"""What peftc knows about transformers: building and loading base models, their graphs, training and generation."""

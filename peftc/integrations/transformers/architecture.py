@@ -1,0 +1,173 @@
+"""From a located base to a transformers config and the model class for the task. No weights, no network, no remote code.
+
+The class comes from transformers' own tables: a name in a config file is compared with them and never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from peftc import rules
+from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
+from peftc.graph.locate import CONFIG_FILE, LocatedBase
+from peftc.integrations.transformers import gguf
+
+#: What transformers' constructors and loaders raise on a config or a file that makes no sense to them.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RecursionError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+
+#: Task type -> transformers' automatic class.
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def config_of(base: LocatedBase) -> PretrainedConfig:
+    """The base's config object. Raises `PeftcError` if transformers does not understand it."""
+    if base.gguf is not None:
+        return gguf.read_config(base.gguf)
+    data = dict(base.config or {})
+    _require_known_type(base, data)
+    try:
+        with _alone_in_a_folder(
+            data
+        ) as folder:  # read as transformers reads a model's folder, with its own corrections
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except FAILURES as error:
+        fix = "Compare it with the config of a model that works; `peftc graph` tries it alone."
+        raise PeftcError(rules.BASE_UNREADABLE(_told(error), fix=fix, where=_where(base))) from error
+
+
+def model_class(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the task asks for, else the one that the config names. Raises `PeftcError` if there is none.
+
+    A GGUF file names no class and holds a language model.
+    """
+    task = base.ref.task_type or ("CAUSAL_LM" if base.gguf is not None else None)
+    if task is not None:
+        found = _classes_in(_AUTO_CLASSES[task], config)
+        if found:
+            return _for_architecture(found, config)
+        what = f"transformers has no {_AUTO_CLASSES[task]} for the model type `{config.model_type}`"
+        fix = f"Task types that it has a class for: {', '.join(_tasks_of(config)) or 'none; leave `task_type` out'}."
+        raise PeftcError(rules.BASE_UNBUILDABLE(what, fix=fix, why="", where=_where(base)))
+    named = config.architectures or []
+    known = {cls.__name__: cls for auto in _all_auto_classes() for cls in _classes_in(auto, config)}
+    if named and named[0] in known:
+        return known[named[0]]
+    plain = _classes_in(AutoModel.__name__, config)
+    if not named and plain:
+        return plain[0]
+    what = (
+        f"transformers has no class `{named[0]}`" if named else f"There is no plain model of type `{config.model_type}`"
+    )
+    fix = (
+        f"{did_you_mean(named[0], known) if named else ''} Give a `task_type`: {', '.join(_tasks_of(config))}.".strip()
+    )
+    raise PeftcError(
+        rules.BASE_UNBUILDABLE(what, fix=fix, why="The config decides the model class.", where=_where(base))
+    )
+
+
+def unbuildable(base: LocatedBase, error: Exception) -> Diagnostic:
+    """The diagnostic for a model that transformers could not build or load."""
+    if isinstance(error, ImportError):
+        fix = "Install what the message names."
+        return rules.DEPENDENCY_MISSING(_told(error), fix=fix, where=_where(base))
+    fix = "The same happens with transformers alone; correct the config or update transformers."
+    return rules.BASE_UNBUILDABLE(_told(error), fix=fix, where=_where(base))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' remarks about a model that is only looked at off the terminal."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _require_known_type(base: LocatedBase, data: dict[str, Any]) -> None:
+    kind = data.get("model_type")
+    where = _where(base)
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return
+    if "auto_map" in data:
+        what = f"The model type `{kind}` is defined by code in the model's own repository"
+        fix = "Build the model yourself and use `peftc.get_peft_model` or `peftc graph` on a saved graph."
+        raise PeftcError(rules.REMOTE_CODE(what, fix=fix, where=where))
+    if kind is None:
+        fix = "Add `model_type`, or name the folder that `save_pretrained` of transformers wrote."
+        raise PeftcError(rules.BASE_UNREADABLE("The config has no `model_type`", fix=fix, where=where))
+    fix = did_you_mean(str(kind), CONFIG_MAPPING) or f"transformers {transformers.__version__} may be too old for it."
+    raise PeftcError(rules.BASE_UNREADABLE(f"transformers does not know the model type `{kind}`", fix=fix, where=where))
+
+
+@contextmanager
+def _alone_in_a_folder(data: dict[str, Any]) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="peftc-") as folder:
+        Path(folder, CONFIG_FILE).write_text(json.dumps(data), encoding="utf-8")
+        yield folder
+
+
+def _classes_in(auto: str, config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """Classes that an automatic class has for a config; several where the config's `architectures` chooses."""
+    found = getattr(transformers, auto)._model_mapping.get(type(config), ())
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
+def _for_architecture(classes: tuple[type[PreTrainedModel], ...], config: PretrainedConfig) -> type[PreTrainedModel]:
+    named = config.architectures or []
+    return next((cls for cls in classes if cls.__name__ in named), classes[0])
+
+
+def _all_auto_classes() -> list[str]:
+    return [name for name in dir(transformers) if name.startswith("AutoModel")]
+
+
+def _tasks_of(config: PretrainedConfig) -> list[str]:
+    return [task for task, auto in _AUTO_CLASSES.items() if _classes_in(auto, config)]
+
+
+def _told(error: Exception) -> str:
+    """The error in one line; transformers puts the reason of some into the lines after the first."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def _where(base: LocatedBase) -> Where:
+    return Where(file=base.ref.name)

@@ -1,0 +1,112 @@
+"""A base model with its real weights, and its tokenizer, wherever they come from.
+
+Model class and dtype are chosen as for the graph, so that a plan made from the config fits the model loaded here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from peftc.diagnostics import PeftcError
+from peftc.graph.base_ref import BaseRef
+from peftc.graph.locate import LocatedBase, locate
+from peftc.integrations.transformers import architecture, gguf
+from peftc.integrations.transformers.dtypes import dtype_of
+
+#: A folder with one of these has a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+
+
+def load_base(
+    base: BaseRef, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The base model in evaluation mode on `device`, and its tokenizer if it has one.
+
+    A bare config gives a model initialised at random from `seed`, and no tokenizer. Raises `PeftcError` when something is
+    missing or transformers cannot load it.
+    """
+    located = locate(base)
+    with nullcontext() if located.gguf is None else gguf.read_once():
+        model = _loaded_model(located, device) if located.has_weights else _random_model(located, seed)
+        tokenizer = load_tokenizer(located)
+    model.name_or_path = model.config._name_or_path = base.name or ""  # saved files must not name a path unasked
+    nn.Module.to(model, device)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(base: LocatedBase) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with the base, None if none does. Raises `PeftcError` if it cannot be read."""
+    if base.gguf is not None:
+        return gguf.load_tokenizer(base.gguf)
+    if base.source is None:
+        return None
+    folder = Path(base.source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            base.source, revision=base.ref.revision or "main", trust_remote_code=False
+        )
+    except architecture.FAILURES as error:
+        raise PeftcError(architecture.unbuildable(base, error)) from error
+    return tokenizer
+
+
+def _loaded_model(base: LocatedBase, device: torch.device | str) -> PreTrainedModel:
+    config = architecture.config_of(base)
+    cls = architecture.model_class(base, config)
+    options: dict[str, Any] = {"dtype": dtype_of(base, config)}
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}  # straight to the device, not through main memory
+    with _progress_on_terminals_only():
+        if base.gguf is not None:
+            return gguf.load_model(base.gguf, cls, config, **options)
+        try:
+            model: PreTrainedModel = cls.from_pretrained(
+                base.source, config=config, revision=base.ref.revision or "main", **options
+            )
+        except architecture.FAILURES as error:
+            raise PeftcError(architecture.unbuildable(base, error)) from error
+    return model
+
+
+def _random_model(base: LocatedBase, seed: int) -> PreTrainedModel:
+    config = architecture.config_of(base)
+    cls = architecture.model_class(base, config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype_of(base, config))
+    except architecture.FAILURES as error:
+        raise PeftcError(architecture.unbuildable(base, error)) from error
+    return model
+
+
+@contextmanager
+def _progress_on_terminals_only() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,62 @@
+"""The module graph of a base model before any weight is loaded: from the cache, or built on the meta device from its config.
+
+Importing this file is free, and a cached graph needs neither torch nor transformers: both are imported only to build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peftc import rules
+from peftc.diagnostics import PeftcError, Where, warn
+from peftc.graph.base_ref import BaseRef
+from peftc.graph.cache import GraphCache, key_of
+from peftc.graph.locate import LocatedBase, locate
+from peftc.graph.nodes import ModuleGraph
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def graph_of(base: BaseRef, cache: GraphCache | None = None) -> ModuleGraph:
+    """The graph that the base will have when it is loaded, named as `base` names it.
+
+    Raises `PeftcError` when the base is not on this machine (nothing is downloaded) or transformers cannot build it.
+    """
+    located = locate(base)
+    if (located.config or {}).get("quantization_config"):
+        what = "The base is quantised; the graph is that of the same model with ordinary layers"
+        fix = "Expect the loaded model to differ in the kind and dtype of its layers."
+        warn([rules.QUANTIZED_BASE(what, fix=fix, where=Where(file=base.name))])
+    label = f"{base.name or 'config'} {base.task_type or ''} {base.dtype or ''}".strip()
+    graph = (cache or GraphCache()).get_or_build(key_of(located), label, lambda: build_graph(located))
+    return replace(graph, model=replace(graph.model, name_or_path=base.name))
+
+
+def build_graph(base: LocatedBase) -> ModuleGraph:
+    """Build the model on the meta device and look at it. Raises `PeftcError`."""
+    from peftc.runtime.snapshot import snapshot
+
+    return snapshot(meta_model(base))
+
+
+def meta_model(base: LocatedBase) -> PreTrainedModel:
+    """The model without storage: shapes, dtypes and ties as they will be when it is loaded. Raises `PeftcError`."""
+    import torch
+
+    from peftc.integrations.transformers import architecture
+    from peftc.integrations.transformers.dtypes import dtype_of, keep_some_in_float32
+
+    with architecture.quiet():
+        config = architecture.config_of(base)
+        cls = architecture.model_class(base, config)
+        dtype = dtype_of(base, config)
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+        except architecture.FAILURES as error:
+            raise PeftcError(architecture.unbuildable(base, error)) from error
+    if base.has_weights:
+        keep_some_in_float32(model, dtype)
+    return model

@@ -1,0 +1,152 @@
+"""What commands do with a real model: load a base, put an adapter on it, train, merge.
+
+Each function is one step that a script can take as well; what a person sees of it is the business of `peftc.cli`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftc import rules
+from peftc.checkpoint.atomic import replace_files
+from peftc.compiler.compile import compile_plan
+from peftc.config.files import read_config
+from peftc.config.sections import TrainSection, section_of_word
+from peftc.config.spec import AdapterSpec
+from peftc.diagnostics import PeftcError, Where, did_you_mean, warn
+from peftc.graph.base_ref import BaseRef
+from peftc.integrations.transformers.base import load_base
+from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
+from peftc.integrations.transformers.training import Step, TrainResult, fit
+from peftc.runtime.model import PeftModel
+from peftc.runtime.snapshot import snapshot
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model with real weights and the tokenizer that goes with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad(self) -> int:
+        """The id that batches are padded with."""
+        return pad_id(self.tokenizer)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a name such as `cuda:1`; `auto` is the accelerator if there is one. Raises `PeftcError` without it."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fix = did_you_mean(name, ("auto", "cpu", "cuda", "mps", "xpu")) or "Use `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`."
+        raise PeftcError(rules.DEVICE_MISSING(f"`{name}` is not the name of a device", fix=fix)) from None
+    count = 1 if device.type == "cpu" else _count(device.type)
+    if (device.index or 0) < count:
+        return device
+    told = f"There is no device `{name}`; PyTorch finds {count or 'none'} of that kind"
+    raise PeftcError(rules.DEVICE_MISSING(told, fix="Use `--device cpu`, or install PyTorch for your accelerator."))
+
+
+def _count(kind: str) -> int:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if found is not None and found.type == kind else 0
+
+
+def load(ref: BaseRef, device: torch.device) -> Base:
+    """The base model and its tokenizer. Raises `PeftcError` if either is missing or cannot be read."""
+    model, tokenizer = load_base(ref, device)
+    if tokenizer is None:
+        raise PeftcError(
+            rules.NO_TOKENIZER(
+                f"`{ref.name or 'The base model'}` comes without a tokenizer",
+                fix="Name a base with one: a folder or repository with `tokenizer.json`, or a GGUF file.",
+            )
+        )
+    return Base(model, tokenizer)
+
+
+def base_of_adapter(folder: Path) -> BaseRef:
+    """The base that an adapter folder names. Raises `PeftcError` if it names none."""
+    config = read_config(folder)
+    if not config.base_model_name_or_path:
+        what = f"`{folder}` does not say which base model it belongs to"
+        raise PeftcError(rules.BASE_MISSING(what, fix="Name it with `--base`.", where=Where(file=str(folder))))
+    section = section_of_word(config.base_model_name_or_path)
+    return BaseRef(**section, revision=config.revision if "model" in section else None, task_type=config.task_type)
+
+
+def fresh_adapter(base: Base, spec: AdapterSpec, seed: int) -> PeftModel:
+    """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Raises `PeftcError`."""
+    plan = compile_plan(snapshot(base.model), spec.adapters, active=spec.active_names, strict=True)
+    warn(plan.warnings)
+    transformers.set_seed(seed)
+    return PeftModel.from_plan(base.model, plan)
+
+
+def with_adapter(base: Base, folder: Path) -> PeftModel:
+    """The base with the adapter that a folder holds, frozen. Raises `PeftcError`."""
+    return PeftModel.from_pretrained(base.model, folder)
+
+
+def encoded(base: Base, data: Path, max_length: int) -> list[Encoded]:
+    """The examples of a file, ready for training. Raises `PeftcError` with everything that is wrong with them."""
+    encoder = Encoder(base.tokenizer, stop_ids(base.tokenizer, base.model.generation_config))
+    return encoder.encode_all(read_examples(data), max_length)
+
+
+def train(
+    model: PeftModel,
+    base: Base,
+    rows: list[Encoded],
+    how: TrainSection,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[Step], None] | None = None,
+) -> TrainResult:
+    """Train the active adapters and save all to `folder`; see `fit`. `how.device` is where the model is."""
+    device = torch.device(how.device)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # Trainer takes the current device of the kind
+    return fit(model, rows, base.pad, how, folder, resume=resume, progress=progress)
+
+
+def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
+    """Fold the adapters into the base model and save that to `folder`, which must be new or empty; it is returned.
+
+    The folder appears whole or not at all. Raises `PeftcError` if it holds something, if the adapter cannot be merged, or if
+    merged weights are not finite.
+    """
+    require_new(folder)
+    merged = model.merge_and_unload(safe_merge=True)
+
+    def write(stage: Path) -> None:
+        merged.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+
+    try:
+        replace_files(folder, write, commit="config.json")
+    except SafetensorError as error:
+        what = f"The model could not be saved to `{folder}`: {error}"
+        fix = "Free some space, or save to another disk."
+        raise PeftcError(rules.SAVE_FAILED(what, fix=fix, where=Where(file=str(folder)))) from error
+    return merged
+
+
+def require_new(folder: Path) -> None:
+    """Raise `PeftcError` if the path is taken by anything but an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = f"`{folder}` is there and not empty"
+        raise PeftcError(rules.FOLDER_TAKEN(what, fix="Name a new folder.", where=Where(file=str(folder))))

@@ -1,0 +1,323 @@
+"""Training an adapted model with transformers' `Trainer`: repeatable, resumable, and never half saved.
+
+`Trainer` knows only its own models, so saving and loading go through the adapter here; everything else is its own. A
+checkpoint is written beside its final place and renamed, so an interrupted training resumes from the last whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from peftc import rules
+from peftc.checkpoint.atomic import replace_files
+from peftc.config.sections import TrainSection
+from peftc.diagnostics import Diagnostic, PeftcError, Where
+from peftc.integrations.transformers.data import Collator, Encoded
+
+#: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
+RUN_NAME = "peftc_training.json"
+STATE_NAME = "trainer_state.json"
+#: Trainer's files that carry on a training; all are archives with checksums.
+ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step: its number from 1, of how many, the mean loss per token, and seconds since the start."""
+
+    number: int
+    of: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training did. `first_step` is over 1 where it was resumed; the losses are of its first and last step."""
+
+    steps: int
+    first_step: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+class _Rows(Dataset[Encoded]):
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self._rows[index]
+
+
+def fit(
+    model: Any,
+    rows: Sequence[Encoded],
+    pad: int,
+    how: TrainSection,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[Step], None] | None = None,
+) -> TrainResult:
+    """Train the active adapters of a `PeftModel` in place and save it to `folder`.
+
+    With `resume`, go on from the last checkpoint in `folder`; the result is the same as without the interruption. Raises
+    `PeftcError` if there is none or it does not fit, if `folder` holds checkpoints and `resume` is off, and if the loss
+    stops being finite. An interrupt passes through; adapter and checkpoints on the disk are whole at any moment.
+    """
+    run = _run_facts(model, rows, how)
+    checkpoint = last_checkpoint(folder)
+    if resume:
+        _check_resumable(checkpoint, folder, run)
+    elif checkpoint is not None:
+        raise PeftcError(
+            rules.UNFINISHED_TRAINING(
+                f"`{folder}` holds `{checkpoint.name}` of a training that did not end",
+                fix=f"Go on with `--resume`, choose another `--output`, or remove `{folder}`.",
+                where=Where(file=str(folder)),
+            )
+        )
+    _require_writable(folder)
+    watcher = _Watcher(progress)
+    trainer = AdapterTrainer(
+        run,
+        model=model,
+        args=_arguments(how, folder),
+        train_dataset=_Rows(rows),
+        data_collator=Collator(pad),
+        callbacks=[watcher],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints each log record to stdout, where results go
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    except BaseException:  # also an interrupt: Trainer made the folder, and an empty one says nothing
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+    model.save_pretrained(str(folder))
+    remove_checkpoints(folder)
+    return watcher.result()
+
+
+class AdapterTrainer(Trainer):
+    """`Trainer` with adapter folders as checkpoints. `run` is stored in each, to be compared when it is resumed."""
+
+    def __init__(self, run: Mapping[str, Any], **keywords: Any) -> None:
+        self._run = run
+        self._stage: Path | None = None
+        super().__init__(**keywords)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        target = folder / f"checkpoint-{self.state.global_step}"
+
+        def write(stage: Path) -> None:
+            self._stage = stage
+            try:
+                super(AdapterTrainer, self)._save_checkpoint(model, trial)
+            except RuntimeError as error:  # how torch says that a disk is full
+                raise PeftcError(_not_written(target, error)) from error
+            made = stage / target.name
+            for item in sorted(made.iterdir()):
+                item.rename(stage / item.name)
+            made.rmdir()
+            (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+        try:
+            replace_files(target, write, commit=STATE_NAME)
+        finally:
+            self._stage = None
+        remove_checkpoints(folder, but=target)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for name in list(self.model.peft_config):
+            self.model.load_adapter(adapter_folder(Path(resume_from_checkpoint), name), name, is_trainable=True)
+
+
+class _Watcher(TrainerCallback):
+    """Passes each step on, and stops a training whose loss is not finite."""
+
+    def __init__(self, progress: Callable[[Step], None] | None) -> None:
+        self._progress = progress
+        self._start = time.monotonic()
+        self._losses: dict[int, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self._start = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **rest: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise PeftcError(
+                rules.DIVERGED(
+                    f"The loss is {loss} at step {state.global_step} of {state.max_steps}",
+                    fix="Lower `train.learning_rate`, add `train.warmup_steps`, or use a wider `base.dtype`.",
+                )
+            )
+        self._losses[state.global_step] = loss
+        if self._progress is not None:
+            self._progress(Step(state.global_step, state.max_steps, loss, time.monotonic() - self._start))
+
+    def result(self) -> TrainResult:
+        first, last = min(self._losses), max(self._losses)
+        return TrainResult(last, first, self._losses[first], self._losses[last], time.monotonic() - self._start)
+
+
+def _require_writable(folder: Path) -> None:
+    """Find out now, not after hours of training."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = f"`{there}` is not a folder that you may write to"
+        raise PeftcError(rules.SAVE_FAILED(what, fix="Choose another `--output`.", where=Where(file=str(folder))))
+
+
+def _arguments(how: TrainSection, folder: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=how.steps or -1,
+        num_train_epochs=how.epochs or 1,
+        per_device_train_batch_size=how.batch_size,
+        gradient_accumulation_steps=how.gradient_accumulation,
+        learning_rate=how.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if how.scheduler == "constant" else how.scheduler,
+        warmup_steps=how.warmup,
+        weight_decay=how.weight_decay,
+        max_grad_norm=how.max_grad_norm,
+        save_strategy="no" if how.save_steps is None else "steps",
+        save_steps=how.save_steps or 1,
+        seed=how.seed,
+        use_cpu=how.device == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss of NaN is to be seen, not skipped
+        disable_tqdm=True,
+        log_level="error",
+        report_to="none",
+        remove_unused_columns=False,  # the collator gives exactly what the model takes
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        **({"gradient_checkpointing": True} if how.gradient_checkpointing else {}),  # its mere mention is deprecated
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several would be wrapped in DataParallel, which copies the model per step
+    return arguments
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the most steps in a folder, or None."""
+    return max(_checkpoints(folder), key=_steps_of, default=None)
+
+
+def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove all checkpoints in a folder, one excepted."""
+    for path in _checkpoints(folder):
+        if path != but:
+            shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal() and path.is_dir()]
+
+
+def _steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-", 1)[1])
+
+
+def _not_written(target: Path, error: RuntimeError) -> Diagnostic:
+    what = f"`{target.name}` could not be written: {str(error).splitlines()[0]}"
+    return rules.SAVE_FAILED(what, fix="Free some space, or choose another `--output`.", where=Where(file=str(target)))
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Where an adapter lies below the folder that several are saved to."""
+    return folder if name == "default" else folder / name
+
+
+def _run_facts(model: Any, rows: Sequence[Encoded], how: TrainSection) -> dict[str, Any]:
+    """All that must be equal for a training to be carried on: options by subject, JSON data."""
+    content = hashlib.sha256()
+    for row in rows:
+        content.update(repr((row.input_ids, row.labels)).encode())
+    options = how.model_dump(mode="json", exclude={"data", "eval_data", "save_steps", "device"})
+    adapters = {}
+    for name, config in model.peft_config.items():
+        kept = {key: value for key, value in config.to_json().items() if key not in ("peft_version", "inference_mode")}
+        adapters[f"adapters.{name}"] = kept
+    return {"train": options, "data": {"content": content.hexdigest()}, **adapters}
+
+
+def _check_resumable(checkpoint: Path | None, folder: Path, run: Mapping[str, Any]) -> None:
+    """Raise `PeftcError` if there is no checkpoint, it is damaged, or it was made with other options or data."""
+    if checkpoint is None:
+        what = f"`{folder}` holds no checkpoint to go on from"
+        fix = "Leave out `--resume`; `train.save_steps` says how often a checkpoint is written."
+        raise PeftcError(rules.CANNOT_RESUME(what, fix=fix, where=Where(file=str(folder)), why=""))
+    problems = [problem for name in (RUN_NAME, STATE_NAME, *ARCHIVES) if (problem := _damage(checkpoint / name))]
+    if not problems:
+        stored = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
+        problems = [
+            rules.CANNOT_RESUME(
+                "The training data has changed" if key == "data.content" else f"`{key}` was {old} and is now {new}",
+                fix="Set it back, or start anew in another `--output`.",
+                where=Where(file=str(checkpoint)),
+            )
+            for key, old, new in _differences(stored, run)
+        ]
+    if problems:
+        raise PeftcError(problems)
+
+
+def _differences(stored: Mapping[str, Any], run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    found = []
+    for subject in sorted({*stored, *run}):
+        old, new = stored.get(subject, {}), run.get(subject, {})
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                found.append((f"{subject}.{key}", json.dumps(old.get(key)), json.dumps(new.get(key))))
+    return found
+
+
+def _damage(path: Path) -> Diagnostic | None:
+    """What is wrong with a file of a checkpoint, if anything."""
+    fix = f"Remove `{path.parent}` and train anew without `--resume`."
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+            return None
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        reason = f"`{bad}` in it has a wrong checksum" if bad else None
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, zipfile.BadZipFile) as error:
+        reason = str(error)
+    if reason is None:
+        return None
+    return rules.CANNOT_RESUME(f"`{path.name}` of the checkpoint cannot be read: {reason}", fix=fix, where=Where(file=str(path)))

@@ -1,0 +1,1 @@
+"""Fast paths for the arithmetic that all methods share."""

@@ -1,0 +1,1 @@
+"""Which methods are installed, and how one is loaded."""

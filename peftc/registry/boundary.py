@@ -1,0 +1,61 @@
+"""The plugin boundary: the one place where any exception of a method's own code becomes a diagnostic.
+
+Everything that calls a function of a plugin does so inside `boundary`, so that a user sees which plugin, which function
+and which module, and a caller can collect the problem like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+from peftc import rules
+from peftc.diagnostics import PeftcError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def boundary(peft_type: str, function: str, path: str | None = None) -> Iterator[None]:
+    """Calls of `function` of the method `peft_type`, for the module at `path`. Raises `PeftcError` for any exception.
+
+    A `PeftcError` passes through: the plugin has said itself what is wrong.
+    """
+    try:
+        yield
+    except PeftcError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a stranger's code may raise anything
+        raise _raised(peft_type, function, path, error) from error
+
+
+def guarded(function: Callable[P, R], peft_type: str, path: str | None) -> Callable[P, R]:
+    """The same for a function that is called in every forward: it costs nothing until it raises.
+
+    Running out of memory is not the plugin's doing, and callers react to that exception by type.
+    """
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except PeftcError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            if _out_of_memory(error):
+                raise
+            raise _raised(peft_type, function.__name__, path, error) from error
+
+    return call
+
+
+def _raised(peft_type: str, function: str, path: str | None, error: Exception) -> PeftcError:
+    what = f"`{function}` of {peft_type} raised {type(error).__name__}: {error}"
+    fix = "Report it to the plugin's authors; the traceback above this error shows the line."
+    return PeftcError(rules.PLUGIN_RAISED(what, fix=fix, where=path))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -1,0 +1,93 @@
+"""Carry a plan out on a model. Nothing is decided here, and any failure leaves the model exactly as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from peftc import rules
+from peftc.compiler.plan import AdapterPlan, InjectionPlan
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.registry.manager import Registry, default_registry
+from peftc.runtime.classes import layer_factory
+from peftc.runtime.journal import Journal
+from peftc.runtime.layer import Source
+from peftc.runtime.session import Session, freeze
+from peftc.runtime.snapshot import snapshot
+
+SESSION = "_peftc_session"
+
+#: adapter name -> where its tensors come from
+Sources = Mapping[str, Source]
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session kept on a base model, if adapters were applied to it."""
+    session = model.__dict__.get(SESSION)
+    return session if isinstance(session, Session) else None
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: InjectionPlan,
+    *,
+    registry: Registry | None = None,
+    sources: Sources | None = None,
+) -> Session:
+    """Put the plan's adapters on layers of the model, in place, and activate those that the plan says.
+
+    Base parameters are frozen. `sources` gives tensors from checkpoints; what it lacks is initialised by the method.
+    Raises `PeftcError` with every difference if the model is not the one that the plan was made for.
+    """
+    registry = registry or default_registry()
+    session = session_of(model)
+    graph = plan.graph or snapshot(model)
+    if plan.graph is None and plan.graph_digest != graph.digest:
+        raise PeftcError(_drifted(model))
+    with Journal() as journal:
+        if session is None:
+            session = Session(model, graph)
+            freeze(model, journal)
+            journal.note(model.__dict__.pop, SESSION, None)
+            model.__dict__[SESSION] = session
+        make = layer_factory(registry)
+        for adapter in plan.adapters:
+            _refuse_taken(session, adapter)
+            journal.note(_remove, session, adapter.name)
+            session.add(adapter, registry, make, (sources or {}).get(adapter.name))
+        if plan.active:
+            session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
+    return session
+
+
+def _remove(session: Session, name: str) -> None:
+    if name in session.plans:
+        session.delete(name)
+    session.prune()
+
+
+def _refuse_taken(session: Session, adapter: AdapterPlan) -> None:
+    if adapter.name in session.plans:
+        raise PeftcError(name_taken(adapter.name))
+    types = {plan.peft_type for plan in session.plans.values()}
+    if types - {adapter.peft_type}:
+        raise PeftcError(mixed(adapter.config, types))
+
+
+def name_taken(name: str) -> Diagnostic:
+    """The diagnostic for a second adapter of one name."""
+    return rules.ADAPTER_EXISTS(f"There is an adapter `{name}` already", fix="Use another name, or delete it first.")
+
+
+def mixed(config: PeftConfig, types: set[str]) -> Diagnostic:
+    """The diagnostic for a second method on one model."""
+    what = f"The model is adapted by {', '.join(sorted(types))}; `{config.peft_type}` cannot join"
+    return rules.MIXED_TYPES(what, fix="Put it on a model of its own, or merge the first adapter.")
+
+
+def _drifted(model: nn.Module) -> Diagnostic:
+    what = f"This {type(model).__name__} has not the structure that the plan was made for"
+    return rules.MODEL_DRIFTED(what, fix="Plan again for this model; `peftc plan` shows what is adapted.")
+

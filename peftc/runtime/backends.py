@@ -1,0 +1,183 @@
+"""How a base layer stores its weight and applies it; the only place that knows kinds of layer.
+
+A backend shows parameters in logical order (weight `(out, in · kernel)`), writes them back, and says what `down` and `up`
+of a thin update mean on its layer. Methods never see it, and it knows no method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peftc.graph.nodes import Kind
+
+
+class Backend(ABC):
+    """One kind of base layer. Stateless."""
+
+    #: dimension of the output, and of the input, that counts features; None when the input has none (ids)
+    output_axis: int = -1
+    input_axis: int | None = -1
+    #: whether `input` on patches equals `input` on features, because there is no window
+    patches_are_features: bool = True
+    #: whether `y += B A x` may be fused: input and output are plain rows of features
+    is_plain_linear: bool = False
+
+    @abstractmethod
+    def to_logical(self, name: str, tensor: Tensor) -> Tensor:
+        """A stored parameter in logical order; a view where possible."""
+
+    @abstractmethod
+    def to_stored(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        """The inverse, in the shape of `like`."""
+
+    @abstractmethod
+    def down(self, base: nn.Module, A: Tensor, x: Tensor) -> Tensor:
+        """The first thin factor on the layer's input, with the layer's own geometry."""
+
+    @abstractmethod
+    def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
+        """The second thin factor."""
+
+    def opened(self, base: nn.Module) -> dict[str, Tensor]:
+        """The layer's own parameters by name, logical."""
+        return {n: self.to_logical(n, p.detach()) for n, p in base._parameters.items() if p is not None}
+
+    def run(self, base: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+        """The layer's own forward with other (logical) parameters in place, differentiable in them."""
+        own = {n: p for n, p in base._parameters.items() if p is not None}
+        stored = {n: self.to_stored(n, t, own[n]).to(own[n].dtype) for n, t in parameters.items()}
+        out: Tensor = functional_call(base, stored, args, kwargs)
+        return out
+
+    def input_rows(self, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:
+        """The logical weight as rows over what `input` acts on: `(rows, features)`."""
+        return weight
+
+    def from_input_rows(self, rows: Tensor, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:
+        """The inverse of `input_rows`, in the shape of `weight`."""
+        return rows
+
+
+class LinearBackend(Backend):
+    """`nn.Linear`: stored as it is."""
+
+    is_plain_linear = True
+
+    def to_logical(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def to_stored(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor
+
+    def down(self, base: nn.Module, A: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+
+class TransposedLinearBackend(LinearBackend):
+    """transformers' `Conv1D`: a linear map whose weight is `(in, out)`."""
+
+    def to_logical(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.t() if name == "weight" else tensor
+
+    def to_stored(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor.t().contiguous() if name == "weight" else tensor
+
+
+class EmbeddingBackend(Backend):
+    """`nn.Embedding`: the weight `(num, dim)` is the transposed map from one-hot vectors."""
+
+    input_axis = None
+
+    def to_logical(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.t() if name == "weight" else tensor
+
+    def to_stored(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor.t().contiguous() if name == "weight" else tensor
+
+    def down(self, base: nn.Module, A: Tensor, x: Tensor) -> Tensor:
+        assert isinstance(base, nn.Embedding)
+        return F.embedding(x, A.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+
+    def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
+        y = F.linear(h, B)
+        scale = getattr(base, "embed_scale", None)  # transformers' scaled embeddings multiply their output
+        return y if scale is None else y * scale
+
+
+class ConvBackend(Backend):
+    """`nn.Conv1d/2d/3d`: the weight `(out, in / groups, *kernel)` flattens to `(out, in / groups · kernel)`."""
+
+    output_axis = 1
+    input_axis = 1
+    patches_are_features = False
+
+    def to_logical(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.flatten(1) if name == "weight" else tensor
+
+    def to_stored(self, name: str, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor.reshape(like.shape)
+
+    def down(self, base: nn.Module, A: Tensor, x: Tensor) -> Tensor:
+        assert isinstance(base, nn.modules.conv._ConvNd)
+        if base.padding_mode != "zeros":
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+            padding: Any = 0
+        else:
+            padding = base.padding
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[A.dim() - 3]
+        h: Tensor = convolve(x, A, None, base.stride, padding, base.dilation)
+        return h
+
+    def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[B.dim() - 3]
+        y: Tensor = convolve(h, B)
+        return y
+
+    def input_rows(self, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:
+        if patches:
+            return weight
+        groups, channels = _groups(base), _in_channels(base)
+        split = weight.reshape(groups, weight.shape[0] // groups, channels // groups, -1)  # g, o/g, i/g, k
+        rows = split.transpose(2, 3).reshape(groups, -1, channels // groups)
+        full = rows.new_zeros(groups, rows.shape[1], groups, channels // groups)
+        full[torch.arange(groups), :, torch.arange(groups)] = rows
+        return full.reshape(-1, channels)
+
+    def from_input_rows(self, rows: Tensor, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:
+        if patches:
+            return rows
+        groups, channels = _groups(base), _in_channels(base)
+        per_group = channels // groups
+        own = rows.reshape(groups, -1, groups, per_group)[torch.arange(groups), :, torch.arange(groups)]
+        split = own.reshape(groups, weight.shape[0] // groups, -1, per_group).transpose(2, 3)
+        return split.reshape(weight.shape)
+
+
+def _groups(base: nn.Module) -> int:
+    assert isinstance(base, nn.modules.conv._ConvNd)
+    return base.groups
+
+
+def _in_channels(base: nn.Module) -> int:
+    assert isinstance(base, nn.modules.conv._ConvNd)
+    return base.in_channels
+
+
+BACKENDS: Mapping[Kind, Backend] = {
+    Kind.LINEAR: LinearBackend(),
+    Kind.CONV1D_TRANSPOSED: TransposedLinearBackend(),
+    Kind.EMBEDDING: EmbeddingBackend(),
+    Kind.CONV1D: ConvBackend(),
+    Kind.CONV2D: ConvBackend(),
+    Kind.CONV3D: ConvBackend(),
+}

@@ -1,0 +1,311 @@
+"""`TunerLayer`: the one wrapper round a base layer, for every method.
+
+An instance covers one module and one method; adapters of that method share it. It owns forward, merge, unmerge and the
+adapters' tensors; the mathematics is the method's. Live names are the ecosystem's: `base_layer`, `<slot>.<adapter>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.compiler.plan import MapSite
+from peftc.diagnostics import PeftcError
+from peftc.registry.boundary import guarded
+from peftc.runtime.backends import BACKENDS, Backend
+from peftc.runtime.paths import Part, Path, adapted, compose
+from peftc.runtime.storage import INIT, LayerView, allocate, drop, find, put, torch_dtype
+from peftc.tuner.method import MapTuner
+
+#: finds a slot's tensor by its disk key, or says None: then the method initialises it
+Source = Callable[[str], Tensor | None]
+
+
+class BaseTunerLayer:
+    """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):
+    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets."""
+
+    #: slots that hold trainable tensors, and other attributes keyed by adapter; other libraries read them
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
+
+    _path: Path
+
+    def __init__(self, base_layer: nn.Module, site: MapSite) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = site.layer.in_features
+        self.out_features = site.layer.out_features
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
+        self._parts: dict[str, Part] = {}
+        self._kind = site.layer.kind
+        self._active: tuple[str, ...] = ()
+        self._disabled = False
+        self._pristine: dict[str, nn.Parameter] = {}
+        self._choose_path()
+
+    # adapters -----------------------------------------------------------------------------------------------------
+
+    def add(self, adapter: str, site: MapSite, tuner: MapTuner[Any], source: Source | None = None) -> None:
+        """Give the layer an adapter: slots from `source` where it has them, else initialised by the method.
+
+        To be called under `no_grad`.
+        """
+        device = self._device()
+        made: dict[str, Tensor] = {}
+        fresh = False
+        for slot in site.slots:
+            dtype = torch_dtype(slot.dtype or site.dtype)
+            found = source(site.key(slot, adapter).disk()) if source is not None else None
+            if found is None:
+                fresh = True
+                tensor = allocate(slot.shape, dtype, device)
+            else:
+                tensor = found.to(device=device, dtype=dtype)
+            made[slot.name] = tensor
+        peft_type = str(site.config.peft_type)
+        scaling = guarded(tuner.scaling, peft_type, site.path)(site.config, site.layer)
+        if fresh:
+            guarded(tuner.init, peft_type, site.path)(site.config, site.layer, made, INIT)
+        for slot in site.slots:
+            put(self, slot, adapter, nn.Parameter(made[slot.name], requires_grad=False))
+        self.scaling[adapter] = scaling
+        self._sites[adapter] = (site, tuner)
+        self._view(adapter)
+
+    def _view(self, adapter: str) -> None:
+        site, tuner = self._sites[adapter]
+        slots = {slot.name: find(self, slot, adapter) for slot in site.slots}
+        p = tuner.dropout(site.config)
+        dropout = _Dropout(self, p) if p > 0 else None
+        self._parts[adapter] = Part(tuner, LayerView(adapter, site, slots, self.scaling), site.path, dropout)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""
+        if adapter_name not in self._sites:
+            return
+        if adapter_name in self.merged_adapters:
+            what = f"`{adapter_name}` is merged into the base weights"
+            raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
+        site, _ = self._sites.pop(adapter_name)
+        for slot in site.slots:
+            drop(self, slot, adapter_name)
+        self._parts.pop(adapter_name)
+        self.scaling.pop(adapter_name)
+        self._active = tuple(name for name in self._active if name != adapter_name)
+        self._choose_path()
+
+    def parameters_of(self, adapter: str) -> Iterable[tuple[bool, nn.Parameter]]:
+        """The adapter's tensors, each with whether its slot is trainable."""
+        if adapter in self._sites:
+            for slot in self._sites[adapter][0].slots:
+                container, key = find(self, slot, adapter)
+                yield slot.trainable, container[key]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._sites)
+
+    def site(self, adapter: str) -> MapSite:
+        """The plan's site of an adapter. Raises `KeyError`."""
+        return self._sites[adapter][0]
+
+    def part(self, adapter: str) -> Part:
+        """An adapter's mathematics with its view of this layer. Raises `KeyError`."""
+        return self._parts[adapter]
+
+    # activation ---------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for name in {*self._active, *names}:
+            for trainable, parameter in self.parameters_of(name):
+                parameter.requires_grad_(trainable and name in names and not inference_mode)
+        self.activate(names)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Activate without touching what requires gradients; names that the layer does not have are passed over."""
+        self.__dict__["_active"] = tuple(name for name in names if name in self._sites)
+        self._choose_path()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active adapters act, or not. Trainability stays as it is."""
+        state = self.__dict__
+        state["_disabled"] = not enabled
+        state["_path"] = state["_composed"] if enabled else state["_modules"]["base_layer"]
+
+    def _choose_path(self) -> None:
+        pending = [n for n in self._active if n not in self.merged_adapters]
+        # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
+        self.__dict__["_composed"] = compose(self.base_layer, self.backend, [self._parts[n] for n in pending])
+        self.enable_adapters(not self._disabled)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    # the layer ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._path(x, *args, **kwargs)
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer under all wrappers."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, TunerLayer) else base
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return bias
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def backend(self) -> Backend:
+        """How the base layer stores and applies its weight."""
+        return BACKENDS[self._kind]
+
+    def _device(self) -> torch.device:
+        own = (p for p in self.base_layer._parameters.values() if p is not None)
+        parameter = next(own, None)
+        if parameter is None:
+            parameter = next(self.base_layer.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    # merging ------------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters into the base weights. With `safe_merge`, raises `PeftcError` on NaN or infinity, unchanged.
+
+        The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
+        """
+        wanted = self._active if adapter_names is None else adapter_names
+        names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
+        if not names:
+            return
+        for name, parameter in self.merged_parameters(names, safe_merge).items():
+            own = self.base_layer._parameters[name]
+            assert own is not None
+            self._pristine.setdefault(name, own)
+            self.base_layer._parameters[name] = parameter
+        self.merged_adapters.extend(names)
+        self._choose_path()
+
+    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
+        """New base parameters with these adapters folded in; the layer stays as it is."""
+        base = self.base_layer
+        with torch.no_grad():
+            logical = adapted(base, self.backend, [self._parts[n] for n in names])
+            before = self.backend.opened(base)
+            changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
+            if check and not all(torch.isfinite(t).all() for t in changed.values()):
+                what = f"Merging {', '.join(names)} gives NaN or infinity"
+                raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
+            result = {}
+            for name, tensor in changed.items():
+                own = base._parameters[name]
+                assert own is not None
+                stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
+                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
+            return result
+
+    def unmerge(self) -> None:
+        """Put the base's own parameters back."""
+        self.base_layer._parameters.update(self._pristine)
+        self._pristine = {}
+        self.merged_adapters = []
+        self._choose_path()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
+        with torch.no_grad():
+            weight = self.backend.opened(self.base_layer)["weight"]
+            changed = adapted(self.base_layer, self.backend, [self._parts[adapter]])["weight"]
+            like = self.base_layer._parameters["weight"]
+            assert like is not None
+            return self.backend.to_stored("weight", changed - weight.to(changed.dtype), like)
+
+    # scaling ------------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's own scaling by `scale`."""
+        if adapter in self._sites:
+            site, tuner = self._sites[adapter]
+            self.scaling[adapter] = scale * tuner.scaling(site.config, site.layer)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the current scaling of the active adapters."""
+        for name in self._active:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the current scaling of the active adapters; without a number, back to their own."""
+        for name in self._active:
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
+
+    # copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Views and the chosen path refer to this object's containers: a copy makes its own."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_parts")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(dict(state))
+        self._parts = {}
+        for adapter in self._sites:
+            self._view(adapter)
+        self._choose_path()
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self._sites)}, active={list(self._active)}"
+
+
+class _Dropout:
+    """Dropout that follows the layer's training mode, without a module whose name would be in the model."""
+
+    __slots__ = ("layer", "p")
+
+    def __init__(self, layer: nn.Module, p: float) -> None:
+        self.layer = layer
+        self.p = p
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, self.layer.training)

@@ -1,0 +1,190 @@
+"""What a layer's forward does, composed when adapters are activated and not per call.
+
+Active adapters fold over the base map in activation order, each by the cheapest lowering that its method gives and the
+layer's kind admits. If one of them can only change parameters, all do, and the base runs once with the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.ops.lowrank import add_low_rank
+from peftc.registry.boundary import guarded
+from peftc.runtime.backends import Backend
+from peftc.runtime.storage import LayerView
+from peftc.tuner.method import MapTuner
+
+#: x and whatever else the layer is called with -> y
+Path = Callable[..., Tensor]
+
+
+class Part:
+    """One adapter of a layer: its mathematics, its view, its dropout."""
+
+    __slots__ = ("dropout", "path", "tuner", "view")
+
+    def __init__(
+        self, tuner: MapTuner[Any], view: LayerView, path: str, dropout: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.tuner = tuner
+        self.view = view
+        self.path = path
+        self.dropout = dropout
+
+    def lowering(self, name: str) -> Callable[..., Any]:
+        """One of the method's functions; what it raises names the plugin and the layer."""
+        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path)
+
+
+def compose(base: nn.Module, backend: Backend, parts: Sequence[Part]) -> Path:
+    """The layer's forward with these adapters in effect, first to last."""
+    if not parts:
+        return base
+    if not all(has_functional_form(part.tuner, backend) for part in parts):
+        return _through_parameters(base, backend, parts)
+    path: Path = base
+    for part in parts:
+        path = _step(path, base, backend, part)
+    return path
+
+
+def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:
+    """Whether the method can act beside the base layer, rather than only through its parameters."""
+    given = tuner.lowerings
+    if "thin" in given or "branch" in given:
+        return True
+    if "input" in given:
+        patches = tuner.input_space == "patches" and not backend.patches_are_features
+        if backend.input_axis is None or patches:
+            return False
+    return "input" in given or "output" in given
+
+
+def _step(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
+    given = part.tuner.lowerings
+    if "thin" in given:
+        return _fused(path, base, part) if backend.is_plain_linear else _thin(path, base, backend, part)
+    if "branch" in given:
+        return _branch(path, part)
+    if "input" in given:
+        path = _input(path, part, backend.input_axis or 0)
+    return _output(path, part, backend.output_axis) if "output" in given else path
+
+
+def _fused(path: Path, base: nn.Module, part: Part) -> Path:
+    """Add into the base's fresh output. A forward hook may have kept that output: then add to a copy."""
+    thin, view, dropout, hooks = part.lowering("thin"), part.view, part.dropout, base._forward_hooks
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = path(x, *args, **kwargs)
+        A, B, scale = thin(view)
+        if dropout is not None:
+            x = dropout(x)
+        return add_low_rank(y.clone() if hooks else y, x, A, B, scale)
+
+    return run
+
+
+def _thin(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
+    thin, view, dropout = part.lowering("thin"), part.view, part.dropout
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = path(x, *args, **kwargs)
+        A, B, scale = thin(view)
+        if dropout is not None and x.is_floating_point():
+            x = dropout(x)
+        h = backend.down(base, A, x.to(A.dtype) if x.is_floating_point() else x)
+        return (y + backend.up(base, B, h) * scale).to(y.dtype)
+
+    return run
+
+
+def _branch(path: Path, part: Part) -> Path:
+    branch, view, dropout = part.lowering("branch"), part.view, part.dropout
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = path(x, *args, **kwargs)
+        if dropout is not None:
+            x = dropout(x)
+        return (y + branch(view, x.to(view.dtype()), y)).to(y.dtype)
+
+    return run
+
+
+def _input(path: Path, part: Part, axis: int) -> Path:
+    change, view = part.lowering("input"), part.view
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = x if axis == -1 else x.movedim(axis, -1)
+        rows = change(view, rows.to(view.dtype())).to(x.dtype)
+        return path(rows if axis == -1 else rows.movedim(-1, axis), *args, **kwargs)
+
+    return run
+
+
+def _output(path: Path, part: Part, axis: int) -> Path:
+    change, view = part.lowering("output"), part.view
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = path(x, *args, **kwargs)
+        rows = y if axis == -1 else y.movedim(axis, -1)
+        rows = change(view, rows.to(view.dtype())).to(y.dtype)
+        return rows if axis == -1 else rows.movedim(-1, axis)
+
+    return run
+
+
+def _through_parameters(base: nn.Module, backend: Backend, parts: Sequence[Part]) -> Path:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        return backend.run(base, adapted(base, backend, parts), args, kwargs)
+
+    return run
+
+
+def adapted(base: nn.Module, backend: Backend, parts: Sequence[Part]) -> Mapping[str, Tensor]:
+    """The layer's logical parameters with the adapters folded in, in activation order; the first change of each to the
+    running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
+    pristine: Mapping[str, Tensor] = backend.opened(base)
+    running = pristine
+    for part in parts:
+        dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
+        p = {name: tensor.to(dtype) for name, tensor in running.items()}
+        p0 = {name: tensor.to(dtype) for name, tensor in pristine.items()}
+        running = {**running, **_changed(base, backend, part, p, p0)}
+    return running
+
+
+def _changed(
+    base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    tuner, view = part.tuner, part.view
+    if "params" in tuner.lowerings:
+        return dict(part.lowering("params")(view, p, p0))
+    if "thin" in tuner.lowerings:
+        A, B, scale = part.lowering("thin")(view)
+        return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
+    changed = dict(p)
+    if "input" in tuner.lowerings:
+        changed["weight"] = _weight_after_input(base, backend, part, changed["weight"])
+    if "output" in tuner.lowerings:
+        output = part.lowering("output")
+        changed["weight"] = output(view, changed["weight"].t()).t()
+        if "bias" in changed:
+            changed["bias"] = output(view, changed["bias"])
+    return changed
+
+
+def _weight_after_input(base: nn.Module, backend: Backend, part: Part, weight: Tensor) -> Tensor:
+    """`W M` where `input` is `x -> M x`: the vector-Jacobian product of `input` at W, so M is never formed."""
+    patches = part.tuner.input_space == "patches"
+    rows = backend.input_rows(weight, base, patches)
+    track = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = torch.zeros_like(rows, requires_grad=True)
+        y = part.lowering("input")(part.view, x)
+        (product,) = torch.autograd.grad(y, x, rows, create_graph=track)
+    return backend.from_input_rows(product, weight, base, patches)

@@ -1,0 +1,315 @@
+"""What is applied to one model: the adapters' plans, and the wrappers that carry them out.
+
+A session is kept on the model it was applied to. Every operation here costs time proportional to the adapters it touches,
+never to the model or to what else is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
+from peftc.graph.nodes import ModuleGraph
+from peftc.registry.manager import Registry
+from peftc.runtime.journal import Journal
+from peftc.runtime.layer import Source, TunerLayer
+from peftc.runtime.saved_modules import ModulesToSaveWrapper
+
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+
+W = TypeVar("W", TunerLayer, ModulesToSaveWrapper)
+
+#: makes the wrapper for a site of a PEFT type
+LayerFactory = Callable[[str, MapSite, nn.Module], TunerLayer]
+
+
+class Session:
+    """Adapters on one base model. `graph` describes the base as it was before the first of them."""
+
+    def __init__(self, model: nn.Module, graph: ModuleGraph) -> None:
+        self.model = model
+        self.graph = graph
+        self.plans: dict[str, AdapterPlan] = {}
+        self.layers: dict[str, TunerLayer] = {}
+        self.copies: dict[str, ModulesToSaveWrapper] = {}
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+
+    # adding -------------------------------------------------------------------------------------------------------
+
+    def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
+        """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
+        problems = tuple(self._drift(plan))
+        if problems:
+            raise PeftcError(problems)
+        method = registry.get(plan.peft_type)
+        nodes = self.graph.by_path
+        with Journal() as journal, torch.no_grad():
+            for site in plan.maps:
+                layer = self.layers.get(site.path)
+                if layer is None:
+                    layer = self._wrap(site.path, partial(make, plan.peft_type, site), journal)
+                    self._remember(self.layers, site.path, layer, journal)
+                journal.note(layer.delete_adapter, plan.name)
+                layer.add(plan.name, site, method.tuner_for(plan.config, nodes[site.path]), source)
+            for save in plan.saves:
+                copy = self.copies.get(save.path)
+                if copy is None:
+                    copy = self._wrap(save.path, ModulesToSaveWrapper, journal)
+                    self._remember(self.copies, save.path, copy, journal)
+                journal.note(copy.delete_adapter, plan.name)
+                copy.add(plan.name, f"{plan.root}{save.path}.", source)
+            self._load_base(plan, source, journal)
+            self.plans[plan.name] = plan
+
+    def _wrap(self, path: str, wrap: Callable[[nn.Module], W], journal: Journal) -> W:
+        parent, name, module = self._place(path)
+        wrapper = wrap(module)
+        wrapper.training = module.training
+        journal.note(parent._modules.__setitem__, name, module)
+        parent._modules[name] = wrapper
+        return wrapper
+
+    @staticmethod
+    def _remember(known: dict[str, W], path: str, wrapper: W, journal: Journal) -> None:
+        journal.note(known.pop, path)
+        known[path] = wrapper
+
+    def _load_base(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
+        """Base tensors that the checkpoint carries: trained biases."""
+        if source is None:
+            return
+        for parameter, (planned, _) in zip(self._trained(plan), self._trained_names(plan), strict=True):
+            found = source(planned)
+            if found is not None:
+                journal.note(setattr, parameter, "data", parameter.data)
+                parameter.data = found.to(parameter.device, parameter.dtype)
+
+    def _drift(self, plan: AdapterPlan) -> Iterator[Diagnostic]:
+        for site in plan.maps:
+            module = self.find(site.path)
+            weight = site.layer.weight
+            if module is None or weight is None:
+                yield self._gone(site.path)
+                continue
+            own = module._parameters.get("weight")
+            if own is not None and tuple(own.shape) != weight.shape:
+                what = f"`{site.path}.weight` is {tuple(own.shape)}, the plan was made for {weight.shape}"
+                yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
+        for save in plan.saves:
+            if self.find(save.path) is None:
+                yield self._gone(save.path)
+
+    def _gone(self, path: str) -> Diagnostic:
+        hint = did_you_mean(path, [name for name, _ in self.model.named_modules()])
+        return rules.MODEL_DRIFTED(f"There is no module `{path}`", fix=hint or "Plan again for this model.", where=path)
+
+    def prune(self) -> None:
+        """Take out wrappers that hold no adapter: what is left of one that could not be added."""
+        for path in [path for path, layer in self.layers.items() if not layer.adapters]:
+            self._put_back(path, self.layers.pop(path).base_layer)
+        for path in [path for path, copy in self.copies.items() if not copy.modules_to_save]:
+            self._put_back(path, self.copies.pop(path).original_module)
+
+    # finding ------------------------------------------------------------------------------------------------------
+
+    def find(self, path: str) -> nn.Module | None:
+        """The base module at a path, seen through wrappers; None if there is none."""
+        if path in self.layers:
+            return self.layers[path].base_layer
+        if path in self.copies:
+            return self.copies[path].original_module
+        module: nn.Module | None = self.model
+        for part in path.split(".") if path else ():
+            module = module._modules.get(part) if module is not None else None
+        return module
+
+    def _place(self, path: str) -> tuple[nn.Module, str, nn.Module]:
+        """Parent, name in it, and module."""
+        head, _, name = path.rpartition(".")
+        parent = self.find(head)
+        module = parent._modules.get(name) if parent is not None else None
+        if parent is None or module is None:
+            raise PeftcError(self._gone(path))
+        return parent, name, module
+
+    def layers_of(self, adapter: str) -> Iterator[TunerLayer]:
+        for site in self.plans[adapter].maps:
+            yield self.layers[site.path]
+
+    def copies_of(self, adapter: str) -> Iterator[ModulesToSaveWrapper]:
+        for save in self.plans[adapter].saves:
+            yield self.copies[save.path]
+
+    def _trained_names(self, plan: AdapterPlan) -> list[tuple[str, str]]:
+        names = [p.name for p in plan.parameters() if p.base]
+        return [(name, site.name) for name, site in zip(names, plan.trains, strict=True)]
+
+    def _trained(self, plan: AdapterPlan) -> Iterator[nn.Parameter]:
+        for site in plan.trains:
+            module = self.find(site.path)
+            parameter = module._parameters.get(site.name) if module is not None else None
+            if parameter is None:
+                raise PeftcError(self._gone(f"{site.path}.{site.name}"))
+            yield parameter
+
+    # activation ---------------------------------------------------------------------------------------------------
+
+    def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
+        """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
+        self.require(names)
+        for name in dict.fromkeys((*self.active, *names)):
+            self.set_requires_grad(name, trainable and name in names)
+        self._activate(names)
+
+    def _activate(self, names: Sequence[str]) -> None:
+        touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
+        layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
+        copies = {id(copy): copy for name in touched for copy in self.copies_of(name)}
+        for wrapper in (*layers.values(), *copies.values()):
+            wrapper.activate(names)
+            if wrapper.disable_adapters == self.enabled:
+                wrapper.enable_adapters(self.enabled)
+        self.active = tuple(names)
+
+    def set_requires_grad(self, name: str, required: bool) -> None:
+        """Make an adapter's trainable tensors require gradients, or not."""
+        for layer in self.layers_of(name):
+            for trainable, parameter in layer.parameters_of(name):
+                parameter.requires_grad_(trainable and required)
+        for copy in self.copies_of(name):
+            for parameter in copy.parameters_of(name):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(required)
+        for parameter in self._trained(self.plans[name]):
+            parameter.requires_grad_(required)
+
+    def enable(self, enabled: bool) -> None:
+        """Let the active adapters act, or not."""
+        if enabled == self.enabled:
+            return
+        for name in self.active:
+            for layer in self.layers_of(name):
+                layer.enable_adapters(enabled)
+            for copy in self.copies_of(name):
+                copy.enable_adapters(enabled)
+        self.enabled = enabled
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise `PeftcError` naming every adapter that is not there."""
+        missing = [name for name in names if name not in self.plans]
+        if missing:
+            have = ", ".join(f"`{n}`" for n in self.plans) or "none"
+            raise PeftcError(
+                rules.ADAPTER_UNKNOWN(
+                    f"There is no adapter `{name}`; there is {have}", fix=did_you_mean(name, self.plans) or f"Use {have}."
+                )
+                for name in missing
+            )
+
+    # removing -----------------------------------------------------------------------------------------------------
+
+    def delete(self, name: str) -> None:
+        """Remove an adapter; its layers keep the others."""
+        self.require([name])
+        merged = [layer for layer in self.layers_of(name) if name in layer.merged_adapters]
+        if merged:
+            fix = "Call `unmerge_adapter()` first."
+            raise PeftcError(rules.WHILE_MERGED(f"`{name}` is merged into the base weights", fix=fix))
+        self.set_requires_grad(name, False)
+        for layer in self.layers_of(name):
+            layer.delete_adapter(name)
+        for copy in self.copies_of(name):
+            copy.delete_adapter(name)
+        del self.plans[name]
+        self._activate([n for n in self.active if n != name])
+
+    def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
+        """Fold adapters into the base weights where they are; all layers or none."""
+        names = self.active if names is None else names
+        self.require(names)
+        with Journal() as journal:
+            for layer in self._distinct_layers(names):
+                if not layer.merged:
+                    journal.note(layer.unmerge)
+                layer.merge(safe, names)
+
+    def unmerge(self) -> None:
+        """Restore the base weights, bit for bit."""
+        for layer in self.layers.values():
+            if layer.merged:
+                layer.unmerge()
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of merged adapters."""
+        return tuple(dict.fromkeys(n for layer in self.layers.values() for n in layer.merged_adapters))
+
+    def _distinct_layers(self, names: Sequence[str]) -> list[TunerLayer]:
+        return list({id(layer): layer for name in names for layer in self.layers_of(name)}.values())
+
+    def unload(self) -> None:
+        """Take every wrapper out again: the same module objects as before are back in their places."""
+        for name in self.plans:
+            for parameter in self._trained(self.plans[name]):
+                parameter.requires_grad_(False)
+        for path, layer in self.layers.items():
+            self._put_back(path, layer.base_layer)
+        for path, copy in self.copies.items():
+            self._put_back(path, copy.original_module)
+        self.layers, self.copies, self.plans, self.active = {}, {}, {}, ()
+
+    def keep_copies(self) -> None:
+        """Before unloading a merged model: the trained copies in effect become the modules."""
+        for path, copy in list(self.copies.items()):
+            self._put_back(path, copy.current)
+            del self.copies[path]
+
+    def _put_back(self, path: str, module: nn.Module) -> None:
+        head, _, name = path.rpartition(".")
+        parent = self.find(head)
+        assert parent is not None
+        parent._modules[name] = module
+
+    # state --------------------------------------------------------------------------------------------------------
+
+    def tensors(self, name: str, save_embedding_layers: bool = True) -> dict[str, Tensor]:
+        """What is saved of an adapter: disk key -> tensor."""
+        plan = self.plans[name]
+        tensors: dict[str, Tensor] = {}
+        for site in plan.maps:
+            layer = self.layers[site.path]
+            stored = [p for _, p in layer.parameters_of(name)]
+            for slot, parameter in zip(site.slots, stored, strict=True):
+                if slot.saved:
+                    tensors[site.key(slot, name).disk()] = parameter.detach()
+            if save_embedding_layers and site.path in self._vocabulary_layers():
+                tensors[f"{plan.root}{site.path}.base_layer.weight"] = layer.weight.detach()
+        for save in plan.saves:
+            twin = self.copies[save.path].modules_to_save[name]
+            for key, tensor in twin.state_dict().items():
+                tensors[f"{plan.root}{save.path}.{key}"] = tensor.detach()
+        for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
+            tensors[disk] = parameter.detach()
+        return tensors
+
+    def _vocabulary_layers(self) -> tuple[str, ...]:
+        """Input and output embeddings that the reference saves whole when they are adapted: it goes by these names."""
+        paths = (self.graph.model.input_embeddings, self.graph.model.output_embeddings)
+        return tuple(p for p in paths if p is not None and p.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+
+
+def freeze(model: nn.Module, journal: Journal) -> None:
+    """Stop every parameter of the model from requiring gradients."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            journal.note(parameter.requires_grad_, True)
+            parameter.requires_grad_(False)
+

@@ -1,0 +1,276 @@
+"""Facts about a live model: one pass over its modules, no tensor data touched, so it works on the meta device as well.
+
+Decides what kind a layer is (by class: a subclass with a forward of its own is not trusted to be what its parent is), and
+sees through our own wrappers: an adapted layer counts as its base layer, at the same path.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from peftc import rules
+from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
+from peftc.graph.roles import RoleFinder
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.saved_modules import ModulesToSaveWrapper
+
+#: Kind of a class with exactly this forward. Order matters only for reading.
+_FORWARDS: Mapping[type[nn.Module], Kind] = {
+    nn.Linear: Kind.LINEAR,
+    nn.Embedding: Kind.EMBEDDING,
+    nn.Conv1d: Kind.CONV1D,
+    nn.Conv2d: Kind.CONV2D,
+    nn.Conv3d: Kind.CONV3D,
+}
+
+#: Linear subclasses known to compute `W x + b` although they have a forward of their own, by qualified name.
+_PLAIN_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+
+#: Rank of the weight of each kind: a layer whose `weight` is something else (packed, parametrised) is not of that kind.
+_WEIGHT_RANK: Mapping[Kind, int] = {
+    Kind.LINEAR: 2,
+    Kind.CONV1D_TRANSPOSED: 2,
+    Kind.EMBEDDING: 2,
+    Kind.CONV1D: 3,
+    Kind.CONV2D: 4,
+    Kind.CONV3D: 5,
+    Kind.NORM: 1,
+}
+
+#: Tensors of lazy layers.
+_SHAPELESS = (UninitializedParameter, UninitializedBuffer)
+
+_WRAPPERS = (TunerLayer, ModulesToSaveWrapper)
+
+_NORM_ENDINGS = ("Norm", "Norm1d", "Norm2d", "Norm3d")
+
+
+def snapshot(model: nn.Module) -> ModuleGraph:
+    """The graph of a live model, linear in its modules. Raises `PeftcError` if a lazy layer has no shape yet."""
+    inventory = _Inventory()
+    walked = list(_walk(model))
+    nodes: list[ModuleNode] = []
+    facts_of = inventory.facts_of
+    paths = {id(module): path for path, module in walked}
+    facts = ModelFacts("") if not walked else _model_facts(model, paths)
+    roles = RoleFinder(facts.output_embeddings)
+    for path, module in walked:
+        layer = facts_of(path, module)
+        nodes.append(ModuleNode(path, layer, roles.role_of(path, layer), block_of(path)))
+    if inventory.lazy:
+        raise PeftcError(inventory.lazy)
+    return ModuleGraph(facts, tuple(nodes), inventory.ties())
+
+
+def layer_facts(module: nn.Module) -> LayerFacts:
+    """Facts of one layer, wrappers of ours seen through. Raises `PeftcError` if it is lazy and has no shape yet."""
+    inventory = _Inventory()
+    facts = inventory.facts_of("", unwrapped(module))
+    if inventory.lazy:
+        raise PeftcError(inventory.lazy)
+    return facts
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base model's own module at this place: what our wrappers, nested ones too, stand for."""
+    while True:
+        if isinstance(module, TunerLayer):
+            module = module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the base model: same order, a shared module once, under its first path."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if isinstance(module, _WRAPPERS):
+            module = unwrapped(module)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            stack.extend([(prefix + name, child) for name, child in reversed(children.items()) if child is not None])
+
+
+class _Inventory:
+    """Facts interned across modules: equal layers share one `LayerFacts`, and parameters met twice are remembered."""
+
+    def __init__(self) -> None:
+        self._facts: dict[Any, LayerFacts] = {}
+        self._tensors: dict[tuple[torch.Size, torch.dtype], TensorFacts] = {}
+        self._classes: dict[type, tuple[Kind, str]] = {}
+        self._names: dict[int, list[str]] = {}
+        self.lazy: list[Diagnostic] = []
+
+    def facts_of(self, path: str, module: nn.Module) -> LayerFacts:
+        cls = type(module)
+        params = self._parameters(path, module) if module._parameters else ()
+        buffers = self._buffers(module) if module._buffers else ()
+        key = (cls, params, buffers, module.groups if isinstance(module, _CONVOLUTIONS) else 1)
+        facts = self._facts.get(key)
+        if facts is None:
+            kind, note = self._classes.get(cls) or self._classes.setdefault(cls, _kind_of(cls))
+            facts = self._facts[key] = _describe(module, kind, note, params, buffers)
+        return facts
+
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Names of parameters that are one object, in the order met."""
+        return tuple(tuple(names) for names in self._names.values() if len(names) > 1)
+
+    def _parameters(self, path: str, module: nn.Module) -> tuple[tuple[str, TensorFacts], ...]:
+        found = []
+        for name, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            if isinstance(tensor, _SHAPELESS):
+                self.lazy.append(_lazy(path, name))
+                continue
+            self._names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+            found.append((name, self._tensor(tensor)))
+        return tuple(found)
+
+    def _buffers(self, module: nn.Module) -> tuple[tuple[str, TensorFacts], ...]:
+        transient = module._non_persistent_buffers_set
+        return tuple(
+            (name, self._tensor(tensor))
+            for name, tensor in module._buffers.items()
+            if tensor is not None and name not in transient and not isinstance(tensor, _SHAPELESS)
+        )
+
+    def _tensor(self, tensor: torch.Tensor) -> TensorFacts:
+        key = (tensor.shape, tensor.dtype)
+        facts = self._tensors.get(key)
+        if facts is None:
+            facts = self._tensors[key] = TensorFacts(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        return facts
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _kind_of(cls: type[nn.Module]) -> tuple[Kind, str]:
+    """Kind of a class and, when it only looks like one, why it is none."""
+    for parent, kind in _FORWARDS.items():
+        if issubclass(cls, parent):
+            if cls.forward is parent.forward or f"{cls.__module__}.{cls.__qualname__}" in _PLAIN_LINEAR:
+                return kind, ""
+            return Kind.OTHER, f"a subclass of {parent.__name__} with a forward of its own"
+    if issubclass(cls, _transformers_class("pytorch_utils", "Conv1D")):
+        return Kind.CONV1D_TRANSPOSED, ""
+    return (Kind.NORM, "") if cls.__name__.endswith(_NORM_ENDINGS) else (Kind.OTHER, "")
+
+
+def _describe(
+    module: nn.Module,
+    kind: Kind,
+    note: str,
+    params: tuple[tuple[str, TensorFacts], ...],
+    buffers: tuple[tuple[str, TensorFacts], ...],
+) -> LayerFacts:
+    cls = type(module).__name__
+    weight = next((tensor for name, tensor in params if name == "weight"), None)
+    if kind is Kind.OTHER:
+        return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=note)
+    if weight is None or len(weight.shape) != _WEIGHT_RANK[kind]:
+        held = "no parameter `weight`" if weight is None else f"a weight of shape {list(weight.shape)}"
+        return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=f"a {kind.value} layer with {held}")
+    shape = weight.shape
+    if kind is Kind.LINEAR:
+        sizes = (shape[1], shape[0])
+    elif kind is Kind.NORM:
+        sizes = (shape[0], shape[0])
+    elif isinstance(module, _CONVOLUTIONS):
+        sizes = (shape[1] * module.groups, shape[0])
+        return LayerFacts(kind, cls, *sizes, kernel=shape[2:], groups=module.groups, params=params, buffers=buffers)
+    else:
+        sizes = (shape[0], shape[1])
+    return LayerFacts(kind, cls, *sizes, params=params, buffers=buffers)
+
+
+def _lazy(path: str, name: str) -> Diagnostic:
+    return rules.LAZY_LAYER(
+        f"`{name}` has no shape yet", fix="Run the model once on an example input, then adapt it.", where=path or None
+    )
+
+
+# the model as a whole -------------------------------------------------------------------------------------------------
+
+
+class _Nothing:
+    """A class that nothing is an instance of."""
+
+
+def _transformers_class(module: str, name: str) -> type:
+    """A class of transformers, if it is loaded: an instance cannot exist before its module does."""
+    loaded: ModuleType | None = sys.modules.get(f"transformers.{module}")
+    return _Nothing if loaded is None else cast(type, getattr(loaded, name, _Nothing))
+
+
+def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
+    base = unwrapped(model)
+    if not isinstance(base, _transformers_class("modeling_utils", "PreTrainedModel")):
+        return ModelFacts(type(base).__name__)
+    loaded = cast(Any, base)
+    config = loaded.config
+    return ModelFacts(
+        cls=type(base).__name__,
+        model_type=config.model_type or None,
+        name_or_path=config._name_or_path or None,
+        input_embeddings=_embedding_path(loaded.get_input_embeddings, paths),
+        output_embeddings=_embedding_path(loaded.get_output_embeddings, paths),
+        dims=dims_of(config.to_dict(), getattr(config, "num_hidden_layers", None)),
+        is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+    )
+
+
+def _embedding_path(getter: Callable[[], nn.Module | None], paths: Mapping[int, str]) -> str | None:
+    try:
+        module = getter()
+    except (NotImplementedError, AttributeError):  # a model without a text input or head says so by raising
+        return None
+    return None if module is None else paths.get(id(unwrapped(module)))
+
+
+#: dimension -> names that configs have for it, in the order tried
+_DIM_NAMES: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "ffn_dim"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
+}
+
+
+def dims_of(config: Mapping[str, Any], layers: int | None = None) -> dict[str, int]:
+    """Dimensions of the language model, under one name each, from a transformers config as plain data.
+
+    A config of a multimodal model keeps them under `text_config`. `layers` is the number that the live config answers
+    with, which knows aliases that the data does not have.
+    """
+    text = config.get("text_config")
+    source: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    dims = {} if layers is None else {"num_hidden_layers": layers}
+    for dim, names in _DIM_NAMES.items():
+        value = next((source[n] for n in names if isinstance(source.get(n), int)), None)
+        if value is not None:
+            dims.setdefault(dim, value)
+    return dims

@@ -1,0 +1,164 @@
+"""Where slots live: containers with the ecosystem's parameter names, and views that look tensors up at each use.
+
+A view holds containers and keys, never tensors: assign-loading, functional calls, sharding and casts swap the parameters
+underneath, and a cached tensor would be stale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.compiler.plan import MapSite
+from peftc.config.base import PeftConfig
+from peftc.graph.nodes import LayerFacts
+from peftc.tuner.slots import Container, Slot
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"bfloat16"` -> `torch.bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class SlotModule(nn.Module):
+    """Holds one adapter's tensor of a slot under the slot's tail: `lora_A.default` with its `weight`."""
+
+    @classmethod
+    def holding(cls, tail: str, parameter: nn.Parameter) -> SlotModule:
+        """One with this tensor. Made from a template: `nn.Module.__init__` would be most of the cost of an adapter."""
+        module = cls.__new__(cls)
+        state = module.__dict__
+        state.update(_PLAIN)
+        for key, make in _FRESH:
+            state[key] = make()
+        state["_parameters"][tail] = parameter
+        return module
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
+
+
+_TEMPLATE = SlotModule().__dict__
+_FRESH = tuple((key, type(value)) for key, value in _TEMPLATE.items() if isinstance(value, (dict, set)))
+_PLAIN = {key: value for key, value in _TEMPLATE.items() if not isinstance(value, (dict, set))}
+
+
+class Initializer:
+    """`SlotInit` on tensors. Runs under `no_grad`; tensors without data are left alone."""
+
+    def zeros(self, tensor: Tensor) -> None:
+        tensor.zero_()
+
+    def ones(self, tensor: Tensor) -> None:
+        tensor.fill_(1.0)
+
+    def normal(self, tensor: Tensor, std: float = 1.0) -> None:
+        if not tensor.is_meta:
+            tensor.normal_(0.0, std)
+
+    def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
+        """He et al. 2015 with the fan of dimension 1 and up, as torch's own initialiser."""
+        if not tensor.is_meta:
+            bound = math.sqrt(6.0 / ((1.0 + a * a) * max(1, tensor.numel() // tensor.shape[0])))
+            tensor.uniform_(-bound, bound)
+
+
+INIT = Initializer()
+
+
+def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
+    """The dict of adapters for a slot on a layer, made on first use."""
+    container = owner._modules.get(slot.name)
+    if container is None:
+        container = nn.ModuleDict() if slot.container is Container.MODULE else nn.ParameterDict()
+        owner.add_module(slot.name, container)
+    return container
+
+
+def put(owner: nn.Module, slot: Slot, adapter: str, parameter: nn.Parameter) -> tuple[dict[str, Any], str]:
+    """Store a tensor; returns the dict and key where it can be looked up."""
+    container = container_of(owner, slot)
+    if slot.container is Container.PARAMETER:
+        assert isinstance(container, nn.ParameterDict)
+        container[adapter] = parameter
+        return container._parameters, adapter
+    holder = container._modules.get(adapter)
+    if holder is None:
+        holder = container._modules[adapter] = SlotModule.holding(slot.tail, parameter)
+    else:
+        holder._parameters[slot.tail] = parameter
+    return holder._parameters, slot.tail
+
+
+def find(owner: nn.Module, slot: Slot, adapter: str) -> tuple[dict[str, Any], str]:
+    """Where a stored tensor is looked up. Raises `KeyError` if the adapter has none."""
+    container = owner._modules[slot.name]
+    assert container is not None
+    if slot.container is Container.PARAMETER:
+        if adapter not in container._parameters:
+            raise KeyError(adapter)
+        return container._parameters, adapter
+    holder = container._modules[adapter]
+    assert holder is not None
+    return holder._parameters, slot.tail
+
+
+def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
+    """Remove an adapter's tensor; a container that becomes empty stays, as in the reference."""
+    container = owner._modules.get(slot.name)
+    if container is None:
+        return
+    if slot.container is Container.PARAMETER:
+        assert isinstance(container, nn.ParameterDict)
+        if adapter in container:
+            del container[adapter]
+    else:
+        container._modules.pop(adapter, None)
+
+
+class LayerView:
+    """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
+
+    __slots__ = ("_scalings", "_slots", "adapter", "config", "layer")
+
+    def __init__(
+        self,
+        adapter: str,
+        site: MapSite,
+        slots: Mapping[str, tuple[dict[str, Any], str]],
+        scalings: dict[str, float],
+    ) -> None:
+        self.adapter = adapter
+        self.config: PeftConfig = site.config
+        self.layer: LayerFacts = site.layer
+        self._slots = slots
+        self._scalings = scalings
+
+    @property
+    def scaling(self) -> float:
+        return self._scalings[self.adapter]
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            container, key = self._slots[name]
+        except KeyError:
+            raise AttributeError(f"no slot `{name}`; there are {sorted(self._slots)}") from None
+        tensor: Tensor = container[key]
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that the adapter computes in."""
+        container, key = next(iter(self._slots.values()))
+        dtype: torch.dtype = container[key].dtype
+        return dtype
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory: the method's `init` or the checkpoint fills it."""
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""JSON Schemas made from the configs, and validation against them."""

@@ -1,0 +1,156 @@
+"""The JSON Schema of a plan's file, for programs that read plans without peftc: policy checks, dashboards, review bots.
+
+Written by hand, because a plan is made of frozen dataclasses in a compact form; a test holds real plans against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+_TEXT: Schema = {"type": "string"}
+_FLAG: Schema = {"type": "boolean"}
+_SIZE: Schema = {"type": "integer", "minimum": 0}
+_SHAPE: Schema = {"type": "array", "items": _SIZE}
+_DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+
+
+def _object(description: str, optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    return {
+        "type": "object",
+        "description": description,
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+        "additionalProperties": False,
+    }
+
+
+def _row(description: str, *columns: tuple[str, Schema]) -> Schema:
+    return {
+        "type": "array",
+        "description": description,
+        "prefixItems": [{**schema, "title": title} for title, schema in columns],
+        "minItems": len(columns),
+        "items": False,
+    }
+
+
+def _list(items: Schema, description: str = "") -> Schema:
+    return {"type": "array", "items": items, **({"description": description} if description else {})}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _or_null(schema: Schema, description: str) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}], "description": description}
+
+
+def plan_schema() -> Schema:
+    """The schema, without its heading."""
+    plan = _object(
+        "What the adapters change in one base model.",
+        format={"const": "peftc.plan"},
+        version={"const": 1},
+        base=_or_null(_ref("base"), "The base model as the spec names it; null for a model given in Python."),
+        model={
+            "type": "object",
+            "description": "Facts about the base model: class, model type, embeddings, dimensions.",
+        },
+        base_parameters={**_SIZE, "description": "Parameters of the base model, tied ones counted once."},
+        graph={**_DIGEST, "description": "Digest of the base model's structure."},
+        active=_list(_TEXT, "Adapters that act."),
+        trainable={**_SIZE, "description": "Trainable parameters of the adapted model."},
+        total={**_SIZE, "description": "All parameters of the adapted model."},
+        adapters=_list(_ref("adapter")),
+        warnings=_list(_ref("warning")),
+        digest={**_DIGEST, "description": "Digest of everything else here."},
+    )
+    return {**plan, "$defs": _definitions()}
+
+
+def _definitions() -> dict[str, Schema]:
+    tensor = _row("A tensor.", ("name", _TEXT), ("shape", _SHAPE), ("dtype", _TEXT))
+    trained = _row(
+        "A base parameter that becomes trainable.",
+        ("module", _TEXT),
+        ("parameter", _TEXT),
+        ("shape", _SHAPE),
+        ("dtype", _TEXT),
+        ("in an adapted module", _FLAG),
+        ("reason", _TEXT),
+    )
+    return {
+        **_layer_definitions(),
+        "tensor": tensor,
+        "base": {"type": "object", "description": "How the base model is named: as the section `base` of a spec."},
+        "warning": {
+            "type": "object",
+            "required": ["code", "severity", "what", "why", "fix"],
+            "properties": {"code": {"type": "string", "pattern": "^PC[0-9]{3}$"}, "severity": {"const": "warning"}},
+        },
+        "save": _object(
+            "A module that is copied, trained whole and saved.",
+            path=_TEXT,
+            reason=_TEXT,
+            tensors=_list(_ref("tensor")),
+            buffers=_list(_ref("tensor")),
+        ),
+        "prompt": _object(
+            "Virtual tokens before the input.",
+            slots=_list(_ref("slot")),
+            dtype=_TEXT,
+            disk=_TEXT,
+            shape=_SHAPE,
+            embeddings=_TEXT,
+        ),
+        "adapter": _object(
+            "All that one adapter does.",
+            name=_TEXT,
+            peft_type=_TEXT,
+            config={"type": "object", "description": "Its options, as in adapter_config.json, defaults resolved."},
+            kinds=_list(_ref("kind")),
+            maps=_list(
+                _row("An adapted module.", ("module", _TEXT), ("index in `kinds`", _SIZE)), "Adapted modules, in order."
+            ),
+            saves=_list(_ref("save")),
+            trains=_list(trained),
+            prompt=_or_null(_ref("prompt"), "Null for methods that change layers."),
+        ),
+    }
+
+
+def _layer_definitions() -> dict[str, Schema]:
+    return {
+        "layer": _object(
+            "Facts of a kind of layer.",
+            kind=_TEXT,
+            cls=_TEXT,
+            in_features=_SIZE,
+            out_features=_SIZE,
+            kernel=_SHAPE,
+            groups=_SIZE,
+            params=_list(_ref("tensor")),
+            buffers=_list(_ref("tensor")),
+        ),
+        "slot": _object(
+            "A tensor that the adapter adds to a layer.",
+            name=_TEXT,
+            shape=_SHAPE,
+            container={"enum": ["module", "parameter"]},
+            tail=_TEXT,
+            trainable=_FLAG,
+            saved=_FLAG,
+            dtype=_or_null(_TEXT, "Null: as the site's."),
+        ),
+        "kind": _object(
+            "What adapted modules of one kind have in common.",
+            layer=_ref("layer"),
+            slots=_list(_ref("slot")),
+            dtype=_TEXT,
+            reason={**_TEXT, "description": "Why the module is adapted."},
+            overrides={"type": "object", "description": "Options that patterns changed here."},
+        ),
+    }

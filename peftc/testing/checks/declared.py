@@ -1,0 +1,107 @@
+"""What a method declares: its record, its config, and slots whose names others rely on."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+
+from peftc.compiler.compile import compile_plan
+from peftc.config.files import read_config, write_config
+from peftc.runtime.session import Session
+from peftc.testing.compare import same_names
+from peftc.testing.report import broken
+from peftc.testing.subjects import Subject, layers_of, quiet
+from peftc.tuner.method import MapTuner
+
+
+def record_names_its_slots(s: Subject) -> None:
+    """Other libraries find a layer's tensors by `adapter_layer_names`, which come from the record."""
+    declared = set(s.method.layer_names)
+    for path, layer in layers_of(s.wrap()).items():
+        stray = sorted({slot.name for slot in layer.site("default").slots if slot.trainable} - declared)
+        if stray:
+            raise broken(f"The slots {stray} are not among the record's `layer_names`", "Add them to the record.", path)
+
+
+def config_survives_files(s: Subject) -> None:
+    """A config is written into the adapter's folder and read back by other programs."""
+    config = s.config()
+    if type(config)(**config.to_dict()) != config:
+        raise broken("The config made again from its `to_dict()` is another one", "Correct the config's validators.")
+    with tempfile.TemporaryDirectory() as folder:
+        read = read_config(write_config(config, folder).parent)
+    changed = [n for n in type(config).model_fields if getattr(read, n) != getattr(config, n)]
+    if type(read) is not type(config) or changed:
+        raise broken(f"The config read back from JSON differs in {changed}", "Give the options types that JSON has.")
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        if copied != config:
+            raise broken("A copy of the config is another one", "Keep all state in the options.")
+
+
+def compiling_leaves_the_config_alone(s: Subject) -> None:
+    """One config object is often used for several models."""
+    config = s.config()
+    before = config.to_dict()
+    first = compile_plan(s.model.graph, {"default": config})
+    if config.to_dict() != before:
+        raise broken("Planning changed the config that it was given", "Work on values, not on the config.")
+    second = compile_plan(s.model.graph, {"default": config})
+    if first != second:
+        raise broken("Planning twice gives two plans", "Let `slots` depend on its arguments only.")
+
+
+def method_is_stateless(s: Subject) -> None:
+    """One tuner object serves all adapters of all models: what it kept of one would leak into the others."""
+    tuners = {id(t): t for t in _tuners(s)}.values()
+    before = [_state(t) for t in tuners]
+    model = s.trained()
+    s.grown(model)
+    s.output(model)
+    changed = [type(t).__name__ for t, state in zip(tuners, before, strict=True) if _state(t) != state]
+    if changed:
+        raise broken(f"Using {', '.join(changed)} changed its attributes", "Keep what belongs to an adapter in its slots.")
+
+
+def _tuners(s: Subject) -> list[object]:
+    if s.method.is_prompt:
+        return [s.method.tuner]
+    with quiet():
+        config = s.config()
+    nodes = s.model.graph.by_path
+    return [s.method.tuner_for(config, nodes[site]) for site in layers_of(s.wrap())]
+
+
+def _state(tuner: object) -> dict[str, int]:
+    """Names and identities of attributes, of the object and of its classes."""
+    found = {name: id(value) for name, value in vars(tuner).items()}
+    for cls in type(tuner).__mro__[:-1]:
+        if cls is not MapTuner:
+            found |= {f"{cls.__name__}.{name}": id(value) for name, value in vars(cls).items()}
+    return found
+
+
+def keys_follow_the_rule(s: Subject) -> None:
+    """Names in memory and in files are how other programs find an adapter's tensors."""
+    name = "its_name"
+    model = s.trained(name)
+    session: Session = model.session
+    plan = session.plans[name]
+    memory = {key.memory(plan.root) for site in plan.maps for key in (site.key(slot, name) for slot in site.slots)}
+    disk = {site.key(slot, name).disk() for site in plan.maps for slot in site.slots if slot.saved}
+    if plan.prompt is not None:
+        disk.add(plan.prompt.disk)
+    else:
+        new = {n for n, _ in model.named_parameters()} - {f"{plan.root}{n}" for n, _ in s.build().named_parameters()}
+        new = {n for n in new if ".base_layer." not in n}
+        same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")
+    same_names(model.adapter_tensors(name), disk | _base_keys(model, name), "The checkpoint", "Save the declared slots.")
+    named = [key for key in model.adapter_tensors(name) if name in key]
+    if named:
+        raise broken(f"The adapter's name is in the checkpoint's key `{named[0]}`", "Leave it to the core to make keys.")
+
+
+def _base_keys(model: object, name: str) -> set[str]:
+    """Keys of base weights that are saved along, as the reference does with adapted embeddings."""
+    session: Session = model.session  # type: ignore[attr-defined]
+    return {key for key in session.tensors(name) if key.endswith(".base_layer.weight")}

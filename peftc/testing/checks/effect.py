@@ -1,0 +1,185 @@
+"""What an adapter does to the model's output: nothing at the start, nothing when disabled, the same when merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.graph.nodes import LINEAR_KINDS
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.model import PeftModel
+from peftc.runtime.paths import Part, adapted, compose, has_functional_form
+from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
+from peftc.testing.report import broken
+from peftc.testing.subjects import Subject, layers_of, quiet
+
+#: Lowerings that say the same in different words; `input` and `output` are two halves of one.
+_WORDINGS = (("thin",), ("branch",), ("params",), ("input", "output"))
+
+
+def starts_as_declared(s: Subject) -> None:
+    """Training should begin from the base model; a method that does not must say so."""
+    if not s.method.identity_at_start(s.config()):
+        return
+    start, base = s.output(s.wrap()), s.output(s.build())
+    fix = "Correct `init`, or say so with `identity_at_start`."
+    close(start, base, "The output of a fresh adapter is not the base's: it", fix, tolerance=1e-6)
+
+
+def acts_when_trained(s: Subject) -> None:
+    """An adapter whose slots moved must change the output: otherwise nothing is learnt."""
+    y, base = s.output(s.trained()), s.output(s.build())
+    if not torch.isfinite(y).all():
+        raise broken("The output with moved slots is not finite", "Correct the lowerings.")
+    different(y, base, "Moved slots change nothing in the output", "Use the slots in the lowerings.")
+
+
+def starts_from_the_seed(s: Subject) -> None:
+    """Runs are repeated by seeding torch."""
+    first, second = s.wrap().adapter_tensors("default"), s.wrap().adapter_tensors("default")
+    same_tensors(second, first, "the adapter made again from one seed", "Draw random numbers from torch in `init`.")
+
+
+def disabled_is_base(s: Subject) -> None:
+    """Within `disable_adapter` the model computes as its base does, bit for bit."""
+    model, base = s.trained(), s.output(s.build())
+    before = s.output(model)
+    with model.disable_adapter():
+        same(s.output(model), base, "The output with the adapter disabled", "Act through slots only.")
+    same(s.output(model), before, "The output after enabling again", "Keep no state between calls.")
+
+
+def merged_equals_unmerged(s: Subject) -> None:
+    """People train with an adapter beside the weights and serve with it merged."""
+    model = s.trained(dtype=torch.float64)
+    y = s.output(model, torch.float64)
+    fix = "Correct `params` or the lowering that it is derived from."
+    tolerance = s.model.tolerance
+    model.merge_adapter(safe_merge=True)
+    close(s.output(model, torch.float64), y, "The output while merged", fix, tolerance=tolerance)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    close(s.output(merged, torch.float64), y, "The output of the merged model", fix, tolerance=tolerance)
+
+
+def unmerging_restores(s: Subject) -> None:
+    """Merging is tried out on models that go on training: nothing may be left of it."""
+    model = s.trained()
+    objects, state, y = objects_of(model), state_of(model), s.output(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    if objects_of(model) != objects:
+        raise broken("Unmerging leaves other parameter objects", "Compute new tensors; do not replace the layer's own.")
+    same_tensors(state_of(model), state, "the unmerged model", "Change nothing in place in `params`.")
+    same(s.output(model), y, "The output after unmerging", "Change nothing in place in `params`.")
+
+
+def merging_leaves_tensors_alone(s: Subject) -> None:
+    """Base weights may be memory-mapped, shared with other processes, or tied to other layers."""
+    model = s.trained()
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    own = list(model.parameters())
+    model.merge_adapter()
+    for p in own:
+        same(p, before[id(p)], "A tensor of the model was changed in place by merging: it", "Return new tensors.")
+
+
+def lowerings_agree(s: Subject) -> None:
+    """The core picks the cheapest lowering that fits; which one it is must not matter."""
+    model = s.trained(dtype=torch.float64)
+    for path, layer, args in _layer_calls(s, model):
+        with torch.no_grad():
+            results = dict(_each_way(layer, args))
+            results["the layer"] = layer(*args)
+        first, *others = results
+        for other in others:
+            what = f"What `{other}` gives for `{path}`, compared with `{first}`,"
+            close(results[other], results[first], what, "Let all lowerings say the same.", tolerance=1e-9, where=path)
+
+
+def any_leading_shape(s: Subject) -> None:
+    """Layers are called with `(batch, length, features)`, `(tokens, features)` or one vector."""
+    model = s.trained(dtype=torch.float64)
+    for path, layer, args in _layer_calls(s, model):
+        if layer.site("default").layer.kind not in LINEAR_KINDS:
+            continue
+        with torch.no_grad():
+            y = layer(*args)
+            flat = layer(args[0].flatten(0, -2))
+            turned = layer(args[0].movedim(0, -2).contiguous().movedim(-2, 0))
+        fix = "Let the lowerings act on the last dimension."
+        close(flat, y.flatten(0, -2), f"`{path}` on two-dimensional input", fix, tolerance=1e-9, where=path)
+        close(turned, y, f"`{path}` on non-contiguous input", fix, tolerance=1e-9, where=path)
+
+
+def half_precision_bases(s: Subject) -> None:
+    """Beside float16 and bfloat16 weights adapters train in float32, and in the same precision if that is asked for."""
+    expected = s.output(s.trained())
+    for dtype in (torch.bfloat16, torch.float16):
+        model = s.trained(dtype=dtype)
+        wrong = {p.dtype for layer in layers_of(model).values() for _, p in layer.parameters_of("default")} - {torch.float32}
+        if wrong:
+            raise broken(f"Beside {dtype} weights slots are {wrong}", "Leave `dtype` of a slot out.")
+        y = s.output(model, dtype)
+        if y.dtype != dtype:
+            raise broken(f"The output of a {dtype} model is {y.dtype}", "Return what the layer returns.")
+        close(y.float(), expected, f"The output in {dtype}", "Compute in the slots' dtype.", tolerance=0.1)
+        grown = s.grown(model, dtype)
+        if not grown or not all(g.isfinite().all() for g in grown.values()):
+            raise broken(f"Gradients in {dtype} are missing or not finite", "Compute in the slots' dtype.")
+        with quiet():
+            lean = PeftModel(s.build(dtype), s.config(), autocast_adapter_dtype=False).eval()
+        if not s.output(lean, dtype).isfinite().all():
+            raise broken(f"The output with {dtype} slots is not finite", "Lift what needs precision inside the lowering.")
+
+
+def compiles(s: Subject) -> None:
+    """`torch.compile` must see one graph and give the same output and gradients."""
+    model = s.trained()
+    y, grown = s.output(model), s.grown(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    try:
+        close(s.output(compiled), y, "The output of the compiled model", "Use torch operations only.", tolerance=1e-5)
+        for name, gradient in s.grown(compiled).items():
+            own = grown[name.removeprefix("_orig_mod.")]
+            close(gradient, own, f"The compiled gradient of `{name}`", "Use torch operations only.", tolerance=1e-4)
+    finally:
+        torch._dynamo.reset()
+
+
+def _layer_calls(s: Subject, model: PeftModel) -> Iterator[tuple[str, TunerLayer, tuple[Tensor, ...]]]:
+    """Each adapted layer with the arguments that the model calls it with."""
+    calls: dict[str, tuple[Tensor, ...]] = {}
+    handles = []
+    for path, layer in layers_of(model).items():
+
+        def keep(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            calls[path] = args
+
+        handles.append(layer.register_forward_pre_hook(keep))
+    s.output(model, torch.float64)
+    for handle in handles:
+        handle.remove()
+    yield from ((path, layer, calls[path]) for path, layer in layers_of(model).items())
+
+
+def _each_way(layer: TunerLayer, args: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
+    """The layer's output by each lowering that the method gives, in the forward and folded into the parameters."""
+    base, backend, part = layer.base_layer, layer.backend, layer.part("default")
+    for words in _WORDINGS:
+        given = part.tuner.lowerings & set(words)
+        if not given:
+            continue
+        alone = copy.copy(part.tuner)
+        vars(alone)["lowerings"] = given
+        parts = [Part(alone, part.view, part.path, None)]
+        name = " and ".join(word for word in words if word in given)
+        if has_functional_form(alone, backend):
+            forward: Callable[..., Tensor] = compose(base, backend, parts)
+            yield name, forward(*args)
+        if given != {"branch"}:
+            yield f"{name}, folded into parameters", backend.run(base, adapted(base, backend, parts), args, {})

@@ -1,0 +1,85 @@
+"""Training: gradients reach every slot, nothing else, and are those of the output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftc.runtime.model import PeftModel
+from peftc.testing.compare import close, same, same_names, state_of
+from peftc.testing.models import seeded
+from peftc.testing.report import broken
+from peftc.testing.subjects import Subject, slots_of
+
+
+def gradients_in_slots_only(s: Subject) -> None:
+    """A slot without a gradient is never trained; a base weight with one costs memory and drifts."""
+    model = s.trained()
+    grown = s.grown(model)
+    fix = "Use every trainable slot in the lowerings, without detaching it."
+    same_names(grown, slots_of(model, "default"), "The set of tensors with a gradient", fix)
+    for name, gradient in grown.items():
+        if not gradient.isfinite().all():
+            raise broken(f"The gradient of `{name}` is not finite", "Avoid what has no derivative there.", name)
+        if not gradient.count_nonzero():
+            raise broken(f"The gradient of `{name}` is zero", fix, name)
+
+
+def gradients_are_true(s: Subject) -> None:
+    """A gradient is the slope of the output, in every slot and through every layer: compared with differences."""
+    model = s.trained(dtype=torch.float64)
+    grown = s.grown(model, torch.float64)
+    slots = slots_of(model, "default")
+    with seeded(4):
+        ways = {name: torch.randn_like(p) for name, p in slots.items()}
+    for name, way in ways.items():
+        slope = float((grown[name] * way).sum())
+        found = _slope(s, model, slots[name], way)
+        if abs(found - slope) > 1e-5 * max(1.0, abs(slope), abs(found)):
+            what = f"Along a random direction in `{name}` the output has the slope {found:.6g}, its gradient says {slope:.6g}"
+            raise broken(what, "Do not detach; give a custom backward its exact derivative.", name)
+
+
+def _slope(s: Subject, model: PeftModel, slot: torch.nn.Parameter, way: Tensor, step: float = 1e-5) -> float:
+    """Central difference of the functional that `Subject.grown` derives."""
+    values = []
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            slot.add_(sign * step * way)
+            y = s.run(model, torch.float64)
+            with seeded(3):
+                seed = torch.randn(y.shape, dtype=torch.float32).to(y.dtype)
+            values.append(float((y * seed).sum()))
+            slot.sub_(sign * step * way)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def a_step_changes_slots_only(s: Subject) -> None:
+    """An optimiser over the trainable parameters moves every slot and leaves the base as it was, bit for bit."""
+    model = s.wrap()
+    before = state_of(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # slots behind a factor that starts at zero move in the second step
+        s.grown(model)
+        optimiser.step()
+    own = slots_of(model, "default")
+    for name, tensor in model.state_dict().items():
+        if name not in own:
+            same(tensor, before[name], f"`{name}` after two steps", "Train slots only.", name)
+        elif torch.equal(tensor, before[name]):
+            raise broken(f"Two steps leave `{name}` where it was", "Start where the gradient is not zero.", name)
+
+
+def checkpointing_reaches_every_slot(s: Subject) -> None:
+    """Under gradient checkpointing, re-entrant or not, gradients are those without it."""
+    model = s.trained()
+    expected = s.grown(model)
+    for reentrant in (True, False):
+        model = s.trained().train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        kind = "re-entrant" if reentrant else "ordinary"
+        grown = s.grown(model)
+        fix = "Compute the same in every call."
+        same_names(grown, expected, f"Under {kind} checkpointing the set of tensors with a gradient", fix)
+        for name, gradient in expected.items():
+            close(grown[name], gradient, f"The gradient of `{name}` under {kind} checkpointing", fix, tolerance=1e-5)

@@ -1,0 +1,186 @@
+"""All checks, on which subjects each is run, and running them: as cases for pytest, or at once into a report.
+
+A case stands alone: it builds its models anew, so cases can be run in any order and in parallel. Only plans made in another
+process are shared, for all methods of a run are planned by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+
+from peftc.diagnostics import PeftcError
+from peftc.registry.boundary import boundary
+from peftc.registry.manager import default_registry
+from peftc.testing.checks import declared, effect, gradients, lifecycle, planning, prompts
+from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
+from peftc.testing.report import Finding, Report
+from peftc.testing.subjects import Subject, subjects
+from peftc.tuner.method import TunerMethod
+
+When = Callable[[Subject], bool]
+
+
+def everywhere(s: Subject) -> bool:
+    """On every subject."""
+    return True
+
+
+def on_layers(s: Subject) -> bool:
+    """Methods that change layers."""
+    return not s.method.is_prompt
+
+
+def once(s: Subject) -> bool:
+    """One subject per method: what depends on the method alone."""
+    return s.first
+
+
+def as_prompt(s: Subject) -> bool:
+    """Methods that change the model's call."""
+    return s.method.is_prompt
+
+
+def on_blocks(s: Subject) -> bool:
+    """Models whose blocks can be checkpointed."""
+    return s.model.is_language_model
+
+
+def in_float64(s: Subject) -> bool:
+    """Models that compute in float64 throughout."""
+    return s.model.tolerance < 1e-6
+
+
+def one_layer_each(s: Subject) -> bool:
+    """Methods on layers, on models that are quick to compile."""
+    return on_layers(s) and not s.model.is_language_model
+
+
+#: Every check, with the subjects that it is run on.
+CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
+    (declared.record_names_its_slots, on_layers),
+    (declared.config_survives_files, everywhere),
+    (declared.compiling_leaves_the_config_alone, everywhere),
+    (declared.method_is_stateless, everywhere),
+    (declared.keys_follow_the_rule, everywhere),
+    (planning.plan_survives_json, everywhere),
+    (planning.works_without_storage, everywhere),
+    (effect.starts_as_declared, everywhere),
+    (effect.acts_when_trained, everywhere),
+    (effect.starts_from_the_seed, everywhere),
+    (effect.disabled_is_base, everywhere),
+    (effect.merged_equals_unmerged, on_layers),
+    (effect.unmerging_restores, on_layers),
+    (effect.merging_leaves_tensors_alone, on_layers),
+    (effect.lowerings_agree, on_layers),
+    (effect.any_leading_shape, on_layers),
+    (effect.half_precision_bases, everywhere),
+    (effect.compiles, one_layer_each),
+    (gradients.gradients_in_slots_only, everywhere),
+    (gradients.gradients_are_true, in_float64),
+    (gradients.a_step_changes_slots_only, everywhere),
+    (gradients.checkpointing_reaches_every_slot, on_blocks),
+    (lifecycle.saving_and_loading_is_exact, everywhere),
+    (lifecycle.adapters_do_not_leak, everywhere),
+    (lifecycle.several_active_merge_alike, on_layers),
+    (lifecycle.deleting_leaves_nothing, everywhere),
+    (lifecycle.unloading_restores, everywhere),
+    (lifecycle.copies_are_equal_and_apart, everywhere),
+    (lifecycle.injected_equals_wrapped, on_layers),
+    (lifecycle.any_adapter_name, once),
+    (lifecycle.failed_apply_restores, everywhere),
+    (prompts.prompt_goes_before_the_input, as_prompt),
+    (prompts.labels_skip_the_prompt, as_prompt),
+    (prompts.generation_sees_the_prompt, as_prompt),
+    (prompts.merging_is_refused, as_prompt),
+)
+
+#: Checks of what another process planned.
+CHECKS_OF_PLANS: tuple[Callable[[Subject, Planned], None], ...] = (planning.plan_equals_model, planning.loads_without_torch)
+
+
+class Elsewhere:
+    """Plans of all subjects of a run, made in another process when the first is asked for.
+
+    Models with a config are planned in a process of their own, as building them takes long and may not be needed.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], modules: dict[str, str]) -> None:
+        self._subjects = subjects
+        self._modules = modules
+
+    def __call__(self, s: Subject) -> Planned:
+        plans = self._from_graphs if s.model.base is None else self._from_configs
+        return plans[label_of(s)]
+
+    @cached_property
+    def _from_graphs(self) -> dict[str, Planned]:
+        return plan_elsewhere([s for s in self._subjects if s.model.base is None], self._modules)
+
+    @cached_property
+    def _from_configs(self) -> dict[str, Planned]:
+        return plan_elsewhere([s for s in self._subjects if s.model.base is not None], self._modules)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check of one subject."""
+
+    check: str
+    subject: Subject
+    call: Callable[[], None]
+
+    def __str__(self) -> str:
+        return f"{self.subject.method.peft_type}-{self.check}-{self.subject}"
+
+    def run(self) -> None:
+        """Raise `PeftcError` that says what is wrong and how to mend it, if the method fails the check."""
+        __tracebackhide__ = True
+        with boundary(self.subject.method.peft_type, f"conformance check {self.check}"):
+            self.call()
+
+
+def cases(*plugins: str | ModuleType) -> list[Case]:
+    """All cases of the methods, or of every installed one. Raises `PeftcError` for a plugin that cannot be loaded."""
+    registry = default_registry()
+    modules = {}
+    methods: list[TunerMethod] = []
+    for plugin in plugins or registry.names:
+        if isinstance(plugin, ModuleType):
+            methods.append(registry.register(plugin, _entry_name(plugin)))
+            modules[methods[-1].peft_type] = plugin.__name__
+        else:
+            methods.append(registry.get(plugin))
+    found = [subject for method in methods for subject in subjects(method)]
+    return list(_cases(found, Elsewhere(found, modules)))
+
+
+def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
+    for s in found:
+        for check, when in CHECKS:
+            if when(s):
+                yield Case(check.__name__, s, lambda check=check, s=s: check(s))
+        for check_plan in CHECKS_OF_PLANS:
+            yield Case(check_plan.__name__, s, lambda check=check_plan, s=s: check(s, elsewhere(s)))
+
+
+def _entry_name(plugin: ModuleType) -> str:
+    """The entry-point name that the plugin's record asks for."""
+    return str(plugin.peftc_tuner().peft_type).lower()
+
+
+def examine(plugin: str | ModuleType, only: Sequence[str] = ()) -> Report:
+    """Run the checks on a method; with `only`, those of that name."""
+    chosen = [case for case in cases(plugin) if not only or case.check in only]
+    findings = tuple(finding for case in chosen if (finding := _finding(case)) is not None)
+    return Report(chosen[0].subject.method.peft_type, len(chosen), findings)
+
+
+def _finding(case: Case) -> Finding | None:
+    try:
+        case.run()
+    except PeftcError as error:
+        return Finding(case.check, str(case.subject), error.diagnostics)
+    return None

@@ -1,0 +1,181 @@
+"""Tiny models that the checks run on: one per kind of base layer, and two language models built from configs.
+
+Weights are seeded, so two builds are equal. `TinyModel.base` says from which config another process can plan the model;
+those without are described to it by their graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.graph.base_ref import BaseRef
+from peftc.graph.nodes import ModuleGraph
+from peftc.integrations.transformers.architecture import quiet as quiet_transformers
+from peftc.runtime.snapshot import snapshot
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from this seed inside, the caller's own afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model and its inputs. `tolerance` is what rounding explains between two ways to compute in float64."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+    tolerance: float = 1e-9
+    base: BaseRef | None = None
+
+    @property
+    def is_language_model(self) -> bool:
+        return self.base is not None
+
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A fresh one, in evaluation mode, equal to every other."""
+        with seeded(0), warnings.catch_warnings(), quiet_transformers():
+            warnings.simplefilter("ignore")
+            model = self.make().eval()
+        return model if dtype is None else model.to(dtype)
+
+    def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Keywords of a call, floating-point ones in `dtype`."""
+        with seeded(1):
+            inputs = self.inputs()
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+
+    @property
+    def graph(self) -> ModuleGraph:
+        return _graph(self.name)
+
+
+class Mlp(nn.Module):
+    """Linear layers, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(12, 20)
+        self.lin1 = nn.Linear(20, 20)
+        self.norm = nn.LayerNorm(20)
+        self.lin2 = nn.Linear(20, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., 12)` -> `(..., 4)`."""
+        out: Tensor = self.lin2(self.norm(self.lin1(self.lin0(x).relu()).relu()))
+        return out
+
+
+class Conv2dNet(nn.Module):
+    """Convolutions over images: padded, strided, grouped, reflecting, dilated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")
+        self.conv1 = nn.Conv2d(8, 8, 1)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding=1)
+        self.strided = nn.Conv2d(8, 6, (3, 2), stride=2, dilation=(1, 2), bias=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, 4, H, W)` -> `(N, 3)`."""
+        out: Tensor = self.head(self.strided(self.grouped(self.conv1(self.conv0(x).relu())).relu()).mean((-1, -2)))
+        return out
+
+
+class Conv1dNet(nn.Module):
+    """A convolution over sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv1d(4, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, 4, L)` -> `(N, 3)`."""
+        out: Tensor = self.head(self.conv0(x).relu().mean(-1))
+        return out
+
+
+class Conv3dNet(nn.Module):
+    """A convolution over volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv3d(2, 6, (1, 2, 2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, 2, D, H, W)` -> `(N, 3)`."""
+        out: Tensor = self.head(self.conv0(x).relu().mean((-1, -2, -3)))
+        return out
+
+
+class EmbeddingNet(nn.Module):
+    """An embedding with a padding row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(20, 12, padding_idx=0)
+        self.lin0 = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, L)` ids -> `(N, 4)`."""
+        out: Tensor = self.lin0(self.emb(x).mean(1))
+        return out
+
+
+_LLAMA = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+_GPT2 = {
+    "model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 40, "n_positions": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def _language_model(name: str, config: Mapping[str, Any], tolerance: float) -> TinyModel:
+    base = BaseRef(config=config, task_type="CAUSAL_LM")
+
+    def make() -> nn.Module:
+        from peftc.integrations.transformers.base import load_base
+
+        return load_base(base)[0]
+
+    def inputs() -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(3, 40, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+
+    return TinyModel(name, make, inputs, tolerance, base)
+
+
+#: One for each kind of layer, the usual one first. Norms of Llama compute in float32 whatever the model's dtype.
+MODELS: tuple[TinyModel, ...] = (
+    TinyModel("mlp", Mlp, lambda: {"x": torch.randn(2, 3, 12)}),
+    TinyModel("conv2d", Conv2dNet, lambda: {"x": torch.randn(2, 4, 9, 9)}),
+    TinyModel("conv1d", Conv1dNet, lambda: {"x": torch.randn(2, 4, 11)}),
+    TinyModel("conv3d", Conv3dNet, lambda: {"x": torch.randn(2, 2, 3, 4, 4)}),
+    TinyModel("embedding", EmbeddingNet, lambda: {"x": torch.randint(1, 20, (3, 5))}),
+    _language_model("llama", _LLAMA, tolerance=1e-5),
+    _language_model("gpt2", _GPT2, tolerance=1e-9),
+)
+
+
+@cache
+def _graph(name: str) -> ModuleGraph:
+    model = next(model for model in MODELS if model.name == name)
+    return snapshot(model.build())

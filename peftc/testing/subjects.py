@@ -1,0 +1,164 @@
+"""What a check is run on: a method with some options on a tiny model, and the few things that every check does with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.config.base import PeftConfig
+from peftc.config.mixins import TargetsMixin
+from peftc.diagnostics import PeftcError, PeftcWarning, Severity
+from peftc.graph.nodes import Kind, ModuleNode
+from peftc.registry.boundary import boundary
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.model import PeftModel, get_peft_model
+from peftc.testing.models import MODELS, TinyModel, seeded
+from peftc.testing.report import broken
+from peftc.tuner.method import TunerMethod
+
+#: Kinds of layer that some method may adapt.
+ADAPTABLE = frozenset(Kind) - {Kind.OTHER}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings that a check provokes on purpose out of the test's output."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftcWarning)
+        yield
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method, options, and a model. `targets` are the layers to adapt, None for the method's own defaults.
+
+    `first` marks the subject that checks use which need no more than one per method.
+    """
+
+    method: TunerMethod
+    options: Mapping[str, Any]
+    model: TinyModel
+    targets: tuple[str, ...] | None = None
+    first: bool = field(default=False, compare=False)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        if self.targets is None and not self.method.is_prompt:
+            options = f"{options},defaults" if options else "defaults"
+        return f"{options or 'defaults'}-{self.model.name}"
+
+    def config(self, **changes: Any) -> PeftConfig:
+        """A fresh config, with these options changed."""
+        values = {**self.options, **changes}
+        if self.targets is not None:
+            values.setdefault("target_modules", list(self.targets))
+        if self.model.is_language_model:
+            values.setdefault("task_type", "CAUSAL_LM")
+        return self.method.config(**values)
+
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The bare model."""
+        return self.model.build(dtype)
+
+    def wrap(self, adapter: str = "default", dtype: torch.dtype | None = None, **changes: Any) -> PeftModel:
+        """The model with a fresh adapter, in evaluation mode."""
+        with quiet(), seeded(2):
+            return get_peft_model(self.build(dtype), self.config(**changes), adapter).eval()
+
+    def trained(self, adapter: str = "default", dtype: torch.dtype | None = None, **changes: Any) -> PeftModel:
+        """The model with an adapter whose slots are moved at random, so that it acts; by another name it acts otherwise."""
+        model = self.wrap(adapter, dtype, **changes)
+        randomise(model, adapter)
+        return model
+
+    def join(self, model: PeftModel, adapter: str) -> None:
+        """Add a second adapter with moved slots; equal to that of `trained(adapter)`."""
+        with quiet(), seeded(2):
+            model.add_adapter(adapter, self.config())
+        randomise(model, adapter)
+
+    def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The model's output for the model's inputs, with gradients if they are on."""
+        out = model(**self.model.arguments(dtype))
+        return out if isinstance(out, Tensor) else out.logits
+
+    def output(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same without gradients."""
+        with torch.no_grad():
+            return self.run(model, dtype)
+
+    def grown(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Gradients by parameter name after a backward pass of a fixed random functional of the output."""
+        model.zero_grad(set_to_none=True)
+        y = self.run(model, dtype)
+        with seeded(3):
+            seed = torch.randn(y.shape, dtype=torch.float32).to(y.dtype)
+        (y * seed).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+
+def slots_of(model: PeftModel, adapter: str, trainable: bool = True) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name; only those that train if `trainable`."""
+    own = dict(model.named_parameters())
+    planned = [p for p in model.session.plans[adapter].parameters() if not p.base and (p.trainable or not trainable)]
+    missing = [p.name for p in planned if p.name not in own]
+    if missing:
+        raise broken(f"The plan lists `{missing[0]}`, which the model has not", "Declare in `slots` what is stored.")
+    return {p.name: own[p.name] for p in planned}
+
+
+def randomise(model: PeftModel, adapter: str) -> None:
+    """Move the adapter's slots at random, in a way that depends on its name."""
+    seed = 100 + sum(adapter.encode())
+    with torch.no_grad():
+        for parameter in slots_of(model, adapter).values():
+            with seeded(seed):
+                parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter.dtype))
+            seed += 1
+
+
+def layers_of(model: PeftModel, adapter: str = "default") -> dict[str, TunerLayer]:
+    """The adapter's layers by path."""
+    session = model.session
+    return {site.path: session.layers[site.path] for site in session.plans[adapter].maps}
+
+
+def subjects(method: TunerMethod) -> tuple[Subject, ...]:
+    """The method with each of its examples on every model that it can adapt, and with its own default targets."""
+    examples: tuple[Mapping[str, Any], ...] = method.examples or ({},)
+    found: list[Subject] = []
+    for options in examples:
+        for model in MODELS:
+            targets = None if method.is_prompt else _targets(method, options, model)
+            if model.is_language_model if method.is_prompt else targets != ():
+                found.append(Subject(method, options, model, targets, first=not found))
+    if method.default_targets:
+        found += [Subject(method, {}, model) for model in MODELS if model.is_language_model]
+    return tuple(found)
+
+
+def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> tuple[str, ...] | None:
+    """Layers of the model that the method can adapt; None if the options choose them, or the method has no targets."""
+    if not issubclass(method.config, TargetsMixin) or "target_modules" in options:
+        return None
+    config = method.config(**options)
+    return tuple(node.path for node in model.graph.nodes if node.facts.kind in ADAPTABLE and _fits(method, config, node))
+
+
+def _fits(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> bool:
+    """Whether the method says that it can adapt a layer. A method that raises is asked again by the checks."""
+    try:
+        with boundary(method.peft_type, "tuner_for", node.path):
+            tuner = method.tuner_for(config, node)
+            problems = tuner.check(config, node.facts, node.path) if node.facts.kind in tuner.supports else ()
+            return node.facts.kind in tuner.supports and not any(p.severity is Severity.ERROR for p in problems)
+    except PeftcError:
+        return True

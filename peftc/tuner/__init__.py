@@ -1,0 +1,1 @@
+"""What a method declares: slots, lowerings, and its record."""

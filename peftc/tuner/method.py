@@ -1,0 +1,157 @@
+"""What a method is: a record that names its config, its mathematics and its public names.
+
+Methods subclass `MapTuner` (they change the map of one layer) or `PromptTuner` (they change the model's call) and give a
+`TunerMethod` to the registry. They never see how a layer stores its weight, and the core never asks which method it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import Diagnostic
+from peftc.graph.nodes import Kind, LayerFacts, ModuleNode
+from peftc.tuner.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peftc.tuner.views import PromptContext, PromptView, SlotInit, View
+
+C = TypeVar("C", bound=PeftConfig)
+
+LOWERINGS = ("thin", "branch", "input", "output", "params")
+
+
+class MapTuner(ABC, Generic[C]):
+    """The mathematics of a method on one layer, stateless. Give `slots`, and at least one lowering.
+
+    A lowering is one way to say what the adapter does to the layer's map `y = W x + b`, in logical order (`W` is
+    `(out, in · kernel)` whatever the storage). The core derives the others where it can, and the conformance kit proves
+    that those given agree. Which are given is read off the class once.
+    """
+
+    #: kinds of layer that the method can adapt
+    supports: ClassVar[frozenset[Kind]]
+    #: what `input` acts on: the layer's `"features"`, or the flattened `"patches"` that a convolution multiplies
+    input_space: ClassVar[str] = "features"
+    #: names of the lowerings that the class gives, filled in by the core
+    lowerings: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.lowerings = frozenset(name for name in LOWERINGS if getattr(cls, name) is not getattr(MapTuner, name))
+
+    @abstractmethod
+    def slots(self, c: C, layer: LayerFacts) -> Iterable[Slot]:
+        """The storage needed on a layer. Runs in `peftc plan`; must not import torch."""
+
+    @abstractmethod
+    def init(self, c: C, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        """Fill freshly made slots (by slot name) in place; each is uninitialised memory."""
+
+    def scaling(self, c: C, layer: LayerFacts) -> float:
+        """The factor that users can change at run time (`set_scale`); the lowerings find it as `a.scaling`."""
+        return 1.0
+
+    def dropout(self, c: C) -> float:
+        """Probability of dropping inputs of `branch` and `thin` in training."""
+        return 0.0
+
+    def check(self, c: C, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
+        """Problems of the options on this layer, e.g. a rank beyond its size."""
+        return ()
+
+    # lowerings ----------------------------------------------------------------------------------------------------
+
+    def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
+        """`(A, B, s)` with `ΔW = s · B A`, A `(r, in · kernel)`, B `(out, r)`. The core fuses, merges and batches it."""
+        raise NotImplementedError
+
+    def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
+        """`Δy` to add to the layer's output, from its input and its output so far."""
+        raise NotImplementedError
+
+    def input(self, a: View, x: Tensor) -> Tensor:
+        """A linear map of the layer's input, features (or patches, see `input_space`) in the last dimension."""
+        raise NotImplementedError
+
+    def output(self, a: View, y: Tensor) -> Tensor:
+        """A linear map of the layer's output, features in the last dimension. It acts on the bias as well."""
+        raise NotImplementedError
+
+    def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The layer's parameters `p` (running) and `p0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`."""
+        raise NotImplementedError
+
+
+class PromptTuner(ABC, Generic[C]):
+    """A method that puts virtual tokens before the input. The core's one driver widens masks, labels and caches."""
+
+    @abstractmethod
+    def slots(self, c: C, dims: Mapping[str, int]) -> Iterable[Slot]:
+        """Storage of the prompt encoder, by model dimensions (`hidden_size`, …). Runs in `peftc plan`, without torch.
+
+        Names in memory are `prompt_encoder.<adapter>.<slot>.<tail>`.
+        """
+
+    @abstractmethod
+    def init(self, c: C, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+        """Fill the slots, from random numbers, the base model's embeddings, or a text."""
+
+    @abstractmethod
+    def embeds(self, c: C, a: PromptView) -> Tensor:
+        """The virtual tokens' embeddings, `(num_virtual_tokens, hidden_size)`; what is saved as `prompt_embeddings`."""
+
+    @abstractmethod
+    def restore(self, c: C, embeds: Tensor) -> Mapping[str, Tensor]:
+        """Slots from saved `prompt_embeddings`, `(num_virtual_tokens, hidden_size)`."""
+
+
+def no_problems(config: Any) -> Iterable[Diagnostic]:
+    """The default `check` of a method."""
+    return ()
+
+
+@dataclass(frozen=True)
+class TunerMethod:
+    """A method's record: all that the core knows of it.
+
+    `tuner` is the mathematics, or a function that chooses one by config and node when a method has several.
+    """
+
+    peft_type: str
+    config: type[PeftConfig]
+    tuner: MapTuner[Any] | PromptTuner[Any] | Callable[[Any, ModuleNode], MapTuner[Any]]
+    #: what every slot's name begins with (`"lora_"`); empty for prompts
+    prefix: str
+    #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
+    layer_names: tuple[str, ...] = ()
+    #: public names of the empty model class and layer class, for `isinstance`
+    model_class: str = ""
+    layer_class: str = ""
+    #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`
+    default_targets: Mapping[str, str] = field(default_factory=dict)
+    summary: str = ""
+    paper: str = ""
+    #: configs that the conformance kit uses besides its own
+    examples: tuple[Mapping[str, Any], ...] = ()
+    #: problems of the options that need no model: contradictions, options this version does not have
+    check: Callable[[Any], Iterable[Diagnostic]] = no_problems
+    #: whether a fresh adapter with this config leaves the model's output as it was
+    identity_at_start: Callable[[Any], bool] = field(default=lambda config: True)
+
+    @property
+    def is_prompt(self) -> bool:
+        return isinstance(self.tuner, PromptTuner)
+
+    def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
+        """The mathematics for one site."""
+        if isinstance(self.tuner, MapTuner):
+            return self.tuner
+        if isinstance(self.tuner, PromptTuner):
+            raise TypeError(f"{self.peft_type} has no map sites")
+        return self.tuner(config, node)

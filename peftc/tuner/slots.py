@@ -1,0 +1,73 @@
+"""What storage a method needs on a layer, declared without torch, and the names it gets in memory and on disk.
+
+A `Slot` is one tensor per adapter and site. A `Key` is its name as a record; text is made from it only at the edges and
+nothing searches or replaces in text, so an adapter may be called `weight` or `lora_A`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Container(StrEnum):
+    """How a slot is held: `lora_A.default.weight` (module) or `ia3_l.default` (parameter)."""
+
+    MODULE = "module"
+    PARAMETER = "parameter"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One named tensor of an adapter at one site.
+
+    `tail` names the tensor inside a module container. `dtype` is usually left to the core: the base layer's, with half
+    precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    container: Container = Container.PARAMETER
+    tail: str = ""
+    trainable: bool = True
+    saved: bool = True
+    dtype: str | None = None
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainable: bool = True) -> Slot:
+    """A slot inside a small module of its own, as a low-rank factor: `P.name.<adapter>.weight`."""
+    return Slot(name, shape, Container.MODULE, tail, trainable)
+
+
+def parameter_slot(name: str, shape: tuple[int, ...], trainable: bool = True) -> Slot:
+    """A bare parameter, as a vector of scales: `P.name.<adapter>`."""
+    return Slot(name, shape, Container.PARAMETER, "", trainable)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """The name of a stored tensor: `owner.slot.adapter.tail` in memory, `owner.slot.tail` on disk.
+
+    `owner` is the module path inside the base model; `root` what stands before it (`base_model.model.` for a wrapped
+    model, nothing for an injected one).
+    """
+
+    owner: str
+    slot: str
+    adapter: str
+    tail: str = ""
+
+    def memory(self, root: str = "") -> str:
+        """Name among the live model's parameters."""
+        return root + ".".join(part for part in (self.owner, self.slot, self.adapter, self.tail) if part)
+
+    def disk(self, root: str = "base_model.model.") -> str:
+        """Name in the checkpoint."""
+        return root + ".".join(part for part in (self.owner, self.slot, self.tail) if part)

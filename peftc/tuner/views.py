@@ -1,0 +1,65 @@
+"""What a method's mathematics is handed: protocols that the runtime implements, so that this side needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from peftc.config.base import PeftConfig
+    from peftc.graph.nodes import LayerFacts
+
+
+class View(Protocol):
+    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use."""
+
+    @property
+    def config(self) -> PeftConfig:
+        """The options in force on this layer, patterns applied."""
+
+    @property
+    def layer(self) -> LayerFacts:
+        """Facts of the base layer."""
+
+    @property
+    def scaling(self) -> float:
+        """The current factor."""
+
+    def __getattr__(self, slot: str) -> Tensor: ...
+
+
+class SlotInit(Protocol):
+    """Initialisers, so that a method needs no import for the usual ones. Meta tensors are left alone."""
+
+    def zeros(self, tensor: Tensor) -> None: ...
+
+    def ones(self, tensor: Tensor) -> None: ...
+
+    def normal(self, tensor: Tensor, std: float = 1.0) -> None: ...
+
+    def kaiming_uniform(self, tensor: Tensor, a: float) -> None: ...
+
+
+class PromptView(Protocol):
+    """One adapter's prompt encoder; slots are attributes."""
+
+    def __getattr__(self, slot: str) -> Tensor: ...
+
+
+class PromptContext(Protocol):
+    """What a prompt may start from."""
+
+    @property
+    def init(self) -> SlotInit: ...
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The base model's input embeddings, `(vocabulary, hidden_size)`."""
+
+    def tokenize(self, name_or_path: str, text: str) -> Sequence[int]:
+        """Token ids of a text. Raises `PeftcError` if there is no such tokenizer here."""
+
+
+Tensors = Mapping[str, "Tensor"]

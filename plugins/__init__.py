@@ -1,0 +1,1 @@
+"""The methods that come with peftc, one module each, registered through the same entry points as anyone's."""

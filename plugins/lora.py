@@ -1,0 +1,215 @@
+"""LoRA: a low-rank update `ΔW = s · B A` beside a frozen weight (Hu et al., arXiv:2106.09685, equation 3).
+
+Scaling is `alpha / r`, or `alpha / sqrt(r)` with rank stabilisation (arXiv:2312.03732). Works on linear layers,
+embeddings and convolutions; for these A is a lookup table or a convolution of the base's geometry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from peftc.plugin import (
+    CONV_KINDS,
+    LINEAR_KINDS,
+    Diagnostic,
+    Field,
+    Kind,
+    LayerFacts,
+    LayersMixin,
+    MapTuner,
+    ModulesToSaveMixin,
+    PeftConfig,
+    PeftType,
+    RankMixin,
+    Slot,
+    SlotInit,
+    TargetsMixin,
+    TunerMethod,
+    View,
+    hookimpl,
+    module_slot,
+    parameter_slot,
+    rules,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Options that files of the reference may carry and this version cannot act on, with the value that means "off".
+NOT_YET: Mapping[str, Any] = {
+    "use_dora": False,
+    "trainable_token_indices": None,
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "monteclora_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "megatron_config": None,
+    "ensure_weight_tying": False,
+}
+
+
+class LoraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
+    """Options of a LoRA adapter, named as in the reference."""
+
+    peft_type: PeftType | None = PeftType("LORA")
+    lora_alpha: int | float = 8
+    """Numerator of the scaling `alpha / r`."""
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of dropping inputs of the update in training."""
+    fan_in_fan_out: bool = False
+    """Whether the adapted layers store their weight as (in, out); set by itself where they do."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases of the base model to train along: none, all, or those of adapted layers."""
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(r)` instead of `alpha / r`."""
+    init_lora_weights: bool | str = True
+    """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Other ranks for some modules: pattern over the end of the path -> `r`."""
+    alpha_pattern: dict[str, int | float] = Field(default_factory=dict)
+    """Other numerators for some modules: pattern over the end of the path -> `lora_alpha`."""
+    megatron_config: dict[str, Any] | None = None
+    """Not available yet."""
+    megatron_core: str | None = "megatron.core"
+    """Kept for files of the reference."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Not available yet."""
+    loftq_config: dict[str, Any] = Field(default_factory=dict)
+    """Kept for files of the reference."""
+    eva_config: dict[str, Any] | None = None
+    """Not available yet."""
+    corda_config: dict[str, Any] | None = None
+    """Not available yet."""
+    lora_ga_config: dict[str, Any] | None = None
+    """Not available yet."""
+    use_dora: bool = False
+    """Not available yet."""
+    velora_config: dict[str, Any] | None = None
+    """Not available yet."""
+    alora_invocation_tokens: list[int] | None = None
+    """Not available yet."""
+    use_qalora: bool = False
+    """Not available yet."""
+    qalora_group_size: int = 16
+    """Kept for files of the reference."""
+    monteclora_config: dict[str, Any] | None = None
+    """Not available yet."""
+    layer_replication: list[list[int]] | None = None
+    """Not available yet."""
+    runtime_config: Any = Field(default=None, exclude=True)
+    """Kept for callers of the reference; never written."""
+    lora_bias: bool = False
+    """Not available yet."""
+    target_parameters: list[str] | None = None
+    """Not available yet."""
+    use_bdlora: dict[str, Any] | None = None
+    """Not available yet."""
+    arrow_config: dict[str, Any] | None = None
+    """Not available yet."""
+    kasa_config: dict[str, Any] | None = None
+    """Not available yet."""
+    ensure_weight_tying: bool = False
+    """Not available yet."""
+
+    pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+
+class LoraTuner(MapTuner[LoraConfig]):
+    """`y = W x + s · B (A x)`."""
+
+    supports = LINEAR_KINDS | CONV_KINDS | {Kind.EMBEDDING}
+
+    def slots(self, c: LoraConfig, layer: LayerFacts) -> Iterable[Slot]:
+        if layer.kind is Kind.EMBEDDING:
+            yield parameter_slot("lora_embedding_A", (c.r, layer.in_features))
+            yield parameter_slot("lora_embedding_B", (layer.out_features, c.r))
+        else:
+            ones = (1,) * len(layer.kernel)
+            yield module_slot("lora_A", (c.r, layer.in_features, *layer.kernel))
+            yield module_slot("lora_B", (layer.out_features, c.r, *ones))
+
+    def init(self, c: LoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        first, second = slots.values()
+        if c.init_lora_weights is False:
+            init.kaiming_uniform(first, math.sqrt(5))
+            init.kaiming_uniform(second, math.sqrt(5))
+        elif layer.kind is Kind.EMBEDDING:
+            init.zeros(first)
+            init.normal(second)
+        else:
+            if c.init_lora_weights == "gaussian":
+                init.normal(first, std=1 / c.r)
+            else:
+                init.kaiming_uniform(first, math.sqrt(5))
+            init.zeros(second)
+
+    def scaling(self, c: LoraConfig, layer: LayerFacts) -> float:
+        return c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+
+    def dropout(self, c: LoraConfig) -> float:
+        return c.lora_dropout
+
+    def check(self, c: LoraConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
+        if layer.groups > 1:
+            yield rules.BAD_TARGET(
+                f"`{path}` is a grouped convolution ({layer.groups} groups), which has no low-rank update",
+                fix="Exclude it with `exclude_modules`.",
+                where=path,
+            )
+        limit = min(layer.in_features * math.prod(layer.kernel), layer.out_features)
+        if c.r > limit:
+            yield rules.RANK_BEYOND_LAYER(
+                f"Rank {c.r} is beyond what `{path}` can have ({limit})",
+                fix=f"Set `r`, or a `rank_pattern` for it, to at most {limit}.",
+                where=path,
+            )
+
+    def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
+        if a.layer.kind is Kind.EMBEDDING:
+            return a.lora_embedding_A, a.lora_embedding_B, a.scaling
+        return a.lora_A, a.lora_B, a.scaling
+
+
+def check(c: LoraConfig) -> Iterable[Diagnostic]:
+    """Options without effect in this version are refused, not ignored: they would change the mathematics."""
+    for option, off in NOT_YET.items():
+        if getattr(c, option) not in (off, {}, []):
+            yield rules.OPTION_NOT_AVAILABLE(
+                f"`{option}` is not available in this version", fix=f"Remove `{option}`.", where=option
+            )
+    if c.init_lora_weights not in (True, False, "gaussian"):
+        yield rules.OPTION_NOT_AVAILABLE(
+            f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
+            fix="Use `true`, `false` or `gaussian`.",
+            where="init_lora_weights",
+        )
+
+
+@hookimpl
+def peftc_tuner() -> TunerMethod:
+    return TunerMethod(
+        "LORA",
+        LoraConfig,
+        LoraTuner(),
+        prefix="lora_",
+        layer_names=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+        model_class="LoraModel",
+        layer_class="LoraLayer",
+        default_targets={"target_modules": "lora"},
+        summary="A low-rank update beside each frozen weight.",
+        paper="arXiv:2106.09685",
+        examples=({"r": 4, "lora_alpha": 8}, {"r": 4, "use_rslora": True}, {"r": 4, "init_lora_weights": "gaussian"}),
+        check=check,
+        identity_at_start=lambda c: c.init_lora_weights is not False,
+    )

@@ -1,0 +1,95 @@
+"""Prompt tuning: trained embeddings of virtual tokens before the input (Lester et al., arXiv:2104.08691, section 2).
+
+They start at random, at embeddings of sampled tokens, or at those of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from peftc.plugin import (
+    PeftType,
+    PromptContext,
+    PromptLearningConfig,
+    PromptTuner,
+    PromptView,
+    Slot,
+    TunerMethod,
+    hookimpl,
+    model_validator,
+    module_slot,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PromptTuningConfig(PromptLearningConfig):
+    """Options of a prompt-tuning adapter, named as in the reference."""
+
+    peft_type: PeftType | None = PeftType("PROMPT_TUNING")
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
+    """How the virtual tokens start: `RANDOM`, as sampled tokens (`SAMPLE_VOCAB`), or as a text (`TEXT`)."""
+    prompt_tuning_init_text: str | None = None
+    """The text, for `TEXT`; repeated or cut to the number of virtual tokens."""
+    tokenizer_name_or_path: str | None = None
+    """The tokenizer of the text, for `TEXT`."""
+    tokenizer_kwargs: dict[str, Any] | None = None
+    """Keywords for the tokenizer, for `TEXT`. Remote code cannot be switched on."""
+
+    @model_validator(mode="after")
+    def _text_needs_tokenizer(self) -> Self:
+        text = self.prompt_tuning_init == "TEXT"
+        if text and (not self.tokenizer_name_or_path or self.prompt_tuning_init_text is None):
+            raise ValueError(
+                "`prompt_tuning_init: TEXT` needs `tokenizer_name_or_path` and `prompt_tuning_init_text`"
+            )
+        if self.tokenizer_kwargs and not text:
+            raise ValueError("`tokenizer_kwargs` has an effect only with `prompt_tuning_init: TEXT`")
+        if "trust_remote_code" in (self.tokenizer_kwargs or {}):
+            raise ValueError("`tokenizer_kwargs` cannot switch on remote code")
+        return self
+
+
+class PromptTuningTuner(PromptTuner[PromptTuningConfig]):
+    """The encoder is a table with one row per virtual token."""
+
+    def slots(self, c: PromptTuningConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        rows = (c.num_virtual_tokens or 0) * (c.num_transformer_submodules or 1)
+        yield module_slot("embedding", (rows, c.token_dim or 0))
+
+    def init(self, c: PromptTuningConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+        import torch
+
+        table = slots["embedding"]
+        if c.prompt_tuning_init == "RANDOM":
+            context.init.normal(table)
+            return
+        vocabulary = context.embedding_weight
+        if c.prompt_tuning_init == "SAMPLE_VOCAB":
+            ids = torch.randint(0, vocabulary.shape[0], (table.shape[0],))
+        else:
+            tokens = context.tokenize(c.tokenizer_name_or_path or "", c.prompt_tuning_init_text or "")
+            ids = torch.tensor([tokens[i % len(tokens)] for i in range(table.shape[0])])
+        table.copy_(vocabulary[ids.to(vocabulary.device)])
+
+    def embeds(self, c: PromptTuningConfig, a: PromptView) -> Tensor:
+        return a.embedding
+
+    def restore(self, c: PromptTuningConfig, embeds: Tensor) -> Mapping[str, Tensor]:
+        return {"embedding": embeds}
+
+
+@hookimpl
+def peftc_tuner() -> TunerMethod:
+    return TunerMethod(
+        "PROMPT_TUNING",
+        PromptTuningConfig,
+        PromptTuningTuner(),
+        prefix="prompt_tuning_",
+        summary="Trained embeddings of virtual tokens are put before the input.",
+        paper="arXiv:2104.08691",
+        examples=({"num_virtual_tokens": 4}, {"num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+        identity_at_start=lambda c: False,
+    )

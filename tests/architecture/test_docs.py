@@ -1,0 +1,50 @@
+"""Generated files are what the code says, and hand-written pages name only what exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftc.cli.main import COMMANDS
+from tests.architecture.tree import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FILE = re.compile(r"`((?:peftc|plugins|schemas|tests|docs|examples|benchmarks|\.ci)/[\w./-]*)`")
+COMMAND = re.compile(r"(?<!from )\bpeftc ([a-z]+)\b(?=[ `\n])")
+FENCE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = {name for name in LINK.findall(text) if "://" not in name}
+    missing = sorted(name for name in links if not (page.parent / name).exists())
+    missing += sorted(name for name in set(FILE.findall(text)) if not (ROOT / name).exists())
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_exist(page: Path) -> None:
+    code = " ".join(FENCE.findall(page.read_text(encoding="utf-8")))
+    assert sorted(set(COMMAND.findall(code)) - set(COMMANDS)) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["docs/generate.py", "--check"], ["-m", "peftc", "schema", "--check"]], ids=["pages", "schemas"]
+)
+def test_generated_files_are_up_to_date(command: list[str]) -> None:
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr + "\nRun `make docs`."
+
+
+def test_every_make_target_is_explained() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert targets
+    explained = set(re.findall(r"^#   make (\w+)", makefile, re.MULTILINE))
+    assert explained == set(targets[1].split())

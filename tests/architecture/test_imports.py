@@ -1,0 +1,125 @@
+"""Who may import what: downwards only inside the house, and each layer its own third parties."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.architecture.tree import Import, Source, sources
+
+# Lowest first. A file belongs to the longest prefix that fits; files of one row may import each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("peftc._version", "peftc.diagnostics"),
+    ("peftc.rules",),
+    ("peftc.config", "peftc.graph"),
+    ("peftc.tuner",),
+    ("peftc.registry",),
+    ("peftc.config.files", "peftc.config.spec", "peftc.schema"),
+    ("peftc.compiler",),
+    ("peftc.plugin",),
+    # the torch line
+    ("peftc.ops",),
+    ("peftc.runtime",),
+    ("peftc.checkpoint",),
+    ("peftc.runtime.model",),
+    ("peftc.integrations",),
+    ("peftc.testing",),
+    ("peftc", "peftc.cli"),
+)
+TORCH_LINE = LAYERS.index(("peftc.ops",))
+
+# Imports that go up, all inside functions, and why.
+UPWARDS = {
+    ("peftc.config.base", "peftc.config.files"): "the reference's API: a config saves and loads itself",
+}
+
+# Third parties of each package. Where a package is not named here it uses the standard library alone.
+THIRD_PARTIES: dict[str, set[str]] = {
+    "peftc.config": {"pydantic", "pydantic_core", "ruamel", "huggingface_hub"},
+    "peftc.graph": {"huggingface_hub"},
+    "peftc.registry": {"pluggy"},
+    "peftc.schema": {"pydantic", "jsonschema"},
+    "peftc.compiler": {"regex"},
+    "peftc.plugin": {"pydantic"},
+    "peftc.cli": {"rich", "torch", "transformers"},
+    "peftc.ops": {"torch"},
+    "peftc.runtime": {"torch"},
+    "peftc.runtime.prompt": {"torch", "transformers"},  # the tokenizer of a prompt that starts as a text
+    "peftc.checkpoint": {"torch", "safetensors", "huggingface_hub"},
+    "peftc.integrations": {"torch", "transformers", "accelerate", "gguf", "huggingface_hub", "jinja2", "safetensors"},
+    "peftc.testing": {"torch", "pytest", "hypothesis", "safetensors"},
+}
+# Third parties that cost too much at start, and so are imported where they are used, inside a function.
+LATE = {"jsonschema", "rich", "huggingface_hub", "torch", "transformers"}
+
+PEFTC = sources("peftc")
+PLUGINS = sources("plugins")
+
+
+def layer_of(module: str) -> int:
+    """Index of the layer with the longest prefix of `module`."""
+    fitting = [(len(p), i) for i, row in enumerate(LAYERS) for p in row if module == p or module.startswith(f"{p}.")]
+    return max(fitting)[1]
+
+
+#: commands stand at the end of the table, but start as fast as what is above the torch line
+ABOVE = [s for s in PEFTC if layer_of(s.module) < TORCH_LINE or s.module.startswith("peftc.cli")]
+
+
+def third_parties_of(module: str) -> set[str]:
+    fitting = [p for p in THIRD_PARTIES if module == p or module.startswith(f"{p}.")]
+    return THIRD_PARTIES[max(fitting, key=len)] if fitting else set()
+
+
+def outside(source: Source) -> list[Import]:
+    """Imports of neither this project nor the standard library."""
+    own = {"peftc", "peftc_plugins", "__future__"}
+    return [
+        i for i in source.imports if (top := i.module.split(".")[0]) not in own and top not in sys.stdlib_module_names
+    ]
+
+
+@pytest.mark.parametrize("source", PEFTC, ids=lambda s: s.name)
+def test_imports_inside_the_house_go_downwards(source: Source) -> None:
+    here = layer_of(source.module)
+    up = [
+        f"{source.name}:{i.line} imports {i.module}"
+        for i in source.imports
+        if i.module.split(".")[0] == "peftc"
+        and layer_of(i.module) > here
+        and not (i.deferred and (source.module, i.module) in UPWARDS)
+    ]
+    assert not up, f"move what is shared to the lower layer: {up}"
+
+
+@pytest.mark.parametrize("source", PEFTC, ids=lambda s: s.name)
+def test_the_core_never_imports_the_bundled_methods(source: Source) -> None:
+    assert [i for i in source.imports if i.module.split(".")[0] in {"peftc_plugins", "plugins"}] == []
+
+
+@pytest.mark.parametrize("source", PEFTC, ids=lambda s: s.name)
+def test_each_layer_uses_its_own_third_parties(source: Source) -> None:
+    allowed = third_parties_of(source.module)
+    strange = [
+        f"{source.name}:{i.line} imports {i.module}" for i in outside(source) if i.module.split(".")[0] not in allowed
+    ]
+    assert not strange, f"only {sorted(allowed) or 'the standard library'} may be imported here: {strange}"
+
+
+@pytest.mark.parametrize("source", ABOVE, ids=lambda s: s.name)
+def test_slow_third_parties_are_imported_where_they_are_used(source: Source) -> None:
+    early = [
+        f"{source.name}:{i.line} imports {i.module}"
+        for i in outside(source)
+        if not i.deferred and i.module.split(".")[0] in LATE
+    ]
+    assert not early
+
+
+@pytest.mark.parametrize("source", PLUGINS, ids=lambda s: s.name)
+def test_plugins_import_the_plugin_module_and_heavy_things_inside_functions(source: Source) -> None:
+    early = [i for i in outside(source) if not i.deferred]
+    assert not early, f"{source.name} imports {early} when it is loaded"
+    core = {i.module for i in source.imports if i.module.split(".")[0] == "peftc"} - {"peftc.plugin", "peftc"}
+    assert not core, f"{source.name} reaches past `peftc.plugin`: {sorted(core)}"

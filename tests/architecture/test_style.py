@@ -1,0 +1,80 @@
+"""House rules that a reader relies on: sizes, documentation, no protocols by `hasattr`, no catch-all handlers."""
+
+from __future__ import annotations
+
+import ast
+from typing import TypeGuard
+
+import pytest
+
+from tests.architecture.tree import Source, sources
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+
+# Longer files and functions, each with the reason why splitting would make them harder to read.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+# The plugin boundary, where any exception of a stranger's code becomes a diagnostic, and rollbacks that re-raise.
+CATCH_ALL: dict[str, str] = {
+    "peftc.registry.boundary": "the plugin boundary: calls of a method's functions",
+    "peftc.registry.manager": "the plugin boundary: importing and registering a plugin",
+}
+
+CODE = sources("peftc", "plugins")
+
+
+@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+def test_files_and_functions_fit_on_a_few_screens(source: Source) -> None:
+    lines = len(source.text.splitlines())
+    assert lines <= MAX_FILE_LINES or source.name in LONG_FILES, f"{source.name} has {lines} lines"
+    long = [
+        f"{source.module}.{name} has {node.end_lineno - node.lineno + 1} lines"
+        for name, node in source.functions
+        if (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
+        and f"{source.module}.{name}" not in LONG_FUNCTIONS
+    ]
+    assert not long
+
+
+@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+def test_files_and_public_names_are_documented(source: Source) -> None:
+    missing = [] if ast.get_docstring(source.ast) else [source.name]
+    missing += [f"{source.module}.{n.name}" for n in source.ast.body if _is_public(n) and not ast.get_docstring(n)]
+    assert not missing, f"without a docstring: {missing}"
+
+
+@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+def test_no_protocol_by_hasattr(source: Source) -> None:
+    lines = [
+        node.lineno
+        for node in ast.walk(source.ast)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr"
+    ]
+    assert not lines, f"{source.name}: declare what is needed in a type, and ask for that (lines {lines})"
+
+
+@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+def test_only_the_plugin_boundary_catches_everything(source: Source) -> None:
+    caught = [
+        node.lineno
+        for node in ast.walk(source.ast)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"})
+        and not _reraises(node)
+    ]
+    assert not caught or source.module in CATCH_ALL, f"{source.name} catches everything in lines {caught}"
+
+
+def _reraises(handler: ast.ExceptHandler) -> bool:
+    """Whether the handler cleans up and lets the same exception go on."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
+
+
+def _is_public(node: ast.stmt) -> TypeGuard[ast.FunctionDef | ast.ClassDef]:
+    """A function or class that others may use; a hook's implementation is documented where the hook is specified."""
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+        return False
+    return not any(ast.unparse(mark) == "hookimpl" for mark in node.decorator_list)
