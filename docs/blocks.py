@@ -1,8 +1,8 @@
 """Runs the examples on a page and puts their real output where the page shows it.
 
-A ```console block has `$ command` lines, each followed by its output. A ```python block followed by a ```text block is run
-in one namespace for the whole page, and the text is what it printed. Both run in the repository's root. A ```yaml block
-after the comment `file: PATH` is that file.
+A ```console block has `$ command` lines, each followed by its output. ```python blocks run in one namespace for the whole
+page, unless a line `...` says that it is a sketch; a ```text block after one is what it printed. All run in the repository's
+root. A ```yaml block after the comment `file: PATH` is that file.
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(
-    r"```console\n(?P<console>.*?)```"
-    r"|```python\n(?P<python>[^`]*?)```\n\n```text\n.*?```"
-    r"|<!-- file: (?P<file>\S+) -->\n```yaml\n.*?```",
-    re.DOTALL,
-)
+BLOCK = re.compile(r"(?P<file><!-- file: (?P<path>\S+) -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)```", re.DOTALL)
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "100", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def with_output(page: str) -> str:
     """The page with the output of all its examples renewed. Raises `RuntimeError` if an example cannot run."""
-    namespace: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(PLAIN, SCRATCH=scratch)
+        return BLOCK.sub(_Renewal(), page)
 
-        def renewed(block: re.Match[str]) -> str:
-            if block["console"] is not None:
-                commands = re.findall(r"^\$ (.*)$", block["console"], re.MULTILINE)
-                return "```console\n" + "\n".join(map(_ran, commands)) + "```"
-            if block["file"] is not None:
-                return (
-                    f"<!-- file: {block['file']} -->\n```yaml\n{(ROOT / block['file']).read_text(encoding='utf-8')}```"
-                )
-            return f"```python\n{block['python']}```\n\n```text\n{_printed(block['python'], namespace)}```"
 
-        return BLOCK.sub(renewed, page)
+class _Renewal:
+    """Gives one block after the other its new text."""
+
+    def __init__(self) -> None:
+        self.namespace: dict[str, Any] = {}
+        self.printed: str | None = None
+
+    def __call__(self, block: re.Match[str]) -> str:
+        body, printed, self.printed = block["body"], self.printed, None
+        if block["kind"] == "console":
+            body = "\n".join(map(_ran, re.findall(r"^\$ (.*)$", body, re.MULTILINE)))
+        elif block["kind"] == "python" and "\n...\n" not in body:
+            self.printed = _printed(body, self.namespace)
+        elif block["kind"] == "text" and printed is not None:
+            body = printed
+        elif block["file"]:
+            body = (ROOT / block["path"]).read_text(encoding="utf-8")
+        return f"{block['file'] or ''}```{block['kind']}\n{body}```"
 
 
 def _ran(command: str) -> str:

@@ -10,12 +10,15 @@ from peftc.diagnostics import Rule, Severity
 
 WARNING = Severity.WARNING
 
-# PC1xx: documents and configs -------------------------------------------------------------------------------------
+# PC1xx: documents and configs --------------------------------------------------------------------------------------
 UNKNOWN_KEY = Rule("PC101", "Unknown key", "A key that nothing reads has no effect; most often it is a misspelling.")
 BAD_VALUE = Rule("PC102", "Wrong value", "The value does not fit the type or the range of the option.")
 OPTION_NOT_AVAILABLE = Rule("PC103", "Option not available", "Ignoring the option would change the mathematics.")
 NOT_IDENTITY = Rule(
-    "PC104", "Adapter does not start as the identity", "Training begins from a changed model, not from the base.", WARNING
+    "PC104",
+    "Adapter does not start as the identity",
+    "Training begins from a changed model, not from the base.",
+    WARNING,
 )
 UNREADABLE = Rule("PC110", "File cannot be read", "Nothing can be done without the document.")
 TOO_LARGE = Rule("PC111", "Document is too large", "A config is small; a bomb must not fill the memory.")
@@ -27,22 +30,49 @@ WRONG_DOCUMENT = Rule("PC116", "Not a document of this kind", "The program must 
 MISSING_KEY = Rule("PC117", "Required key is missing", "There is no sensible default for it.")
 CONTRADICTION = Rule("PC118", "Options contradict each other", "Only one of them could be followed.")
 UNKNOWN_ADAPTER = Rule("PC119", "No adapter of that name", "Only adapters that the document defines can be named.")
-HUB_UNAVAILABLE = Rule("PC120", "Not found, here or on the hub", "The name is neither a folder here nor reachable on the hub.")
+HUB_UNAVAILABLE = Rule(
+    "PC120", "Not found, here or on the hub", "The name is neither a folder here nor reachable on the hub."
+)
 DUPLICATE_MEMBER = Rule("PC121", "Entry given twice", "The second one has no effect.", WARNING)
-DROPPED_KEY = Rule("PC122", "Key of another version dropped", "The file was written by a library that has more options.", WARNING)
+DROPPED_KEY = Rule(
+    "PC122", "Key of another version dropped", "The file was written by a library that has more options.", WARNING
+)
 SCHEMA_DRIFT = Rule("PC123", "Committed schema is out of date", "Editors and reviewers read the committed file.")
 CANNOT_WRITE = Rule("PC124", "File cannot be written", "Nothing was changed.")
 
-# PC2xx: plugins ---------------------------------------------------------------------------------------------------
+# PC2xx: plugins ----------------------------------------------------------------------------------------------------
 UNKNOWN_TYPE = Rule("PC201", "Unknown PEFT type", "No installed plugin registers this type.")
 PLUGIN_BROKEN = Rule("PC202", "Plugin cannot be loaded", "A method is only as good as the plugin that brings it.")
 PLUGIN_CONFLICT = Rule("PC203", "Two plugins claim one name", "Which one would run must not depend on search order.")
 PLUGIN_INVALID = Rule("PC204", "Plugin breaks the contract", "The core relies on what a method's record declares.")
 PLUGIN_RAISED = Rule("PC205", "Plugin function raised", "The method's own code failed; the model is unchanged.")
 PLUGIN_BLOCKED = Rule("PC206", "Plugin is blocked", "The environment variable PEFTC_BLOCK names this plugin.")
-NOT_CONFORMANT = Rule("PC207", "Plugin fails a conformance check", "Those who use a method rely on what every method does.")
+NOT_CONFORMANT = Rule(
+    "PC207", "Plugin fails a conformance check", "Those who use a method rely on what every method does."
+)
 
-# PC4xx: targets and plans -----------------------------------------------------------------------------------------
+# PC3xx: graphs and base models -------------------------------------------------------------------------------------
+LAZY_LAYER = Rule(
+    "PC301", "Layer without a shape", "A lazy layer gets its shape from the first input, so it cannot be planned."
+)
+BASE_MISSING = Rule("PC302", "Base model not found", "Planning and training start from the base model or its config.")
+BASE_UNREADABLE = Rule("PC303", "Base model cannot be read", "The config or file is not what transformers understands.")
+BASE_UNBUILDABLE = Rule(
+    "PC304", "Architecture cannot be built", "transformers itself fails to build the model from its config."
+)
+DEPENDENCY_MISSING = Rule(
+    "PC305", "Package not installed", "This kind of base model needs a package that is not installed."
+)
+REMOTE_CODE = Rule(
+    "PC306", "Model brings its own code", "Code from a model repository is never run because a file asks for it."
+)
+CACHE_UNUSABLE = Rule("PC307", "Cache cannot be used", "Without the cache every plan builds the model anew.", WARNING)
+GRAPH_INVALID = Rule("PC308", "Graph file cannot be read", "The file is not a graph that this version wrote.")
+QUANTIZED_BASE = Rule(
+    "PC309", "Base is quantised", "How a quantised layer stores its weight is only known once it is loaded.", WARNING
+)
+
+# PC4xx: targets and plans ------------------------------------------------------------------------------------------
 BAD_TARGET = Rule("PC401", "Layer cannot be adapted", "The method's mathematics does not fit this layer.")
 RANK_BEYOND_LAYER = Rule(
     "PC402", "Rank beyond the layer", "Directions beyond the layer's own rank cost memory and cannot be used.", WARNING
@@ -58,105 +88,158 @@ DEAD_PATTERN = Rule("PC410", "Pattern key without effect", "The modules it was m
 DEAD_LAYER = Rule("PC411", "Layer index without effect", "No target is in a layer of that index.")
 DEAD_SAVE = Rule("PC412", "Module to save does not exist", "It would be neither trained nor saved.")
 TIED_TARGET = Rule(
-    "PC413", "Target shares its weight", "The adapter acts on one use of the weight only; merged, the two would differ.", WARNING
+    "PC413",
+    "Target shares its weight",
+    "The adapter acts on one use of the weight only; merged, the two would differ.",
+    WARNING,
 )
 ROUTER_ADAPTED = Rule(
-    "PC414", "Router is adapted", "A router that moves changes which experts see which tokens; training gets unstable.", WARNING
+    "PC414",
+    "Router is adapted",
+    "A router that moves changes which experts see which tokens; training gets unstable.",
+    WARNING,
 )
 EXPERTS_MISSED = Rule(
-    "PC415", "Routed experts are not adapted", "Names reach modules; these experts keep their weights as parameters.", WARNING
+    "PC415",
+    "Routed experts are not adapted",
+    "Names reach modules; these experts keep their weights as parameters.",
+    WARNING,
 )
 UNEVEN_COVERAGE = Rule(
-    "PC416", "Layers are adapted unevenly", "Blocks of another kind name their layers otherwise, so names miss them.", WARNING
+    "PC416",
+    "Layers are adapted unevenly",
+    "Blocks of another kind name their layers otherwise, so names miss them.",
+    WARNING,
 )
-TOWER_ADAPTED = Rule("PC417", "Another tower is adapted too", "The names also occur outside the language model.", WARNING)
-ORIENTATION = Rule("PC418", "Storage order does not apply", "None of the adapted layers stores its weight as (in, out).", WARNING)
+TOWER_ADAPTED = Rule(
+    "PC417", "Another tower is adapted too", "The names also occur outside the language model.", WARNING
+)
+ORIENTATION = Rule(
+    "PC418", "Storage order does not apply", "None of the adapted layers stores its weight as (in, out).", WARNING
+)
 PROMPT_SIZE = Rule("PC419", "Size of the prompt is not known", "The virtual tokens' embeddings need a shape.")
 NO_EMBEDDINGS = Rule("PC420", "No input embeddings", "Virtual tokens go before embeddings of the input.")
-CANNOT_SAVE = Rule("PC421", "Module cannot be trained whole", "A container has no call of its own that a copy could answer.")
+CANNOT_SAVE = Rule(
+    "PC421", "Module cannot be trained whole", "A container has no call of its own that a copy could answer."
+)
 LOOSE_SAVE = Rule(
-    "PC422", "Module to save matched inside a name", "The reference compares endings letter by letter, not at a dot.", WARNING
+    "PC422",
+    "Module to save matched inside a name",
+    "The reference compares endings letter by letter, not at a dot.",
+    WARNING,
 )
 NO_HEAD = Rule("PC423", "No head to train", "A new head stays at its random start.", WARNING)
 READ_DIRECTLY = Rule(
-    "PC424", "Weight is also read directly", "Fast kernels take the base weight past the adapter, so it has no effect there.", WARNING
+    "PC424",
+    "Weight is also read directly",
+    "Fast kernels take the base weight past the adapter, so it has no effect there.",
+    WARNING,
 )
 LAYERS_BYPASSED = Rule(
     "PC425", "Layer filter does not apply", "Full paths are meant exactly; the filter acts on suffixes only.", WARNING
 )
 PLAN_INVALID = Rule("PC426", "Not a plan", "Only plans that `peftc plan --format json` wrote can be applied.")
-PLAN_DRIFTED = Rule("PC427", "Base model differs from the plan's", "The plan says exactly what is adapted in another structure.")
+PLAN_DRIFTED = Rule(
+    "PC427", "Base model differs from the plan's", "The plan says exactly what is adapted in another structure."
+)
 CHECK_FAILED = Rule("PC428", "Check of the spec failed", "The spec says what the plan must come to.")
 UNKNOWN_MODULE = Rule("PC429", "No module of that path", "Only modules of the base model can be explained.")
 NO_TYPE = Rule("PC430", "Config has no type", "The type decides which method the options belong to.")
-ADAPTERS_CONFLICT = Rule("PC431", "Adapters get in each other's way", "What one adapter does would depend on the other.")
+ADAPTERS_CONFLICT = Rule(
+    "PC431", "Adapters get in each other's way", "What one adapter does would depend on the other."
+)
 
-# PC5xx: running models --------------------------------------------------------------------------------------------
+# PC5xx: running models ---------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")
-ADAPTER_UNKNOWN = Rule("PC502", "No such adapter", "Activating or saving an adapter that is not there would do nothing.")
+ADAPTER_UNKNOWN = Rule(
+    "PC502", "No such adapter", "Activating or saving an adapter that is not there would do nothing."
+)
 MIXED_TYPES = Rule("PC503", "Another method is already applied", "A `PeftModel` holds adapters of one method.")
-MODEL_DRIFTED = Rule("PC504", "Model differs from the plan", "A plan says which parameters exist; this model has others.")
+MODEL_DRIFTED = Rule(
+    "PC504", "Model differs from the plan", "A plan says which parameters exist; this model has others."
+)
 ALREADY_MERGED = Rule("PC505", "Adapter is merged", "Its effect is already in the base weights; it would count twice.")
 MERGE_NOT_FINITE = Rule("PC506", "Merge gives NaN or infinity", "The merged model would produce nothing but NaN.")
 NOT_ADAPTED = Rule("PC507", "Model has no adapter", "There is nothing to act on.")
 CANNOT_MERGE = Rule("PC508", "Adapter cannot be merged", "Its effect is not a change of the base weights.")
 WHILE_MERGED = Rule("PC509", "Not possible while merged", "The base weights contain an adapter; unmerge first.")
 ADAPTER_NAME = Rule("PC510", "Adapter name is not usable", "The name becomes part of parameter names and folders.")
-CALL_NOT_POSSIBLE = Rule("PC511", "Call not possible with a prompt", "The virtual tokens go before embeddings of the input.")
+CALL_NOT_POSSIBLE = Rule(
+    "PC511", "Call not possible with a prompt", "The virtual tokens go before embeddings of the input."
+)
+TOKENIZER_MISSING = Rule(
+    "PC512", "Tokenizer cannot be loaded", "The virtual tokens are to start as the tokens of a text."
+)
+POSITIONS_IGNORED = Rule(
+    "PC513", "Positions are ignored", "They were made without the virtual tokens.", Severity.WARNING
+)
 
-# PC3xx: graphs and base models ------------------------------------------------------------------------------------
-LAZY_LAYER = Rule("PC301", "Layer without a shape", "A lazy layer gets its shape from the first input, so it cannot be planned.")
-BASE_MISSING = Rule("PC302", "Base model not found", "Planning and training start from the base model or its config.")
-BASE_UNREADABLE = Rule("PC303", "Base model cannot be read", "The config or file is not what transformers understands.")
-BASE_UNBUILDABLE = Rule("PC304", "Architecture cannot be built", "transformers itself fails to build the model from its config.")
-DEPENDENCY_MISSING = Rule("PC305", "Package not installed", "This kind of base model needs a package that is not installed.")
-REMOTE_CODE = Rule("PC306", "Model brings its own code", "Code from a model repository is never run because a file asks for it.")
-CACHE_UNUSABLE = Rule("PC307", "Cache cannot be used", "Without the cache every plan builds the model anew.", WARNING)
-GRAPH_INVALID = Rule("PC308", "Graph file cannot be read", "The file is not a graph that this version wrote.")
-QUANTIZED_BASE = Rule("PC309", "Base is quantised", "How a quantised layer stores its weight is only known once it is loaded.", WARNING)
+# PC6xx: checkpoints ------------------------------------------------------------------------------------------------
+CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
+CHECKPOINT_PICKLED = Rule("PC602", "Weights are a pickle", "Unpickling a file can run code that is hidden in it.")
+CHECKPOINT_DAMAGED = Rule("PC603", "Damaged safetensors file", "Nothing was loaded from it; the model is unchanged.")
+CHECKPOINT_UNREADABLE = Rule("PC604", "Checkpoint cannot be read", "The system refused to open or read the file.")
+NOTHING_LOADS = Rule(
+    "PC605", "Load without effect", "No tensor of the file has a place in the adapter; it would stay untrained."
+)
+SHAPES_DIFFER = Rule(
+    "PC606", "Tensors of another shape", "They were trained on a layer of another size, or with other options."
+)
+KEYS_MISSING = Rule(
+    "PC607",
+    "Tensors missing from the file",
+    "They keep their initial values: that part of the adapter is untrained.",
+    WARNING,
+)
+KEYS_UNEXPECTED = Rule(
+    "PC608",
+    "Tensors without a place",
+    "They are in the file but the adapter has no such parameter; they are left out.",
+    WARNING,
+)
+KEYS_RENAMED = Rule(
+    "PC609", "Tensors found under other names", "The file was saved from a wrapped or an unwrapped model.", WARNING
+)
+OTHER_BASE = Rule(
+    "PC610", "Adapter of another base model", "An adapter only means something on the base it was trained on.", WARNING
+)
+SAVE_INCOMPLETE = Rule(
+    "PC611", "Tensors without content", "They are shards, or on the meta device; the saved adapter could not be loaded."
+)
+TENSORS_NOT_FINITE = Rule(
+    "PC612", "NaN or infinity in the adapter", "A model with this adapter produces nothing but NaN.", WARNING
+)
+SAVE_FAILED = Rule(
+    "PC613", "Folder cannot be written", "Nothing was changed: what the folder held before is still there."
+)
+UNTRAINED = Rule(
+    "PC614", "Adapter looks untrained", "Tensors that are all zero are what a factor starts from.", WARNING
+)
+SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
 
 # PC7xx: commands and training --------------------------------------------------------------------------------------
-SYSTEM_REFUSED = Rule("PC701", "The operating system refused", "The command stopped; what it writes is written whole or not at all.")
+SYSTEM_REFUSED = Rule(
+    "PC701", "The operating system refused", "The command stopped; what it writes is written whole or not at all."
+)
 DATA_UNREADABLE = Rule("PC710", "Training data cannot be read", "Training needs examples.")
 DATA_LINE = Rule("PC711", "Line is not an example", "What a line of another form should teach cannot be guessed.")
 DATA_KEYS_UNREAD = Rule("PC712", "Keys of the data that nothing reads", "They have no effect on training.", WARNING)
 NO_EXAMPLES = Rule("PC713", "No examples", "There is nothing to learn from.")
 TOO_LONG = Rule("PC714", "Examples beyond the maximal length", "What is cut off is not learnt.", WARNING)
-NO_CHAT_TEMPLATE = Rule("PC715", "No chat template", "How a conversation looks to the model is said by its chat template.")
-TEMPLATE_REFUSES = Rule("PC716", "Chat template refuses the conversation", "The model was never shown such a conversation.")
+NO_CHAT_TEMPLATE = Rule(
+    "PC715", "No chat template", "How a conversation looks to the model is said by its chat template."
+)
+TEMPLATE_REFUSES = Rule(
+    "PC716", "Chat template refuses the conversation", "The model was never shown such a conversation."
+)
 UNFINISHED_TRAINING = Rule("PC717", "Unfinished training in the folder", "Starting anew would throw its progress away.")
 CANNOT_RESUME = Rule("PC718", "Training cannot be resumed", "It would not give what the uninterrupted training gives.")
 DIVERGED = Rule("PC719", "Training diverged", "Nothing is learnt any more; the adapter was not saved.")
 DEVICE_MISSING = Rule("PC720", "Device is not there", "The model has to be computed somewhere.")
-NO_TOKENIZER = Rule("PC721", "Base model without a tokenizer", "Text becomes numbers, and numbers text, only with the model's own.")
+NO_TOKENIZER = Rule(
+    "PC721", "Base model without a tokenizer", "Text becomes numbers, and numbers text, only with the model's own."
+)
 FOLDER_TAKEN = Rule("PC722", "Folder is not empty", "What is in it would be mixed up with what is saved.")
 NOTHING_TO_TRAIN = Rule("PC723", "Spec says too little to train", "Training needs examples and a place for the result.")
 NO_PROMPT = Rule("PC724", "No prompt", "There is nothing to answer.")
 DEMO_FAILED = Rule("PC725", "The demo did not hold", "What it shows is what the project promises.")
-
-# PC6xx: checkpoints -----------------------------------------------------------------------------------------------
-CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
-CHECKPOINT_PICKLED = Rule("PC602", "Weights are a pickle", "Unpickling a file can run code that is hidden in it.")
-CHECKPOINT_DAMAGED = Rule("PC603", "Damaged safetensors file", "Nothing was loaded from it; the model is unchanged.")
-CHECKPOINT_UNREADABLE = Rule("PC604", "Checkpoint cannot be read", "The system refused to open or read the file.")
-NOTHING_LOADS = Rule("PC605", "Load without effect", "No tensor of the file has a place in the adapter; it would stay untrained.")
-SHAPES_DIFFER = Rule("PC606", "Tensors of another shape", "They were trained on a layer of another size, or with other options.")
-KEYS_MISSING = Rule(
-    "PC607", "Tensors missing from the file", "They keep their initial values: that part of the adapter is untrained.", WARNING
-)
-KEYS_UNEXPECTED = Rule(
-    "PC608", "Tensors without a place", "They are in the file but the adapter has no such parameter; they are left out.", WARNING
-)
-KEYS_RENAMED = Rule(
-    "PC609", "Tensors found under other names", "The file was saved from a wrapped or an unwrapped model.", WARNING
-)
-OTHER_BASE = Rule("PC610", "Adapter of another base model", "An adapter only means something on the base it was trained on.", WARNING)
-SAVE_INCOMPLETE = Rule(
-    "PC611", "Tensors without content", "They are shards, or on the meta device; the saved adapter could not be loaded."
-)
-TENSORS_NOT_FINITE = Rule("PC612", "NaN or infinity in the adapter", "A model with this adapter produces nothing but NaN.", WARNING)
-SAVE_FAILED = Rule("PC613", "Folder cannot be written", "Nothing was changed: what the folder held before is still there.")
-UNTRAINED = Rule("PC614", "Adapter looks untrained", "Tensors that are all zero are what a factor starts from.", WARNING)
-SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
-TOKENIZER_MISSING = Rule("PC512", "Tokenizer cannot be loaded", "The virtual tokens are to start as the tokens of a text.")
-POSITIONS_IGNORED = Rule("PC513", "Positions are ignored", "They were made without the virtual tokens.", Severity.WARNING)

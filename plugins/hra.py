@@ -42,7 +42,7 @@ class HRAConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftCo
     apply_GS: bool = False
     """Make the reflections orthogonal to each other (Gram-Schmidt)."""
     init_weights: bool = True
-    """Start with pairs of equal reflections, which cancel; otherwise at random."""
+    """Start with pairs of equal reflections, which cancel; otherwise, and with `apply_GS`, at random."""
     bias: str = "none"
     """Biases of the base model to train along: `none`, `all`, or `hra_only` for those of adapted layers."""
 
@@ -59,7 +59,7 @@ class HraTuner(MapTuner[HRAConfig]):
     def init(self, c: HRAConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         u = slots["hra_u"]
         init.kaiming_uniform(u, math.sqrt(5))
-        if c.init_weights and c.r % 2 == 0:
+        if c.init_weights and c.r % 2 == 0 and not c.apply_GS:  # Gram-Schmidt leaves nothing of the second of a pair
             u[:, 1::2] = u[:, 0::2]
 
     def check(self, c: HRAConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
@@ -78,18 +78,29 @@ class HraTuner(MapTuner[HRAConfig]):
             )
 
     def input(self, a: View, x: Tensor) -> Tensor:
-        import torch
-
         u = a.hra_u
-        if a.config.apply_GS:  # type: ignore[attr-defined]  # this plugin's config
-            q = _gram_schmidt(u)
-            return x - 2 * (x @ q) @ q.T
-        unit = u / u.norm(dim=0)
-        # H_1 ... H_r = I - U T U^T where T^-1 = strictly upper part of U^T U, plus I / 2
-        inverse = torch.triu(unit.T @ unit, diagonal=1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-        mixed = torch.linalg.solve_triangular(inverse, unit.T, upper=True)  # T U^T, (r, in)
-        rotated: Tensor = x - (x @ mixed.T) @ unit.T
-        return rotated
+        if u.dtype.itemsize < 4:  # there is no triangular solver in half precision, and reflections need more
+            u = u.float()
+        reflect = _orthogonal_reflections if a.config.apply_GS else _reflections  # type: ignore[attr-defined]  # this plugin's config
+        return reflect(u, x.to(u.dtype)).to(x.dtype)
+
+
+def _reflections(u: Tensor, x: Tensor) -> Tensor:
+    """`H_1 ... H_r x` for rows x `(..., in)` and columns of u `(in, r)`."""
+    import torch
+
+    unit = u / u.norm(dim=0)
+    # H_1 ... H_r = I - U T U^T where T^-1 = strictly upper part of U^T U, plus I / 2
+    inverse = torch.triu(unit.T @ unit, diagonal=1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    mixed = torch.linalg.solve_triangular(inverse, unit.T, upper=True)  # T U^T, (r, in)
+    rotated: Tensor = x - (x @ mixed.T) @ unit.T
+    return rotated
+
+
+def _orthogonal_reflections(u: Tensor, x: Tensor) -> Tensor:
+    """The same after the columns of u were made orthogonal to each other: reflections that commute."""
+    q = _gram_schmidt(u)
+    return x - 2 * (x @ q) @ q.T
 
 
 def _gram_schmidt(u: Tensor) -> Tensor:

@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# Machines that run the tests are shared and slow; and CI must not find a new example on a commit that has nothing to do with it.
+settings.register_profile("peftc", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("peftc")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 PICKLE_NAME = "adapter_model.bin"
 
+#: Bytes that torch's own tensors start at a multiple of. Products of tensors that start elsewhere are rounded otherwise,
+#: and an adapter must give the same output after loading, bit for bit.
+ALIGNMENT = 64
+
 _CONVERT = (
     'Convert it where you trust it, inside the folder: python -c "import torch, safetensors.torch as s; '
     "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
@@ -49,8 +53,8 @@ class AdapterFile:
         return self.path.parent
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU. Its memory is the mapped file, private to this process: pages are read when they are
-        used, and writing to the tensor leaves the file alone. Raises `KeyError`, and `PeftcError` if the file cannot be read.
+        """One tensor, on the CPU. Where its place in the file allows, its memory is the mapped file, private to this process:
+        pages are read when they are used, and writing to the tensor leaves the file alone. Raises `KeyError`, and `PeftcError` if the file cannot be read.
         """
         import torch
 
@@ -61,7 +65,8 @@ class AdapterFile:
         if start % dtype.itemsize:  # old writers did not pad the header
             content = bytearray(self._map[start : start + facts.numel * dtype.itemsize])
             return torch.frombuffer(content, dtype=dtype).view(facts.shape)
-        return torch.frombuffer(self._map, dtype=dtype, count=facts.numel, offset=start).view(facts.shape)
+        mapped = torch.frombuffer(self._map, dtype=dtype, count=facts.numel, offset=start).view(facts.shape)
+        return mapped if start % ALIGNMENT == 0 else mapped.clone()
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, in file order."""

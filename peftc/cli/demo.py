@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.train import adapter_bytes, described, section, total_steps
+from peftc.compiler.render import size
 from peftc.config.spec import AdapterSpec, load_spec
 from peftc.diagnostics import PeftcError
 
@@ -182,7 +183,7 @@ class _Job:
         apart = max(float((one - other).abs().max()) for one, other in zip(trained, plain, strict=True))
         dtype = str(merged.dtype).removeprefix("torch.")
         return [
-            Check(f"adapter saved, {progress.size(adapter_bytes(folder))}, and loaded into a fresh base: outputs are exactly equal", equal),
+            Check(f"adapter saved, {size(adapter_bytes(folder))}, and loaded into a fresh base: outputs are exactly equal", equal),
             Check(f"merged in {dtype}: the same {len(told.answers)} answers", told.answers == after.answers),
             Check(f"merged in {dtype}: logits differ by {apart:.1e} at most ({MERGE_TOLERANCE:.0e} allowed)", apart < MERGE_TOLERANCE),
         ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peftc.cli import console, progress
 from peftc.cli.graph import base_named
+from peftc.compiler.render import size
 
 HELP = "Merge an adapter into its base model and save the result"
 
@@ -39,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
         facts = {"output": str(args.out), "parameters": merged.num_parameters(), "dtype": str(merged.dtype).removeprefix("torch.")}
         console.out_json({"ok": True, **facts, "bytes": bytes_})
     else:
-        console.out(f"Merged into {console.plain(str(args.out))}: {merged.num_parameters():,} parameters, {progress.size(bytes_)}")
+        console.out(f"Merged into {console.plain(str(args.out))}: {merged.num_parameters():,} parameters, {size(bytes_)}")
     return 0

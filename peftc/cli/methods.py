@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from peftc.registry.manager import Registry
     from peftc.tuner.method import TunerMethod
 
+HEADS = ("OPTION", "TYPE", "DEFAULT", "MEANING")
+
 HELP = "List the methods, or the options of one"
 
 
@@ -66,13 +68,14 @@ def _print_one(method: TunerMethod, as_json: bool) -> None:
     facts += [("paper", method.paper)] if method.paper else []
     console.out(f"{method.summary}\n\n{console.table(facts)}\n")
     definitions = schema.get("$defs", {})
-    rows = []
+    rows = [HEADS]
     for name in _own_first(method):
         option = schema["properties"].get(name)
         if option is not None and name != "peft_type":
             default = method.config.model_fields[name].get_default(call_default_factory=True)
             rows.append((name, type_of(option, definitions), _value(default), option.get("description", "")))
-    console.out(console.table(_wrapped(rows), ("OPTION", "TYPE", "DEFAULT", "MEANING")))
+    heads, *body = _wrapped(rows)
+    console.out(console.table(body, heads))
 
 
 def _own_first(method: TunerMethod) -> list[str]:

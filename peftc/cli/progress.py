@@ -46,14 +46,6 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else f"{int(value) // 60} min {int(value) % 60:02d} s"
 
 
-def size(count: int) -> str:
-    """Bytes for people: `812 B`, `19.5 MB` (millions)."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
 class _Silent:
     def at(self, done: int, note: str = "") -> None:
         """Say nothing."""

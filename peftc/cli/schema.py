@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         return _write(folder, texts, args.quiet)
     if args.check:
         stale = [] if args.name else _stale(folder, set(texts))
-        return _check(folder, texts, stale, args.quiet)
+        mend = f"peftc schema --write --dir {args.dir}" if args.dir else "peftc schema --write"
+        return _check(folder, texts, stale, mend, args.quiet)
     for text in texts.values():
         console.out(text.rstrip("\n"))
     return 0
@@ -59,7 +60,7 @@ def _write(folder: Path, texts: dict[str, str], quiet: bool) -> int:
     return 0
 
 
-def _check(folder: Path, texts: dict[str, str], stale: list[Path], quiet: bool) -> int:
+def _check(folder: Path, texts: dict[str, str], stale: list[Path], mend: str, quiet: bool) -> int:
     found: list[Diagnostic] = []
     for name, text in texts.items():
         committed = _committed(folder / name)
@@ -67,7 +68,7 @@ def _check(folder: Path, texts: dict[str, str], stale: list[Path], quiet: bool) 
             continue
         console.out("\n".join(_diff(committed or "", text, name)))
         what = f"`{name}` is missing" if committed is None else f"`{name}` is not what the configs say"
-        found.append(rules.SCHEMA_DRIFT(what, fix="Run `peftc schema --write`.", where=Where(file=str(folder / name))))
+        found.append(rules.SCHEMA_DRIFT(what, fix=f"Run `{mend}`.", where=Where(file=str(folder / name))))
     for path in stale:
         what = f"`{path.name}` belongs to no method"
         found.append(rules.SCHEMA_DRIFT(what, fix="Delete the file.", where=Where(file=str(path))))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from peftc import rules
 from peftc.checkpoint.save import WEIGHTS_NAME
 from peftc.cli import console, progress
+from peftc.compiler.render import percent, size
 from peftc.config.sections import TrainSection
 from peftc.config.spec import AdapterSpec, load_spec
 from peftc.diagnostics import PeftcError, Where, warn
@@ -94,7 +95,7 @@ def described(spec: AdapterSpec, base: Base, model: PeftModel, examples: int) ->
     return "\n".join(
         [
             f"Base      {spec.base_ref.name or 'from a config'}, {total - trainable:,} parameters, on {base.model.device}",
-            f"Adapter   {names}, {trainable:,} trainable parameters ({trainable / total:.2%} of all)",
+            f"Adapter   {names}, {trainable:,} trainable parameters ({percent(trainable, total)})",
             f"Data      {examples:,} examples",
         ]
     )
@@ -127,7 +128,7 @@ def _report(
     console.out(f"Loss      {result.first_loss:.3f} → {result.last_loss:.3f}, {steps}")
     if before is not None and after is not None:
         console.out(f"Held out  {before:.3f} → {after:.3f}")
-    console.out(f"Saved     {console.plain(str(folder))}, {progress.size(adapter_bytes(folder))}")
+    console.out(f"Saved     {console.plain(str(folder))}, {size(adapter_bytes(folder))}")
 
 
 def _interrupted(folder: Path, spec: str) -> str:

@@ -10,6 +10,7 @@ from peftc.compiler.draft import Context, Draft, listed
 from peftc.compiler.passes import run_passes
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
+from peftc.config.places import json_path
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
@@ -83,7 +84,7 @@ def begin(
     context = Context(
         graph, method, name, options.strict, options.allow_dead, options.autocast_adapter_dtype, options.task_heads
     )
-    with boundary(method.peft_type, "check"):
+    with boundary(method.peft_type, "check", json_path(("adapters", name))):
         said = tuple(method.check(copy))
     return Draft(copy).told(*(_placed(problem, context, copy) for problem in said)), context
 

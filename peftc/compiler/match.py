@@ -60,6 +60,7 @@ class Deadline:
     """The time that the patterns of one pass have together."""
 
     def __init__(self, seconds: float = DEADLINE) -> None:
+        self.seconds = seconds
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
@@ -87,7 +88,7 @@ class Pattern:
         try:
             return self._compiled.fullmatch(path, timeout=self._deadline.left())
         except TimeoutError:
-            raise PeftcError(_slow(self._text, self._where, path)) from None
+            raise PeftcError(_slow(self._text, self._deadline.seconds, self._where, path)) from None
 
 
 @lru_cache(maxsize=256)
@@ -110,19 +111,24 @@ def _compiled(text: str, where: str, prefix: str, suffix: str) -> regex.Pattern[
 
         return regex.compile(prefix + _LITERAL_BRACE.sub(r"\\{", text) + suffix)
     except (re.error, RecursionError, OverflowError, FutureWarning, ValueError) as error:
-        raise PeftcError(_invalid(text, where, error, len(prefix))) from None
+        raise PeftcError(_invalid(text, where, error)) from None
 
 
-def _invalid(text: str, where: str, error: Exception, offset: int) -> Diagnostic:
-    position = error.pos - offset if isinstance(error, re.error) and error.pos is not None else None
+def _invalid(text: str, where: str, error: Exception) -> Diagnostic:
+    if isinstance(error, re.error):
+        try:
+            re.compile(text)  # alone, so that the position is one in the text as written
+        except re.error as own:
+            error = own
+    position = error.pos if isinstance(error, re.error) else None
     reason = error.msg if isinstance(error, re.error) else str(error)
-    at = "" if position is None else f" at character {position + 1}"
+    at = "" if position is None or position > len(text) else f" at character {position + 1}"
     fix = "Correct the regular expression; a list of names needs none."
     return rules.BAD_PATTERN(f"`{_short(text)}` is not a regular expression: {reason}{at}", fix=fix, where=where)
 
 
-def _slow(text: str, where: str, path: str) -> Diagnostic:
-    what = f"`{_short(text)}` took more than {DEADLINE:g} s; it was stopped at `{path}`"
+def _slow(text: str, seconds: float, where: str, path: str) -> Diagnostic:
+    what = f"`{_short(text)}` took more than {seconds:g} s; it was stopped at `{path}`"
     return rules.SLOW_PATTERN(what, fix="Avoid nested repetition such as `(a+)+`, or use a list of names.", where=where)
 
 

@@ -5,6 +5,7 @@ Plain text of about 100 columns; a caller on a terminal passes a function that c
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def _map_rows(maps: Sequence[MapSite], with_reason: bool) -> Iterable[_Row]:
     first: dict[tuple[Any, ...], MapSite] = {}
     tagged = []
     for site in maps:
-        tag = (id(site.layer), id(site.slots), site.overrides, site.reason, site.dtype)
+        tag = (id(site.layer), id(site.slots), id(site.config), site.reason, site.dtype)
         first.setdefault(tag, site)
         tagged.append((site.path, tag))
     for group in grouped(tagged):
@@ -122,9 +123,13 @@ def _totals(plan: InjectionPlan, paint: Paint) -> str:
     files = [file_bytes(adapter, plan.model) for adapter in plan.adapters]
     rows.append(("on disk", f"{size(sum(files))} ({sum(files):,} bytes)"))
     parts = {"base": cost.base, "adapter": cost.adapters, "gradients": cost.gradients, "AdamW": cost.optimiser}
-    told = " + ".join(f"{name} {size(number)}" for name, number in parts.items())
-    rows.append(("memory", f"{size(cost.training)} without activations: {told}"))
-    return "\n".join(f"{paint(label.ljust(10), 'dim')}{paint(text)}" for label, text in rows)
+    told = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    rows.append(("memory", f"{size(cost.training)} + activations: {told}"))
+    return "\n".join(f"{paint(label.ljust(10), 'dim')}{paint(_wrapped(text))}" for label, text in rows)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 90, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
 
 
 def _warnings(plan: InjectionPlan, paint: Paint) -> Iterable[str]:

@@ -159,7 +159,7 @@ def _dead_exclude(entry: str, draft: Draft, context: Context) -> Diagnostic:
     names = Names([entry])
     if any(names.find(node.path) for node in context.graph.nodes):
         what = f"`{entry}` is no target, so excluding it changes nothing"
-        return rules.DEAD_EXCLUDE(what, fix="Remove it.", why="", where=where)
+        return rules.DEAD_EXCLUDE(what, fix="Remove it.", why="", where=where, severity=Severity.WARNING)
     hint = did_you_mean(entry, _endings(draft.targets)) or "Remove it."
     return rules.DEAD_EXCLUDE(f"No module is called `{entry}`", fix=hint, where=where, severity=context.dead)
 

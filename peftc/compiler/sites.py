@@ -5,7 +5,7 @@ Work is done once per kind of layer: layers of equal facts and options share con
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,16 +42,18 @@ def resolve_orientation(draft: Draft, context: Context) -> Draft:
     return draft.configured(fan_in_fan_out=transposed)
 
 
+#: Options in force at a layer in place of the config's, with their values.
+Overrides = tuple[tuple[str, Any], ...]
+
+
 @dataclass
 class _Kind:
     """What layers of equal facts and options share, and how many there are."""
 
-    tuner: MapTuner[Any]
     config: PeftConfig
-    overrides: tuple[tuple[str, Any], ...]
+    overrides: Overrides
     slots: tuple[Slot, ...]
     dtype: str
-    first: str
     problems: tuple[Diagnostic, ...]
     fails: bool
     count: int = 0
@@ -59,31 +61,24 @@ class _Kind:
 
 def declare_slots(draft: Draft, context: Context) -> Draft:
     """A map site for every target, with the slots that the method declares for its kind of layer."""
-    if not draft.targets:
-        return draft
     method, nodes = context.method, context.graph.by_path
     declarer = _Declarer(draft, context)
     reasons: dict[str, str] = {}
-    kinds: dict[tuple[int, int, tuple[tuple[str, str], ...]], _Kind] = {}
     maps: list[MapSite] = []
     for path, entries in draft.targets.items():
         node = nodes[path]
-        chosen = draft.overrides.get(path, ())
         try:
             with boundary(method.peft_type, "tuner_for", path):
                 tuner = method.tuner_for(draft.config, node)
         except PeftcError as error:
             return draft.failed(error)  # it would raise for every other module as well
-        key = (id(tuner), id(node.facts), chosen)
-        kind = kinds.get(key)
-        if kind is None:
-            kind = kinds[key] = declarer.declare(tuner, node, chosen)
+        kind = declarer.kind_of(tuner, node)
         kind.count += 1
         if kind.fails:
             continue
         reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
         maps.append(MapSite(path, node.facts, kind.config, kind.slots, kind.dtype, reason, kind.overrides, node.role))
-    problems = [_counted(problem, kind) for kind in kinds.values() for problem in kind.problems]
+    problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
     return draft.but(maps=tuple(maps)).told(*problems)
 
 
@@ -100,37 +95,59 @@ def _counted(problem: Diagnostic, kind: _Kind) -> Diagnostic:
 
 
 class _Declarer:
-    """Asks the method about one kind of layer at a time; configs with the same overrides are one object."""
+    """Asks the method about each kind of layer once: layers of the same facts, mathematics and overrides.
+
+    Configs with the same overrides are one object. Values are told apart by their text: they need not be hashable.
+    """
 
     def __init__(self, draft: Draft, context: Context) -> None:
         self._draft, self._context = draft, context
-        self._configs: dict[tuple[tuple[str, str], ...], PeftConfig] = {(): draft.config}
+        self._configs: dict[str, PeftConfig] = {}
+        self._kinds: dict[tuple[int, int, str], _Kind] = {}
 
-    def declare(self, tuner: MapTuner[Any], node: ModuleNode, chosen: tuple[tuple[str, str], ...]) -> _Kind:
+    @property
+    def kinds(self) -> Iterable[_Kind]:
+        return self._kinds.values()
+
+    def kind_of(self, tuner: MapTuner[Any], node: ModuleNode) -> _Kind:
+        overrides = self._overrides(node.path)
+        key = (id(tuner), id(node.facts), repr(overrides) if overrides else "")
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = self._declare(tuner, node, overrides)
+        return kind
+
+    def _overrides(self, path: str) -> Overrides:
         config = self._draft.config
-        values = tuple((config.pattern_options[name], option(config, name)[key]) for name, key in chosen)
-        kind = _Kind(tuner, config, values, (), self._dtype(node.facts), node.path, (), fails=True)
+        chosen = self._draft.overrides.get(path, ())
+        return tuple((config.pattern_options[name], option(config, name)[key]) for name, key in chosen)
+
+    def _declare(self, tuner: MapTuner[Any], node: ModuleNode, overrides: Overrides) -> _Kind:
+        method, path = self._context.method, node.path
+        kind = _Kind(self._draft.config, overrides, (), self._dtype(node.facts), (), fails=True)
         if node.facts.kind not in tuner.supports:
             kind.problems = (_unsupported(tuner, node, self._context),)
             return kind
         try:
-            kind.config = self._config(chosen, values)
-            with boundary(self._context.method.peft_type, "slots", node.path):
+            kind.config = self._config(overrides)
+            with boundary(method.peft_type, "slots", path):
                 kind.slots = tuple(tuner.slots(kind.config, node.facts))
-            check_slots(kind.slots, self._context, node.path)
-            with boundary(self._context.method.peft_type, "check", node.path):
-                kind.problems = tuple(tuner.check(kind.config, node.facts, node.path))
+            check_slots(kind.slots, self._context, path)
+            with boundary(method.peft_type, "check", path):
+                kind.problems = tuple(tuner.check(kind.config, node.facts, path))
             kind.fails = False
         except PeftcError as error:
             kind.problems = error.diagnostics
         return kind
 
-    def _config(self, chosen: tuple[tuple[str, str], ...], values: tuple[tuple[str, Any], ...]) -> PeftConfig:
-        config = self._configs.get(chosen)
-        if config is None:
-            copy = self._draft.config.model_copy(update=dict(values))
-            config = self._configs[chosen] = copy.revalidated()  # a value of a pattern is checked like the option
-        return config
+    def _config(self, overrides: Overrides) -> PeftConfig:
+        if not overrides:
+            return self._draft.config
+        key = repr(overrides)
+        if key not in self._configs:
+            changed = self._draft.config.model_copy(update=dict(overrides))
+            self._configs[key] = changed.revalidated()  # a value of a pattern is checked like the option itself
+        return self._configs[key]
 
     def _dtype(self, facts: LayerFacts) -> str:
         weight = facts.weight or next((tensor for _, tensor in facts.params), None)

@@ -13,7 +13,12 @@ from peftc.config.base import ConfigModel
 
 
 def _as_set(value: Any) -> Any:
-    return set(value) if isinstance(value, (list, tuple, frozenset)) else value
+    if not isinstance(value, (list, tuple, frozenset)):
+        return value
+    try:
+        return set(value)
+    except TypeError:  # an entry that is no name: pydantic says so
+        return value
 
 
 def _as_list(value: Any) -> Any:

@@ -143,6 +143,9 @@ def _clean(item: ErrorDetails, data: Any) -> tuple[Location, bool, Location]:
         elif isinstance(here, (list, tuple)) and isinstance(part, int):
             location.append(_index(here, part, item["input"] if position == last else None))
             here = here[part] if part < len(here) else None
+        elif isinstance(here, BaseModel) and part in type(here).model_fields:
+            location.append(part)
+            here = getattr(here, str(part))
         elif part == "[key]":
             on_key = True
         elif position == last and item["type"] in ("missing", "extra_forbidden", _TYPE):

@@ -18,8 +18,8 @@ from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_
 MAX_YAML = 1 << 20
 MAX_JSON = 16 << 20
 
-# All that YAML 1.2 does not call printable (section 5.1), and the byte order mark inside a text.
-_CONTROL = re.compile("[^\\t\\n\\r\\x20-\\x7e\\x85\\xa0-\\ud7ff\\ue000-\\ufefe\\uff00-\\ufffd\\U00010000-\\U0010ffff]")
+# What YAML 1.2 does not call printable (section 5.1), and a byte order mark inside the text.
+_CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
 _SHOWN = 5
 
 

@@ -36,8 +36,10 @@ def section_of_word(value: Any) -> Any:
 
 
 def _count(value: Any) -> Any:
-    if isinstance(value, str) and not _COUNT.fullmatch(value):
+    if isinstance(value, str) and _bounds(value) is None:
         raise ValueError("should be a number, or text such as `9.2M` or `350K`")
+    if isinstance(value, int) and value < 0:
+        raise ValueError("should not be negative")
     return value
 
 
@@ -125,19 +127,17 @@ class ChecksSection(ConfigModel):
     def trainable_bounds(self) -> tuple[int, int] | None:
         """The smallest and the largest count that `expect_trainable` admits, both included; None if it is not given."""
         value = self.expect_trainable
-        if value is None or isinstance(value, int):
-            return None if value is None else (value, value)
-        return _bounds(value)
+        return (value, value) if isinstance(value, int) else _bounds(value or "")
 
 
-def _bounds(text: str) -> tuple[int, int]:
-    """The whole numbers that round to the text: `9.2M` -> 9,150,000 to 9,249,999."""
+def _bounds(text: str) -> tuple[int, int] | None:
+    """The whole numbers that round to the text: `9.2M` -> 9,150,000 to 9,249,999. None if it is no such text."""
     match = _COUNT.fullmatch(text)
     if match is None:
-        raise ValueError(f"`{text}` is not a count")
+        return None
     whole, digits, unit = match[1], match[2] or "", match[3]
     last = _UNITS[unit] // 10 ** len(digits)  # what one step of the last digit is worth
     if last == 0:
-        raise ValueError(f"`{text}` has more digits than its unit")
+        return None
     middle = int(whole + digits) * last
     return (middle, middle) if last == 1 else (max(0, middle - last // 2), middle + last // 2 - 1)

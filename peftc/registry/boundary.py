@@ -34,7 +34,8 @@ def boundary(peft_type: str, function: str, path: str | None = None) -> Iterator
 def guarded(function: Callable[P, R], peft_type: str, path: str | None) -> Callable[P, R]:
     """The same for a function that is called in every forward: it costs nothing until it raises.
 
-    Running out of memory is not the plugin's doing, and callers react to that exception by type.
+    Running out of memory is not the plugin's doing, and callers react to that exception by type; nor are the private
+    exceptions that torch steers by.
     """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -43,7 +44,7 @@ def guarded(function: Callable[P, R], peft_type: str, path: str | None) -> Calla
         except PeftcError:
             raise
         except Exception as error:  # noqa: BLE001 - as above
-            if _out_of_memory(error):
+            if _out_of_memory(error) or _control_flow(error):
                 raise
             raise _raised(peft_type, function.__name__, path, error) from error
 
@@ -59,3 +60,9 @@ def _raised(peft_type: str, function: str, path: str | None, error: Exception) -
 def _out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _control_flow(error: Exception) -> bool:
+    """Whether torch raised it to stop a computation, as gradient checkpointing does once it has recomputed enough."""
+    cls = type(error)
+    return cls.__name__.startswith("_") and cls.__module__.startswith("torch.")

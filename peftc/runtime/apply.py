@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from peftc import rules
+from peftc.compiler.drift import differences
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
@@ -44,8 +45,9 @@ def apply_plan(
     registry = registry or default_registry()
     session = session_of(model)
     graph = plan.graph or snapshot(model)
-    if plan.graph is None and plan.graph_digest != graph.digest:
-        raise PeftcError(_drifted(model))
+    drifted = differences(plan, graph) if plan.graph is None else ()
+    if drifted:
+        raise PeftcError(drifted)
     with Journal() as journal:
         if session is None:
             session = Session(model, graph)
@@ -69,11 +71,14 @@ def _remove(session: Session, name: str) -> None:
 
 
 def _refuse_taken(session: Session, adapter: AdapterPlan) -> None:
+    if not adapter.name or any(mark in adapter.name for mark in "./\\"):
+        what = f"An adapter cannot be called `{adapter.name}`"
+        raise PeftcError(rules.ADAPTER_NAME(what, fix="Use a name without dots and slashes, such as `default`."))
     if adapter.name in session.plans:
         raise PeftcError(name_taken(adapter.name))
     types = {plan.peft_type for plan in session.plans.values()}
     if types - {adapter.peft_type}:
-        raise PeftcError(mixed(adapter.config, types))
+        raise PeftcError(mixed_types(adapter.config, types))
 
 
 def name_taken(name: str) -> Diagnostic:
@@ -81,13 +86,8 @@ def name_taken(name: str) -> Diagnostic:
     return rules.ADAPTER_EXISTS(f"There is an adapter `{name}` already", fix="Use another name, or delete it first.")
 
 
-def mixed(config: PeftConfig, types: set[str]) -> Diagnostic:
+def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:
     """The diagnostic for a second method on one model."""
     what = f"The model is adapted by {', '.join(sorted(types))}; `{config.peft_type}` cannot join"
     return rules.MIXED_TYPES(what, fix="Put it on a model of its own, or merge the first adapter.")
-
-
-def _drifted(model: nn.Module) -> Diagnostic:
-    what = f"This {type(model).__name__} has not the structure that the plan was made for"
-    return rules.MODEL_DRIFTED(what, fix="Plan again for this model; `peftc plan` shows what is adapted.")
 

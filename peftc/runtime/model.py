@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,25 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.checkpoint.load import AdapterFile, open_adapter
-from peftc.checkpoint.report import LoadReport, match_file
+from peftc.checkpoint.report import LoadReport
 from peftc.checkpoint.save import save_adapter
-from peftc.compiler.compile import compile_plan
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
-from peftc.config.files import read_config
 from peftc.config.types import PeftType
 from peftc.diagnostics import PeftcError, warn
-from peftc.graph.nodes import ModuleGraph
-from peftc.registry.manager import Registry, default_registry
-from peftc.runtime.apply import SESSION, apply_plan, mixed, name_taken, session_of
+from peftc.registry.manager import default_registry
+from peftc.runtime.apply import SESSION, apply_plan, mixed_types, session_of
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
+from peftc.runtime.loading import matched, opened, plan_for
 from peftc.runtime.prompt import PromptDriver, PromptEncoder
-from peftc.runtime.session import Session
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.session import Session, freeze
 from peftc.tuner.method import PromptTuner
 
 DEFAULT = "default"
@@ -51,45 +47,44 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        registry = default_registry()
-        plan = plan_for(model, {adapter_name: peft_config}, registry, autocast_adapter_dtype)
-        self._start(model, plan, registry)
+        self._start(model, plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype), {})
 
     @classmethod
     def from_plan(cls, model: nn.Module, plan: InjectionPlan, sources: dict[str, Source] | None = None) -> Self:
         """Apply a compiled plan. Raises `PeftcError`, with the model as it was, if it does not fit."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._start(model, plan, default_registry(), sources)
+        self._start(model, plan, sources or {})
         return self
 
-    def _start(
-        self, model: nn.Module, plan: InjectionPlan, registry: Registry, sources: dict[str, Source] | None = None
-    ) -> None:
+    def _start(self, model: nn.Module, plan: InjectionPlan, sources: Mapping[str, Source]) -> None:
         if session_of(model) is not None:
             what = "The model has adapters already; wrapping it again would nest them"
             raise PeftcError(rules.MIXED_TYPES(what, fix="Use `add_adapter`, or `unload()` first."))
+        registry = default_registry()
         first = plan.adapters[0]
         method = registry.get(first.peft_type)
         self.peft_config: dict[str, PeftConfig] = {}
         self.peft_type = PeftType(first.peft_type)
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
         with Journal() as journal, collector_paused():
+            freeze(model, journal)
             session = apply_plan(model, plan, registry=registry, sources=sources)
             journal.note(_strip, model, session)
             self.base_model = model if method.is_prompt else model_class(method)(model, method.prefix)
             self.__dict__["_session"] = session
             for adapter in plan.adapters:
-                self._join(adapter, registry, (sources or {}).get(adapter.name))
+                self._join(adapter, sources.get(adapter.name))
         self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
-        if _get(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self._require_input_gradients()
 
-    def _join(self, adapter: AdapterPlan, registry: Registry, source: Source | None) -> None:
+    def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
         """What an adapter has beside its layers."""
         if adapter.prompt is not None:
-            tuner = registry.get(adapter.peft_type).tuner
-            assert isinstance(tuner, PromptTuner) and self.prompt_encoder is not None
+            tuner = default_registry().get(adapter.peft_type).tuner
+            assert isinstance(tuner, PromptTuner)
+            assert self.prompt_encoder is not None
             encoder = PromptEncoder(adapter, tuner)
             encoder.fill(self.get_base_model().get_input_embeddings(), source)  # type: ignore[operator]
             self.prompt_encoder[adapter.name] = encoder
@@ -97,8 +92,7 @@ class PeftModel(nn.Module):
         self.peft_config[adapter.name] = adapter.config
 
     def _base_name(self) -> str | None:
-        name = _get(self.get_base_model(), "name_or_path", None)
-        return name or None
+        return getattr(self.get_base_model(), "name_or_path", None) or None
 
     # the model ----------------------------------------------------------------------------------------------------
 
@@ -152,11 +146,16 @@ class PeftModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As the base model's; also makes the inputs require gradients, without which re-entrant checkpointing cuts
         the path to every adapter."""
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
+        self._require_input_gradients()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
         self._require_input_gradients()
 
     def _require_input_gradients(self) -> None:
-        enable = _get(self.get_base_model(), "enable_input_require_grads", None)
+        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
         if enable is not None:
             enable()
 
@@ -180,22 +179,22 @@ class PeftModel(nn.Module):
         self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
     ) -> None:
         """Add an adapter beside those there are; it is not activated. Raises `PeftcError`, with nothing changed."""
-        self._add(adapter_name, peft_config, None, autocast_adapter_dtype)
+        self._refuse_type(peft_config)
+        plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype)
+        with Journal() as journal:
+            self._attach(plan, None, journal)
 
-    def _add(self, name: str, config: PeftConfig, source: Source | None, autocast: bool = True) -> None:
-        session, registry = self.session, default_registry()
-        self._refuse(name, config)
-        plan = compile_plan(session.graph, {name: config}, active=[], registry=registry, autocast_adapter_dtype=autocast)
-        warn(plan.warnings)
-        sources = {} if source is None else {name: source}
-        apply_plan(self.get_base_model(), plan, registry=registry, sources=sources)
-        self._join(plan.adapters[0], registry, source)
+    def _attach(self, plan: InjectionPlan, source: Source | None, journal: Journal) -> None:
+        """Add the plan's one adapter, from a checkpoint or fresh."""
+        (adapter,) = plan.adapters
+        sources = {} if source is None else {adapter.name: source}
+        apply_plan(self.get_base_model(), plan, sources=sources)
+        journal.note(self.delete_adapter, adapter.name)
+        self._join(adapter, source)
 
-    def _refuse(self, name: str, config: PeftConfig) -> None:
-        if name in self.peft_config:
-            raise PeftcError(name_taken(name))
+    def _refuse_type(self, config: PeftConfig) -> None:
         if config.peft_type != self.peft_type:
-            raise PeftcError(mixed(config, {str(self.peft_type)}))
+            raise PeftcError(mixed_types(config, {str(self.peft_type)}))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several in order; exactly their tensors become trainable."""
@@ -240,7 +239,7 @@ class PeftModel(nn.Module):
         self._refuse_merge()
         session, model = self.session, self.get_base_model()
         session.merge(adapter_names, safe_merge)
-        session.keep_copies()
+        session.keep_trained()
         self._leave(session)
         return model
 
@@ -333,10 +332,10 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> Self:
         """Load an adapter onto a base model. Raises `PeftcError`, with the model as it was."""
-        config, file = _opened(model_id, config, is_trainable, kwargs)
-        plan = plan_for(model, {adapter_name: config}, default_registry(), autocast_adapter_dtype)
-        report = match_file(plan.adapters[0], file, plan.model).require()
-        return cls.from_plan(model, plan, {adapter_name: _source(file, report)})
+        config, file = opened(model_id, config, is_trainable, kwargs)
+        plan = plan_for(model, {adapter_name: config}, autocast_adapter_dtype, loading=True)
+        source, _ = matched(plan.adapters[0], file, plan)
+        return cls.from_plan(model, plan, {adapter_name: source})
 
     @collector_paused()
     def load_adapter(
@@ -352,57 +351,27 @@ class PeftModel(nn.Module):
 
         Raises `PeftcError`, with nothing changed, if a tensor does not fit or nothing would be loaded.
         """
-        session, registry = self.session, default_registry()
-        config, file = _opened(model_id, None, is_trainable, kwargs)
-        replaced = adapter_name in session.plans
-        self._refuse("" if replaced else adapter_name, config)
-        plan = compile_plan(
-            session.graph,
-            {adapter_name: config},
-            active=[],
-            registry=registry,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
-        report = match_file(plan.adapters[0], file, plan.model).require()
-        warn(plan.warnings)
-        source, active = _source(file, report), session.active
-        if replaced:
-            self.delete_adapter(adapter_name)
-        apply_plan(self.get_base_model(), plan, registry=registry, sources={adapter_name: source})
-        self._join(plan.adapters[0], registry, source)
-        if replaced:
-            self.set_adapter(active, inference_mode=not is_trainable)
+        session, model = self.session, self.get_base_model()
+        config, file = opened(model_id, None, is_trainable, kwargs)
+        self._refuse_type(config)
+        plan = plan_for(model, {adapter_name: config}, autocast_adapter_dtype, loading=True)
+        source, report = matched(plan.adapters[0], file, plan)
+        active = session.active
+        with Journal() as journal:
+            if adapter_name in session.plans:
+                old = self._plan(adapter_name), self.adapter_tensors(adapter_name).get
+                journal.note(self._put_back, *old, active)
+                self.delete_adapter(adapter_name)
+            self._attach(plan, source, journal)
+            if adapter_name in active:
+                self.set_adapter(active, inference_mode=not is_trainable)
         return report
 
-
-def _opened(
-    model_id: str | Path, config: PeftConfig | None, is_trainable: bool, kwargs: dict[str, Any]
-) -> tuple[PeftConfig, AdapterFile]:
-    """Config and weights of an adapter folder, or of a repository of the hub."""
-    config = config or read_config(model_id, **kwargs)
-    config.inference_mode = not is_trainable
-    return config, open_adapter(model_id, **kwargs)
-
-
-def _source(file: AdapterFile, report: LoadReport) -> Source:
-    """Tensors of a matched file by planned key."""
-
-    def find(key: str) -> Tensor | None:
-        stored = report.sources.get(key)
-        return None if stored is None else file.tensor(stored)
-
-    return find
-
-
-def plan_for(
-    model: nn.Module, configs: dict[str, PeftConfig], registry: Registry, autocast_adapter_dtype: bool = True
-) -> InjectionPlan:
-    """Compile configs for a live model, and show the compiler's warnings."""
-    session = session_of(model)
-    graph: ModuleGraph = session.graph if session is not None else snapshot(model)
-    plan = compile_plan(graph, configs, registry=registry, autocast_adapter_dtype=autocast_adapter_dtype)
-    warn(plan.warnings, stacklevel=4)
-    return plan
+    def _put_back(self, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
+        """Undo the replacement of an adapter."""
+        with Journal() as journal:
+            self._attach(replace(plan, active=()), source, journal)
+        self.set_adapter(active)
 
 
 @collector_paused()
@@ -429,8 +398,7 @@ def inject_adapter_in_model(
     if registry.method_of(peft_config).is_prompt:
         what = "A prompt adapts the call, which a model without wrapper does not let through"
         raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Use `get_peft_model`."))
-    plan = plan_for(model, {adapter_name: peft_config}, registry)
-    session = apply_plan(model, plan, registry=registry)
+    session = apply_plan(model, plan_for(model, {adapter_name: peft_config}))
     model.__dict__["peft_config"] = {name: p.config for name, p in session.plans.items()}
     return model
 
@@ -445,7 +413,3 @@ def _strip(model: nn.Module, session: Session) -> None:
     model.__dict__.pop(SESSION, None)
     model.__dict__.pop("peft_config", None)
 
-
-def _get(module: nn.Module, name: str, default: Any) -> Any:
-    """An optional attribute of a model that may be of any library."""
-    return inspect.getattr_static(module, name, default) if name in module.__dict__ else getattr(module, name, default)

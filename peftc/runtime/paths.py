@@ -182,9 +182,6 @@ def _weight_after_input(base: nn.Module, backend: Backend, part: Part, weight: T
     """`W M` where `input` is `x -> M x`: the vector-Jacobian product of `input` at W, so M is never formed."""
     patches = part.tuner.input_space == "patches"
     rows = backend.input_rows(weight, base, patches)
-    track = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = torch.zeros_like(rows, requires_grad=True)
-        y = part.lowering("input")(part.view, x)
-        (product,) = torch.autograd.grad(y, x, rows, create_graph=track)
+    pull = torch.func.vjp(lambda x: part.lowering("input")(part.view, x), torch.zeros_like(rows))[1]
+    (product,) = pull(rows)
     return backend.from_input_rows(product, weight, base, patches)

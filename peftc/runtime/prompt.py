@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
+from peftc.registry.boundary import boundary, guarded
 from peftc.runtime.layer import Source
 from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
 from peftc.tuner.method import PromptTuner
@@ -38,7 +39,7 @@ class PromptEncoder(nn.Module):
             slot.name: allocate(slot.shape, torch_dtype(slot.dtype or site.dtype), device) for slot in site.slots
         }
         saved = source(site.disk) if source is not None else None
-        with torch.no_grad():
+        with torch.no_grad(), boundary(self._plan.peft_type, "init" if saved is None else "restore"):
             if saved is not None:
                 for name, tensor in self._tuner.restore(self._plan.config, saved).items():
                     made[name].copy_(tensor)
@@ -50,7 +51,8 @@ class PromptEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """The virtual tokens' embeddings, `(num_virtual_tokens, hidden)`."""
-        return self._tuner.embeds(self._plan.config, PromptSlots(self))
+        embeds = guarded(self._tuner.embeds, self._plan.peft_type, None)
+        return embeds(self._plan.config, PromptSlots(self))
 
 
 class PromptSlots:

@@ -41,6 +41,8 @@ class Session:
         self.copies: dict[str, ModulesToSaveWrapper] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        #: base tensors that an adapter's training or loading changes, as they were before
+        self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
 
     # adding -------------------------------------------------------------------------------------------------------
 
@@ -66,7 +68,7 @@ class Session:
                     self._remember(self.copies, save.path, copy, journal)
                 journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
-            self._load_base(plan, source, journal)
+            self._change_base(plan, source, journal)
             self.plans[plan.name] = plan
 
     def _wrap(self, path: str, wrap: Callable[[nn.Module], W], journal: Journal) -> W:
@@ -82,15 +84,22 @@ class Session:
         journal.note(known.pop, path)
         known[path] = wrapper
 
-    def _load_base(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
-        """Base tensors that the checkpoint carries: trained biases."""
-        if source is None:
-            return
-        for parameter, (planned, _) in zip(self._trained(plan), self._trained_names(plan), strict=True):
-            found = source(planned)
+    def _change_base(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
+        """Load base tensors that the checkpoint carries, and keep what they were: for trained ones, a copy."""
+        before: list[tuple[nn.Parameter, Tensor]] = []
+        journal.note(_restore, before)
+        find = source or (lambda key: None)
+        for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
+            found = find(disk)
+            before.append((parameter, parameter.detach().clone()))
             if found is not None:
-                journal.note(setattr, parameter, "data", parameter.data)
-                parameter.data = found.to(parameter.device, parameter.dtype)
+                parameter.copy_(found)
+        for disk, layer in self._vocabulary_layers(plan):
+            found, own = find(disk), layer.get_base_layer()._parameters["weight"]
+            if found is not None and own is not None and not torch.equal(found.to(own), own):
+                before.append((own, own.data))
+                own.data = found.to(own.device, own.dtype)
+        self.base_before[plan.name] = before
 
     def _drift(self, plan: AdapterPlan) -> Iterator[Diagnostic]:
         for site in plan.maps:
@@ -229,6 +238,7 @@ class Session:
         for copy in self.copies_of(name):
             copy.delete_adapter(name)
         del self.plans[name]
+        _restore(self.base_before.pop(name))
         self._activate([n for n in self.active if n != name])
 
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
@@ -264,10 +274,13 @@ class Session:
             self._put_back(path, layer.base_layer)
         for path, copy in self.copies.items():
             self._put_back(path, copy.original_module)
-        self.layers, self.copies, self.plans, self.active = {}, {}, {}, ()
+        for before in self.base_before.values():
+            _restore(before)
+        self.layers, self.copies, self.plans, self.active, self.base_before = {}, {}, {}, (), {}
 
-    def keep_copies(self) -> None:
-        """Before unloading a merged model: the trained copies in effect become the modules."""
+    def keep_trained(self) -> None:
+        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
+        self.base_before = {}
         for path, copy in list(self.copies.items()):
             self._put_back(path, copy.current)
             del self.copies[path]
@@ -290,20 +303,27 @@ class Session:
             for slot, parameter in zip(site.slots, stored, strict=True):
                 if slot.saved:
                     tensors[site.key(slot, name).disk()] = parameter.detach()
-            if save_embedding_layers and site.path in self._vocabulary_layers():
-                tensors[f"{plan.root}{site.path}.base_layer.weight"] = layer.weight.detach()
         for save in plan.saves:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict().items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor.detach()
         for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
             tensors[disk] = parameter.detach()
+        if save_embedding_layers:
+            tensors |= {disk: layer.weight.detach() for disk, layer in self._vocabulary_layers(plan)}
         return tensors
 
-    def _vocabulary_layers(self) -> tuple[str, ...]:
-        """Input and output embeddings that the reference saves whole when they are adapted: it goes by these names."""
+    def _vocabulary_layers(self, plan: AdapterPlan) -> Iterator[tuple[str, TunerLayer]]:
+        """Adapted input and output embeddings, which the reference saves whole: it goes by these names."""
         paths = (self.graph.model.input_embeddings, self.graph.model.output_embeddings)
-        return tuple(p for p in paths if p is not None and p.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+        for site in plan.maps:
+            if site.path in paths and site.path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES:
+                yield f"{plan.root}{site.path}.base_layer.weight", self.layers[site.path]
+
+
+def _restore(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, data in before:
+        parameter.data = data
 
 
 def freeze(model: nn.Module, journal: Journal) -> None:

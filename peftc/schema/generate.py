@@ -12,9 +12,11 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
+from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.config.spec import AdapterSpec
+from peftc.diagnostics import PeftcError, did_you_mean
 from peftc.registry.manager import Registry
 from peftc.schema.plan import plan_schema
 from peftc.tuner.method import TunerMethod
@@ -91,7 +93,12 @@ def schema_named(name: str, registry: Registry) -> Schema:
         PLAN: lambda: _headed(plan_schema(), PLAN, "peftc plan: exactly what an adapter changes"),
     }
     make = special.get(name.lower())
-    return make() if make is not None else method_schema(registry.get(name.upper()))
+    if make is not None:
+        return make()
+    close = did_you_mean(name.lower(), special)
+    if close and name.upper() not in registry.names:
+        raise PeftcError(rules.UNKNOWN_TYPE(f"There is no schema and no method `{name}`", fix=close))
+    return method_schema(registry.get(name.upper()))
 
 
 def file_name(name: str) -> str:

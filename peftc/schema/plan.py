@@ -60,6 +60,7 @@ def plan_schema() -> Schema:
             "description": "Facts about the base model: class, model type, embeddings, dimensions.",
         },
         base_parameters={**_SIZE, "description": "Parameters of the base model, tied ones counted once."},
+        base_bytes={**_SIZE, "description": "Bytes of the base model's parameters."},
         graph={**_DIGEST, "description": "Digest of the base model's structure."},
         active=_list(_TEXT, "Adapters that act."),
         trainable={**_SIZE, "description": "Trainable parameters of the adapted model."},
@@ -132,6 +133,7 @@ def _layer_definitions() -> dict[str, Schema]:
             out_features=_SIZE,
             kernel=_SHAPE,
             groups=_SIZE,
+            note={**_TEXT, "description": "Why it is none of the kinds that it looks like, if so."},
             params=_list(_ref("tensor")),
             buffers=_list(_ref("tensor")),
         ),
@@ -151,6 +153,7 @@ def _layer_definitions() -> dict[str, Schema]:
             slots=_list(_ref("slot")),
             dtype=_TEXT,
             reason={**_TEXT, "description": "Why the module is adapted."},
+            role=_or_null(_TEXT, "What the module is for, where its name tells."),
             overrides={"type": "object", "description": "Options that patterns changed here."},
         ),
     }

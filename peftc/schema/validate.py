@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftc import rules
 from peftc.config.base import PeftConfig
@@ -20,6 +20,9 @@ from peftc.config.spec import AdapterSpec, Reading, check_plain, is_config, read
 from peftc.diagnostics import Diagnostic, Severity
 from peftc.registry.manager import Registry, default_registry
 from peftc.schema.generate import Schema, structure_of, structure_of_spec
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 _REQUIRED = re.compile(r"'(.*)' is a required property")
 
@@ -54,7 +57,8 @@ def structure_problems(data: Any, schema: Schema) -> Iterator[Problem]:
     """What JSON Schema has to say, located."""
     from jsonschema import Draft202012Validator  # here: it costs as much as pydantic, and most commands need none
 
-    for error in Draft202012Validator(schema).iter_errors(data):
+    found = Draft202012Validator(schema).iter_errors(data)
+    for error in (inner for outer in found for inner in _told_by_branch(outer)):
         location: Location = tuple(error.absolute_path)
         missing = _REQUIRED.match(error.message) if error.validator == "required" else None
         if error.validator == "additionalProperties" and isinstance(error.schema, Mapping):
@@ -70,6 +74,15 @@ def structure_problems(data: Any, schema: Schema) -> Iterator[Problem]:
         else:
             what = f"`{shorten(error.instance)}` does not fit: {shorten(error.message, 200)}"
             yield Problem(location, rules.BAD_VALUE(what, fix="`peftc schema` shows what fits."))
+
+
+def _told_by_branch(error: ValidationError) -> list[ValidationError]:
+    """The error, or if a branch of alternatives fits but for entries given twice, the errors of that branch."""
+    branches: dict[str | int, list[ValidationError]] = {}
+    for inner in error.context or ():
+        branches.setdefault(inner.schema_path[0], []).append(inner)
+    twice = [b for b in branches.values() if all(inner.validator == "uniqueItems" for inner in b)]
+    return twice[0] if twice else [error]
 
 
 def _repeated(items: list[Any], location: Location) -> Iterator[Problem]:

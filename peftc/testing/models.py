@@ -145,7 +145,7 @@ _LLAMA = {
 }  # fmt: skip
 _GPT2 = {
     "model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 40, "n_positions": 64,
-    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
 
 

@@ -225,8 +225,8 @@ def test_a_damaged_gguf_file(tmp_path: Path, kept: int) -> None:
         ({"model_type": 7}, "PC303", "7"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "PC306", "mine"),
         ({"model_type": "llama", "hidden_size": "wide"}, "PC303", "hidden_size"),
-        ({"model_type": "llama", "hidden_size": -1}, "PC304", ""),
-        ({"model_type": "llama", **LLAMA, "num_attention_heads": 0}, "PC303", ""),
+        ({"model_type": "llama", "hidden_size": -1}, "PC303", "validate"),
+        ({"model_type": "llama", **LLAMA, "num_attention_heads": 0}, "PC303", "ZeroDivisionError"),
         ({"model_type": "gpt2", "n_embd": 10, "n_head": 3}, "PC304", "divisible"),
     ],
 )

@@ -91,10 +91,9 @@ def test_wheel_has_nothing_else(wheel: Path) -> None:
 
 
 def test_methods_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    listed = json.loads(peftc(installed, tmp_path, "plugins", "--json"))
-    assert {name.lower() for name in default_registry().names} <= {
-        plugin["name"].lower() for plugin in listed["plugins"]
-    }
+    plugins = json.loads(peftc(installed, tmp_path, "plugins", "--json"))["plugins"]
+    from_wheel = {plugin["peft_type"] for plugin in plugins if plugin["distribution"].startswith("peftc ")}
+    assert from_wheel == {claim.peft_type for claim in default_registry().claims if claim.distribution == "peftc"}
     code = "import peftc, peftc_plugins; print(peftc.__file__, peftc_plugins.__file__)"
     run = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert all(str(installed.parent) in path for path in run.stdout.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 from peftc.compiler.compile import compile_plan
@@ -50,6 +51,7 @@ def linear(in_features: int, out_features: int, **more: Any) -> LayerFacts:
     return facts(Kind.LINEAR, "Linear", in_features, out_features, **more)
 
 
+@cache
 def container(cls: str, *params: tuple[str, TensorFacts]) -> LayerFacts:
     """A module that is no layer, with parameters of its own."""
     return LayerFacts(Kind.OTHER, cls, params=params)

@@ -68,7 +68,7 @@ def test_no_key_of_the_file_is_used_twice(wanted: set[str], extra: str) -> None:
     assert len(set(sources.values())) == len(sources)
 
 
-PATH = "model.layers.0.self_attn.q_proj.lora.weight"
+PATH = "model.layers.0.self_attn.q_proj.factor.weight"
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ PATH = "model.layers.0.self_attn.q_proj.lora.weight"
         f"module._orig_mod.base_model.model.{PATH}",
         f"module.{PATH}",
         f"base_model.model.module.{PATH}",
-        "_fsdp_wrapped_module.base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj.lora.weight",
-        "base_model.model.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.lora.weight",
+        "_fsdp_wrapped_module.base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj.factor.weight",
+        "base_model.model.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.factor.weight",
     ],
 )
 def test_wrappers_are_seen_through(stored: str) -> None:

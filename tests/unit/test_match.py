@@ -19,7 +19,7 @@ from tests.unit import plans
 words = st.sampled_from(["q", "k", "qk", "q_proj", "layers", "h", "mlp", "0", "1", "10", "2"])
 paths = st.lists(words, min_size=1, max_size=6).map(".".join)
 #: Paths as models have them: a list of layers is inside something, never at the root (where the reference is blind).
-model_paths = st.tuples(st.sampled_from(["model", "base.model"]), paths).map(".".join)
+model_paths = st.tuples(st.sampled_from(["model.text", "base.model"]), paths).map(".".join)
 entries = st.lists(words, min_size=1, max_size=3).map(".".join)
 #: Regular expressions that are valid and quick, with everything that changes how a key is read.
 patterns = st.one_of(

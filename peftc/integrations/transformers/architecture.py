@@ -1,4 +1,4 @@
-"""From a located base to a transformers config and the model class for the task. No weights, no network, no remote code.
+"""From a located base to the model class for its task and the config to build it from. No weights, no network, no remote code.
 
 The class comes from transformers' own tables: a name in a config file is compared with them and never imported.
 """
@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -55,51 +56,70 @@ _AUTO_CLASSES = {
 }
 
 
-def config_of(base: LocatedBase) -> PretrainedConfig:
-    """The base's config object. Raises `PeftcError` if transformers does not understand it."""
+@dataclass(frozen=True)
+class Architecture:
+    """A model class and the config to build it from."""
+
+    cls: type[PreTrainedModel]
+    config: PretrainedConfig
+
+
+def architecture_of(base: LocatedBase) -> Architecture:
+    """What the base's config, and the task it is wanted for, come to. Raises `PeftcError`.
+
+    A multimodal model's class for text alone is built from the text part of the config.
+    """
+    config = _config_of(base)
+    cls = _class_of(base, config)
+    if cls.config_class is not type(config) and cls.config_class is config.sub_configs.get("text_config"):
+        whole, config = config, config.get_text_config()
+        quantization = getattr(whole, "quantization_config", None)
+        if quantization is not None:
+            config.quantization_config = quantization
+    return Architecture(cls, config)
+
+
+def _config_of(base: LocatedBase) -> PretrainedConfig:
     if base.gguf is not None:
         return gguf.read_config(base.gguf)
     data = dict(base.config or {})
     _require_known_type(base, data)
     try:
-        with _alone_in_a_folder(
-            data
-        ) as folder:  # read as transformers reads a model's folder, with its own corrections
+        with _alone_in_a_folder(data) as folder:  # so that transformers reads it with all its own corrections
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except FAILURES as error:
         fix = "Compare it with the config of a model that works; `peftc graph` tries it alone."
         raise PeftcError(rules.BASE_UNREADABLE(_told(error), fix=fix, where=_where(base))) from error
 
 
-def model_class(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that the task asks for, else the one that the config names. Raises `PeftcError` if there is none.
-
-    A GGUF file names no class and holds a language model.
-    """
+def _class_of(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the task asks for, else the one that the config names. A GGUF file holds a language model."""
     task = base.ref.task_type or ("CAUSAL_LM" if base.gguf is not None else None)
-    if task is not None:
-        found = _classes_in(_AUTO_CLASSES[task], config)
-        if found:
-            return _for_architecture(found, config)
-        what = f"transformers has no {_AUTO_CLASSES[task]} for the model type `{config.model_type}`"
-        fix = f"Task types that it has a class for: {', '.join(_tasks_of(config)) or 'none; leave `task_type` out'}."
-        raise PeftcError(rules.BASE_UNBUILDABLE(what, fix=fix, why="", where=_where(base)))
-    named = config.architectures or []
+    if task is None:
+        return _named_class(base, config)
+    found = _classes_in(_AUTO_CLASSES[task], config)
+    if found:
+        named = config.architectures or []
+        return next((cls for cls in found if cls.__name__ in named), found[0])
+    what = f"transformers has no {_AUTO_CLASSES[task]} for the model type `{config.model_type}`"
+    fix = f"Task types that it has a class for: {', '.join(_tasks_of(config)) or 'none; leave `task_type` out'}."
+    raise PeftcError(rules.BASE_UNBUILDABLE(what, fix=fix, why="", where=_where(base)))
+
+
+def _named_class(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedModel]:
+    named = next(iter(config.architectures or []), None)
+    if named is None:
+        plain = _classes_in(AutoModel.__name__, config)
+        if plain:
+            return plain[0]
     known = {cls.__name__: cls for auto in _all_auto_classes() for cls in _classes_in(auto, config)}
-    if named and named[0] in known:
-        return known[named[0]]
-    plain = _classes_in(AutoModel.__name__, config)
-    if not named and plain:
-        return plain[0]
-    what = (
-        f"transformers has no class `{named[0]}`" if named else f"There is no plain model of type `{config.model_type}`"
-    )
-    fix = (
-        f"{did_you_mean(named[0], known) if named else ''} Give a `task_type`: {', '.join(_tasks_of(config))}.".strip()
-    )
-    raise PeftcError(
-        rules.BASE_UNBUILDABLE(what, fix=fix, why="The config decides the model class.", where=_where(base))
-    )
+    if named in known:
+        return known[named]
+    what = f"transformers has no class `{named}`" if named else f"`{config.model_type}` has no model without a head"
+    hint = did_you_mean(named, known) if named else ""
+    fix = f"{hint} Give a `task_type`: {', '.join(_tasks_of(config))}.".strip()
+    why = "The config decides the model class where no task does."
+    raise PeftcError(rules.BASE_UNBUILDABLE(what, fix=fix, why=why, where=_where(base)))
 
 
 def unbuildable(base: LocatedBase, error: Exception) -> Diagnostic:
@@ -149,11 +169,6 @@ def _classes_in(auto: str, config: PretrainedConfig) -> tuple[type[PreTrainedMod
     """Classes that an automatic class has for a config; several where the config's `architectures` chooses."""
     found = getattr(transformers, auto)._model_mapping.get(type(config), ())
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
-
-
-def _for_architecture(classes: tuple[type[PreTrainedModel], ...], config: PretrainedConfig) -> type[PreTrainedModel]:
-    named = config.architectures or []
-    return next((cls for cls in classes if cls.__name__ in named), classes[0])
 
 
 def _all_auto_classes() -> list[str]:

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from peftc.diagnostics import PeftcError
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.locate import LocatedBase, locate
-from peftc.integrations.transformers import architecture, gguf
+from peftc.integrations.transformers import gguf
+from peftc.integrations.transformers.architecture import FAILURES, architecture_of, unbuildable
 from peftc.integrations.transformers.dtypes import dtype_of
 
 #: A folder with one of these has a tokenizer.
@@ -65,38 +66,36 @@ def load_tokenizer(base: LocatedBase) -> PreTrainedTokenizerBase | None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             base.source, revision=base.ref.revision or "main", trust_remote_code=False
         )
-    except architecture.FAILURES as error:
-        raise PeftcError(architecture.unbuildable(base, error)) from error
+    except FAILURES as error:
+        raise PeftcError(unbuildable(base, error)) from error
     return tokenizer
 
 
 def _loaded_model(base: LocatedBase, device: torch.device | str) -> PreTrainedModel:
-    config = architecture.config_of(base)
-    cls = architecture.model_class(base, config)
-    options: dict[str, Any] = {"dtype": dtype_of(base, config)}
+    found = architecture_of(base)
+    options: dict[str, Any] = {"config": found.config, "dtype": dtype_of(base, found.config)}
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # straight to the device, not through main memory
     with _progress_on_terminals_only():
         if base.gguf is not None:
-            return gguf.load_model(base.gguf, cls, config, **options)
+            return gguf.load_model(base.gguf, found.cls, **options)
         try:
-            model: PreTrainedModel = cls.from_pretrained(
-                base.source, config=config, revision=base.ref.revision or "main", **options
+            model: PreTrainedModel = found.cls.from_pretrained(
+                base.source, revision=base.ref.revision or "main", **options
             )
-        except architecture.FAILURES as error:
-            raise PeftcError(architecture.unbuildable(base, error)) from error
+        except FAILURES as error:
+            raise PeftcError(unbuildable(base, error)) from error
     return model
 
 
 def _random_model(base: LocatedBase, seed: int) -> PreTrainedModel:
-    config = architecture.config_of(base)
-    cls = architecture.model_class(base, config)
+    found = architecture_of(base)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = cls._from_config(config, dtype=dtype_of(base, config))
-    except architecture.FAILURES as error:
-        raise PeftcError(architecture.unbuildable(base, error)) from error
+            model: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype_of(base, found.config))
+    except FAILURES as error:
+        raise PeftcError(unbuildable(base, error)) from error
     return model
 
 

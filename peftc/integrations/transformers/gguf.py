@@ -51,14 +51,14 @@ def read_config(path: Path) -> PretrainedConfig:
         raise _damaged(path, error) from error
 
 
-def load_model(path: Path, cls: type[PreTrainedModel], config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The model with dense weights. Raises `PeftcError`."""
+def load_model(path: Path, cls: type[PreTrainedModel], **options: Any) -> PreTrainedModel:
+    """The model with dense weights; `options` are those of `from_pretrained`. Raises `PeftcError`."""
     require_reader()
     dense = GgufConfig(dequantize=True)  # with the `kernels` package installed, transformers would keep them packed
     try:
         with _bar_on_terminals_only():
             model: PreTrainedModel = cls.from_pretrained(
-                str(path.parent), gguf_file=path.name, config=config, quantization_config=dense, **options
+                str(path.parent), gguf_file=path.name, quantization_config=dense, **options
             )
     except _DAMAGE as error:
         raise _damaged(path, error) from error
@@ -125,8 +125,6 @@ def _bar_on_terminals_only() -> Iterator[None]:
 
 
 def _damaged(path: Path, error: Exception) -> PeftcError:
-    what = (
-        f"transformers cannot read the file: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    )
+    what = f"transformers cannot read the file: {type(error).__name__}: {' '.join(str(error).split())}"[:500]
     fix = "Download it again, or use the model in safetensors form."
     return PeftcError(rules.BASE_UNREADABLE(what, fix=fix, where=Where(file=path.name)))

@@ -45,18 +45,17 @@ def meta_model(base: LocatedBase) -> PreTrainedModel:
     """The model without storage: shapes, dtypes and ties as they will be when it is loaded. Raises `PeftcError`."""
     import torch
 
-    from peftc.integrations.transformers import architecture
+    from peftc.integrations.transformers.architecture import FAILURES, architecture_of, quiet, unbuildable
     from peftc.integrations.transformers.dtypes import dtype_of, keep_some_in_float32
 
-    with architecture.quiet():
-        config = architecture.config_of(base)
-        cls = architecture.model_class(base, config)
-        dtype = dtype_of(base, config)
+    with quiet():
+        found = architecture_of(base)
+        dtype = dtype_of(base, found.config)
         try:
             with torch.device("meta"):
-                model: PreTrainedModel = cls._from_config(config, dtype=dtype)
-        except architecture.FAILURES as error:
-            raise PeftcError(architecture.unbuildable(base, error)) from error
+                model: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype)
+        except FAILURES as error:
+            raise PeftcError(unbuildable(base, error)) from error
     if base.has_weights:
         keep_some_in_float32(model, dtype)
     return model

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
-from peftc.compiler.compile import compile_plan
+from peftc.compiler.of_spec import compile_spec
 from peftc.config.files import read_config
 from peftc.config.sections import TrainSection, section_of_word
 from peftc.config.spec import AdapterSpec
@@ -89,7 +89,7 @@ def base_of_adapter(folder: Path) -> BaseRef:
 
 def fresh_adapter(base: Base, spec: AdapterSpec, seed: int) -> PeftModel:
     """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Raises `PeftcError`."""
-    plan = compile_plan(snapshot(base.model), spec.adapters, active=spec.active_names, strict=True)
+    plan = compile_spec(spec, snapshot(base.model))
     warn(plan.warnings)
     transformers.set_seed(seed)
     return PeftModel.from_plan(base.model, plan)

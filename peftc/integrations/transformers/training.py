@@ -33,6 +33,8 @@ RUN_NAME = "peftc_training.json"
 STATE_NAME = "trainer_state.json"
 #: Trainer's files that carry on a training; all are archives with checksums.
 ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+#: Trainer's name for recomputing activations; older versions have only `gradient_checkpointing`, which newer ones deprecate.
+_RECOMPUTE = min({"activation_checkpointing", "gradient_checkpointing"} & TrainingArguments.__dataclass_fields__.keys())
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,7 @@ def _arguments(how: TrainSection, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,  # the collator gives exactly what the model takes
         label_names=["labels"],
         dataloader_pin_memory=False,
-        **({"gradient_checkpointing": True} if how.gradient_checkpointing else {}),  # its mere mention is deprecated
+        **({_RECOMPUTE: True} if how.gradient_checkpointing else {}),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several would be wrapped in DataParallel, which copies the model per step
     return arguments

@@ -27,7 +27,7 @@ def gradients_in_slots_only(s: Subject) -> None:
 
 def gradients_are_true(s: Subject) -> None:
     """A gradient is the slope of the output, in every slot and through every layer: compared with differences."""
-    model = s.trained(dtype=torch.float64)
+    model = s.trained(dtype=torch.float64).double()
     grown = s.grown(model, torch.float64)
     slots = slots_of(model, "default")
     with seeded(4):
@@ -66,8 +66,9 @@ def a_step_changes_slots_only(s: Subject) -> None:
     for name, tensor in model.state_dict().items():
         if name not in own:
             same(tensor, before[name], f"`{name}` after two steps", "Train slots only.", name)
-        elif torch.equal(tensor, before[name]):
-            raise broken(f"Two steps leave `{name}` where it was", "Start where the gradient is not zero.", name)
+        elif torch.equal(tensor, before[name]) or not tensor.isfinite().all():
+            what = f"Two steps leave `{name}` where it was, or without a finite value"
+            raise broken(what, "Start where the gradient is finite and not zero.", name)
 
 
 def checkpointing_reaches_every_slot(s: Subject) -> None:

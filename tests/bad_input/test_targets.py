@@ -1,0 +1,441 @@
+"""Targets, patterns and options that do not fit the model: each gets its diagnostic, all at once, with the nearest name.
+
+Every case has a mutation, a small defect put into the compiler, under which the diagnostic does not come: so the case
+can fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from peftc import rules
+from peftc.compiler import checks, drift, explain, match, of_spec, select, serial, sites
+from peftc.compiler import compile as compiler
+from peftc.compiler.plan import InjectionPlan
+from peftc.config.base import PeftConfig
+from peftc.config.sections import BaseSection, ChecksSection
+from peftc.config.spec import AdapterSpec
+from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity
+from peftc.graph.nodes import Kind
+from peftc.registry import boundary
+from tests.defects import put_defect
+from tests.unit import plans
+from tests.unit.plans import PromptConfig, SampleConfig, and_modules, container, decoder, experts, facts, linear
+
+STRICT = {"strict": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something bad, what is said about it, and the defect (module, text, other text) that would keep it from being said."""
+
+    rule: Rule
+    act: Callable[[], Any]
+    says: tuple[str, ...]
+    defect: tuple[ModuleType, str, str]
+    severity: Severity = Severity.ERROR
+
+
+def provoke(act: Callable[[], Any]) -> list[Diagnostic]:
+    """All that is reported, as an error or as warnings of a plan."""
+    try:
+        result = act()
+    except PeftcError as error:
+        return list(error.diagnostics)
+    return list(result.warnings if isinstance(result, InjectionPlan) else result or ())
+
+
+def examine(case: Case) -> None:
+    """The case's diagnostic comes, once, with its severity and its words."""
+    told = [d for d in provoke(case.act) if d.code == case.rule.code]
+    assert len(told) == 1 or (told and case.rule is rules.PLAN_DRIFTED)  # a model mostly differs in several ways
+    assert told[0].severity is case.severity
+    text = str(told[0])
+    assert [words for words in case.says if words not in text] == []
+    assert told[0].fix
+    assert told[0].where != type(told[0].where)() or case.rule in PLACELESS
+
+
+#: Diagnostics about the model or the plan as a whole.
+PLACELESS = {rules.NO_EMBEDDINGS, rules.PLAN_DRIFTED, rules.PLAN_INVALID, rules.MIXED_TYPES}
+
+
+def warned(rule: Rule, act: Callable[[], Any], says: tuple[str, ...], defect: tuple[ModuleType, str, str]) -> Case:
+    return Case(rule, act, says, defect, Severity.WARNING)
+
+
+def plan(graph: Any = None, options: Any = None, **config: Any) -> Callable[[], InjectionPlan]:
+    return lambda: plans.planned(graph, options, **{"target_modules": ["q_proj"], **config})
+
+
+def prompt(graph: Any = None, **config: Any) -> Callable[[], InjectionPlan]:
+    adapters = {"default": PromptConfig(**{"num_virtual_tokens": 3, **config})}
+    return lambda: compiler.compile_plan(graph or decoder(), adapters, registry=plans.registry())
+
+
+def together(*configs: Any) -> Callable[[], Any]:
+    adapters = {f"adapter{i}": config for i, config in enumerate(configs)}
+    return lambda: compiler.compile_plan(decoder(), adapters, registry=plans.registry())
+
+
+def sample(**config: Any) -> SampleConfig:
+    return SampleConfig(**{"target_modules": ["q_proj"], **config})
+
+
+def spec(**checks: Any) -> Callable[[], Any]:
+    made = AdapterSpec.model_construct(
+        version=1, base=BaseSection(model="a/b"), adapters={"default": sample()}, active=None, checks=ChecksSection(**checks)
+    )
+    return lambda: of_spec.compile_spec(made, decoder(), registry=plans.registry())
+
+
+def drifted(graph: Any) -> Callable[[], Any]:
+    def act() -> Any:
+        return drift.differences(plans.planned(decoder(), target_modules=["q_proj"]), graph)
+
+    return act
+
+
+def read(change: Callable[[dict[str, Any]], None], sign: bool = True) -> Callable[[], Any]:
+    """Read a plan that was changed; with `sign` its digest is made to fit."""
+
+    def act() -> Any:
+        data = serial.plan_to_json(plans.planned(decoder(), target_modules=["q_proj"]))
+        change(data)
+        if sign:
+            data["digest"] = serial._digest({k: v for k, v in data.items() if k != "digest"})
+        return serial.plan_from_json(data, registry=plans.registry())
+
+    return act
+
+
+HYBRID = and_modules(decoder(2), {"model.layers.2.mixer.in_proj": linear(8, 8)})
+MAMBA = and_modules(decoder(), {"model.layers.0.mixer.out_proj": linear(8, 8)}, model_type="mamba")
+VISION = and_modules(decoder(), {"vision.layers.0.q_proj": linear(8, 8)})
+MIXED = and_modules(decoder(), experts())
+CLASSIFIER = and_modules(decoder(), {"classifier": linear(8, 2)})
+
+CASES: dict[str, Case] = {
+    "nothing matches": Case(
+        rules.NO_MATCH, plan(target_modules=["q_porj"]), ("`q_porj`", "Did you mean `q_proj`", "$.adapters.default.target_modules"),
+        (select, "    if not draft.targets:\n        return draft.told(_no_match", "    if False:\n        return draft.told(_no_match"),
+    ),
+    "empty list": Case(
+        rules.NO_MATCH, plan(target_modules=[]), ("The empty list", "`q_proj`"),
+        (select, "    if not draft.targets:\n        return draft.told(_no_match", "    if draft.source == '':\n        return draft.told(_no_match"),
+    ),
+    "a name as a string": Case(
+        rules.NO_MATCH, plan(target_modules="q_proj"), ("regular expression over the full path", "[q_proj]"),
+        (select, "    if any(name.find(node.path) for node in context.graph.nodes):\n        fix = f\"A string", "    if False:\n        fix = f\"A string"),
+    ),
+    "a pattern that matches nothing": Case(
+        rules.NO_MATCH, plan(target_modules=r"decoder\..*"), ("It has to match the full path, as `model.embed_tokens`",),
+        (select, "It has to match the full path", "No"),
+    ),
+    "everything excluded": Case(
+        rules.NO_MATCH, plan(exclude_modules=["q_proj"]), ("All 3 targets", "excluded by `q_proj`"),
+        (select, "    if draft.dropped:\n        reasons", "    if False:\n        reasons"),
+    ),
+    "all-linear without linear layers": Case(
+        rules.NO_MATCH,
+        plan(plans.graph_of({"a": facts(Kind.NORM, "Norm", 8)}), target_modules="all-linear"), ("no linear layer",),
+        (select, "The model has no linear layer", ""),
+    ),
+    "half of the list": Case(
+        rules.DEAD_TARGET, plan(options=STRICT, target_modules=["q_proj", "v_porj"]),
+        ("`v_porj`", "Did you mean `v_proj`", "$.adapters.default.target_modules.v_porj"),
+        (select, "    dead = config.target_modules - alive - context.allowed", "    dead = set()"),
+    ),
+    "half of the list, through the API": warned(
+        rules.DEAD_TARGET, plan(target_modules=["q_proj", "v_porj"]), ("`v_porj`",),
+        (select, "severity = context.dead if draft.source", "severity = Severity.ERROR if draft.source"),
+    ),
+    "a target that another option takes away": warned(
+        rules.DEAD_TARGET, plan(options=STRICT, target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]),
+        ("`lm_head` means `lm_head`", "trained whole"),
+        (select, "    if lost:  # another", "    if not lost:  # another"),
+    ),
+    "no default for the model": Case(
+        rules.NO_TARGETS, plan(target_modules=None), ("model type `decoder`", "all-linear", "`q_proj`"),
+        (select, "        if found is None:\n", "        if False:\n"),
+    ),
+    "not a regular expression": Case(
+        rules.BAD_PATTERN, plan(target_modules="(q_proj"), ("at character 1", "$.adapters.default.target_modules"),
+        (match, "except (re.error,", "except (KeyError,"),
+    ),
+    "a broken pattern key": Case(
+        rules.BAD_PATTERN, plan(rank_pattern={"q[": 3}), ("unterminated", '$.adapters.default.rank_pattern["q["]'),
+        (match, "            if _PLAIN_KEY(key):", "            if True:"),
+    ),
+    "a broken exclusion": Case(
+        rules.BAD_PATTERN, plan(exclude_modules="*"), ("nothing to repeat", "exclude_modules"),
+        (select, "    if not excluded:\n        return draft\n    try:", "    if excluded:\n        return draft\n    try:"),
+    ),
+    "an enormous pattern": Case(
+        rules.LONG_PATTERN, plan(target_modules="|".join(["q_proj"] * 3000)), ("20,999 characters", "list of names"),
+        (match, "    if len(text) > MAX_PATTERN:", "    if False:"),
+    ),
+    "a pattern that unrolls": Case(
+        rules.LONG_PATTERN, plan(target_modules="((q{40}){40}){90}"), ("144,000 repetitions",),
+        (match, "    if repeats > MAX_REPEATS:", "    if False:"),
+    ),
+    "a catastrophic pattern": Case(
+        rules.SLOW_PATTERN, plan(target_modules=r"(x|[a-z._0-9]+?)*?([a-z._0-9]+)*(?=.{90})"), ("more than", "nested repetition"),
+        (match, "        except TimeoutError:", "        except KeyError:"),
+    ),
+    "an exclusion of nothing": Case(
+        rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules=["v_porj"]), ("`v_porj`", "$.adapters.default.exclude_modules.v_porj"),
+        (select, "for entry in sorted(dead - context.allowed)]", "for entry in ()]"),
+    ),
+    "an excluded container": Case(
+        rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules=["self_attn"]), ("not the 3 targets in it", r"(.*\.)?self_attn\..*"),
+        (select, "    if below:", "    if False:"),
+    ),
+    "an exclusion of what is no target": warned(
+        rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules=["v_proj"]), ("is no target",),
+        (select, "    if any(names.find(node.path) for node in context.graph.nodes):\n        what = f\"`{entry}` is no target",
+         "    if False:\n        what = f\"`{entry}` is no target"),
+    ),
+    "an exclusion pattern without effect": Case(
+        rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules="v_proj"), ("The pattern `v_proj`",),
+        (select, "dead = set() if dropped else {excluded}", "dead = set()"),
+    ),
+    "a dead pattern key": Case(
+        rules.DEAD_PATTERN, plan(options=STRICT, rank_pattern={"v_proj": 3}), ("`v_proj` in `rank_pattern`", "`q_proj`"),
+        (select, "dead = [key for key in values if key not in used", "dead = [key for key in () if key not in used"),
+    ),
+    "a shadowed pattern key": Case(
+        rules.DEAD_PATTERN, plan(options=STRICT, alpha_pattern={".*proj": 3, "q_proj": 4}), ("earlier key", "narrower key first"),
+        (select, "    if any(alone.find(path) for path in draft.targets):", "    if False:"),
+    ),
+    "a pattern value out of range": Case(
+        rules.BAD_VALUE, plan(rank_pattern={"q_proj": 0}), ("`r` cannot be `0`",),
+        (sites, "= changed.revalidated()  #", "= changed  #"),
+    ),
+    "a layer that is not there": Case(
+        rules.DEAD_LAYER, plan(options=STRICT, layers_to_transform=[1, 7]), ("Layer 7", "layers 0 to 2"),
+        (select, "for i in sorted(wanted - set(known)) if index else []:", "for i in []:"),
+    ),
+    "full paths and a layer filter": warned(
+        rules.LAYERS_BYPASSED, plan(target_modules=["model.layers.0.self_attn.q_proj", "v_proj"], layers_to_transform=[1]),
+        ("`model.layers.0.self_attn.q_proj`",),
+        (select, "    if exact:", "    if False:"),
+    ),
+    "a layer of another kind": Case(
+        rules.BAD_TARGET, plan(target_modules=["q_proj", "model.norm"]), ("`model.norm` is a RMSNorm", "linear"),
+        (sites, "if node.facts.kind not in tuner.supports:", "if False:"),
+    ),
+    "a container": Case(
+        rules.BAD_TARGET, plan(target_modules=["self_attn"]), ("`model.layers.0.self_attn`", "Name the layers in it: `q_proj`, `v_proj`", "2 more"),
+        (sites, "if node.facts.kind not in tuner.supports:", "if False:"),
+    ),
+    "a rank beyond the layer": warned(
+        rules.RANK_BEYOND_LAYER, plan(r=9), ("rank 9", "2 more layers like it"),
+        (sites, "kind.problems = tuple(tuner.check(", "kind.problems = () and tuple(tuner.check("),
+    ),
+    "slots that raise": Case(
+        rules.PLUGIN_RAISED, plan(fail="slots"), ("`slots` of SAMPLE raised ZeroDivisionError: no slots today", "model.layers.0"),
+        (boundary, "        raise _raised(peft_type, function, path, error) from error", "        pass"),
+    ),
+    "a check that raises": Case(
+        rules.PLUGIN_RAISED, plan(fail="check"), ("`check` of SAMPLE raised KeyError",),
+        (compiler, "        return Draft(config).failed(error)", "        return Draft(config)"),
+    ),
+    "slots without the prefix": Case(
+        rules.PLUGIN_INVALID, plan(fail="prefix"), ("`other` does not begin with `sample_`",),
+        (sites, "if not s.name.startswith(context.method.prefix)]", "if False]"),
+    ),
+    "slots without size": Case(
+        rules.PLUGIN_INVALID, plan(fail="shape"), ("`sample_B` has the shape [8, 0]",),
+        (sites, "if any(size < 1 for size in s.shape)]", "if False]"),
+    ),
+    "a module to save that is not there": Case(
+        rules.DEAD_SAVE, plan(options=STRICT, modules_to_save=["lm_haed"]), ("`lm_haed`", "Did you mean `lm_head`", "modules_to_save.lm_haed"),
+        (sites, "    if not meant and not optional:", "    if False:"),
+    ),
+    "a module to save inside a name": warned(
+        rules.LOOSE_SAVE, plan(modules_to_save=["head"]), ("`head`", "`lm_head`"),
+        (sites, "    if loose:", "    if False:"),
+    ),
+    "a list to save": Case(
+        rules.CANNOT_SAVE, plan(modules_to_save=["layers"]), ("`model.layers` is a ModuleList",),
+        (sites, "        if node.facts.cls in _CONTAINERS:", "        if False:"),
+    ),
+    "a task without its head": warned(
+        rules.NO_HEAD, plan(task_type="SEQ_CLS"), ("`classifier`, `score`", "SEQ_CLS"),
+        (sites, "    if heads and not saves:", "    if False:"),
+    ),
+    "a tied target": warned(
+        rules.TIED_TARGET, plan(decoder(tied=True), target_modules=["lm_head"]), ("`lm_head` shares its weight with `model.embed_tokens`",),
+        (checks, "        if others:", "        if False:"),
+    ),
+    "a tied module to save": warned(
+        rules.TIED_TARGET, plan(decoder(tied=True), modules_to_save=["lm_head"]), ("its copy is trained and saved apart",),
+        (checks, "        if shared:", "        if False:"),
+    ),
+    "a router": warned(
+        rules.ROUTER_ADAPTED, plan(MIXED, target_modules="all-linear"), ("`model.layers.0.mlp.gate`", "exclude_modules: [gate]"),
+        (checks, "    if not routers:", "    if routers:"),
+    ),
+    "experts as parameters": warned(
+        rules.EXPERTS_MISSED, plan(MIXED, target_modules=["up_proj"]), ("1,024 parameters in `model.layers.0.mlp.experts`",),
+        (checks, "    if not missed or not wanted:", "    if True:"),
+    ),
+    "layers of another kind": warned(
+        rules.UNEVEN_COVERAGE, plan(HYBRID), ("1 of 3 layers", "`model.layers.2.mixer.in_proj`"),
+        (checks, "        if missed and not draft.dropped:", "        if False:"),
+    ),
+    "another tower": warned(
+        rules.TOWER_ADAPTED, plan(VISION), ("1 of 4 targets are in `vision`", r"vision\..*"),
+        (checks, "    if not inside or len(inside)", "    if True or len(inside)"),
+    ),
+    "weights read by kernels": warned(
+        rules.READ_DIRECTLY, plan(MAMBA, target_modules=["q_proj", "out_proj"]), ("`model.layers.0.mixer.out_proj`", "exclude_modules: [out_proj]"),
+        (checks, "    if not hit:\n        return draft\n    names", "    if hit:\n        return draft\n    names"),
+    ),
+    "an orientation that no layer has": warned(
+        rules.ORIENTATION, plan(fan_in_fan_out=True), ("fan_in_fan_out",),
+        (sites, "    if given and not transposed:", "    if False:"),
+    ),
+    "a prompt without a length": Case(
+        rules.PROMPT_SIZE, prompt(num_virtual_tokens=None), ("`num_virtual_tokens` is not set",),
+        (sites, "    if tokens is None or width is None:", "    if False:"),
+    ),
+    "a prompt for a model without width": Case(
+        rules.PROMPT_SIZE, prompt(replace(decoder(), model=replace(decoder().model, dims={}))), ("`token_dim` is not set",),
+        (sites, "    if tokens is None or width is None:", "    if tokens is None:"),
+    ),
+    "a prompt for a model without embeddings": Case(
+        rules.NO_EMBEDDINGS, prompt(replace(decoder(), model=replace(decoder().model, input_embeddings=None))), ("`Decoder`",),
+        (sites, "    if model.input_embeddings is None:", "    if False:"),
+    ),
+    "a config without a type": Case(
+        rules.NO_TYPE, together(PeftConfig()), ("`adapter0`", "SAMPLE"),
+        (compiler, "    if not config.peft_type:", "    if False:"),
+    ),
+    "two methods on one model": Case(
+        rules.MIXED_TYPES, together(sample(), PromptConfig(num_virtual_tokens=2)), ("SAMPLE, SAMPLE_PROMPT",),
+        (compiler, "    if len(types) > 1:", "    if False:"),
+    ),
+    "biases that two adapters would share": Case(
+        rules.ADAPTERS_CONFLICT,
+        lambda: compiler.compile_plan(decoder(bias=True), {"a": sample(bias="all"), "b": sample()}, registry=plans.registry()),
+        ("`a` trains biases", "$.adapters.a.bias"),
+        (compiler, "    if training and len(plans) > 1:", "    if False:"),
+    ),
+    "adapted by one and copied by the other": Case(
+        rules.ADAPTERS_CONFLICT, together(sample(modules_to_save=["lm_head"]), sample(target_modules=["lm_head"])),
+        ("`adapter0` trains `lm_head` whole while `adapter1` adapts `lm_head`",),
+        (compiler, "            if hit is not None:", "            if False:"),
+    ),
+    "an active adapter that is not there": Case(
+        rules.UNKNOWN_ADAPTER, plan(options={"active": ["defualt"]}), ("`defualt`", "Did you mean `default`"),
+        (compiler, "for name in chosen if name not in adapters))", "for name in chosen if False))"),
+    ),
+    "another number of modules": Case(
+        rules.CHECK_FAILED, spec(expect_modules=224), ("adapt 3 modules, not 224", "$.checks.expect_modules"),
+        (of_spec, "    if checks.expect_modules not in (None, modules):", "    if False:"),
+    ),
+    "another number of parameters": Case(
+        rules.CHECK_FAILED, spec(expect_trainable="9.2M"), ("trains 384 parameters, not 9.2M", "$.checks.expect_trainable"),
+        (of_spec, "    if bounds is not None and", "    if False and"),
+    ),
+    "a model with fewer layers": Case(
+        rules.PLAN_DRIFTED, drifted(replace(decoder(), nodes=tuple(n for n in decoder().nodes if not n.path.startswith("model.layers.2")))),
+        ("There is no `model.layers.2.self_attn.q_proj`",),
+        (drift, "        if node is None:", "        if False and node is None:"),
+    ),
+    "a model of another width": Case(
+        rules.PLAN_DRIFTED, drifted(decoder(width=4)), ("`model.layers.{0..2}.self_attn.q_proj` maps 4→4, not 8→8",),
+        (drift, "        elif node.facts != site.layer:", "        elif False:"),
+    ),
+    "a model of another dtype": Case(
+        rules.PLAN_DRIFTED, drifted(decoder(dtype="bfloat16")), ("weight [8, 8] bfloat16, not weight [8, 8] float32",),
+        (drift, "        elif node.facts != site.layer:", "        elif False:"),
+    ),
+    "a model with more": Case(
+        rules.PLAN_DRIFTED, drifted(and_modules(decoder(), {"score": linear(8, 2)})), ("parameters, not",),
+        (drift, "    if graph.numel != plan.base_numel:", "    if False:"),
+    ),
+    "an edited plan": Case(
+        rules.PLAN_INVALID, read(lambda data: data.update(total=1), sign=False), ("changed after it was written",),
+        (serial, '    if data.get("digest") != _digest(content):', "    if False:"),
+    ),
+    "a plan of another version": Case(
+        rules.PLAN_INVALID, read(lambda data: data.update(version=2)), ("version 2", "reads 1"),
+        (serial, '    if data.get("version") != VERSION:', "    if False:"),
+    ),
+    "another document": Case(
+        rules.PLAN_INVALID, read(lambda data: data.update(format="peftc.graph")), ("`format: peftc.plan`",),
+        (serial, 'or data.get("format") != FORMAT:', "or False:"),
+    ),
+    "a plan that lacks something": Case(
+        rules.PLAN_INVALID, read(lambda data: data["adapters"][0].pop("maps")), ("KeyError: 'maps'",),
+        (serial, "    except (KeyError, TypeError,", "    except (TypeError,"),
+    ),
+    "no JSON": Case(
+        rules.PLAN_INVALID, lambda: serial.plan_from_text("{"), ("It is not JSON",),
+        (serial, "    except (ValueError, RecursionError) as error:", "    except KeyError as error:"),
+    ),
+    "an unknown module to explain": Case(
+        rules.UNKNOWN_MODULE,
+        lambda: explain.explain(decoder(), "default", sample(), "model.layers.1.self_attn.q_porj", plans.registry()),
+        ("Did you mean `model.layers.", "self_attn.q_proj`"),
+        (explain, "    if node is None:", "    if node is None and False:"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_told(name: str) -> None:
+    examine(CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_test_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    match._compiled.cache_clear()
+    put_defect(monkeypatch, *case.defect)
+    with pytest.raises(Exception):  # noqa: B017, PT011 - an assertion fails, or what the defect lets through does
+        examine(case)
+
+
+def test_all_problems_of_all_adapters_come_at_once() -> None:
+    bad = {
+        "a": sample(target_modules=["q_porj"], modules_to_save=["lm_haed"]),
+        "b": sample(rank_pattern={"v_proj": 1}, exclude_modules=["nothing"], layers_to_transform=[9]),
+        "c": sample(target_modules="("),
+    }
+    with pytest.raises(PeftcError) as caught:
+        compiler.compile_plan(decoder(), bad, strict=True, registry=plans.registry(), active=["d"])
+    told = {d.code for d in caught.value.diagnostics}
+    expected = (rules.NO_MATCH, rules.DEAD_SAVE, rules.DEAD_EXCLUDE, rules.DEAD_LAYER, rules.BAD_PATTERN, rules.UNKNOWN_ADAPTER)
+    assert told >= {rule.code for rule in expected}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", r".*\.(q|v)_proj", ["model.layers.0.mlp.up_proj"]])
+@pytest.mark.parametrize("graph", [decoder(), decoder(tied=True), decoder(bias=True, dtype="bfloat16")])
+def test_nothing_is_told_without_a_reason(graph: Any, targets: Any) -> None:
+    assert plans.planned(graph, STRICT, target_modules=targets).warnings == ()
+
+
+def test_dead_entries_can_be_allowed() -> None:
+    options = {"strict": True, "allow_dead": ["v_porj", "k_proj", "gone"]}
+    config = {"target_modules": ["q_proj", "v_porj"], "rank_pattern": {"k_proj": 2}, "exclude_modules": ["gone"]}
+    assert plans.planned(None, options, **config).warnings == ()
+
+
+def test_a_container_that_is_not_at_fault_is_not_named() -> None:
+    graph = and_modules(decoder(), {"pooler": container("Pooler")})
+    assert plans.codes(plans.planned(graph, target_modules=["q_proj"])) == []
+
+
+def test_a_head_that_the_task_names_may_be_missing() -> None:
+    plan = plans.planned(CLASSIFIER, STRICT, target_modules=["q_proj"], task_type="SEQ_CLS")
+    assert [save.path for save in plan.adapters[0].saves] == ["classifier"]
+    assert plan.warnings == ()

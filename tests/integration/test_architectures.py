@@ -1,0 +1,86 @@
+"""Every causal language model that transformers can build: the plan from its config is the model adapted by it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from peftc.compiler.compile import compile_plan
+from peftc.compiler.plan import InjectionPlan
+from peftc.config.mixins import TargetsMixin
+from peftc.graph.cache import GraphCache
+from peftc.graph.locate import locate
+from peftc.graph.nodes import LINEAR_KINDS
+from peftc.integrations.transformers.graph import graph_of, meta_model
+from peftc.registry.manager import default_registry
+from peftc.runtime.model import get_peft_model
+from peftc.runtime.snapshot import snapshot
+from peftc.tuner.method import MapTuner, TunerMethod
+from tests.integration import architectures
+from tests.integration.architectures import MODEL_TYPES, PAGE
+
+LISTED = set(re.findall(r"^\| `(\S+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _adapts_linear_layers(method: TunerMethod) -> bool:
+    return issubclass(method.config, TargetsMixin) and (
+        not isinstance(method.tuner, MapTuner) or bool(method.tuner.supports & LINEAR_KINDS)
+    )
+
+
+METHODS = [m for m in map(default_registry().get, default_registry().names) if _adapts_linear_layers(m)]
+
+Parameter = tuple[tuple[int, ...], str, bool]
+
+
+def expected_parameters(plan: InjectionPlan) -> dict[str, Parameter]:
+    """Shape, dtype and trainability of every parameter that the plan says the model will have, by name."""
+    assert plan.graph is not None
+    (adapter,) = plan.adapters
+    wrapped = {site.path for site in adapter.maps}
+    expected: dict[str, Parameter] = {}
+    for name, tensor in plan.graph.parameters():
+        owner, _, leaf = name.rpartition(".")
+        place = f"{owner}.base_layer.{leaf}" if owner in wrapped else name
+        expected[adapter.root + place] = (tensor.shape, tensor.dtype, False)
+    for parameter in plan.parameters():
+        expected[parameter.name] = (parameter.shape, parameter.dtype, parameter.trainable)
+    return expected
+
+
+@pytest.mark.parametrize("model_type", [kind for kind in MODEL_TYPES if kind not in LISTED])
+@pytest.mark.filterwarnings("ignore")
+def test_the_plan_is_the_adapted_model(model_type: str, tmp_path: Path) -> None:
+    method = METHODS[MODEL_TYPES.index(model_type) % len(METHODS)]  # each architecture with one, each method with many
+    base, cache = architectures.default_base(model_type), GraphCache(tmp_path)
+    built = graph_of(base, cache)
+    graph = graph_of(base, cache)
+    assert graph is not built  # it came from the file
+    assert graph == built
+    others = {option: [] for option in method.default_targets if option != "target_modules"}  # no default for most models
+    config = method.config(target_modules="all-linear", task_type="CAUSAL_LM", **others)
+    plan = compile_plan(graph, {"default": config})
+
+    model = get_peft_model(meta_model(locate(base)), config)
+    found = {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+        for name, tensor in model.named_parameters()
+    }
+    assert found == expected_parameters(plan)
+    assert plan.counts() == model.get_nb_trainable_parameters()
+    assert snapshot(model.get_base_model()).digest == graph.digest
+
+
+@pytest.mark.parametrize("model_type", sorted(LISTED))
+def test_what_the_page_lists_is_what_transformers_does_not_build(model_type: str) -> None:
+    said = architectures.failure(model_type)
+    assert said is not None
+    assert architectures.row(model_type, said) in PAGE.read_text(encoding="utf-8").splitlines()
+    assert not architectures.builds_alone(model_type)
+
+
+def test_the_page_is_as_written_by_its_script() -> None:
+    rows = dict(re.findall(r"^\| `(\S+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert PAGE.read_text(encoding="utf-8") == architectures.page(rows)

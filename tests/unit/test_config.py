@@ -1,0 +1,235 @@
+"""Config objects behave as people expect of the reference's, for every registered method; the reference is the oracle."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+import peftc
+from peftc import rules
+from peftc.config.base import CONFIG_NAME, PeftConfig
+from peftc.config.docs import describe, descriptions
+from peftc.config.mixins import TargetsMixin
+from peftc.config.types import PeftType, TaskType
+from peftc.diagnostics import ConfigError
+from peftc.registry.manager import default_registry
+from peftc.tuner.method import TunerMethod
+from tests.unit.fakes import FakeConfig, Inner
+
+REGISTRY = default_registry()
+METHODS = [REGISTRY.get(name) for name in REGISTRY.names]
+EXAMPLES = [(m, dict(example)) for m in METHODS for example in ({}, *m.examples)]
+
+each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)
+each_example = pytest.mark.parametrize(("method", "options"), EXAMPLES, ids=lambda v: getattr(v, "peft_type", None))
+
+
+def reference(method: TunerMethod) -> Any:
+    """The reference's class of the same public name."""
+    return getattr(peft, method.config.__name__)
+
+
+def filled(method: TunerMethod) -> PeftConfig:
+    """A config with something in the options that can be changed in place."""
+    options = dict(method.examples[0]) if method.examples else {}
+    if issubclass(method.config, TargetsMixin):
+        options["target_modules"] = ["b", "a"]
+    return method.config(task_type="CAUSAL_LM", **options)
+
+
+# beside the reference ------------------------------------------------------------------------------------------------
+
+
+@each_example
+def test_options_and_defaults_are_the_references(method: TunerMethod, options: dict[str, Any]) -> None:
+    ours, theirs = method.config(**options).to_dict(), reference(method)(**options).to_dict()
+    del ours["peft_version"], theirs["peft_version"]  # it writes its own
+    assert theirs == ours
+
+
+@each_example
+def test_the_file_is_the_references(method: TunerMethod, options: dict[str, Any], tmp_path: Path) -> None:
+    if issubclass(method.config, TargetsMixin):
+        options = {**options, "target_modules": ["b", "a"]}
+    files = []
+    for name, config in (("ours", method.config(**options)), ("theirs", reference(method)(**options))):
+        config.save_pretrained(tmp_path / name)
+        text = (tmp_path / name / CONFIG_NAME).read_text()
+        data = json.loads(text)
+        assert text == json.dumps(data, indent=2, sort_keys=True)
+        del data["peft_version"]
+        files.append({k: sorted(v) if k == "target_modules" and v else v for k, v in data.items()})
+    assert files[1] == files[0]
+
+
+@each_example
+def test_each_reads_the_others_file(method: TunerMethod, options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = reference(method)(**options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = PeftConfig.from_pretrained(tmp_path / "theirs")
+    assert {**read.to_dict(), "peft_version": None} == {**method.config(**options).to_dict()}
+    method.config(**options).save_pretrained(tmp_path / "ours")
+    assert {**peft.PeftConfig.from_pretrained(tmp_path / "ours").to_dict(), "peft_version": None} == {
+        **theirs.to_dict(),
+        "peft_version": None,
+    }
+
+
+@each_method
+def test_an_unknown_keyword_raises_what_the_reference_raises(method: TunerMethod) -> None:
+    for cls in (method.config, reference(method)):
+        with pytest.raises(TypeError, match="no_such_option"):
+            cls(no_such_option=1)
+
+
+@each_method
+def test_attributes_of_the_class(method: TunerMethod) -> None:
+    for ours, theirs in ((method.config(), reference(method)()),):
+        assert ours.peft_type.value == theirs.peft_type.value == method.peft_type
+        assert ours.is_prompt_learning == theirs.is_prompt_learning
+        assert ours.is_adaption_prompt == theirs.is_adaption_prompt
+
+
+# as an object --------------------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_a_config_is_made_again_from_its_dict(method: TunerMethod) -> None:
+    config = filled(method)
+    assert type(config)(**config.to_dict()) == config
+    assert type(config)(**config.to_json()) == config
+
+
+@each_method
+def test_copies_pickles_and_equality(method: TunerMethod) -> None:
+    config = filled(method)
+    for other in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config.revalidated()):
+        assert other == config
+        assert type(other) is type(config)
+        other.inference_mode = True
+        assert other != config
+
+
+@each_method
+def test_a_deep_copy_shares_nothing(method: TunerMethod) -> None:
+    config = filled(method)
+    other = copy.deepcopy(config)
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        assert not isinstance(value, (list, dict, set)) or getattr(other, name) is not value
+
+
+@each_method
+def test_saving_and_reading_keeps_everything(method: TunerMethod, tmp_path: Path) -> None:
+    config = filled(method)
+    config.save_pretrained(str(tmp_path / "new" / "folder"), safe_serialization=True)
+    assert method.config.from_pretrained(str(tmp_path / "new" / "folder"), is_trainable=True, foo=1) == config
+
+
+@each_method
+def test_a_config_cannot_be_of_another_type(method: TunerMethod) -> None:
+    with pytest.raises(ConfigError, match="has no other type"):
+        method.config(peft_type="SOMETHING")
+    assert method.config(peft_type=None).peft_type == method.peft_type
+
+
+@each_method
+def test_a_config_is_found_by_its_public_name(method: TunerMethod) -> None:
+    assert getattr(peftc, method.config.__name__) is method.config
+
+
+def test_attributes_can_be_changed_in_place() -> None:
+    config = FakeConfig(target_modules=["a"])
+    assert isinstance(config.target_modules, set)
+    config.target_modules.add("b")
+    config.pattern["x"] = 3
+    config.r = 4
+    assert config.to_json()["target_modules"] == ["a", "b"]
+    assert (config.to_dict()["pattern"], config.to_dict()["r"]) == ({"x": 3}, 4)
+
+
+def test_a_caller_keeps_its_own_list() -> None:
+    names, pattern = ["a"], {"x": 1}
+    config = FakeConfig(target_modules=names, pattern=pattern)
+    assert isinstance(config.target_modules, set)
+    config.target_modules.add("b")
+    assert (names, FakeConfig().pattern is FakeConfig().pattern) == (["a"], False)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ("a", "b"), {"a", "b"}, frozenset("ab")])
+def test_names_come_in_any_collection(names: Any) -> None:
+    assert FakeConfig(target_modules=names).target_modules == {"a", "b"}
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", TaskType.CAUSAL_LM, peft.TaskType.CAUSAL_LM])
+def test_a_task_is_text_or_member(task: Any) -> None:
+    config = FakeConfig(task_type=task)
+    assert config.task_type is TaskType.CAUSAL_LM
+    assert config.to_json()["task_type"] == "CAUSAL_LM"
+
+
+def test_a_type_is_a_string_with_the_looks_of_a_member() -> None:
+    kind = PeftType("X")
+    assert (kind.value, kind.name, str(kind), kind == "X", hash(kind) == hash("X")) == ("X", "X", "X", True, True)
+    assert pickle.loads(pickle.dumps(kind)) == kind
+
+
+def test_all_problems_of_a_config_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        FakeConfig(r=0, rte=1, mode="three", inner={"dept": 1, "depth": 0}, target_modules=[1])
+    assert {(d.code, d.where.path) for d in caught.value.diagnostics} == {
+        (rules.BAD_VALUE.code, "r"),
+        (rules.UNKNOWN_KEY.code, "rte"),
+        (rules.BAD_VALUE.code, "mode"),
+        (rules.UNKNOWN_KEY.code, "inner.dept"),
+        (rules.BAD_VALUE.code, "inner.depth"),
+        (rules.BAD_VALUE.code, "target_modules[0]"),
+    }
+    assert "Did you mean `rate`" in str(caught.value)
+    assert "How deep." in str(caught.value)
+
+
+def test_an_unknown_attribute_is_an_error_that_names_the_nearest() -> None:
+    config = FakeConfig()
+    with pytest.raises(TypeError, match="Did you mean `rate`"):
+        config.rte = 1  # type: ignore[attr-defined]
+
+
+def test_a_value_assigned_wrongly_is_found_when_it_is_used(tmp_path: Path) -> None:
+    config = FakeConfig()
+    config.r = 0
+    with pytest.raises(ConfigError, match="`r` cannot be `0`"):
+        config.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_for_python_only_is_in_no_file(tmp_path: Path) -> None:
+    config = FakeConfig(runtime=object())
+    config.save_pretrained(tmp_path)
+    assert "runtime" not in json.loads((tmp_path / CONFIG_NAME).read_text())
+
+
+# what options mean ---------------------------------------------------------------------------------------------------
+
+
+@each_method
+def test_every_option_is_explained(method: TunerMethod) -> None:
+    assert [name for name in method.config.model_fields if not describe(method.config, name)] == []
+
+
+def test_meanings_are_the_docstrings_of_the_class_and_its_bases() -> None:
+    assert describe(FakeConfig, "mode") == "One of two."
+    assert "regular expression" in describe(FakeConfig, "target_modules")
+    assert descriptions(Inner) == {"depth": "How deep."}
+
+
+def test_a_class_without_source_has_no_meanings() -> None:
+    space: dict[str, Any] = {"Inner": Inner}
+    exec("class Made(Inner):\n    x: int = 1\n    'text'", space)
+    assert descriptions(space["Made"]) == {"depth": "How deep."}
