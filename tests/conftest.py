@@ -21,11 +21,17 @@ settings.load_profile("peftc")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--rewrite-golden` takes what the code does now as what it should do; review the difference."""
+    parser.addoption("--rewrite-golden", action="store_true", help="write golden plans anew instead of comparing")
+
+
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the person who runs the tests has set for their own work must not decide a test."""
+def _plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the person who runs the tests has set for their own work must not decide a test, nor their cache."""
     for name in ("PEFTC_BLOCK", "PEFTC_TRACE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PEFTC_CACHE", str(tmp_path_factory.getbasetemp() / "peftc-cache"))
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan that `peftc plan --out` wrote")
     parser.add_argument("--base", metavar="MODEL", help="the base model, or a spec that names it; left out, the plan's")
-    parser.add_argument("-o", "--out", metavar="DIR", type=Path, help="folder for the adapter; left out, nothing is saved")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", type=Path, help="folder for the adapter; left out, nothing is saved"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the adapter's initial values")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -24,7 +24,7 @@ from peftc.config.spec import AdapterSpec, load_spec
 from peftc.diagnostics import PeftcError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
 
     from peftc.config.sections import TrainSection
     from peftc.integrations.transformers.data import Encoded
@@ -71,7 +71,14 @@ class Exam:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("-o", "--output", type=Path, default=Path("peftc-demo"), metavar="DIR", help="folder for spec, data and adapter (%(default)s)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("peftc-demo"),
+        metavar="DIR",
+        help="folder for spec, data and adapter (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="seed of initialisation and order, instead of the spec's")
     parser.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, mps or xpu, instead of the spec's")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -154,7 +161,7 @@ class _Job:
             jobs.train(model, base, rows, on, folder, progress=lambda s: stage.at(s.number, f"loss {s.loss:.3f}"))
         return model, base, before
 
-    def examine(self, model: PeftModel | PreTrainedModel, base: Base, label: str) -> Exam:
+    def examine(self, model: nn.Module, base: Base, label: str) -> Exam:
         """Ask every question, greedily, and measure the loss on the right answers."""
         from peftc.integrations.transformers import generation
 
@@ -172,7 +179,7 @@ class _Job:
         from peftc.integrations.transformers import generation, jobs
 
         fresh = self._load("Loading a fresh base model")
-        loaded = jobs.with_adapter(fresh, folder)
+        loaded = jobs.with_adapter(fresh.model, folder)
         with progress.stage("Comparing", quiet=self._quiet):
             trained = [generation.logits(model, rows, base.pad) for rows in self._batches()]
             again = [generation.logits(loaded, rows, base.pad) for rows in self._batches()]
@@ -183,9 +190,15 @@ class _Job:
         apart = max(float((one - other).abs().max()) for one, other in zip(trained, plain, strict=True))
         dtype = str(merged.dtype).removeprefix("torch.")
         return [
-            Check(f"adapter saved, {size(adapter_bytes(folder))}, and loaded into a fresh base: outputs are exactly equal", equal),
+            Check(
+                f"adapter saved, {size(adapter_bytes(folder))}, and loaded into a fresh base: outputs are exactly equal",
+                equal,
+            ),
             Check(f"merged in {dtype}: the same {len(told.answers)} answers", told.answers == after.answers),
-            Check(f"merged in {dtype}: logits differ by {apart:.1e} at most ({MERGE_TOLERANCE:.0e} allowed)", apart < MERGE_TOLERANCE),
+            Check(
+                f"merged in {dtype}: logits differ by {apart:.1e} at most ({MERGE_TOLERANCE:.0e} allowed)",
+                apart < MERGE_TOLERANCE,
+            ),
         ]
 
     def _load(self, label: str = "Loading the base model") -> Base:
@@ -239,13 +252,17 @@ def _answer(label: str, question: Question, answer: str) -> str:
 
 def _show_outcome(checks: Sequence[Check], folder: Path, took: float, args: argparse.Namespace) -> None:
     if args.json:
-        console.out_json({"ok": all(c.held for c in checks), "checks": [asdict(c) for c in checks], "seconds": round(took, 1)})
+        console.out_json(
+            {"ok": all(c.held for c in checks), "checks": [asdict(c) for c in checks], "seconds": round(took, 1)}
+        )
         return
     for check in checks:
         mark = console.paint("ok  ", "bold", "green") if check.held else console.paint("FAIL", "bold", "red")
         console.out(f"{mark}  {check.claim}")
     if not args.quiet:
-        console.out(f"\nDone in {progress.seconds(took)}. The spec, the data and the adapter are in `{folder}`. Go on with:\n")
+        console.out(
+            f"\nDone in {progress.seconds(took)}. The spec, the data and the adapter are in `{folder}`. Go on with:\n"
+        )
         console.out(f'    peftc generate --adapter {folder}/adapter "Which licence does peftc have?"')
         console.out(f"    peftc inspect {folder}/adapter")
         console.out(f"    peftc merge --adapter {folder}/adapter --out {folder}/merged")

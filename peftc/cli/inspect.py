@@ -17,6 +17,7 @@ from peftc.checkpoint.report import match_file
 from peftc.checkpoint.save import PLAN_NAME
 from peftc.checkpoint.values import stored_problems
 from peftc.cli import console
+from peftc.cli.generate import adapter_named
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.render import percent, size
 from peftc.compiler.serial import plan_from_text
@@ -28,7 +29,15 @@ from peftc.graph.groups import grouped
 HELP = "Show what is in an adapter folder"
 
 #: Options that have a line of their own, or say nothing about the adapter.
-_TOLD_APART = {"peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"}
+_TOLD_APART = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "auto_mapping",
+}
 T = TypeVar("T")
 
 
@@ -52,8 +61,10 @@ class Findings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("adapter", metavar="DIR", type=Path, help="an adapter's folder")
-    parser.add_argument("--header-only", action="store_true", help="do not read the values, which takes time for a large adapter")
+    parser.add_argument("adapter", metavar="DIR", type=adapter_named, help="an adapter's folder")
+    parser.add_argument(
+        "--header-only", action="store_true", help="do not read the values, which takes time for a large adapter"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -74,14 +85,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def look(folder: Path, values: bool) -> Findings:
+def look(folder: str, values: bool) -> Findings:
     """Read a folder, part by part."""
     found = Findings()
     found.config = found.attempt(lambda: read_config(folder))
     found.weights = found.attempt(lambda: open_adapter(folder))
-    plan_file = folder / PLAN_NAME
+    plan_file = Path(folder, PLAN_NAME)
     if plan_file.is_file():
-        found.plan = found.attempt(lambda: plan_from_text(plan_file.read_text(encoding="utf-8"), Where(file=str(plan_file))))
+        found.plan = found.attempt(
+            lambda: plan_from_text(plan_file.read_text(encoding="utf-8"), Where(file=str(plan_file)))
+        )
     if found.weights is not None and found.plan is not None:
         found.problems.add(*match_file(found.plan.adapters[0], found.weights, found.plan.model).diagnostics)
     if found.weights is not None and values:
@@ -92,7 +105,9 @@ def look(folder: Path, values: bool) -> Findings:
 def options(config: PeftConfig) -> dict[str, Any]:
     """The options that differ from their defaults."""
     data, fields = config.to_json(), type(config).model_fields
-    defaults = {name: info.get_default(call_default_factory=True) for name, info in fields.items() if not info.is_required()}
+    defaults = {
+        name: info.get_default(call_default_factory=True) for name, info in fields.items() if not info.is_required()
+    }
     return {k: v for k, v in data.items() if k not in _TOLD_APART and v != defaults.get(k)}
 
 
@@ -100,10 +115,16 @@ def _told(found: Findings) -> list[str]:
     lines = []
     if found.config is not None:
         config = found.config
-        facts = [str(config.peft_type), str(config.task_type or ""), f"written by {config.peft_version}" if config.peft_version else ""]
+        facts = [
+            str(config.peft_type),
+            str(config.task_type or ""),
+            f"written by {config.peft_version}" if config.peft_version else "",
+        ]
         lines.append(f"Adapter   {', '.join(fact for fact in facts if fact)}")
         lines.append(f"Base      {config.base_model_name_or_path or 'not named'}")
-        lines += [f"{'Options' if not i else '':<10}{k} = {_value(v)}" for i, (k, v) in enumerate(options(config).items())]
+        lines += [
+            f"{'Options' if not i else '':<10}{k} = {_value(v)}" for i, (k, v) in enumerate(options(config).items())
+        ]
     if found.weights is not None:
         rows = _tensor_rows(found.weights)
         lines.append(f"Tensors   {_totals(found.weights)}")
@@ -111,14 +132,22 @@ def _told(found: Findings) -> list[str]:
     if found.plan is not None:
         trainable, total = found.plan.counts()
         sites = sum(len(adapter.maps) for adapter in found.plan.adapters)
-        lines.append(f"Plan      {PLAN_NAME}: {sites:,} modules, {trainable:,} of {total:,} parameters ({percent(trainable, total)})")
+        lines.append(
+            f"Plan      {PLAN_NAME}: {sites:,} modules, {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
+        )
     return [line if "\x1b" in line else console.plain(line) for line in lines]
 
 
 def _tensor_rows(file: AdapterFile) -> list[Sequence[str]]:
     groups = grouped((key, (facts.shape, facts.dtype, facts.numel)) for key, facts in file.tensors.items())
     return [
-        (group.pattern, f"×{group.count:,}", "×".join(map(str, group.tag[0])), group.tag[1], f"{group.count * group.tag[2]:,}")
+        (
+            group.pattern,
+            f"×{group.count:,}",
+            "×".join(map(str, group.tag[0])),
+            group.tag[1],
+            f"{group.count * group.tag[2]:,}",
+        )
         for group in groups
     ]
 
@@ -138,7 +167,11 @@ def _plain(found: Findings) -> dict[str, Any]:
     config, weights, plan = found.config, found.weights, found.plan
     data: dict[str, Any] = {"ok": not found.problems.errors, "diagnostics": [d.to_dict() for d in found.problems]}
     if config is not None:
-        data["config"] = {"peft_type": config.peft_type, "base": config.base_model_name_or_path, "options": options(config)}
+        data["config"] = {
+            "peft_type": config.peft_type,
+            "base": config.base_model_name_or_path,
+            "options": options(config),
+        }
         data["config"] |= {"task_type": config.task_type, "peft_version": config.peft_version}
     if weights is not None:
         numbers = sum(facts.numel for facts in weights.tensors.values())

@@ -87,13 +87,14 @@ def _own_first(method: TunerMethod) -> list[str]:
 
 
 def _wrapped(rows: list[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """The last column broken into lines of what is left of the width; long types too."""
+    """Cells broken into lines: types and defaults where they are long, the meaning at what is left of the width."""
     import textwrap
 
-    room = max(30, console.width() - sum(min(30, max(len(row[i]) for row in rows)) + 2 for i in range(3)))
+    name_room = max(len(row[0]) for row in rows)
+    room = max(20, console.width() - name_room - 24 - 16 - 3 * 2)
     lines = []
     for name, kind, default, meaning in rows:
-        cells = [[name], textwrap.wrap(kind, 30), textwrap.wrap(default, 30), textwrap.wrap(meaning, room)]
+        cells = [[name], textwrap.wrap(kind, 24), textwrap.wrap(default, 16), textwrap.wrap(meaning, room)]
         for index in range(max(len(cell) for cell in cells)):
             first, second, third, fourth = (cell[index] if index < len(cell) else "" for cell in cells)
             lines.append((first, second, third, fourth))

@@ -82,4 +82,6 @@ def _bar(total: int | None) -> Progress:
         columns = [label, progress.SpinnerColumn("line"), progress.TimeElapsedColumn()]
     else:
         columns = [label, progress.BarColumn(30), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
-    return progress.Progress(*columns, progress.TextColumn("{task.fields[note]}"), console=console.rich_console(stderr=True))
+    return progress.Progress(
+        *columns, progress.TextColumn("{task.fields[note]}"), console=console.rich_console(stderr=True)
+    )

@@ -6,7 +6,7 @@ import argparse
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftc import rules
 from peftc.checkpoint.save import WEIGHTS_NAME
@@ -27,8 +27,12 @@ HELP = "Train the adapter of a spec and save it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("spec", metavar="SPEC", help="a spec with a `train` section")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the adapter; left out, the spec's `output`")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of initialisation, order and dropout, instead of the spec's")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="folder for the adapter; left out, the spec's `output`"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="seed of initialisation, order and dropout, instead of the spec's"
+    )
     parser.add_argument("--device", metavar="D", help="auto, cpu, cuda, cuda:1, mps or xpu, instead of the spec's")
     parser.add_argument("--max-steps", type=int, metavar="N", help="number of steps, instead of the spec's")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
@@ -55,8 +59,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         with progress.stage("Training", total_steps(how, len(rows)), args.quiet) as stage:
             result = jobs.train(
-                model, base, rows, how.model_copy(update={"device": str(device)}), folder,
-                resume=args.resume, progress=lambda step: stage.at(step.number, f"loss {step.loss:.3f}"),
+                model,
+                base,
+                rows,
+                how.model_copy(update={"device": str(device)}),
+                folder,
+                resume=args.resume,
+                progress=lambda step: stage.at(step.number, f"loss {step.loss:.3f}"),
             )
     except KeyboardInterrupt:
         console.note(_interrupted(folder, args.spec), args.quiet)
@@ -71,7 +80,7 @@ def section(spec: AdapterSpec, file: str, *, seed: int | None, device: str | Non
     if spec.train is None:
         fix = "Add `train:` with `data:`, a JSON Lines file."
         raise PeftcError(rules.NOTHING_TO_TRAIN(f"`{file}` has no `train` section", fix=fix, where=Where(file=file)))
-    given = {"seed": seed, "device": device, "steps": steps}
+    given: dict[str, Any] = {"seed": seed, "device": device, "steps": steps}
     changed = {key: value for key, value in given.items() if value is not None}
     if steps is not None:
         changed["epochs"] = None
@@ -84,7 +93,9 @@ def output_folder(spec: AdapterSpec, file: str, given: Path | None) -> Path:
         return given
     if spec.output is None:
         what = "Nothing says where to save the adapter"
-        raise PeftcError(rules.NOTHING_TO_TRAIN(what, fix="Add `output:` to the spec, or give `--output`.", where=Where(file=file)))
+        raise PeftcError(
+            rules.NOTHING_TO_TRAIN(what, fix="Add `output:` to the spec, or give `--output`.", where=Where(file=file))
+        )
     return spec.resolve(spec.output)
 
 

@@ -28,13 +28,14 @@ def check_ties(draft: Draft, context: Context) -> Draft:
     if not partners:
         return draft
     problems = []
-    for site in draft.maps:
-        group = partners.get(f"{site.path}.weight", ())
-        others = [name.rpartition(".")[0] for name in group if name != f"{site.path}.weight"]
-        if others:
-            what = f"`{site.path}` shares its weight with {listed(others)}; the adapter acts on `{site.path}` alone"
-            fix = "Leave it out, or untie the model before merging."
-            problems.append(rules.TIED_TARGET(what, fix=fix, where=site.path))
+    tied = {site.path: partners[f"{site.path}.weight"] for site in draft.maps if f"{site.path}.weight" in partners}
+    if tied:
+        path, group = next(iter(tied.items()))
+        others = listed(owner for name in group if (owner := name.rpartition(".")[0]) != path)
+        more = f", as do {len(tied) - 1:,} more targets" if len(tied) > 1 else ""
+        what = f"`{path}` shares its weight with {others}{more}; an adapter acts on its own module alone"
+        fix = "Leave it out, or untie the model before merging."
+        problems.append(rules.TIED_TARGET(what, fix=fix, where=path))
     for save in draft.saves:
         inside = {f"{save.path}.{tail}" for tail, _ in save.tensors}
         shared = [other for name in inside for other in partners.get(name, ()) if other not in inside]
@@ -57,7 +58,7 @@ def check_router(draft: Draft, context: Context) -> Draft:
     if not routers:
         return draft
     fix = f"Exclude them: `exclude_modules: [{_ending(routers[0])}]`, or name them in `target_modules` if you mean it."
-    what = f"{listed(routers, 1)} decide which expert sees a token, and are adapted by `{draft.maps[0].reason}`"
+    what = f"`{draft.maps[0].reason}` adapts routers: {listed(routers, 1)}"
     return draft.told(rules.ROUTER_ADAPTED(what, fix=fix, where=context.where("target_modules")))
 
 
@@ -122,7 +123,10 @@ def _block(node: ModuleNode) -> tuple[str, int] | None:
 
 def check_towers(draft: Draft, context: Context) -> Draft:
     """Targets in a vision or audio tower beside those in the language model."""
-    towers = [node.path for node in context.graph.nodes if node.role is Role.TOWER]
+    towers: list[str] = []
+    for node in context.graph.nodes:
+        if node.role is Role.TOWER and not (towers and node.path.startswith(towers[-1] + ".")):
+            towers.append(node.path)
     if not towers or draft.source == "default":
         return draft
     inside = [site for site in draft.maps if _within(site, towers)]

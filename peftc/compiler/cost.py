@@ -43,11 +43,15 @@ class Cost:
 def cost_of(plan: InjectionPlan) -> Cost:
     """The plan's memory."""
     added = trained = 0
-    for parameter in plan.parameters():
-        size = TensorFacts(parameter.shape, parameter.dtype).nbytes
-        added += 0 if parameter.base else size
-        trained += size if parameter.trainable else 0
+    for adapter in plan.adapters:
+        tally = adapter.tally()
+        added += _bytes(tally.added)
+        trained += _bytes(tally.trained) if plan.is_trained(adapter) else 0
     return Cost(plan.base_bytes, added, trained, OPTIMISER_STATES * trained)
+
+
+def _bytes(numbers: Mapping[str, int]) -> int:
+    return sum(TensorFacts((number,), dtype).nbytes for dtype, number in numbers.items())
 
 
 def file_bytes(adapter: AdapterPlan, model: ModelFacts) -> int:
@@ -74,7 +78,7 @@ def trainable_by_role(plan: InjectionPlan) -> Mapping[str, int]:
     """
     found: Counter[str] = Counter()
     for adapter in plan.adapters:
-        if adapter.name not in plan.active or adapter.config.inference_mode:
+        if not plan.is_trained(adapter):
             continue
         for site in adapter.maps:
             found[site.role.value if site.role else "other"] += sum(slot.numel for slot in site.slots if slot.trainable)

@@ -212,16 +212,28 @@ class Layers:
 def shortened(targets: Collection[str], paths: Iterable[str]) -> frozenset[str]:
     """The fewest, shortest suffixes that mean these full paths and none of the other paths.
 
-    It is the list that the reference writes for many targets: for each target in the order of its reversed segments, the
-    shortest suffix that no other path has, unless a suffix taken before covers it.
+    It is the list that the reference writes for many targets: for each target in the order of its suffixes, the shortest
+    one that no other path has, unless a suffix taken before covers it.
     """
     wanted = frozenset(targets)
-    last = {path.rpartition(".")[2] for path in wanted}
-    others = {
-        suffix for path in paths if path not in wanted and path.rpartition(".")[2] in last for suffix in suffixes(path)
-    }
+    alike: dict[str, list[str]] = {}
+    for path in wanted:
+        alike.setdefault(path.rpartition(".")[2], []).append(path)
+    rivals: dict[str, set[str]] = {}
+    for path in paths:
+        last = path.rpartition(".")[2]
+        if last in alike and path not in wanted:
+            rivals.setdefault(last, set()).update(suffixes(path))
     taken: set[str] = set()
-    for endings in sorted([*suffixes(path)][::-1] for path in wanted):
+    for last, group in alike.items():
+        taken |= _distinguished(group, rivals[last]) if last in rivals else {last}
+    return frozenset(taken)
+
+
+def _distinguished(group: list[str], rivals: set[str]) -> set[str]:
+    """Suffixes for targets whose last name other paths have too; `rivals` are the suffixes of those."""
+    taken: set[str] = set()
+    for endings in sorted([*suffixes(path)][::-1] for path in group):
         if not any(ending in taken for ending in endings[:-1]):
-            taken.update([next((e for e in endings if e not in taken and e not in others), endings[-1])])
-    return frozenset(taken) or wanted
+            taken.add(next((e for e in endings if e not in taken and e not in rivals), endings[-1]))
+    return taken

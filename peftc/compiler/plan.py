@@ -6,6 +6,7 @@ trainable (`bias`), and prompts. `parameters()` names everything that the applie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +103,19 @@ class PromptSite:
 
 
 @dataclass(frozen=True)
+class Tally:
+    """Numbers of parameters by dtype: those that an adapter adds to the model, and those that it trains."""
+
+    added: Counter[str]
+    trained: Counter[str]
+
+    def count(self, dtype: str, number: int, trainable: bool = True) -> None:
+        """Count parameters that are added."""
+        self.added[dtype] += number
+        self.trained[dtype] += number if trainable else 0
+
+
+@dataclass(frozen=True)
 class AdapterPlan:
     """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved."""
 
@@ -117,6 +131,14 @@ class AdapterPlan:
     def root(self) -> str:
         """What stands before module paths in the wrapped model."""
         return PROMPT_ROOT if self.prompt is not None else WRAPPED_ROOT
+
+    def is_like(self, other: AdapterPlan) -> bool:
+        """Whether the other plan gives the same tensors the same meaning: only the values may differ."""
+        about = {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
+        options, others = (
+            {key: value for key, value in plan.config.to_dict().items() if key not in about} for plan in (self, other)
+        )
+        return options == others and list(self.parameters()) == list(other.parameters())
 
     def parameters(self, trainable: bool = True) -> Iterator[PlannedParameter]:
         """Every parameter that this adapter adds or trains; `trainable=False` for one that is loaded frozen."""
@@ -135,8 +157,7 @@ class AdapterPlan:
                 disk = f"{root}{save.path}.{tail}"
                 yield PlannedParameter(name, disk, tensor.shape, tensor.dtype, trainable, self.name)
         for train in self.trains:
-            owner = f"{train.path}.base_layer" if train.wrapped else train.path
-            name = f"{root}{owner}.{train.name}" if owner else f"{root}{train.name}"
+            name = _base_name(train, root)
             yield PlannedParameter(name, name, train.tensor.shape, train.tensor.dtype, trainable, self.name, base=True)
         if self.prompt is not None:
             for slot in self.prompt.slots:
@@ -146,14 +167,38 @@ class AdapterPlan:
                     key.memory(), self.prompt.disk, slot.shape, dtype, slot.trainable and trainable, self.name
                 )
 
+    def tally(self) -> Tally:
+        """Numbers of parameters by dtype; layers of one kind are looked at once."""
+        tally = Tally(Counter(), Counter())
+        kinds = Counter((id(site.slots), site.dtype) for site in self.maps)
+        for site in {(id(site.slots), site.dtype): site for site in self.maps}.values():
+            for slot in site.slots:
+                tally.count(slot.dtype or site.dtype, slot.numel * kinds[id(site.slots), site.dtype], slot.trainable)
+        for save in self.saves:
+            for _, tensor in save.tensors:
+                tally.count(tensor.dtype, tensor.numel)
+        for train in self.trains:
+            tally.trained[train.tensor.dtype] += train.tensor.numel
+        if self.prompt is not None:
+            for slot in self.prompt.slots:
+                tally.count(slot.dtype or self.prompt.dtype, slot.numel, slot.trainable)
+        return tally
+
     def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:
         """Every tensor of the checkpoint: its key and facts. `model` tells which of the layers are embeddings."""
-        for parameter in self.parameters():
-            if parameter.disk is not None and self.prompt is None:
-                yield parameter.disk, TensorFacts(parameter.shape, parameter.dtype)
+        known: dict[tuple[int, str], list[tuple[Slot, TensorFacts]]] = {}
+        for site in self.maps:
+            slots = known.get((id(site.slots), site.dtype))
+            if slots is None:
+                facts_of = [(slot, TensorFacts(slot.shape, slot.dtype or site.dtype)) for slot in site.slots]
+                slots = known[id(site.slots), site.dtype] = [(slot, facts) for slot, facts in facts_of if slot.saved]
+            for slot, facts in slots:
+                yield site.key(slot, self.name).disk(WRAPPED_ROOT), facts
         for save in self.saves:
-            for tail, facts in save.buffers if self.prompt is None else (*save.tensors, *save.buffers):
+            for tail, facts in (*save.tensors, *save.buffers):
                 yield f"{self.root}{save.path}.{tail}", facts
+        for train in self.trains:
+            yield _base_name(train, self.root), train.tensor
         if self.prompt is not None:
             yield self.prompt.disk, TensorFacts(self.prompt.shape, self.prompt.dtype)
         vocabulary = {model.input_embeddings, model.output_embeddings}
@@ -203,13 +248,23 @@ class InjectionPlan:
     def parameters(self) -> Iterator[PlannedParameter]:
         """All parameters of all adapters; those of inactive adapters are frozen, as in the applied model."""
         for adapter in self.adapters:
-            trainable = adapter.name in self.active and not adapter.config.inference_mode
-            yield from adapter.parameters(trainable)
+            yield from adapter.parameters(self.is_trained(adapter))
 
     def counts(self) -> tuple[int, int]:
         """`(trainable, total)` parameters of the applied model, as `get_nb_trainable_parameters` returns them."""
         trainable = total = 0
-        for parameter in self.parameters():
-            trainable += parameter.numel if parameter.trainable else 0
-            total += 0 if parameter.base else parameter.numel
+        for adapter in self.adapters:
+            tally = adapter.tally()
+            trainable += sum(tally.trained.values()) if self.is_trained(adapter) else 0
+            total += sum(tally.added.values())
         return trainable, self.base_numel + total
+
+    def is_trained(self, adapter: AdapterPlan) -> bool:
+        """Whether the adapter's parameters are trainable in the applied model."""
+        return adapter.name in self.active and not adapter.config.inference_mode
+
+
+def _base_name(train: TrainSite, root: str) -> str:
+    """Name of a base parameter that trains: a wrapper puts `base_layer` before it."""
+    owner = f"{train.path}.base_layer" if train.wrapped else train.path
+    return f"{root}{owner}.{train.name}" if owner else f"{root}{train.name}"

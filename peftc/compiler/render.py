@@ -114,7 +114,7 @@ def _totals(plan: InjectionPlan, paint: Paint) -> str:
     rows = []
     if len(plan.adapters) > 1:
         for adapter in plan.adapters:
-            number = sum(p.numel for p in adapter.parameters() if p.trainable)
+            number = sum(adapter.tally().trained.values())
             rows.append((adapter.name, f"{number:,} parameters in {len(adapter.maps):,} layers"))
     by_role = trainable_by_role(plan)
     if by_role:

@@ -176,32 +176,34 @@ def filter_layers(draft: Draft, context: Context) -> Draft:
         layers = Layers(
             [patterns] if isinstance(patterns, str) else patterns, Deadline(), context.where("layers_pattern")
         )
-        index = {p: layers.index(p) for p, entries in draft.targets.items() if entries[0] != p}
+        index = {path: layers.index(path) for path in draft.targets}
     except PeftcError as error:
         return draft.failed(error)
+    outside = {path: i for path, i in index.items() if i not in wanted}
+    exact = [path for path in outside if draft.targets[path][0] == path]
     dropped = {
-        path: f"layer {i} is not in layers_to_transform" if i is not None else "it is in no numbered layer"
-        for path, i in index.items()
-        if i not in wanted
+        path: "it is in no numbered layer" if i is None else f"layer {i} is not in layers_to_transform"
+        for path, i in outside.items()
+        if draft.targets[path][0] != path
     }
-    problems = []
-    known = sorted({i for i in index.values() if i is not None})
-    for i in sorted(wanted - set(known)) if index else []:
-        span = f"targets are in layers {known[0]} to {known[-1]}" if known else "no target is in a numbered layer"
-        problems.append(
-            rules.DEAD_LAYER(
-                f"Layer {i} has no target: {span}",
-                fix="Correct the index, or set `layers_pattern` to the name of the list of layers.",
-                where=context.where("layers_to_transform"),
-                severity=context.dead,
-            )
-        )
-    exact = [path for path in draft.targets if path not in index]
-    if exact:
-        what = f"{listed(exact)} are given by full path, which `layers_to_transform` does not filter"
-        fix = "Remove those outside of the layers, or give suffixes."
+    known = {i for i in index.values() if i is not None}
+    problems = [_dead_layer(i, known, context) for i in sorted(wanted - known)] if draft.targets else []
+    numbered = [path for path in exact if index[path] is not None]
+    if numbered:
+        what = f"{listed(numbered)}: a full path, which `layers_to_transform` does not filter"
+        fix = "Remove it, or give a suffix."
         problems.append(rules.LAYERS_BYPASSED(what, fix=fix, where=context.where("layers_to_transform")))
     return draft.without(dropped).told(*problems)
+
+
+def _dead_layer(index: int, known: set[int], context: Context) -> Diagnostic:
+    span = f"targets are in layers {min(known)} to {max(known)}" if known else "no target is in a numbered layer"
+    return rules.DEAD_LAYER(
+        f"Layer {index} has no target: {span}",
+        fix="Correct the index, or set `layers_pattern` to the name of the list of layers.",
+        where=context.where("layers_to_transform"),
+        severity=context.dead,
+    )
 
 
 def apply_patterns(draft: Draft, context: Context) -> Draft:

@@ -167,12 +167,12 @@ def _kind_to_json(site: MapSite) -> dict[str, Any]:
         "dtype": site.dtype,
         "reason": site.reason,
         "role": site.role and site.role.value,
-        "overrides": dict(site.overrides),
+        "overrides": [list(pair) for pair in site.overrides],
     }
 
 
 def _kind_from_json(data: Mapping[str, Any], config: PeftConfig) -> _Kind:
-    overrides = tuple(data["overrides"].items())
+    overrides = tuple((name, value) for name, value in data["overrides"])
     here = config.model_copy(update=dict(overrides)).revalidated() if overrides else config
     slots = tuple(_slot_from_json(item) for item in data["slots"])
     role = None if data["role"] is None else Role(data["role"])

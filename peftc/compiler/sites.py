@@ -61,18 +61,16 @@ class _Kind:
 
 def declare_slots(draft: Draft, context: Context) -> Draft:
     """A map site for every target, with the slots that the method declares for its kind of layer."""
-    method, nodes = context.method, context.graph.by_path
+    nodes = context.graph.by_path
     declarer = _Declarer(draft, context)
     reasons: dict[str, str] = {}
     maps: list[MapSite] = []
     for path, entries in draft.targets.items():
         node = nodes[path]
         try:
-            with boundary(method.peft_type, "tuner_for", path):
-                tuner = method.tuner_for(draft.config, node)
+            kind = declarer.kind_of(node)
         except PeftcError as error:
             return draft.failed(error)  # it would raise for every other module as well
-        kind = declarer.kind_of(tuner, node)
         kind.count += 1
         if kind.fails:
             continue
@@ -102,6 +100,7 @@ class _Declarer:
 
     def __init__(self, draft: Draft, context: Context) -> None:
         self._draft, self._context = draft, context
+        self._only = context.method.tuner if isinstance(context.method.tuner, MapTuner) else None
         self._configs: dict[str, PeftConfig] = {}
         self._kinds: dict[tuple[int, int, str], _Kind] = {}
 
@@ -109,7 +108,9 @@ class _Declarer:
     def kinds(self) -> Iterable[_Kind]:
         return self._kinds.values()
 
-    def kind_of(self, tuner: MapTuner[Any], node: ModuleNode) -> _Kind:
+    def kind_of(self, node: ModuleNode) -> _Kind:
+        """Raises `PeftcError` if the method cannot choose its mathematics."""
+        tuner = self._only or self._chosen(node)
         overrides = self._overrides(node.path)
         key = (id(tuner), id(node.facts), repr(overrides) if overrides else "")
         kind = self._kinds.get(key)
@@ -117,9 +118,15 @@ class _Declarer:
             kind = self._kinds[key] = self._declare(tuner, node, overrides)
         return kind
 
+    def _chosen(self, node: ModuleNode) -> MapTuner[Any]:
+        with boundary(self._context.method.peft_type, "tuner_for", node.path):
+            return self._context.method.tuner_for(self._draft.config, node)
+
     def _overrides(self, path: str) -> Overrides:
+        chosen = self._draft.overrides.get(path)
+        if chosen is None:
+            return ()
         config = self._draft.config
-        chosen = self._draft.overrides.get(path, ())
         return tuple((config.pattern_options[name], option(config, name)[key]) for name, key in chosen)
 
     def _declare(self, tuner: MapTuner[Any], node: ModuleNode, overrides: Overrides) -> _Kind:
@@ -301,6 +308,9 @@ def add_prompt(draft: Draft, context: Context) -> Draft:
     if model.input_embeddings is None:
         what = f"`{model.cls}` has no input embeddings that prompts could go before"
         return draft.told(rules.NO_EMBEDDINGS(what, fix="Use a method that adapts layers."))
+    if model.is_encoder_decoder:
+        what = f"`{model.cls}` is an encoder-decoder, which takes no prompts in this version"
+        return draft.told(rules.OPTION_NOT_AVAILABLE(what, fix="Use a method that adapts layers."))
     tokens, width = config.num_virtual_tokens, config.token_dim
     if tokens is None or width is None:
         missing = "num_virtual_tokens" if tokens is None else "token_dim"

@@ -22,8 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 class ConfigModel(BaseModel):
     """What every piece of a config shares: strict types, and no unknown keys."""
 
-    # built when first used: most programs use one config, and never the mixins it is made of
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
         try:

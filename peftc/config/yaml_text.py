@@ -30,7 +30,7 @@ from peftc.config.json_text import MAX_DEPTH, has_surrogate
 from peftc.config.places import Document, Location, Position, Positions, json_path
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Rule, Where
 
-MAX_NODES = 100_000
+MAX_NODES = 20_000
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _OCTAL = re.compile(r"0o[0-7]+")
@@ -51,10 +51,8 @@ def parse_yaml(text: str, file: str) -> Document:
             builder.feed(event)
     except YAMLError as error:
         builder.found.add(_syntax(error, file))
-    except (
-        ValueError,
-        OverflowError,
-    ) as error:  # the parser lets them escape for impossible characters (`"\UFFFFFFFF"`)
+    except (ValueError, OverflowError) as error:
+        # the parser lets these out for an escape that is no character, such as `\UFFFFFFFF`
         builder.found.add(rules.SYNTAX(f"Not valid YAML: {error}", fix="Correct the escape.", where=Where(file)))
     builder.found.raise_errors()
     positions = builder.positions

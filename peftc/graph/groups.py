@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -32,9 +33,9 @@ def grouped(tagged: Iterable[tuple[str, T]]) -> list[Group[T]]:
     """
     families: dict[tuple[tuple[str, ...], T], list[_Row]] = {}
     for path, tag in tagged:
-        parts = path.split(".")
-        names = tuple("" if _is_number(part) else part for part in parts)
-        families.setdefault((names, tag), []).append(tuple(int(part) for part in parts if _is_number(part)))
+        parts = [_part(part) for part in path.split(".")]
+        names = tuple(name for name, _ in parts)
+        families.setdefault((names, tag), []).append(tuple(number for name, number in parts if not name))
     found = []
     for (names, tag), rows in families.items():
         for product in _products(rows):
@@ -88,8 +89,10 @@ def _run(numbers: list[int]) -> list[int]:
     return numbers[:length] if length > 2 or step == 1 else numbers[:1]
 
 
-def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit()
+@lru_cache(maxsize=4096)
+def _part(part: str) -> tuple[str, int]:
+    """A segment's name, empty for a number, and the number."""
+    return ("", int(part)) if part.isascii() and part.isdigit() else (part, 0)
 
 
 def _filled(names: tuple[str, ...], numbers: list[str]) -> str:

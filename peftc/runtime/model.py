@@ -62,6 +62,7 @@ class PeftModel(nn.Module):
             what = "The model has adapters already; wrapping it again would nest them"
             raise PeftcError(rules.MIXED_TYPES(what, fix="Use `add_adapter`, or `unload()` first."))
         registry = default_registry()
+        checkpointed = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
         first = plan.adapters[0]
         method = registry.get(first.peft_type)
         self.peft_config: dict[str, PeftConfig] = {}
@@ -76,7 +77,7 @@ class PeftModel(nn.Module):
             for adapter in plan.adapters:
                 self._join(adapter, sources.get(adapter.name))
         self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        if checkpointed:
             self._require_input_gradients()
 
     def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
@@ -358,14 +359,29 @@ class PeftModel(nn.Module):
         source, report = matched(plan.adapters[0], file, plan)
         active = session.active
         with Journal() as journal:
-            if adapter_name in session.plans:
+            if adapter_name in session.plans and session.plans[adapter_name].is_like(plan.adapters[0]):
+                self._overwrite(plan.adapters[0], source, journal)
+            elif adapter_name in session.plans:
                 old = self._plan(adapter_name), self.adapter_tensors(adapter_name).get
                 journal.note(self._put_back, *old, active)
                 self.delete_adapter(adapter_name)
-            self._attach(plan, source, journal)
+                self._attach(plan, source, journal)
+            else:
+                self._attach(plan, source, journal)
             if adapter_name in active:
                 self.set_adapter(active, inference_mode=not is_trainable)
         return report
+
+    def _overwrite(self, plan: AdapterPlan, source: Source, journal: Journal) -> None:
+        """Load into the parameters that there are: an optimiser may hold them."""
+        with torch.no_grad():
+            pairs = [(tensor, source(key)) for key, tensor in self.session.tensors(plan.name).items()]
+            if self.prompt_encoder is not None:
+                pairs += self.prompt_encoder[plan.name].restored(source)
+            for tensor, found in pairs:
+                if found is not None:
+                    journal.note(tensor.copy_, tensor.clone())
+                    tensor.copy_(found)
 
     def _put_back(self, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
         """Undo the replacement of an adapter."""

@@ -49,6 +49,18 @@ class PromptEncoder(nn.Module):
             holder = SlotModule.holding(slot.tail, nn.Parameter(made[slot.name], requires_grad=False))
             self.add_module(slot.name, holder)
 
+    def restored(self, source: Source) -> list[tuple[Tensor, Tensor | None]]:
+        """Each slot's tensor with its value in a checkpoint."""
+        site = self._plan.prompt
+        assert site is not None
+        saved = source(site.disk)
+        if saved is None:
+            return []
+        with boundary(self._plan.peft_type, "restore"):
+            values = self._tuner.restore(self._plan.config, saved)
+        slots = PromptSlots(self)
+        return [(getattr(slots, name).data, value) for name, value in values.items()]
+
     def forward(self) -> Tensor:
         """The virtual tokens' embeddings, `(num_virtual_tokens, hidden)`."""
         embeds = guarded(self._tuner.embeds, self._plan.peft_type, None)
@@ -131,7 +143,7 @@ class PromptDriver:
         prompt = virtual.to(embeds.dtype).unsqueeze(0).expand(rows, -1, -1)
         call["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
         labels = call.get("labels")
-        if labels is not None:
+        if labels is not None and labels.dim() > 1:  # one label per row needs no widening
             call["labels"] = torch.cat([labels.new_full((rows, virtual.shape[0]), -100), labels], dim=1)
 
     @contextmanager

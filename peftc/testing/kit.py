@@ -34,8 +34,8 @@ def on_layers(s: Subject) -> bool:
 
 
 def once(s: Subject) -> bool:
-    """One subject per method: what depends on the method alone."""
-    return s.first
+    """The first options on one model: what depends on the method alone."""
+    return s.first and s.model.name == ("llama" if s.method.is_prompt else "mlp")
 
 
 def as_prompt(s: Subject) -> bool:
@@ -53,9 +53,9 @@ def in_float64(s: Subject) -> bool:
     return s.model.tolerance < 1e-6
 
 
-def one_layer_each(s: Subject) -> bool:
-    """Methods on layers, on models that are quick to compile."""
-    return on_layers(s) and not s.model.is_language_model
+def quick_to_compile(s: Subject) -> bool:
+    """The first options of methods on layers, on small models."""
+    return s.first and on_layers(s) and not s.model.is_language_model
 
 
 #: Every check, with the subjects that it is run on.
@@ -77,7 +77,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (effect.lowerings_agree, on_layers),
     (effect.any_leading_shape, on_layers),
     (effect.half_precision_bases, everywhere),
-    (effect.compiles, one_layer_each),
+    (effect.compiles, quick_to_compile),
     (gradients.gradients_in_slots_only, everywhere),
     (gradients.gradients_are_true, in_float64),
     (gradients.a_step_changes_slots_only, everywhere),

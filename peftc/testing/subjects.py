@@ -39,7 +39,7 @@ def quiet() -> Iterator[None]:
 class Subject:
     """A method, options, and a model. `targets` are the layers to adapt, None for the method's own defaults.
 
-    `first` marks the subject that checks use which need no more than one per method.
+    `first` marks those with the first options, for checks that need no others.
     """
 
     method: TunerMethod
@@ -132,14 +132,16 @@ def layers_of(model: PeftModel, adapter: str = "default") -> dict[str, TunerLaye
 
 
 def subjects(method: TunerMethod) -> tuple[Subject, ...]:
-    """The method with each of its examples on every model that it can adapt, and with its own default targets."""
-    examples: tuple[Mapping[str, Any], ...] = method.examples or ({},)
+    """The method's examples on the models that it can adapt: the first on all, others on the small ones where there are
+    any, and the method's own default targets on language models."""
     found: list[Subject] = []
-    for options in examples:
+    for options in method.examples or ({},):
+        first = not found
         for model in MODELS:
             targets = None if method.is_prompt else _targets(method, options, model)
-            if model.is_language_model if method.is_prompt else targets != ():
-                found.append(Subject(method, options, model, targets, first=not found))
+            fits = model.is_language_model if method.is_prompt else targets != ()
+            if fits and (first or method.is_prompt or not model.is_language_model):
+                found.append(Subject(method, options, model, targets, first))
     if method.default_targets:
         found += [Subject(method, {}, model) for model in MODELS if model.is_language_model]
     return tuple(found)

@@ -59,7 +59,7 @@ def test_the_plan_is_the_adapted_model(model_type: str, tmp_path: Path) -> None:
     graph = graph_of(base, cache)
     assert graph is not built  # it came from the file
     assert graph == built
-    others = {option: [] for option in method.default_targets if option != "target_modules"}  # no default for most models
+    others = {option: [] for option in method.default_targets if option != "target_modules"}  # few models have defaults
     config = method.config(target_modules="all-linear", task_type="CAUSAL_LM", **others)
     plan = compile_plan(graph, {"default": config})
 

@@ -246,7 +246,11 @@ def test_a_wrong_model_type_names_the_nearest() -> None:
 def test_a_known_type_never_needs_the_repositorys_code(tmp_path: Path) -> None:
     code = "raise SystemExit('the code of a repository was run')"
     (tmp_path / "mine.py").write_text(code)
-    config = {"model_type": "llama", **LLAMA, "auto_map": {"AutoModelForCausalLM": "mine.Model", "AutoConfig": "mine.C"}}
+    config = {
+        "model_type": "llama",
+        **LLAMA,
+        "auto_map": {"AutoModelForCausalLM": "mine.Model", "AutoConfig": "mine.C"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     graph = graph_of(BaseRef(path=str(tmp_path), task_type="CAUSAL_LM"))
     assert graph.model.cls == "LlamaForCausalLM"

@@ -112,7 +112,9 @@ def test_a_seed_repeats_and_another_differs(method: TunerMethod, tmp_path: Path)
 
 
 def test_epochs_accumulation_and_activation_checkpointing(method: TunerMethod, tmp_path: Path) -> None:
-    how = section(steps=None, epochs=2, gradient_accumulation=2, gradient_checkpointing=True, warmup=0.25, scheduler="cosine")
+    how = section(
+        steps=None, epochs=2, gradient_accumulation=2, gradient_checkpointing=True, warmup=0.25, scheduler="cosine"
+    )
     result = fit(adapted(method), rows(), PAD, how, tmp_path)
     assert result.steps == 4  # 14 rows, 4 a pass, 2 passes a step, twice
     assert result.last_loss < result.first_loss
@@ -181,7 +183,9 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "gone"])
 @pytest.mark.parametrize("name", training.ARCHIVES)
-def test_a_damaged_checkpoint_is_refused(method: TunerMethod, interrupted: Path, name: str, harm: Callable[[Path], None]) -> None:
+def test_a_damaged_checkpoint_is_refused(
+    method: TunerMethod, interrupted: Path, name: str, harm: Callable[[Path], None]
+) -> None:
     harm(interrupted / "checkpoint-4" / name)
     error = refused(lambda: fit(adapted(method), rows(), PAD, section(), interrupted, resume=True))
     assert [d.code for d in error.diagnostics] == [rules.CANNOT_RESUME.code]

@@ -77,7 +77,9 @@ def graph_of(modules: Mapping[str, LayerFacts], ties: Iterable[tuple[str, ...]] 
     return ModuleGraph(ModelFacts(**{"cls": "Decoder", "model_type": "decoder", **model}), listed, tuple(ties))
 
 
-def decoder(layers: int = 3, width: int = 8, tied: bool = False, bias: bool = False, dtype: str = "float32") -> ModuleGraph:
+def decoder(
+    layers: int = 3, width: int = 8, tied: bool = False, bias: bool = False, dtype: str = "float32"
+) -> ModuleGraph:
     """A small language model: attention with q and v, a feed-forward part with up and down."""
     q, up, down = (linear(*sizes, bias=bias, dtype=dtype) for sizes in ((width, width), (width, 32), (32, width)))
     norm = facts(Kind.NORM, "RMSNorm", width, dtype=dtype)
@@ -141,7 +143,9 @@ class SampleTuner(MapTuner[SampleConfig]):
         if c.fail == "slots":
             raise ZeroDivisionError("no slots today")
         yield module_slot("sample_A", (c.r, layer.in_features))
-        yield parameter_slot("other" if c.fail == "prefix" else "sample_B", (layer.out_features, 0 if c.fail == "shape" else c.r))
+        yield parameter_slot(
+            "other" if c.fail == "prefix" else "sample_B", (layer.out_features, 0 if c.fail == "shape" else c.r)
+        )
 
     def init(self, c: SampleConfig, layer: LayerFacts, slots: Mapping[str, Any], init: Any) -> None:
         raise NotImplementedError

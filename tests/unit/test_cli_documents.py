@@ -153,7 +153,10 @@ def test_a_plugin_author_writes_the_schema_of_an_own_type(
 ) -> None:
     use(monkeypatch, fake_registry())
     assert main(["schema", "FAKE", "--write", "--dir", str(tmp_path / "new")]) == 0
-    assert json.loads((tmp_path / "new" / "fake.schema.json").read_text())["properties"]["mode"]["enum"] == ["one", "two"]
+    assert json.loads((tmp_path / "new" / "fake.schema.json").read_text())["properties"]["mode"]["enum"] == [
+        "one",
+        "two",
+    ]
     assert main(["schema", "fake", "--check", "--dir", str(tmp_path / "new")]) == 0
 
 
@@ -268,7 +271,9 @@ def test_problems_of_plugins_are_told_once(monkeypatch: pytest.MonkeyPatch, caps
     assert [p["distribution"] for p in told["plugins"]] == ["somebody 1.0", "somebody 1.0"]
 
 
-@pytest.mark.parametrize("arguments", [["methods"], ["methods", TYPE], ["plugins", "--check"], ["schema", "spec"], ["schema", "--check"]])
+@pytest.mark.parametrize(
+    "arguments", [["methods"], ["methods", TYPE], ["plugins", "--check"], ["schema", "spec"], ["schema", "--check"]]
+)
 def test_commands_about_documents_need_no_torch(arguments: list[str]) -> None:
     code = f"""
 import sys

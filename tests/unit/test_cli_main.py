@@ -35,7 +35,9 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A command `try` whose `run` a test sets."""
-    made = SimpleNamespace(HELP="Try it", add_arguments=lambda parser: parser.add_argument("--json", action="store_true"))
+    made = SimpleNamespace(
+        HELP="Try it", add_arguments=lambda parser: parser.add_argument("--json", action="store_true")
+    )
     monkeypatch.setitem(COMMANDS, "try", "Try it")
     monkeypatch.setitem(sys.modules, "peftc.cli.try", made)
     return made
@@ -47,7 +49,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_exists_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"peftc.cli.{name}")
-    assert module.HELP == COMMANDS[name]
+    assert COMMANDS[name] == module.HELP
     with pytest.raises(SystemExit) as stop:
         main.main([name, "--help"])
     assert stop.value.code == 0

@@ -13,7 +13,7 @@ from peftc import rules
 from peftc.config import files, hub
 from peftc.config.base import CONFIG_NAME
 from peftc.config.files import config_from_dict, read_config, write_config, write_text
-from peftc.diagnostics import ConfigError, PeftcError, PeftcWarning, Where
+from peftc.diagnostics import ConfigError, PeftcWarning, Where
 from peftc.registry.manager import default_registry
 from tests.unit.fakes import FakeConfig, registry
 

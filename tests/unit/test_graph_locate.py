@@ -91,7 +91,9 @@ def test_a_file_in_a_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     _Distributions(tmp_path, monkeypatch, weights=["pack/small.gguf", "pack/__init__.py"])
     ref = BaseRef(distribution="weights", file=file)
     assert locate(ref).gguf == tmp_path / "pack" / "small.gguf"
-    assert locate(BaseRef(**section_of_word(ref.name))).gguf == tmp_path / "pack" / "small.gguf"  # as an adapter names it
+    assert (
+        locate(BaseRef(**section_of_word(ref.name))).gguf == tmp_path / "pack" / "small.gguf"
+    )  # as an adapter names it
 
 
 def test_problems_with_a_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,13 @@ def test_what_is_no_regular_file_is_written_to() -> None:
 
 @pytest.mark.parametrize(
     ("path", "block"),
-    [("model.layers.3.mlp", ("model.layers", 3)), ("h.0", ("h", 0)), ("0.weight", ("", 0)), ("lm_head", None), ("", None)],
+    [
+        ("model.layers.3.mlp", ("model.layers", 3)),
+        ("h.0", ("h", 0)),
+        ("0.weight", ("", 0)),
+        ("lm_head", None),
+        ("", None),
+    ],
 )
 def test_the_block_is_the_first_number_in_the_path(path: str, block: tuple[str, int] | None) -> None:
     assert block_of(path) == block

@@ -24,7 +24,9 @@ entries = st.lists(words, min_size=1, max_size=3).map(".".join)
 #: Regular expressions that are valid and quick, with everything that changes how a key is read.
 patterns = st.one_of(
     entries,
-    st.sampled_from([r".*q", r"model\.\w+", r"(?:.*\.)?q_proj", r"q|k", r"[hq].*", r"^model.*q$", r".*\.\d+\.q_?", r"a{e}q"]),
+    st.sampled_from(
+        [r".*q", r"model\.\w+", r"(?:.*\.)?q_proj", r"q|k", r"[hq].*", r"^model.*q$", r".*\.\d+\.q_?", r"a{e}q"]
+    ),
 )
 
 
@@ -32,7 +34,13 @@ def reference(**config: Any) -> Any:
     """The reference's answer for a config with these options."""
     from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
-    full = {"exclude_modules": None, "modules_to_save": None, "target_parameters": None, "target_modules": None, **config}
+    full = {
+        "exclude_modules": None,
+        "modules_to_save": None,
+        "target_parameters": None,
+        "target_modules": None,
+        **config,
+    }
 
     def meant(path: str) -> bool:
         found = check_target_module_exists(SimpleNamespace(**full), path)

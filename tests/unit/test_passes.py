@@ -18,7 +18,17 @@ from peftc.graph.nodes import Kind, ModuleGraph, ModuleNode, Role
 from peftc.plugin import LINEAR_KINDS, MapTuner
 from peftc.tuner.slots import Slot
 from tests.unit import plans
-from tests.unit.plans import PromptConfig, SampleConfig, SampleTuner, and_modules, decoder, facts, linear, paths, planned
+from tests.unit.plans import (
+    PromptConfig,
+    SampleConfig,
+    SampleTuner,
+    and_modules,
+    decoder,
+    facts,
+    linear,
+    paths,
+    planned,
+)
 
 LAYERS = [f"model.layers.{i}" for i in range(3)]
 
@@ -83,7 +93,9 @@ def test_layers_pattern_names_the_list() -> None:
 
 
 def test_patterns_change_options_where_they_match() -> None:
-    plan = planned(target_modules=["q_proj", "up_proj"], rank_pattern={"layers.1.*": 2, "q_proj": 4}, alpha_pattern={"up_proj": 7})
+    plan = planned(
+        target_modules=["q_proj", "up_proj"], rank_pattern={"layers.1.*": 2, "q_proj": 4}, alpha_pattern={"up_proj": 7}
+    )
     found = {site.path: (site.config, site.overrides) for site in plan.adapters[0].maps}
     config, overrides = found["model.layers.1.mlp.up_proj"]
     assert isinstance(config, SampleConfig)
@@ -174,7 +186,11 @@ def test_a_prompt_takes_its_sizes_from_the_model(task: str, submodules: int) -> 
     assert (resolved.token_dim, resolved.num_layers, resolved.num_attention_heads) == (8, 3, 2)
     assert resolved.num_transformer_submodules == submodules
     assert prompt is not None
-    assert (prompt.shape, prompt.embeddings, prompt.disk) == ((5 * submodules, 8), "model.embed_tokens", "prompt_embeddings")
+    assert (prompt.shape, prompt.embeddings, prompt.disk) == (
+        (5 * submodules, 8),
+        "model.embed_tokens",
+        "prompt_embeddings",
+    )
     assert [p.name for p in plan.parameters()] == ["prompt_encoder.default.embedding.weight"]
 
 
@@ -210,7 +226,9 @@ def test_a_choice_that_raises_is_told_with_the_module() -> None:
 def test_passes_do_not_change_what_they_are_given() -> None:
     from peftc.compiler.compile import Options, begin
 
-    config = SampleConfig(target_modules="all-linear", exclude_modules=["v_proj"], rank_pattern={"q_proj": 2}, bias="all")
+    config = SampleConfig(
+        target_modules="all-linear", exclude_modules=["v_proj"], rank_pattern={"q_proj": 2}, bias="all"
+    )
     draft, context = begin(decoder(bias=True), "default", config, plans.registry(), Options())
     for step in PASSES:
         before = (draft.config.model_copy(deep=True), dict(draft.targets), dict(draft.dropped), draft.problems)
@@ -221,7 +239,12 @@ def test_passes_do_not_change_what_they_are_given() -> None:
 
 def wide(targets: int) -> ModuleGraph:
     """Blocks of experts as modules, the layout with the most targets."""
-    names = [f"model.layers.{i}.mlp.experts.{j}.{p}_proj" for i in range(targets // 48) for j in range(16) for p in ("gate", "up", "down")]
+    names = [
+        f"model.layers.{i}.mlp.experts.{j}.{p}_proj"
+        for i in range(targets // 48)
+        for j in range(16)
+        for p in ("gate", "up", "down")
+    ]
     layer = linear(8, 8)
     return plans.graph_of(dict.fromkeys(names, layer))
 

@@ -26,7 +26,9 @@ from tests.unit.plans import PromptConfig, SampleConfig, decoder, planned
 
 configs = st.builds(
     SampleConfig,
-    target_modules=st.sampled_from([{"q_proj"}, {"q_proj", "mlp.up_proj", "lm_head"}, "all-linear", r".*(q|v)_proj", {"embed_tokens"}]),
+    target_modules=st.sampled_from(
+        [{"q_proj"}, {"q_proj", "mlp.up_proj", "lm_head"}, "all-linear", r".*(q|v)_proj", {"embed_tokens"}]
+    ),
     r=st.integers(1, 8),
     alpha=st.integers(1, 5),
     rank_pattern=st.sampled_from([{}, {"q_proj": 3}, {"layers.0.*": 2, "q_proj": 3}]),
@@ -74,18 +76,26 @@ def test_the_text_is_the_same_in_every_process(tmp_path: Path) -> None:
 def test_equal_plans_have_one_digest_whatever_objects_they_share() -> None:
     apart = decoder()
     nodes = tuple(replace(n, facts=replace(n.facts)) for n in apart.nodes)  # equal facts, no longer shared
-    assert plan_digest(planned(replace(apart, nodes=nodes), target_modules=["q_proj"])) == plan_digest(planned(target_modules=["q_proj"]))
+    assert plan_digest(planned(replace(apart, nodes=nodes), target_modules=["q_proj"])) == plan_digest(
+        planned(target_modules=["q_proj"])
+    )
 
 
 def test_a_digest_tells_every_change() -> None:
     one = planned(target_modules=["q_proj"])
-    others = [planned(target_modules=["q_proj"], r=7), planned(decoder(2), target_modules=["q_proj"]), replace(one, active=())]
+    others = [
+        planned(target_modules=["q_proj"], r=7),
+        planned(decoder(2), target_modules=["q_proj"]),
+        replace(one, active=()),
+    ]
     assert len({plan_digest(plan) for plan in [one, *others]}) == 4
 
 
 def test_the_text_has_one_module_a_line() -> None:
     lines = plan_to_text(planned(target_modules=["q_proj"])).splitlines()
-    assert [line.strip().rstrip(",") for line in lines if "layers.1" in line] == ['["model.layers.1.self_attn.q_proj", 0]']
+    assert [line.strip().rstrip(",") for line in lines if "layers.1" in line] == [
+        '["model.layers.1.self_attn.q_proj", 0]'
+    ]
 
 
 def test_counts_follow_what_is_active() -> None:
@@ -104,7 +114,11 @@ def test_tied_weights_are_counted_once() -> None:
 
 
 def test_names_in_memory_and_on_disk() -> None:
-    plan = compile_plan(decoder(1), {"x": SampleConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])}, registry=plans.registry())
+    plan = compile_plan(
+        decoder(1),
+        {"x": SampleConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])},
+        registry=plans.registry(),
+    )
     root = "base_model.model.model.layers.0.self_attn.q_proj"
     assert [(p.name, p.disk) for p in plan.parameters()] == [
         (f"{root}.sample_A.x.weight", f"{root}.sample_A.weight"),
@@ -115,7 +129,10 @@ def test_names_in_memory_and_on_disk() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_size_of_the_file_is_exact(tmp_path: Path, dtype: str) -> None:
-    for config in ({"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": "all-linear", "modules_to_save": ["norm"], "bias": "all"}):
+    for config in (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": "all-linear", "modules_to_save": ["norm"], "bias": "all"},
+    ):
         plan = planned(decoder(bias=True, dtype=dtype), **config)
         tensors = dict(plan.adapters[0].stored(plan.model))
         file = tmp_path / "adapter.safetensors"
@@ -140,7 +157,9 @@ def test_memory_of_training() -> None:
 
 
 def test_trainable_parameters_by_role() -> None:
-    plan = planned(decoder(bias=True), target_modules=["q_proj", "up_proj"], modules_to_save=["model.norm"], bias="all", r=1)
+    plan = planned(
+        decoder(bias=True), target_modules=["q_proj", "up_proj"], modules_to_save=["model.norm"], bias="all", r=1
+    )
     by_role = trainable_by_role(plan)
     assert sum(by_role.values()) == plan.counts()[0]
     assert list(by_role) == ["q", "up", "saved modules", "biases"]
@@ -150,7 +169,9 @@ def test_a_plan_fits_the_model_it_was_made_for_and_one_that_differs_elsewhere() 
     graph = decoder()
     plan = plan_from_text(plan_to_text(planned(graph, target_modules=["q_proj"])), registry=plans.registry())
     assert differences(plan, graph) == ()
-    moved = replace(graph, model=replace(graph.model, name_or_path="/elsewhere"), nodes=graph.nodes[:1] + graph.nodes[:0:-1])
+    moved = replace(
+        graph, model=replace(graph.model, name_or_path="/elsewhere"), nodes=graph.nodes[:1] + graph.nodes[:0:-1]
+    )
     assert differences(plan, moved) == ()
 
 

@@ -14,9 +14,9 @@ from peftc.graph.groups import grouped, ranges
 from tests.unit import plans
 from tests.unit.plans import SampleConfig, decoder, planned
 
-numbered = st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 6), st.sampled_from(["x", "y"]), st.integers(0, 4)).map(
-    lambda parts: ".".join(map(str, parts))
-)
+numbered = st.tuples(
+    st.sampled_from(["a", "b"]), st.integers(0, 6), st.sampled_from(["x", "y"]), st.integers(0, 4)
+).map(lambda parts: ".".join(map(str, parts)))
 
 
 def expanded(pattern: str) -> list[str]:
@@ -28,7 +28,9 @@ def expanded(pattern: str) -> list[str]:
             continue
         numbers: list[int] = []
         for item in part[1:-1].split(","):
-            first, last, step = ([int(n) for n in item.split("..")] * 2 + [1])[:2] + [1] if item.count("..") == 0 else _range(item)
+            first, last, step = (
+                ([int(n) for n in item.split("..")] * 2 + [1])[:2] + [1] if item.count("..") == 0 else _range(item)
+            )
             numbers += range(first, last + 1, step)
         choices.append([str(n) for n in numbers])
     return [".".join(parts) for parts in product(*choices)]
@@ -55,7 +57,9 @@ def test_ranges_lose_nothing(numbers: set[int]) -> None:
 
 def test_full_grids_are_one_line() -> None:
     paths = [f"layers.{i}.experts.{j}.up" for i in range(3, 61) for j in range(256)]
-    assert [(g.pattern, g.count) for g in grouped((p, 0) for p in paths)] == [("layers.{3..60}.experts.{0..255}.up", 14848)]
+    assert [(g.pattern, g.count) for g in grouped((p, 0) for p in paths)] == [
+        ("layers.{3..60}.experts.{0..255}.up", 14848)
+    ]
 
 
 def test_a_plan_as_text() -> None:
@@ -93,7 +97,14 @@ def test_all_text_goes_through_the_painter() -> None:
 
 
 def test_sizes() -> None:
-    assert [size(n) for n in (0, 999, 1000, 999_949, 1_000_000, 2_680_000_000_000)] == ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "2.68 TB"]
+    assert [size(n) for n in (0, 999, 1000, 999_949, 1_000_000, 2_680_000_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "2.68 TB",
+    ]
 
 
 def explained(path: str, **config: object) -> str:

@@ -52,9 +52,7 @@ def documents(method: TunerMethod) -> st.SearchStrategy[dict[str, Any]]:
     """Configs of the method, right and wrong, some with a key that it does not have."""
     schema = STRUCTURES[method.peft_type]["properties"]
     fitting = {name: option["enum"] for name, option in schema.items() if "enum" in option}
-    options = {
-        name: st.sampled_from((*VALUES, *fitting.get(name, ()))) for name in schema if name != "peft_type"
-    }
+    options = {name: st.sampled_from((*VALUES, *fitting.get(name, ()))) for name in schema if name != "peft_type"}
     extra = st.dictionaries(st.just("no_such_option"), st.just(1))
     chosen = st.dictionaries(st.sampled_from(sorted(options)), st.just(None), max_size=3).flatmap(
         lambda keys: st.fixed_dictionaries({key: options[key] for key in keys})

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -146,14 +153,22 @@ class Shared(nn.Module):
 
 
 def models() -> dict[str, nn.Module]:
-    llama = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 11}
+    llama = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 11,
+    }
     with torch.device("meta"):
         return {
             "shared": Shared(),
             "llama": LlamaForCausalLM(LlamaConfig(**llama)),
             "tied llama": LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True)),
             "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, n_positions=16)),
-            "t5": T5ForConditionalGeneration(T5Config(d_model=8, d_ff=12, d_kv=4, num_layers=2, num_heads=2, vocab_size=11)),
+            "t5": T5ForConditionalGeneration(
+                T5Config(d_model=8, d_ff=12, d_kv=4, num_layers=2, num_heads=2, vocab_size=11)
+            ),
             "single": nn.Linear(2, 3),
         }
 
@@ -175,7 +190,12 @@ def test_ties_name_the_parameter_that_torch_reports_first() -> None:
     assert snapshot(MODELS["tied llama"]).ties == (("model.embed_tokens.weight", "lm_head.weight"),)
     (group,) = snapshot(MODELS["t5"]).ties
     assert group[0] == "shared.weight"
-    assert set(group) == {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert set(group) == {
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "lm_head.weight",
+    }
 
 
 def test_lazy_layers_are_all_named() -> None:
@@ -191,7 +211,7 @@ class Standing(TunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(3, 2)})
+        self.some_slot = nn.ModuleDict({"default": nn.Linear(3, 2)})
 
 
 def test_our_wrappers_are_seen_through() -> None:
@@ -200,7 +220,9 @@ def test_our_wrappers_are_seen_through() -> None:
     before, inner = snapshot(model), model[1][0]
     model[1][0] = Standing(Standing(inner))
     saved = ModulesToSaveWrapper(model[2])
-    saved.modules_to_save.add_module("default", nn.Linear(4, 2))
+    saved.modules_to_save.add_module(
+        "default", nn.Linear(4, 3)
+    )  # another shape, so that it cannot pass for the original
     model[2] = saved
     after = snapshot(model)
     assert after == before
@@ -232,9 +254,15 @@ def test_dimensions_under_one_name_each(name: str, dims: dict[str, int]) -> None
 @pytest.mark.parametrize(
     ("config", "dims"),
     [
-        ({"n_embd": 4, "n_layer": 3, "n_head": 2}, {"hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2}),
+        (
+            {"n_embd": 4, "n_layer": 3, "n_head": 2},
+            {"hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2},
+        ),
         ({"d_model": 4, "encoder_attention_heads": 2}, {"hidden_size": 4, "num_attention_heads": 2}),
-        ({"hidden_size": 9, "text_config": {"hidden_size": 4, "num_layers": 1}}, {"hidden_size": 4, "num_hidden_layers": 1}),
+        (
+            {"hidden_size": 9, "text_config": {"hidden_size": 4, "num_layers": 1}},
+            {"hidden_size": 4, "num_hidden_layers": 1},
+        ),
         ({"hidden_size": None, "d_model": 4, "num_heads": [2, 4]}, {"hidden_size": 4}),
         ({}, {}),
     ],

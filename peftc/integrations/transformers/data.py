@@ -136,7 +136,9 @@ def _parse_line(text: str, where: Where) -> Diagnostic | tuple[Example, set[str]
     fitting = [form for form in FORMS if set(form) <= data.keys()]
     if len(fitting) != 1:
         return _no_form(data, fitting, where)
-    made = _conversation(data["messages"], where) if fitting[0] == ("messages",) else _text_pair(data, fitting[0], where)
+    made = (
+        _conversation(data["messages"], where) if fitting[0] == ("messages",) else _text_pair(data, fitting[0], where)
+    )
     return made if isinstance(made, Diagnostic) else (made, data.keys() - {*fitting[0], EXPECT})
 
 
@@ -147,7 +149,9 @@ def _no_form(data: Mapping[str, Any], fitting: Sequence[tuple[str, ...]], where:
     known = [key for form in FORMS for key in form]
     hints = [hint for key in data if key not in known and (hint := did_you_mean(key, known))]
     keys = ", ".join(f"`{key}`" for key in list(data)[:8]) or "no keys"
-    return rules.DATA_LINE(f"The line has {keys}, which is no form of example", fix=" ".join([*hints, _forms_told()]), where=where)
+    return rules.DATA_LINE(
+        f"The line has {keys}, which is no form of example", fix=" ".join([*hints, _forms_told()]), where=where
+    )
 
 
 def _text_pair(data: Mapping[str, Any], form: tuple[str, ...], where: Where) -> Example | Diagnostic:
@@ -157,7 +161,9 @@ def _text_pair(data: Mapping[str, Any], form: tuple[str, ...], where: Where) -> 
             told = "empty" if isinstance(value, str) else f"{_kind(value)}, not a string"
             return rules.DATA_LINE(f"`{key}` is {told}", fix=f"Give `{key}` a text.", where=_at(where, key))
     if form == ("question", "answer"):
-        question, answer = ({"role": role, "content": data[key]} for role, key in zip(("user", "assistant"), form, strict=True))
+        question, answer = (
+            {"role": role, "content": data[key]} for role, key in zip(("user", "assistant"), form, strict=True)
+        )
         return Example(where, messages=(question, answer))
     if form == ("text",):
         return Example(where, completion=data["text"])
@@ -167,7 +173,9 @@ def _text_pair(data: Mapping[str, Any], form: tuple[str, ...], where: Where) -> 
 def _conversation(value: object, where: Where) -> Example | Diagnostic:
     if not isinstance(value, list) or not value:
         fix = 'Write `[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]`.'
-        return rules.DATA_LINE(f"`messages` is {_kind(value)}, not a list of messages", fix=fix, where=_at(where, "messages"))
+        return rules.DATA_LINE(
+            f"`messages` is {_kind(value)}, not a list of messages", fix=fix, where=_at(where, "messages")
+        )
     for index, message in enumerate(value):
         place = _at(where, f"messages[{index}]")
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():

@@ -56,7 +56,11 @@ def answers(
         inputs = {name: tensor.to(model.device) for name, tensor in collate(batch).items() if name != "labels"}
         with _evaluating(model):
             ids = model.generate(
-                **inputs, max_new_tokens=how.max_new_tokens, eos_token_id=stops or None, pad_token_id=collate.pad_id, **choice
+                **inputs,
+                max_new_tokens=how.max_new_tokens,
+                eos_token_id=stops or None,
+                pad_token_id=collate.pad_id,
+                **choice,
             )
         fresh = ids[:, inputs["input_ids"].shape[1] :]
         found += [text.strip() for text in tokenizer.batch_decode(fresh, skip_special_tokens=True)]
@@ -80,7 +84,9 @@ def encode_prompts(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequ
     return [item for item in found if isinstance(item, Encoded)]
 
 
-def mean_loss(model: Any, rows: Sequence[Encoded], pad: int, batch_size: int = 8, progress: Progress | None = None) -> float:
+def mean_loss(
+    model: Any, rows: Sequence[Encoded], pad: int, batch_size: int = 8, progress: Progress | None = None
+) -> float:
     """Mean cross entropy per trained token over all rows, in nats."""
     total, count, done = 0.0, 0, 0
     collate = Collator(pad)

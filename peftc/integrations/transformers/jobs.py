@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -50,7 +49,10 @@ def device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        fix = did_you_mean(name, ("auto", "cpu", "cuda", "mps", "xpu")) or "Use `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`."
+        fix = (
+            did_you_mean(name, ("auto", "cpu", "cuda", "mps", "xpu"))
+            or "Use `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or `xpu`."
+        )
         raise PeftcError(rules.DEVICE_MISSING(f"`{name}` is not the name of a device", fix=fix)) from None
     count = 1 if device.type == "cpu" else _count(device.type)
     if (device.index or 0) < count:
@@ -65,20 +67,28 @@ def _count(kind: str) -> int:
 
 
 def load(ref: BaseRef, device: torch.device) -> Base:
-    """The base model and its tokenizer. Raises `PeftcError` if either is missing or cannot be read."""
+    """A language model and its tokenizer. Raises `PeftcError` if either is missing, cannot be read, or is of another kind."""
     model, tokenizer = load_base(ref, device)
+    name = ref.name or "The base model"
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise PeftcError(
+            rules.NOT_A_LANGUAGE_MODEL(
+                f"`{name}` is a {type(model).__name__}, which does not write on from a text",
+                fix="Use a causal language model (`task_type: CAUSAL_LM`), or train from Python with `get_peft_model`.",
+            )
+        )
     if tokenizer is None:
         raise PeftcError(
             rules.NO_TOKENIZER(
-                f"`{ref.name or 'The base model'}` comes without a tokenizer",
+                f"`{name}` comes without a tokenizer",
                 fix="Name a base with one: a folder or repository with `tokenizer.json`, or a GGUF file.",
             )
         )
     return Base(model, tokenizer)
 
 
-def base_of_adapter(folder: Path) -> BaseRef:
-    """The base that an adapter folder names. Raises `PeftcError` if it names none."""
+def base_of_adapter(folder: str | Path) -> BaseRef:
+    """The base that an adapter names, in a folder or on the hub. Raises `PeftcError` if it names none."""
     config = read_config(folder)
     if not config.base_model_name_or_path:
         what = f"`{folder}` does not say which base model it belongs to"
@@ -95,9 +105,9 @@ def fresh_adapter(base: Base, spec: AdapterSpec, seed: int) -> PeftModel:
     return PeftModel.from_plan(base.model, plan)
 
 
-def with_adapter(base: Base, folder: Path) -> PeftModel:
-    """The base with the adapter that a folder holds, frozen. Raises `PeftcError`."""
-    return PeftModel.from_pretrained(base.model, folder)
+def with_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The model with an adapter from a folder or the hub, frozen. Raises `PeftcError`."""
+    return PeftModel.from_pretrained(model, folder)
 
 
 def encoded(base: Base, data: Path, max_length: int) -> list[Encoded]:
@@ -123,7 +133,7 @@ def train(
     return fit(model, rows, base.pad, how, folder, resume=resume, progress=progress)
 
 
-def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Any:
+def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> PreTrainedModel:
     """Fold the adapters into the base model and save that to `folder`, which must be new or empty; it is returned.
 
     The folder appears whole or not at all. Raises `PeftcError` if it holds something, if the adapter cannot be merged, or if
@@ -131,10 +141,12 @@ def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     """
     require_new(folder)
     merged = model.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, PreTrainedModel)
 
     def write(stage: Path) -> None:
         merged.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
 
     try:
         replace_files(folder, write, commit="config.json")

@@ -7,6 +7,7 @@ checkpoint is written beside its final place and renamed, so an interrupted trai
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from peftc.checkpoint.atomic import replace_files
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.integrations.transformers.data import Collator, Encoded
+from peftc.runtime.model import PeftModel
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
 RUN_NAME = "peftc_training.json"
@@ -70,7 +72,7 @@ class _Rows(Dataset[Encoded]):
 
 
 def fit(
-    model: Any,
+    model: PeftModel,
     rows: Sequence[Encoded],
     pad: int,
     how: TrainSection,
@@ -100,8 +102,9 @@ def fit(
     _require_writable(folder)
     watcher = _Watcher(progress)
     trainer = AdapterTrainer(
+        model,
+        folder,
         run,
-        model=model,
         args=_arguments(how, folder),
         train_dataset=_Rows(rows),
         data_collator=Collator(pad),
@@ -122,20 +125,22 @@ def fit(
 class AdapterTrainer(Trainer):
     """`Trainer` with adapter folders as checkpoints. `run` is stored in each, to be compared when it is resumed."""
 
-    def __init__(self, run: Mapping[str, Any], **keywords: Any) -> None:
+    def __init__(self, adapted: PeftModel, folder: Path, run: Mapping[str, Any], **keywords: Any) -> None:
+        self._adapted = adapted
+        self._folder = folder
         self._run = run
         self._stage: Path | None = None
-        super().__init__(**keywords)
+        super().__init__(model=adapted, **keywords)
+        self.model_accepts_loss_kwargs = _takes_loss_keywords(adapted.get_base_model())  # not what the wrapper passes on
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        self._adapted.save_pretrained(output_dir or self._folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        target = folder / f"checkpoint-{self.state.global_step}"
+        target = self._folder / f"checkpoint-{self.state.global_step}"
 
         def write(stage: Path) -> None:
             self._stage = stage
@@ -153,11 +158,19 @@ class AdapterTrainer(Trainer):
             replace_files(target, write, commit=STATE_NAME)
         finally:
             self._stage = None
-        remove_checkpoints(folder, but=target)
+        remove_checkpoints(self._folder, but=target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        for name in list(self.model.peft_config):
-            self.model.load_adapter(adapter_folder(Path(resume_from_checkpoint), name), name, is_trainable=True)
+        for name in list(self._adapted.peft_config):
+            self._adapted.load_adapter(adapter_folder(Path(resume_from_checkpoint), name), name, is_trainable=True)
+
+
+def _takes_loss_keywords(base: Any) -> bool:
+    """Whether the model wants to know by how many tokens of all accumulated batches its loss is to be divided."""
+    said = getattr(base, "accepts_loss_kwargs", None)
+    if said is not None:
+        return bool(said)
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
 
 
 class _Watcher(TrainerCallback):
@@ -193,13 +206,18 @@ class _Watcher(TrainerCallback):
 
 def _require_writable(folder: Path) -> None:
     """Find out now, not after hours of training."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = f"`{there}` is not a folder that you may write to"
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        possible = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except PermissionError:  # not even a parent may be entered
+        possible = False
+    if not possible:
+        what = f"`{folder}` is not in a folder that you may write to"
         raise PeftcError(rules.SAVE_FAILED(what, fix="Choose another `--output`.", where=Where(file=str(folder))))
 
 
 def _arguments(how: TrainSection, folder: Path) -> TrainingArguments:
+    recompute: dict[str, Any] = {_RECOMPUTE: True} if how.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=how.steps or -1,
@@ -223,9 +241,11 @@ def _arguments(how: TrainSection, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,  # the collator gives exactly what the model takes
         label_names=["labels"],
         dataloader_pin_memory=False,
-        **({_RECOMPUTE: True} if how.gradient_checkpointing else {}),
+        **recompute,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several would be wrapped in DataParallel, which copies the model per step
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # several would be wrapped in DataParallel, which copies the model per step
     return arguments
 
 
@@ -262,7 +282,7 @@ def adapter_folder(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name
 
 
-def _run_facts(model: Any, rows: Sequence[Encoded], how: TrainSection) -> dict[str, Any]:
+def _run_facts(model: PeftModel, rows: Sequence[Encoded], how: TrainSection) -> dict[str, Any]:
     """All that must be equal for a training to be carried on: options by subject, JSON data."""
     content = hashlib.sha256()
     for row in rows:
@@ -322,4 +342,6 @@ def _damage(path: Path) -> Diagnostic | None:
         reason = str(error)
     if reason is None:
         return None
-    return rules.CANNOT_RESUME(f"`{path.name}` of the checkpoint cannot be read: {reason}", fix=fix, where=Where(file=str(path)))
+    return rules.CANNOT_RESUME(
+        f"`{path.name}` of the checkpoint cannot be read: {reason}", fix=fix, where=Where(file=str(path))
+    )

@@ -21,7 +21,7 @@ from peftc.graph.nodes import TensorFacts
 from peftc.checkpoint.report import expected_tensors
 from peftc.runtime.apply import session_of
 from peftc.runtime.model import PeftModel, inject_adapter_in_model
-from peftc.testing.compare import different, objects_of, same, same_names, same_tensors, state_of
+from peftc.testing.compare import close, different, objects_of, same, same_names, same_tensors, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, quiet, slots_of
@@ -78,8 +78,6 @@ def several_active_merge_alike(s: Subject) -> None:
     together.merge_adapter()
     in_turn.merge_adapter(["first"])
     in_turn.merge_adapter(["second"])
-    from peftc.testing.compare import close
-
     tolerance = s.model.tolerance
     close(s.output(together, torch.float64), y, "The output with both merged", fix, tolerance=tolerance)
     close(s.output(in_turn, torch.float64), y, "The output with both merged in turn", fix, tolerance=tolerance)
@@ -89,6 +87,7 @@ def deleting_leaves_nothing(s: Subject) -> None:
     """A server that swaps adapters for days must not grow."""
     model = s.trained()
     names, y = [name for name, _ in model.named_parameters()], s.output(model)
+    gc.freeze()  # what is there already need not be searched
     s.join(model, "second")
     dead = [weakref.ref(p) for p in slots_of(model, "second").values()]
     model.set_adapter("second")
@@ -96,6 +95,7 @@ def deleting_leaves_nothing(s: Subject) -> None:
     model.set_adapter("default")
     model.delete_adapter("second")
     gc.collect()
+    gc.unfreeze()
     same_names([name for name, _ in model.named_parameters()], names, "The model after deleting", "Keep tensors in slots.")
     if any(ref() is not None for ref in dead):
         raise broken("Tensors of a deleted adapter are still in memory", "Keep no reference to slots.")

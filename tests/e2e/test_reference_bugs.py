@@ -1,0 +1,148 @@
+"""What docs/reference-bugs.md says of the reference, and of peftc, is so: each row is tried on both, side by side."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftc
+from peftc import PeftcError
+
+
+class Small(nn.Module):
+    """Three linear layers in a row; `(batch, 16)` to `(batch, 4)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(16, 16)
+        self.b = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x)))
+
+
+def warned(action: Callable[[], Any]) -> list[str]:
+    """Texts of all warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(w.message) for w in caught]
+
+
+def quietly(action: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return action()
+
+
+def lora(library: ModuleType, **options: Any) -> Any:
+    return library.get_peft_model(Small(), library.LoraConfig(**({"r": 4, "target_modules": ["a"]} | options)))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["a", "bee"]}, "bee"),
+        ({"modules_to_save": ["nope"]}, "nope"),
+        ({"target_modules": ["a", "head"], "modules_to_save": ["head"]}, "head"),
+        ({"r": 64}, "64"),
+    ],
+    ids=["half of the targets", "module to save", "target that is saved whole", "rank beyond the layer"],
+)
+def test_options_without_effect_are_told(options: dict[str, Any], named: str) -> None:
+    assert warned(lambda: lora(peft, **options)) == []
+    assert any(f"{named}" in text for text in warned(lambda: lora(peftc, **options)))
+
+
+@pytest.mark.parametrize("rank", ["8", None])
+def test_values_of_another_type_are_refused(rank: object) -> None:
+    assert peft.LoraConfig(r=rank).r == rank
+    with pytest.raises(PeftcError):
+        peftc.LoraConfig(r=rank)
+
+
+def test_disabling_leaves_a_frozen_adapter_frozen() -> None:
+    def trainable_after(library: ModuleType) -> bool:
+        model = lora(library, inference_mode=True)
+        with model.disable_adapter():
+            pass
+        return any(p.requires_grad for p in model.parameters())
+
+    assert trainable_after(peft)
+    assert not trainable_after(peftc)
+
+
+def test_unmerging_in_bfloat16_restores_the_weights() -> None:
+    def changed(library: ModuleType) -> float:
+        base = Small().bfloat16()
+        before = base.a.weight.clone()
+        config = library.LoraConfig(r=4, target_modules=["a"], init_lora_weights=False)
+        model = library.get_peft_model(base, config, autocast_adapter_dtype=False)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        return (model.base_model.model.a.base_layer.weight != before).float().mean().item()
+
+    assert changed(peft) > 0.05
+    assert changed(peftc) == 0
+
+
+def test_unmerging_a_scale_of_zero_restores_the_weights() -> None:
+    def difference(library: ModuleType) -> float:
+        model = library.get_peft_model(Small(), library.IA3Config(target_modules=["a"], feedforward_modules=[]))
+        layer = model.base_model.model.a
+        before = layer.base_layer.weight.clone()
+        with torch.no_grad():
+            layer.ia3_l["default"][3] = 0
+        model.merge_adapter()
+        model.unmerge_adapter()
+        return (layer.base_layer.weight - before).abs().max().item()
+
+    assert quietly(lambda: difference(peft)) > 0.01
+    assert difference(peftc) == 0
+
+
+@pytest.mark.parametrize(("options", "told_by_reference"), [({"r": 3}, True), ({"r": 4, "apply_GS": True}, False)])
+def test_a_start_that_changes_the_model_is_told(options: dict[str, Any], told_by_reference: bool) -> None:
+    def start(library: ModuleType) -> Any:
+        return library.get_peft_model(Small(), library.HRAConfig(target_modules=["a"], **options))
+
+    assert bool(warned(lambda: start(peft))) == told_by_reference
+    assert any("PC104" in text for text in warned(lambda: start(peftc)))
+    model, x = quietly(lambda: start(peftc)), torch.randn(2, 16)
+    with model.disable_adapter():
+        base = model(x)
+    assert not torch.allclose(model(x), base)
+
+
+def test_loading_a_file_without_any_key_of_the_adapter_is_an_error(tmp_path: Path) -> None:
+    saved = lora(peft)
+    saved.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"x.{key}": tensor for key, tensor in load_file(file).items()}, file)
+
+    assert warned(lambda: saved.load_adapter(tmp_path, "second")) == []
+    model = lora(peftc)
+    with pytest.raises(PeftcError, match=r"x\.base_model"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_disabling_a_prompt_adapter_of_another_task_fails_in_the_reference() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(vocab_size=20, **sizes))
+    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(UnboundLocalError), model.disable_adapter():
+        pass
