@@ -148,6 +148,7 @@ NO_TYPE = Rule("PC430", "Config has no type", "The type decides which method the
 ADAPTERS_CONFLICT = Rule(
     "PC431", "Adapters get in each other's way", "What one adapter does would depend on the other."
 )
+NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that these layers do not have.", WARNING)
 
 # PC5xx: running models ---------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")

@@ -294,6 +294,10 @@ def train_biases(draft: Draft, context: Context) -> Draft:
             continue
         tensor = next(tensor for name, tensor in node.facts.params if name == "bias")
         trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}"))
+    if not trains:
+        owner = "no layer of the model" if mode == "all" else "no adapted layer"
+        what = f"`bias: {mode}` trains nothing: {owner} has a bias"
+        draft = draft.told(rules.NO_BIAS(what, fix="Set `bias: none`.", where=context.where("bias")))
     return draft.but(trains=tuple(trains))
 
 

@@ -168,12 +168,18 @@ def _kind_of(cls: type[nn.Module]) -> tuple[Kind, str]:
     """Kind of a class and, when it only looks like one, why it is none."""
     for parent, kind in _FORWARDS.items():
         if issubclass(cls, parent):
-            if cls.forward is parent.forward or f"{cls.__module__}.{cls.__qualname__}" in _PLAIN_LINEAR:
+            known = f"{cls.__module__}.{cls.__qualname__}" in _PLAIN_LINEAR or _is_scaled_embedding(cls)
+            if cls.forward is parent.forward or known:
                 return kind, ""
             return Kind.OTHER, f"a subclass of {parent.__name__} with a forward of its own"
     if issubclass(cls, _transformers_class("pytorch_utils", "Conv1D")):
         return Kind.CONV1D_TRANSPOSED, ""
     return (Kind.NORM, "") if cls.__name__.endswith(_NORM_ENDINGS) else (Kind.OTHER, "")
+
+
+def _is_scaled_embedding(cls: type[nn.Module]) -> bool:
+    """transformers' embeddings that multiply their output by `embed_scale`, which the embedding's backend knows."""
+    return issubclass(cls, nn.Embedding) and cls.__name__.endswith("ScaledWordEmbedding")
 
 
 def _describe(

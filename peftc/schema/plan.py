@@ -155,7 +155,8 @@ def _layer_definitions() -> dict[str, Schema]:
             reason={**_TEXT, "description": "Why the module is adapted."},
             role=_or_null(_TEXT, "What the module is for, where its name tells."),
             overrides=_list(
-                _row("An option and its value.", ("option", _TEXT), ("value", {})), "Options that patterns changed here."
+                _row("An option and its value.", ("option", _TEXT), ("value", {})),
+                "Options that patterns changed here.",
             ),
         ),
     }

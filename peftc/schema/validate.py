@@ -60,19 +60,20 @@ def structure_problems(data: Any, schema: Schema) -> Iterator[Problem]:
     found = Draft202012Validator(schema).iter_errors(data)
     for error in (inner for outer in found for inner in _told_by_branch(outer)):
         location: Location = tuple(error.absolute_path)
+        value: Any = error.instance
         missing = _REQUIRED.match(error.message) if error.validator == "required" else None
         if error.validator == "additionalProperties" and isinstance(error.schema, Mapping):
             known = error.schema.get("properties", {})
-            for key in error.instance:
+            for key in value:
                 if key not in known:
                     what = f"`{key}` is not an option"
                     yield Problem((*location, key), rules.UNKNOWN_KEY(what, fix="Remove it."), on_key=True)
         elif error.validator == "uniqueItems":
-            yield from _repeated(error.instance, location)
+            yield from _repeated(value, location)
         elif missing is not None:
             yield Problem((*location, missing[1]), rules.MISSING_KEY(f"`{missing[1]}` is missing", fix="Add it."))
         else:
-            what = f"`{shorten(error.instance)}` does not fit: {shorten(error.message, 200)}"
+            what = f"`{shorten(value)}` does not fit: {shorten(error.message, 200)}"
             yield Problem(location, rules.BAD_VALUE(what, fix="`peftc schema` shows what fits."))
 
 

@@ -270,6 +270,10 @@ CASES: dict[str, Case] = {
         rules.CANNOT_SAVE, plan(modules_to_save=["layers"]), ("`model.layers` is a ModuleList",),
         (sites, "        if node.facts.cls in _CONTAINERS:", "        if False:"),
     ),
+    "biases where there are none": warned(
+        rules.NO_BIAS, plan(bias="all"), ("`bias: all`", "no layer of the model"),
+        (sites, "    if not trains:", "    if False:"),
+    ),
     "a task without its head": warned(
         rules.NO_HEAD, plan(task_type="SEQ_CLS"), ("`classifier`, `score`", "SEQ_CLS"),
         (sites, "    if heads and not saves:", "    if False:"),

@@ -303,3 +303,9 @@ def test_no_operation_runs_on_a_tensor() -> None:
         assert recorder.called == []
         model[0].weight.sum()
     assert recorder.called  # it does notice
+
+
+def test_a_scaled_word_embedding_is_an_embedding() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    assert layer_facts(Gemma3TextScaledWordEmbedding(32, 8, 0, embed_scale=4.0)).kind is Kind.EMBEDDING
