@@ -159,7 +159,9 @@ MIXED_TYPES = Rule("PC503", "Another method is already applied", "A `PeftModel` 
 MODEL_DRIFTED = Rule(
     "PC504", "Model differs from the plan", "A plan says which parameters exist; this model has others."
 )
-ALREADY_MERGED = Rule("PC505", "Adapter is merged", "Its effect is already in the base weights; it would count twice.")
+ALREADY_MERGED = Rule(
+    "PC505", "Adapter is merged already", "Its effect is in the base weights; a second time would count twice.", WARNING
+)
 MERGE_NOT_FINITE = Rule("PC506", "Merge gives NaN or infinity", "The merged model would produce nothing but NaN.")
 NOT_ADAPTED = Rule("PC507", "Model has no adapter", "There is nothing to act on.")
 CANNOT_MERGE = Rule("PC508", "Adapter cannot be merged", "Its effect is not a change of the base weights.")

@@ -42,9 +42,7 @@ class PromptTuningConfig(PromptLearningConfig):
     def _text_needs_tokenizer(self) -> Self:
         text = self.prompt_tuning_init == "TEXT"
         if text and (not self.tokenizer_name_or_path or self.prompt_tuning_init_text is None):
-            raise ValueError(
-                "`prompt_tuning_init: TEXT` needs `tokenizer_name_or_path` and `prompt_tuning_init_text`"
-            )
+            raise ValueError("`prompt_tuning_init: TEXT` needs `tokenizer_name_or_path` and `prompt_tuning_init_text`")
         if self.tokenizer_kwargs and not text:
             raise ValueError("`tokenizer_kwargs` has an effect only with `prompt_tuning_init: TEXT`")
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from peftc import rules
 from peftc.cli import console, progress
-from peftc.cli.train import adapter_bytes, described, section, total_steps
+from peftc.cli.train import adapter_bytes, described, section, told, total_steps
 from peftc.compiler.render import size
 from peftc.config.spec import AdapterSpec, load_spec
 from peftc.diagnostics import PeftcError
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        default=Path("peftc-demo"),
+        default=Path("runs/demo"),
         metavar="DIR",
         help="folder for spec, data and adapter (%(default)s)",
     )
@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
     _heading(4, "Saved, loaded, merged", quiet)
     checks = [
+        job.unseen(),
         Check(f"{after.right} of {len(questions)} answers are right ({NEEDED} needed)", after.right >= NEEDED),
         Check(f"held-out loss fell from {before.loss:.3f} to {after.loss:.3f}", after.loss < before.loss),
         *job.reload(model, base, after, folder / "adapter"),
@@ -155,11 +156,23 @@ class _Job:
         self._held_out = jobs.encoded(base, spec.resolve(how.eval_data or ""), how.max_length)
         before = self.examine(base.model, base, "Asking the base model")
         model = jobs.fresh_adapter(base, spec, how.seed)
-        console.note(described(spec, base, model, len(rows)), self._quiet)
+        self._say(described(spec, base, model, len(rows)))
         on = how.model_copy(update={"device": str(base.model.device)})
         with progress.stage("Training", total_steps(how, len(rows)), self._quiet) as stage:
-            jobs.train(model, base, rows, on, folder, progress=lambda s: stage.at(s.number, f"loss {s.loss:.3f}"))
+            done = jobs.train(
+                model, base, rows, on, folder, progress=lambda s: stage.at(s.number, f"loss {s.loss:.3f}")
+            )
+        self._say(told(done))
         return model, base, before
+
+    def unseen(self) -> Check:
+        """Whether the questions are held out."""
+        from peftc.integrations.transformers.data import read_examples
+
+        data = read_examples(self._spec.resolve(self._how.data))
+        asked = {message["content"].casefold().strip(" ?!.") for example in data for message in example.messages}
+        seen = [question.text for question in self._questions if question.text.casefold().strip(" ?!.") in asked]
+        return Check(f"none of the {len(self._questions)} questions is in the training data", not seen)
 
     def examine(self, model: nn.Module, base: Base, label: str) -> Exam:
         """Ask every question, greedily, and measure the loss on the right answers."""
@@ -200,6 +213,10 @@ class _Job:
                 apart < MERGE_TOLERANCE,
             ),
         ]
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            console.out(text)
 
     def _load(self, label: str = "Loading the base model") -> Base:
         from peftc.integrations.transformers import jobs

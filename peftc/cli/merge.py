@@ -30,13 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge and save."""
     from peftc.integrations.transformers import jobs  # here: below the torch line
-    from peftc.integrations.transformers.base import load_base
 
     jobs.require_new(args.out)
     ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
     ref = ref if args.dtype is None else replace(ref, dtype=args.dtype)
     with progress.stage("Loading the base model", quiet=args.quiet):
-        base, tokenizer = load_base(ref)
+        base, tokenizer = jobs.load_any(ref, jobs.device_named("cpu"))
         model = jobs.with_adapter(base, args.adapter)
     with progress.stage("Merging and saving", quiet=args.quiet):
         merged = jobs.merge(model, tokenizer, args.out)

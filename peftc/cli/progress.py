@@ -29,6 +29,7 @@ class Stage(Protocol):
 @contextmanager
 def stage(label: str, total: int | None = None, quiet: bool = False) -> Iterator[Stage]:
     """Show work: `total` pieces of it, or None where it cannot be counted."""
+    sys.stdout.flush()  # in a log that takes both streams, what was said before stands before
     if quiet:
         yield _Silent()
     elif console.is_terminal(sys.stderr):

@@ -125,6 +125,12 @@ def adapter_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for name in (WEIGHTS_NAME, f"*/{WEIGHTS_NAME}") for file in folder.glob(name))
 
 
+def told(result: TrainResult) -> str:
+    """The losses and the time of a training, in one line."""
+    steps = f"{result.steps - result.first_step + 1} steps in {progress.seconds(result.seconds)}"
+    return f"Loss      {result.first_loss:.3f} → {result.last_loss:.3f}, {steps}"
+
+
 def _report(
     as_json: bool, folder: Path, model: PeftModel, result: TrainResult, held_out: tuple[float | None, float | None]
 ) -> None:
@@ -135,8 +141,7 @@ def _report(
         losses = {"held_out_loss_before": before, "held_out_loss_after": after}
         console.out_json({"ok": True, **facts, **asdict(result), **losses, "bytes": adapter_bytes(folder)})
         return
-    steps = f"{result.steps - result.first_step + 1} steps in {progress.seconds(result.seconds)}"
-    console.out(f"Loss      {result.first_loss:.3f} → {result.last_loss:.3f}, {steps}")
+    console.out(told(result))
     if before is not None and after is not None:
         console.out(f"Held out  {before:.3f} → {after:.3f}")
     console.out(f"Saved     {console.plain(str(folder))}, {size(adapter_bytes(folder))}")

@@ -250,11 +250,16 @@ def find_dead_targets(draft: Draft, context: Context) -> Draft:
     if any(problem.code in _PATTERN_CODES for problem in draft.problems):
         return draft  # what a broken pattern would have matched is not known
     if not draft.targets:
-        return draft.told(_no_match(draft, context, config.target_modules))
+        draft = draft.told(_no_match(draft, context, config.target_modules))
+        if not draft.dropped:
+            return draft  # which names every entry
     if not isinstance(config.target_modules, set) or draft.source == ALL_LINEAR:
         return draft
     alive = {entry for entries in draft.targets.values() for entry in entries}
     dead = config.target_modules - alive - context.allowed
+    if not draft.targets:
+        names = Names(dead)
+        dead -= {entry for path in draft.dropped for entry in names.find(path)}
     return draft.told(*(_dead_target(entry, draft, context) for entry in sorted(dead)))
 
 

@@ -99,8 +99,8 @@ def config_from_document(
 ) -> tuple[PeftConfig, list[Diagnostic]]:
     """The config in a document, and warnings, all with their lines. Raises `PeftcError` with every problem."""
     config, found = check_config(document.data, lenient=lenient, registry=registry)
-    told = [place(document, problem) for problem in found]
-    if config is None:
+    told = [*document.problems, *(place(document, problem) for problem in found)]
+    if config is None or document.problems:
         raise ConfigError(told)
     return config, told
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from peftc.diagnostics import Where
+from peftc.diagnostics import Diagnostic, Where
 
 Location = tuple[str | int, ...]
 #: line and column, both from 1; the column counts characters
@@ -49,6 +49,8 @@ class Document:
     file: str
     data: Any
     locate: Callable[[], Positions]
+    #: what was refused while reading although the rest could be read: told together with what the validators find
+    problems: tuple[Diagnostic, ...] = ()
 
     @cached_property
     def positions(self) -> Positions:

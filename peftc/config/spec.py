@@ -247,7 +247,7 @@ def read_spec(document: Document, registry: Registry | None = None) -> Reading:
     if not isinstance(data, Mapping):
         what = "The document is empty" if data is None else "The document is not a mapping of keys to values"
         fix = "A spec has `version`, `base` and `adapters`."
-        return Reading(document, None, (rules.WRONG_DOCUMENT(what, fix=fix, where=document.where()),))
+        return Reading(document, None, (*document.problems, rules.WRONG_DOCUMENT(what, fix=fix, where=document.where())))
     registry = registry or default_registry()
     spec, found = None, list(contradictions(data))
     try:
@@ -337,5 +337,5 @@ def _explain_code(problem: Problem) -> Problem:
 
 def in_order(document: Document, found: Iterable[Problem]) -> tuple[Diagnostic, ...]:
     """Diagnostics with their places, each once, in the order of the lines."""
-    told = dict.fromkeys(place(document, problem) for problem in found)
+    told = dict.fromkeys([*document.problems, *(place(document, problem) for problem in found)])
     return tuple(sorted(told, key=lambda d: (d.where.line or 0, d.where.column or 0)))

@@ -44,7 +44,10 @@ _WORDS: dict[str, Any] = {
 
 
 def parse_yaml(text: str, file: str) -> Document:
-    """The one document in the text. Raises `PeftcError` with everything that is refused."""
+    """The one document in the text. Raises `PeftcError` with everything that is refused.
+
+    A key given twice does not keep the rest from being read: it is among the document's problems.
+    """
     builder = _Builder(file, text.split("\n"))
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
@@ -54,9 +57,10 @@ def parse_yaml(text: str, file: str) -> Document:
     except (ValueError, OverflowError) as error:
         # the parser lets these out for an escape that is no character, such as `\UFFFFFFFF`
         builder.found.add(rules.SYNTAX(f"Not valid YAML: {error}", fix="Correct the escape.", where=Where(file)))
-    builder.found.raise_errors()
+    if any(problem.code != rules.DUPLICATE_KEY.code for problem in builder.found):
+        builder.found.raise_errors()
     positions = builder.positions
-    return Document(file, builder.root, lambda: positions)
+    return Document(file, builder.root, lambda: positions, tuple(builder.found))
 
 
 def _syntax(error: YAMLError, file: str) -> Diagnostic:

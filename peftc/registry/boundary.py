@@ -27,7 +27,7 @@ def boundary(peft_type: str, function: str, path: str | None = None) -> Iterator
         yield
     except PeftcError:
         raise
-    except Exception as error:  # noqa: BLE001 - a stranger's code may raise anything
+    except Exception as error:
         raise _raised(peft_type, function, path, error) from error
 
 
@@ -43,7 +43,7 @@ def guarded(function: Callable[P, R], peft_type: str, path: str | None) -> Calla
             return function(*args, **kwargs)
         except PeftcError:
             raise
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             if _out_of_memory(error) or _control_flow(error):
                 raise
             raise _raised(peft_type, function.__name__, path, error) from error

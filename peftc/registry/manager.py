@@ -96,6 +96,10 @@ class Registry:
         self._methods[method.peft_type] = method
         return method
 
+    def forget(self, peft_type: str) -> None:
+        """Take a method out again that `register` added; one that is installed is loaded anew when it is asked for."""
+        self._methods.pop(peft_type, None)
+
     def find_name(self, public_name: str) -> tuple[TunerMethod, str] | None:
         """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`).
 

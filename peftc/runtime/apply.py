@@ -90,4 +90,3 @@ def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:
     """The diagnostic for a second method on one model."""
     what = f"The model is adapted by {', '.join(sorted(types))}; `{config.peft_type}` cannot join"
     return rules.MIXED_TYPES(what, fix="Put it on a model of its own, or merge the first adapter.")
-

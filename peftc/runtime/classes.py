@@ -39,7 +39,7 @@ _layer_classes: dict[str, type[TunerLayer]] = {}
 
 def layer_class(method: TunerMethod) -> type[TunerLayer]:
     """The layer class of a method, e.g. for `isinstance(module, ...)`."""
-    name = method.layer_class or f"{method.peft_type.title()}Layer"
+    name = method.layer_class
     if name not in _layer_classes:
         names = {"adapter_layer_names": method.layer_names, "__module__": __name__, "__doc__": method.summary}
         _layer_classes[name] = type(name, (TunerLayer,), names)
@@ -53,7 +53,7 @@ def _model_class(name: str, summary: str) -> type[TunerModel]:
 
 def model_class(method: TunerMethod) -> type[TunerModel]:
     """The model class of a method."""
-    return _model_class(method.model_class or f"{method.peft_type.title()}Model", method.summary)
+    return _model_class(method.model_class, method.summary)
 
 
 def layer_factory(registry: Registry) -> LayerFactory:

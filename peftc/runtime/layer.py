@@ -7,6 +7,7 @@ adapters' tensors; the mathematics is the method's. Live names are the ecosystem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -61,31 +62,28 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         To be called under `no_grad`.
         """
         device = self._device()
+        dtypes = {slot.name: torch_dtype(slot.dtype or site.dtype) for slot in site.slots}
         made: dict[str, Tensor] = {}
-        fresh = False
-        for slot in site.slots:
-            dtype = torch_dtype(slot.dtype or site.dtype)
-            found = source(site.key(slot, adapter).disk()) if source is not None else None
-            if found is None:
-                fresh = True
-                tensor = allocate(slot.shape, dtype, device)
-            else:
-                tensor = found.to(device=device, dtype=dtype)
-            made[slot.name] = tensor
-        peft_type = str(site.config.peft_type)
-        scaling = guarded(tuner.scaling, peft_type, site.path)(site.config, site.layer)
-        if fresh:
-            guarded(tuner.init, peft_type, site.path)(site.config, site.layer, made, INIT)
+        for slot in site.slots if source is not None else ():
+            found = source(site.key(slot, adapter).disk())
+            if found is not None:
+                made[slot.name] = found.to(device=device, dtype=dtypes[slot.name])
+        call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
+        scaling = call(tuner.scaling)(site.config, site.layer)
+        p = call(tuner.dropout)(site.config)
+        if len(made) < len(site.slots):  # what was found stays; the method fills a whole set, of which the rest is taken
+            fresh = {slot.name: allocate(slot.shape, dtypes[slot.name], device) for slot in site.slots}
+            call(tuner.init)(site.config, site.layer, fresh, INIT)
+            made = {**fresh, **made}
         for slot in site.slots:
             put(self, slot, adapter, nn.Parameter(made[slot.name], requires_grad=False))
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
-        self._view(adapter)
+        self._view(adapter, p)
 
-    def _view(self, adapter: str) -> None:
+    def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {slot.name: find(self, slot, adapter) for slot in site.slots}
-        p = tuner.dropout(site.config)
         dropout = _Dropout(self, p) if p > 0 else None
         self._parts[adapter] = Part(tuner, LayerView(adapter, site, slots, self.scaling), site.path, dropout)
 
@@ -290,8 +288,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
         self._parts = {}
-        for adapter in self._sites:
-            self._view(adapter)
+        for adapter, (site, tuner) in self._sites.items():
+            self._view(adapter, tuner.dropout(site.config))
         self._choose_path()
 
     def extra_repr(self) -> str:

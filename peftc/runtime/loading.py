@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import LoadReport, match_file
-from peftc.compiler.compile import compile_plan
+from peftc.compiler.compile import compile_plan, conflicts
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
-from peftc.diagnostics import warn
+from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
@@ -26,7 +26,11 @@ _OF_THE_START = frozenset({rules.NOT_IDENTITY.code})
 
 
 def plan_for(
-    model: nn.Module, configs: Mapping[str, PeftConfig], autocast_adapter_dtype: bool = True, loading: bool = False
+    model: nn.Module,
+    configs: Mapping[str, PeftConfig],
+    autocast_adapter_dtype: bool = True,
+    loading: bool = False,
+    task_heads: bool = True,
 ) -> InjectionPlan:
     """Compile configs for a live model and show the compiler's warnings; the first config's adapter is to be active,
     unless the model has adapters already. Raises `PeftcError` with every problem."""
@@ -37,7 +41,12 @@ def plan_for(
         active=None if session is None else [],
         registry=default_registry(),
         autocast_adapter_dtype=autocast_adapter_dtype,
+        task_heads=task_heads,
     )
+    others = [] if session is None else [p for name, p in session.plans.items() if name not in configs]
+    problems = conflicts([*others, *plan.adapters])
+    if problems:
+        raise PeftcError(problems)
     warn((w for w in plan.warnings if not loading or w.code not in _OF_THE_START), stacklevel=5)
     return plan
 

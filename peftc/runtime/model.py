@@ -414,7 +414,7 @@ def inject_adapter_in_model(
     if registry.method_of(peft_config).is_prompt:
         what = "A prompt adapts the call, which a model without wrapper does not let through"
         raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Use `get_peft_model`."))
-    session = apply_plan(model, plan_for(model, {adapter_name: peft_config}))
+    session = apply_plan(model, plan_for(model, {adapter_name: peft_config}, task_heads=False))
     model.__dict__["peft_config"] = {name: p.config for name, p in session.plans.items()}
     return model
 

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, MapSite
-from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
+from peftc.compiler.plan import VOCABULARY_NAMES, AdapterPlan, MapSite
+from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
-
-EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
 W = TypeVar("W", TunerLayer, ModulesToSaveWrapper)
 
@@ -245,6 +243,10 @@ class Session:
         """Fold adapters into the base weights where they are; all layers or none."""
         names = self.active if names is None else names
         self.require(names)
+        again = [name for name in names if name in self.merged]
+        if again:
+            what = f"{', '.join(f'`{name}`' for name in again)} is merged already"
+            warn([rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")], stacklevel=4)
         with Journal() as journal:
             for layer in self._distinct_layers(names):
                 if not layer.merged:
@@ -317,7 +319,7 @@ class Session:
         """Adapted input and output embeddings, which the reference saves whole: it goes by these names."""
         paths = (self.graph.model.input_embeddings, self.graph.model.output_embeddings)
         for site in plan.maps:
-            if site.path in paths and site.path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES:
+            if site.path in paths and site.path.rpartition(".")[2] in VOCABULARY_NAMES:
                 yield f"{plan.root}{site.path}.base_layer.weight", self.layers[site.path]
 
 

@@ -16,9 +16,7 @@ def same(found: Tensor, expected: Tensor, what: str, fix: str, where: str | None
         raise broken(f"{what} {_difference(found, expected)}", fix, where)
 
 
-def close(
-    found: Tensor, expected: Tensor, what: str, fix: str, *, tolerance: float, where: str | None = None
-) -> None:
+def close(found: Tensor, expected: Tensor, what: str, fix: str, *, tolerance: float, where: str | None = None) -> None:
     """Raise unless the tensors are equal up to `tolerance` times the largest value."""
     if _alike(found, expected):
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0

@@ -49,7 +49,12 @@ def plan_elsewhere(subjects: Sequence[Subject], modules: Mapping[str, str]) -> d
     jobs = [_job(subject, modules.get(subject.method.peft_type)) for subject in subjects]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", __name__],
+        input=json.dumps(jobs),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if run.returncode != 0:
         raise RuntimeError(f"the process that plans failed:\n{run.stderr}")

@@ -38,6 +38,11 @@ def once(s: Subject) -> bool:
     return s.first and s.model.name == ("llama" if s.method.is_prompt else "mlp")
 
 
+def from_graphs(s: Subject) -> bool:
+    """Models that another process knows by their graph."""
+    return s.model.base is None
+
+
 def as_prompt(s: Subject) -> bool:
     """Methods that change the model's call."""
     return s.method.is_prompt
@@ -55,7 +60,7 @@ def in_float64(s: Subject) -> bool:
 
 def quick_to_compile(s: Subject) -> bool:
     """The first options of methods on layers, on small models."""
-    return s.first and on_layers(s) and not s.model.is_language_model
+    return s.first and on_layers(s) and s.model.name in ("mlp", "conv2d", "embedding")
 
 
 #: Every check, with the subjects that it is run on.
@@ -97,8 +102,11 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (prompts.merging_is_refused, as_prompt),
 )
 
-#: Checks of what another process planned.
-CHECKS_OF_PLANS: tuple[Callable[[Subject, Planned], None], ...] = (planning.plan_equals_model, planning.loads_without_torch)
+#: Checks of what another process planned. Where it had to build the model, torch was needed.
+CHECKS_OF_PLANS: tuple[tuple[Callable[[Subject, Planned], None], When], ...] = (
+    (planning.plan_equals_model, everywhere),
+    (planning.loads_without_torch, from_graphs),
+)
 
 
 class Elsewhere:
@@ -162,8 +170,9 @@ def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
         for check, when in CHECKS:
             if when(s):
                 yield Case(check.__name__, s, lambda check=check, s=s: check(s))
-        for check_plan in CHECKS_OF_PLANS:
-            yield Case(check_plan.__name__, s, lambda check=check_plan, s=s: check(s, elsewhere(s)))
+        for of_plan, when in CHECKS_OF_PLANS:
+            if when(s):
+                yield Case(of_plan.__name__, s, lambda check=of_plan, s=s: check(s, elsewhere(s)))
 
 
 def _entry_name(plugin: ModuleType) -> str:

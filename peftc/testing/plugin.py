@@ -10,7 +10,9 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker."""
-    text = "peftc(*plugins): PEFT types or plugin modules to run the conformance checks on; all installed if none is given"
+    text = (
+        "peftc(*plugins): PEFT types or plugin modules to run the conformance checks on; all installed if none is given"
+    )
     config.addinivalue_line("markers", text)
 
 

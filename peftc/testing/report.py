@@ -37,7 +37,9 @@ class Report:
     def __str__(self) -> str:
         if not self.findings:
             return f"{self.peft_type} passes all {self.ran} conformance checks."
-        head = f"{self.peft_type} fails {len(self.findings)} of {self.ran} conformance checks: {', '.join(self.failed)}."
+        head = (
+            f"{self.peft_type} fails {len(self.findings)} of {self.ran} conformance checks: {', '.join(self.failed)}."
+        )
         return "\n\n".join([head, *map(str, self.findings)])
 
     def require(self) -> Report:

@@ -130,7 +130,7 @@ class TunerMethod:
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
     layer_names: tuple[str, ...] = ()
-    #: public names of the empty model class and layer class, for `isinstance`
+    #: public names of the empty model class and layer class, for `isinstance`; left out, those that go with the config's
     model_class: str = ""
     layer_class: str = ""
     #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`
@@ -143,6 +143,13 @@ class TunerMethod:
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
     #: whether a fresh adapter with this config leaves the model's output as it was
     identity_at_start: Callable[[Any], bool] = field(default=lambda config: True)
+
+    def __post_init__(self) -> None:
+        if self.is_prompt or not isinstance(self.config, type):  # the registry refuses the latter
+            return
+        stem = self.config.__name__.removesuffix("Config")
+        object.__setattr__(self, "model_class", self.model_class or f"{stem}Model")
+        object.__setattr__(self, "layer_class", self.layer_class or f"{stem}Layer")
 
     @property
     def is_prompt(self) -> bool:

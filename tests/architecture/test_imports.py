@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc.ops",),
     ("peftc.runtime",),
     ("peftc.checkpoint",),
-    ("peftc.runtime.model",),
+    ("peftc.runtime.loading", "peftc.runtime.model"),
     ("peftc.integrations",),
     ("peftc.testing",),
     ("peftc", "peftc.cli"),

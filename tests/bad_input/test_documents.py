@@ -56,12 +56,15 @@ class Case:
 
 
 def document(text: str | bytes, name: str = "doc.yaml") -> Act:
-    """Read a file with this content."""
+    """Read a file with this content; what it says of a document that it could read is raised as well."""
 
     def act(place: Path) -> Any:
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         (place / name).write_bytes(raw)
-        return read_document(place / name)
+        read = read_document(place / name)
+        if read.problems:
+            raise PeftcError(read.problems)
+        return read
 
     return act
 
@@ -357,3 +360,12 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypat
     with pytest.raises(PeftcError, match="at most"):
         monkeypatch.setattr(reader.os, "stat", lambda _: os.stat_result((0o100644, *[0] * 9)))
         reader.read_text(str(tmp_path / "a.yaml"), 20)
+
+
+def test_a_duplicate_key_hides_no_other_problem(tmp_path: Path) -> None:
+    text = "version: 1\nversion: 1\nbse: x\nadapters: {a: {peft_type: NOTHING_LIKE_IT}}\n"
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(PeftcError) as caught:
+        load_spec(tmp_path / "spec.yaml")
+    codes = {d.code for d in caught.value.diagnostics}
+    assert codes >= {rules.DUPLICATE_KEY.code, rules.UNKNOWN_KEY.code, rules.UNKNOWN_TYPE.code}

@@ -282,7 +282,7 @@ def examples(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     values["train"] |= {"eval_data": "questions.jsonl"}
     (place / "adapter.yaml").write_text(text_of(values), encoding="utf-8")
     tiny.write_lines(place / "data.jsonl", QUESTIONS)
-    tiny.write_lines(place / "questions.jsonl", [{**q, "question": q["question"] + "!"} for q in QUESTIONS])
+    tiny.write_lines(place / "questions.jsonl", [{**q, "question": f"Tell me: {q['question']}"} for q in QUESTIONS])
     monkeypatch.setattr(demo, "files", lambda name: place.parent)
     return place
 
@@ -303,7 +303,17 @@ def test_the_demo_succeeds_and_can_be_repeated(
     for _ in range(2):
         code, out, _ = run(capsys, "demo", "--output", tmp_path / "demo", "--json")
         assert code == 0
-        assert [check["held"] for check in json.loads(out)["checks"]] == [True] * 5
+        assert [check["held"] for check in json.loads(out)["checks"]] == [True] * 6
+
+
+def test_the_demo_notices_a_question_that_is_in_the_data(
+    examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "NEEDED", 0)
+    tiny.write_lines(examples / "questions.jsonl", QUESTIONS)
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "demo", "--quiet")
+    assert code == 1
+    assert "Not so: none of the 6 questions is in the training data" in err
 
 
 def test_a_question_is_right_if_all_that_is_expected_occurs() -> None:

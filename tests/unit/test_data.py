@@ -109,7 +109,9 @@ def test_keys_that_nothing_reads_are_warned_of(tmp_path: Path) -> None:
     file = tiny.write_lines(tmp_path / "a.jsonl", [{**ASKED, "source": "web", "expect": ["so"]}])
     with pytest.warns(PeftcWarning, match=r"`source` is not read") as told:
         read_examples(file)
-    assert "`expect`" not in str(told[0].message).splitlines()[0]
+    (warning,) = [item.message for item in told if isinstance(item.message, PeftcWarning)]
+    assert warning.diagnostic.code == rules.DATA_KEYS_UNREAD.code
+    assert "`expect`" not in warning.diagnostic.what
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,9 @@ def test_long_examples_are_cut_or_left_out_with_a_warning() -> None:
     with pytest.warns(PeftcWarning) as told:
         found = encoder().encode_all(rows, 6)
     assert [len(row.input_ids) for row in found] == [5, 6]
-    messages = [str(warning.message) for warning in told]
+    warned = [item.message.diagnostic for item in told if isinstance(item.message, PeftcWarning)]
+    assert [d.code for d in warned] == [rules.TOO_LONG.code] * 2
+    messages = [d.what for d in warned]
     assert any("1 example is cut at 6 tokens (line 2)" in message for message in messages)
     assert any("1 example is left out" in message and "(line 3)" in message for message in messages)
 

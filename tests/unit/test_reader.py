@@ -101,7 +101,7 @@ def test_json_places_point_at_the_values(data: object, indent: int | None) -> No
             assert json.JSONDecoder().raw_decode(rest)[0] == place[-1]
 
 
-@given(PLAIN)
+@given(PLAIN.filter(lambda data: '"<<"' not in json.dumps(data)))  # the merge key is refused in YAML alone
 @settings(max_examples=150, deadline=None)
 def test_yaml_reads_flow_style_as_json_does(data: object) -> None:
     assert parse_yaml(json.dumps(data), "f").data == data

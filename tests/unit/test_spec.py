@@ -283,7 +283,7 @@ def test_any_change_of_a_good_spec_is_a_spec_or_diagnostics_with_lines(
             holder = data
             for part in place[:-1]:
                 holder = holder[part]
-            holder[place[-1]] = value
+            holder[place[-1]] = copy.deepcopy(value)
     reading = read_spec(parse_yaml(json.dumps(data, indent=1), "f"), registry())
     assert (reading.spec is None) == any(d.severity == "error" for d in reading.diagnostics)
     assert all(d.where.line and d.where.path and d.fix for d in reading.diagnostics), reading.diagnostics

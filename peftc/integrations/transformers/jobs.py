@@ -5,7 +5,8 @@ Each function is one step that a script can take as well; what a person sees of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
@@ -66,9 +68,15 @@ def _count(kind: str) -> int:
     return torch.accelerator.device_count() if found is not None and found.type == kind else 0
 
 
+def load_any(ref: BaseRef, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model of any kind, and its tokenizer if it has one. Raises `PeftcError` if it cannot be read."""
+    with _no_bars():
+        return load_base(ref, device)
+
+
 def load(ref: BaseRef, device: torch.device) -> Base:
     """A language model and its tokenizer. Raises `PeftcError` if either is missing, cannot be read, or is of another kind."""
-    model, tokenizer = load_base(ref, device)
+    model, tokenizer = load_any(ref, device)
     name = ref.name or "The base model"
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise PeftcError(
@@ -144,7 +152,8 @@ def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: P
     assert isinstance(merged, PreTrainedModel)
 
     def write(stage: Path) -> None:
-        merged.save_pretrained(stage)
+        with _no_bars():
+            merged.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
 
@@ -155,6 +164,18 @@ def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: P
         fix = "Free some space, or save to another disk."
         raise PeftcError(rules.SAVE_FAILED(what, fix=fix, where=Where(file=str(folder)))) from error
     return merged
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would be drawn across ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def require_new(folder: Path) -> None:

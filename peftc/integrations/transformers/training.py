@@ -131,7 +131,9 @@ class AdapterTrainer(Trainer):
         self._run = run
         self._stage: Path | None = None
         super().__init__(model=adapted, **keywords)
-        self.model_accepts_loss_kwargs = _takes_loss_keywords(adapted.get_base_model())  # not what the wrapper passes on
+        self.model_accepts_loss_kwargs = _takes_loss_keywords(
+            adapted.get_base_model()
+        )  # not what the wrapper passes on
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)

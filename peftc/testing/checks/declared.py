@@ -60,7 +60,9 @@ def method_is_stateless(s: Subject) -> None:
     s.output(model)
     changed = [type(t).__name__ for t, state in zip(tuners, before, strict=True) if _state(t) != state]
     if changed:
-        raise broken(f"Using {', '.join(changed)} changed its attributes", "Keep what belongs to an adapter in its slots.")
+        raise broken(
+            f"Using {', '.join(changed)} changed its attributes", "Keep what belongs to an adapter in its slots."
+        )
 
 
 def _tuners(s: Subject) -> list[object]:
@@ -95,10 +97,14 @@ def keys_follow_the_rule(s: Subject) -> None:
         new = {n for n, _ in model.named_parameters()} - {f"{plan.root}{n}" for n, _ in s.build().named_parameters()}
         new = {n for n in new if ".base_layer." not in n}
         same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")
-    same_names(model.adapter_tensors(name), disk | _base_keys(model, name), "The checkpoint", "Save the declared slots.")
+    same_names(
+        model.adapter_tensors(name), disk | _base_keys(model, name), "The checkpoint", "Save the declared slots."
+    )
     named = [key for key in model.adapter_tensors(name) if name in key]
     if named:
-        raise broken(f"The adapter's name is in the checkpoint's key `{named[0]}`", "Leave it to the core to make keys.")
+        raise broken(
+            f"The adapter's name is in the checkpoint's key `{named[0]}`", "Leave it to the core to make keys."
+        )
 
 
 def _base_keys(model: object, name: str) -> set[str]:

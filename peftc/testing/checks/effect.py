@@ -123,13 +123,12 @@ def any_leading_shape(s: Subject) -> None:
 
 def half_precision_bases(s: Subject) -> None:
     """Beside float16 and bfloat16 weights adapters train in float32, and in the same precision if that is asked for."""
-    expected = s.output(s.trained())
     for dtype in (torch.bfloat16, torch.float16):
         model = s.trained(dtype=dtype)
         wrong = {p.dtype for layer in layers_of(model).values() for _, p in layer.parameters_of("default")} - {torch.float32}
         if wrong:
             raise broken(f"Beside {dtype} weights slots are {wrong}", "Leave `dtype` of a slot out.")
-        y = s.output(model, dtype)
+        y, expected = s.output(model, dtype), s.output(s.trained())
         if y.dtype != dtype:
             raise broken(f"The output of a {dtype} model is {y.dtype}", "Return what the layer returns.")
         close(y.float(), expected, f"The output in {dtype}", "Compute in the slots' dtype.", tolerance=0.1)

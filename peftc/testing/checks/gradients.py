@@ -9,7 +9,7 @@ from peftc.runtime.model import PeftModel
 from peftc.testing.compare import close, same, same_names, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken
-from peftc.testing.subjects import Subject, slots_of
+from peftc.testing.subjects import Subject, quiet, slots_of
 
 
 def gradients_in_slots_only(s: Subject) -> None:
@@ -77,7 +77,8 @@ def checkpointing_reaches_every_slot(s: Subject) -> None:
     expected = s.grown(model)
     for reentrant in (True, False):
         model = s.trained().train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with quiet():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         kind = "re-entrant" if reentrant else "ordinary"
         grown = s.grown(model)
         fix = "Compute the same in every call."

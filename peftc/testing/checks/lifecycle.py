@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.load import open_adapter
+from peftc.checkpoint.report import expected_tensors
 from peftc.compiler.compile import compile_plan
 from peftc.diagnostics import PeftcWarning
 from peftc.graph.nodes import TensorFacts
-from peftc.checkpoint.report import expected_tensors
 from peftc.runtime.apply import session_of
 from peftc.runtime.model import PeftModel, inject_adapter_in_model
 from peftc.testing.compare import close, different, objects_of, same, same_names, same_tensors, state_of
@@ -62,7 +62,9 @@ def adapters_do_not_leak(s: Subject) -> None:
     different(s.output(model), y, "Two adapters with different slots give the same output", fix)
     same_names(s.grown(model), slots_of(model, "second"), "The set of tensors with a gradient", fix)
     same_tensors(model.adapter_tensors("first"), saved, "the first adapter's checkpoint", fix)
-    same_tensors(model.adapter_tensors("second"), alone.adapter_tensors("second"), "the second adapter's checkpoint", fix)
+    same_tensors(
+        model.adapter_tensors("second"), alone.adapter_tensors("second"), "the second adapter's checkpoint", fix
+    )
     model.set_adapter("first")
     same(s.output(model), y, "The output of the first adapter after the second was active", fix)
 
@@ -96,7 +98,9 @@ def deleting_leaves_nothing(s: Subject) -> None:
     model.delete_adapter("second")
     gc.collect()
     gc.unfreeze()
-    same_names([name for name, _ in model.named_parameters()], names, "The model after deleting", "Keep tensors in slots.")
+    same_names(
+        [name for name, _ in model.named_parameters()], names, "The model after deleting", "Keep tensors in slots."
+    )
     if any(ref() is not None for ref in dead):
         raise broken("Tensors of a deleted adapter are still in memory", "Keep no reference to slots.")
     same(s.output(model), y, "The output after another adapter was deleted", "Keep no state between adapters.")
@@ -140,7 +144,9 @@ def injected_equals_wrapped(s: Subject) -> None:
         injected = inject_adapter_in_model(s.config(), base)
     root = wrapped.session.plans["default"].root
     expected = [name.removeprefix(root) for name, _ in wrapped.named_parameters()]
-    same_names([name for name, _ in injected.named_parameters()], expected, "The injected model", "Use the given paths.")
+    same_names(
+        [name for name, _ in injected.named_parameters()], expected, "The injected model", "Use the given paths."
+    )
     same(s.output(injected), s.output(wrapped), "The output of the injected model", "Do not rely on a wrapper.")
 
 
@@ -179,7 +185,9 @@ def failed_apply_restores(s: Subject) -> None:
         except _Injected:
             pass
         else:
-            raise broken(f"Reading tensor {fails_at} of {asked} from the file was never tried", "Declare it in `slots`.")
+            raise broken(
+                f"Reading tensor {fails_at} of {asked} from the file was never tried", "Declare it in `slots`."
+            )
         after = _everything(base)
         changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
         if changed:

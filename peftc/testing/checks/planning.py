@@ -13,6 +13,7 @@ from peftc.testing.elsewhere import Planned
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, quiet
 
+
 def plan_equals_model(s: Subject, planned: Planned) -> None:
     """What a plan shows before anything is loaded is what the applied model has."""
     if planned.plan is None:
@@ -33,7 +34,9 @@ def plan_equals_model(s: Subject, planned: Planned) -> None:
             raise broken(what, "Correct its slot, or what `init` does to it.", p.name)
     counts = model.get_nb_trainable_parameters()
     if counts != planned.plan.counts():
-        raise broken(f"The plan counts {planned.plan.counts()} parameters, the model has {counts}", "Correct the slots.")
+        raise broken(
+            f"The plan counts {planned.plan.counts()} parameters, the model has {counts}", "Correct the slots."
+        )
 
 
 def loads_without_torch(s: Subject, planned: Planned) -> None:

@@ -1,0 +1,335 @@
+"""A sound method and a sound prompt, and plugins that break one promise each: what the conformance kit must catch.
+
+Another process loads this module too, so the one to bring is chosen by the environment variable `PEFTC_TEST_MUTANT`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pydantic
+
+from peftc.plugin import (
+    LINEAR_KINDS,
+    Container,
+    LayerFacts,
+    MapTuner,
+    PeftConfig,
+    PeftType,
+    PromptContext,
+    PromptLearningConfig,
+    PromptTuner,
+    PromptView,
+    Slot,
+    SlotInit,
+    TargetsMixin,
+    TunerMethod,
+    View,
+    hookimpl,
+    module_slot,
+    parameter_slot,
+)
+
+CHOICE = "PEFTC_TEST_MUTANT"
+
+
+class MutantConfig(TargetsMixin, PeftConfig):
+    peft_type: PeftType | None = PeftType("MUTANT")
+    r: int = 2
+
+
+class Sound(MapTuner[MutantConfig]):
+    """A low-rank update, told in three ways."""
+
+    supports = LINEAR_KINDS
+
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield module_slot("mut_down", (c.r, layer.in_features))
+        yield parameter_slot("mut_up", (layer.out_features, c.r))
+
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        init.kaiming_uniform(slots["mut_down"], 1.0)
+        init.zeros(slots["mut_up"])
+
+    def thin(self, a: View) -> tuple[Any, Any, float]:
+        return a.mut_down, a.mut_up, a.scaling
+
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return (x @ a.mut_down.T) @ a.mut_up.T * a.scaling
+
+    def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**p, "weight": p["weight"] + a.scaling * (a.mut_up @ a.mut_down)}
+
+
+class SoundBranch(Sound):
+    """The same without the lowering that the core prefers, so that `branch` is what runs."""
+
+    thin = MapTuner.thin
+
+
+class MutantPromptConfig(PromptLearningConfig):
+    peft_type: PeftType | None = PeftType("MUTANT")
+
+
+class SoundPrompt(PromptTuner[MutantPromptConfig]):
+    """Virtual tokens as they are stored."""
+
+    def slots(self, c: MutantPromptConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        yield module_slot("rows", (c.num_virtual_tokens or 0, c.token_dim or 0))
+
+    def init(self, c: MutantPromptConfig, slots: Mapping[str, Any], context: PromptContext) -> None:
+        context.init.normal(slots["rows"])
+
+    def embeds(self, c: MutantPromptConfig, a: PromptView) -> Any:
+        return a.rows
+
+    def restore(self, c: MutantPromptConfig, embeds: Any) -> Mapping[str, Any]:
+        return {"rows": embeds}
+
+
+def record(tuner: MapTuner[Any], **changes: Any) -> TunerMethod:
+    """The record of a method on layers."""
+    sound = TunerMethod("MUTANT", MutantConfig, tuner, prefix="mut_", layer_names=("mut_down", "mut_up"))
+    return replace(sound, **changes)
+
+
+SOUND = record(Sound())
+SOUND_BRANCH = record(SoundBranch())
+SOUND_PROMPT = TunerMethod(
+    "MUTANT",
+    MutantPromptConfig,
+    SoundPrompt(),
+    prefix="mut_",
+    examples=({"num_virtual_tokens": 3},),
+    identity_at_start=lambda c: False,
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A broken plugin, the check that must catch it, and words that its message must have."""
+
+    method: TunerMethod
+    check: str
+    says: str
+
+
+class ShapeOfTheProcess(Sound):
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        rank = c.r + ("torch" in sys.modules)
+        yield module_slot("mut_down", (rank, layer.in_features))
+        yield parameter_slot("mut_up", (layer.out_features, rank))
+
+
+class ShapeOfTheCall(Sound):
+    calls = itertools.count(1)
+
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        rank = next(self.calls)
+        yield module_slot("mut_down", (rank, layer.in_features))
+        yield parameter_slot("mut_up", (layer.out_features, rank))
+
+
+class ListForShape(Sound):
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield module_slot("mut_down", [c.r, layer.in_features])  # type: ignore[arg-type]
+        yield parameter_slot("mut_up", (layer.out_features, c.r))
+
+
+class SlotInDouble(Sound):
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield module_slot("mut_down", (c.r, layer.in_features))
+        yield Slot("mut_up", (layer.out_features, c.r), Container.PARAMETER, dtype="float64")
+
+
+class UnsavedSlot(Sound):
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield Slot("mut_down", (c.r, layer.in_features), Container.MODULE, "weight", saved=False)
+        yield parameter_slot("mut_up", (layer.out_features, c.r))
+
+
+class ReadsContentInInit(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        super().init(c, layer, slots, init)
+        assert float(slots["mut_down"].norm()) > 0
+
+
+class StartsSomewhere(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        for tensor in slots.values():
+            init.normal(tensor)
+
+
+class StartsNowhere(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        for tensor in slots.values():
+            init.zeros(tensor)
+
+
+class StartsWithNan(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        super().init(c, layer, slots, init)
+        slots["mut_up"].fill_(float("nan"))
+
+
+class StartsByTheClock(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        super().init(c, layer, slots, init)
+        slots["mut_down"].fill_(int.from_bytes(os.urandom(2), "big") / 65536)
+
+
+class NoEffect(Sound):
+    def thin(self, a: View) -> tuple[Any, Any, float]:
+        return a.mut_down, a.mut_up, 0.0
+
+
+class MergesTwice(Sound):
+    def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**p, "weight": p["weight"] + 2 * (a.mut_up @ a.mut_down)}
+
+
+class MergesInPlace(Sound):
+    def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
+        p["weight"].add_(a.mut_up @ a.mut_down)
+        return {**p, "weight": p["weight"].clone()}
+
+
+class MergesPristine(Sound):
+    def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**p, "weight": p0["weight"] + a.mut_up @ a.mut_down}
+
+
+class BranchOfItsOwn(Sound):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return 3 * super().branch(a, x, y0)
+
+
+class ThreeDimensionsOnly(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        batch, length, _ = x.shape
+        return super().branch(a, x, y0).view(batch, length, -1)
+
+
+class LooksAtValues(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return super().branch(a, x, y0) if float(x.detach().sum()) != 0.5 else 0 * y0
+
+
+class Detached(Sound):
+    def thin(self, a: View) -> tuple[Any, Any, float]:
+        return a.mut_down, a.mut_up.detach(), 1.0
+
+
+class HalfDetached(Sound):
+    def thin(self, a: View) -> tuple[Any, Any, float]:
+        return (a.mut_down + a.mut_down.detach()) / 2, a.mut_up, 1.0
+
+
+class CountsCalls(SoundBranch):
+    calls = itertools.count(1)
+
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return super().branch(a, x, y0) * next(self.calls)
+
+
+class KeepsTheInput(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        self.last = x
+        return super().branch(a, x, y0)
+
+
+class KeepsTheFirst(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        views = self.__dict__.setdefault("views", {})
+        return super().branch(views.setdefault(a.layer, a), x, y0)
+
+
+class KeepsAll(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        self.__dict__.setdefault("seen", []).append(a.mut_up)
+        return super().branch(a, x, y0)
+
+
+class HoldsALock(Sound):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+class SearchesInNames(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        name: str = a.adapter  # type: ignore[assignment]  # not part of the protocol
+        return super().branch(a, x, y0) * (0.0 if name.startswith("mut_") else 1.0)
+
+
+class KeysThatJsonLacks(MutantConfig):
+    table: dict[int, str] = pydantic.Field(default_factory=dict)
+
+
+class ShortPrompt(SoundPrompt):
+    def embeds(self, c: MutantPromptConfig, a: PromptView) -> Any:
+        return a.rows[:-1]
+
+
+MUTANTS: dict[str, Mutant] = {
+    "shape_of_the_process": Mutant(record(ShapeOfTheProcess()), "plan_equals_model", "is planned as"),
+    "shape_of_the_call": Mutant(record(ShapeOfTheCall()), "compiling_leaves_the_config_alone", "gives two plans"),
+    "list_for_shape": Mutant(record(ListForShape()), "plan_survives_json", "another one"),
+    "slot_in_double": Mutant(record(SlotInDouble()), "half_precision_bases", "torch.float64"),
+    "unsaved_slot": Mutant(record(UnsavedSlot()), "saving_and_loading_is_exact", "differs by"),
+    "reads_content": Mutant(record(ReadsContentInInit()), "works_without_storage", "`init` of MUTANT raised"),
+    "starts_somewhere": Mutant(record(StartsSomewhere()), "starts_as_declared", "not the base's"),
+    "starts_with_nan": Mutant(record(StartsWithNan()), "starts_as_declared", "not finite"),
+    "starts_nowhere": Mutant(record(StartsNowhere()), "a_step_changes_slots_only", "where it was"),
+    "starts_by_the_clock": Mutant(record(StartsByTheClock()), "starts_from_the_seed", "from one seed"),
+    "no_effect": Mutant(record(NoEffect()), "acts_when_trained", "change nothing"),
+    "merges_twice": Mutant(record(MergesTwice()), "merged_equals_unmerged", "while merged"),
+    "merges_in_place": Mutant(record(MergesInPlace()), "unmerging_restores", "unmerged model"),
+    "merges_in_place_too": Mutant(record(MergesInPlace()), "merging_leaves_tensors_alone", "in place"),
+    "merges_pristine": Mutant(record(MergesPristine()), "several_active_merge_alike", "both merged"),
+    "branch_of_its_own": Mutant(record(BranchOfItsOwn()), "lowerings_agree", "`branch`"),
+    "three_dimensions_only": Mutant(record(ThreeDimensionsOnly()), "any_leading_shape", "not enough values"),
+    "looks_at_values": Mutant(record(LooksAtValues()), "compiles", "raised"),
+    "detached": Mutant(record(Detached()), "gradients_in_slots_only", "lacks"),
+    "half_detached": Mutant(record(HalfDetached()), "gradients_are_true", "slope"),
+    "counts_calls": Mutant(record(CountsCalls()), "checkpointing_reaches_every_slot", "checkpointing"),
+    "keeps_the_input": Mutant(record(KeepsTheInput()), "method_is_stateless", "changed its attributes"),
+    "keeps_the_first": Mutant(record(KeepsTheFirst()), "adapters_do_not_leak", "same output"),
+    "keeps_all": Mutant(record(KeepsAll()), "deleting_leaves_nothing", "still in memory"),
+    "holds_a_lock": Mutant(record(HoldsALock()), "copies_are_equal_and_apart", "pickle"),
+    "searches_in_names": Mutant(record(SearchesInNames()), "any_adapter_name", "called `mut_down`"),
+    "unnamed_slot": Mutant(record(Sound(), layer_names=("mut_down",)), "record_names_its_slots", "mut_up"),
+    "keys_that_json_lacks": Mutant(
+        record(Sound(), config=KeysThatJsonLacks, examples=({"table": {1: "a"}},)), "config_survives_files", "table"
+    ),
+    "short_prompt": Mutant(replace(SOUND_PROMPT, tuner=ShortPrompt()), "saving_and_loading_is_exact", "another shape"),
+}
+
+SOUND_METHODS: dict[str, TunerMethod] = {"sound": SOUND, "sound_branch": SOUND_BRANCH, "sound_prompt": SOUND_PROMPT}
+
+#: Functions of a tuner that the core calls, each replaced by one that raises.
+FUNCTIONS: tuple[str, ...] = ("slots", "init", "scaling", "dropout", "check", "thin")
+
+
+def raising(function: str) -> TunerMethod:
+    """The sound method with one function that raises."""
+
+    def fail(self: object, *args: object) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    fail.__name__ = function
+    cls: Callable[[], MapTuner[Any]] = type("Raising", (Sound,), {function: fail})
+    return record(cls())
+
+
+@hookimpl
+def peftc_tuner() -> TunerMethod:
+    name = os.environ[CHOICE]
+    if name.startswith("raising_"):
+        return raising(name.removeprefix("raising_"))
+    return SOUND_METHODS[name] if name in SOUND_METHODS else MUTANTS[name].method

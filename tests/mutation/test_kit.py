@@ -1,0 +1,205 @@
+"""The conformance kit can fail: for every check there is a plugin, or a change of the core, that it catches by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from peftc.diagnostics import PeftcError
+from peftc.registry.manager import default_registry
+from peftc.runtime.journal import Journal
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.model import PeftModel
+from peftc.runtime.prompt import PromptDriver
+from peftc.runtime.session import Session
+from peftc.testing import check, examine
+from peftc.testing.checks import lifecycle
+from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
+from tests.mutation import imports_torch, mutants
+from tests.mutation.mutants import CHOICE, FUNCTIONS, MUTANTS, SOUND_METHODS
+
+Choose = Callable[[str], None]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def choose(monkeypatch: Patch) -> Iterator[Choose]:
+    """Chooses what the plugin module brings, and takes it out of the registry afterwards."""
+    yield lambda name: monkeypatch.setenv(CHOICE, name)
+    default_registry().forget("MUTANT")
+
+
+def case_of(check_name: str) -> Case:
+    """The first case of a check: that on the smallest model it is run on."""
+    return next(case for case in cases(mutants) if case.check == check_name)
+
+
+@pytest.mark.parametrize("name", SOUND_METHODS)
+def test_a_sound_plugin_passes_every_check(name: str, choose: Choose) -> None:
+    choose(name)
+    firsts = {case.check: case for case in reversed(cases(mutants))}
+    for case in firsts.values():
+        case.run()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(name: str, choose: Choose) -> None:
+    choose(name)
+    mutant = MUTANTS[name]
+    with pytest.raises(PeftcError) as caught:
+        case_of(mutant.check).run()
+    assert mutant.says in str(caught.value)
+
+
+def test_a_plugin_that_imports_torch_is_caught(choose: Choose) -> None:
+    choose("sound")
+    case = next(case for case in cases(imports_torch) if case.check == "loads_without_torch")
+    with pytest.raises(PeftcError, match="imports torch"):
+        case.run()
+
+
+# what no plugin can break: changes of the core -------------------------------------------------------------------------
+
+
+def name_in_keys(patch: Patch) -> None:
+    tensors = Session.tensors
+    patch.setattr(Session, "tensors", lambda s, name, *a: {f"{k}.{name}": t for k, t in tensors(s, name, *a).items()})
+
+
+def never_disabled(patch: Patch) -> None:
+    patch.setattr(
+        TunerLayer, "enable_adapters", lambda layer, enabled: vars(layer).update(_path=vars(layer)["_composed"])
+    )
+
+
+def never_unloaded(patch: Patch) -> None:
+    patch.setattr(Session, "_put_back", lambda *args: None)
+
+
+def never_injected(patch: Patch) -> None:
+    patch.setattr(lifecycle, "inject_adapter_in_model", lambda config, model: model)
+
+
+def never_undone(patch: Patch) -> None:
+    patch.setattr(Journal, "__exit__", lambda *args: None)
+
+
+def never_refused(patch: Patch) -> None:
+    patch.setattr(PeftModel, "_refuse_merge", lambda model: None)
+
+
+def changed_call(patch: Patch, change: Callable[[dict[str, Any]], None]) -> None:
+    widened = PromptDriver.widened
+
+    def wrong(driver: PromptDriver, args: Any, kwargs: Any) -> dict[str, Any]:
+        call = widened(driver, args, kwargs)
+        change(call)
+        return call
+
+    patch.setattr(PromptDriver, "widened", wrong)
+
+
+def prompt_at_the_end(patch: Patch) -> None:
+    def turn(call: dict[str, Any]) -> None:
+        embeds: Tensor = call["inputs_embeds"]
+        call["inputs_embeds"] = embeds.roll(-3, dims=1)
+
+    changed_call(patch, turn)
+
+
+def labels_on_the_prompt(patch: Patch) -> None:
+    def label(call: dict[str, Any]) -> None:
+        call["labels"] = call["labels"].clamp(min=1)
+
+    changed_call(patch, label)
+
+
+def generation_without_prompt(patch: Patch) -> None:
+    patch.setattr(PromptDriver, "generating", lambda driver, *args: nullcontext())
+
+
+CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
+    "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
+    "disabled_is_base": ("sound", never_disabled, "disabled"),
+    "unloading_restores": ("sound", never_unloaded, "Unloading leaves"),
+    "injected_equals_wrapped": ("sound", never_injected, "lacks"),
+    "failed_apply_restores": ("sound", never_undone, "are changed"),
+    "merging_is_refused": ("sound_prompt", never_refused, "not refused"),
+    "prompt_goes_before_the_input": ("sound_prompt", prompt_at_the_end, "logits"),
+    "labels_skip_the_prompt": ("sound_prompt", labels_on_the_prompt, "loss"),
+    "generation_sees_the_prompt": ("sound_prompt", generation_without_prompt, "generated"),
+}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_broken_core_is_caught(name: str, choose: Choose, monkeypatch: Patch) -> None:
+    plugin, break_it, says = CORE[name]
+    choose(plugin)
+    case = case_of(name)
+    break_it(monkeypatch)
+    with pytest.raises(PeftcError) as caught:
+        case.run()
+    assert says in str(caught.value)
+
+
+def test_every_check_has_a_mutation() -> None:
+    checks = {function.__name__ for function, _ in (*CHECKS, *CHECKS_OF_PLANS)}
+    assert checks == {mutant.check for mutant in MUTANTS.values()} | set(CORE) | {"loads_without_torch"}
+
+
+# a plugin that raises ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_function_that_raises_is_named_and_leaves_the_model_alone(function: str, choose: Choose) -> None:
+    choose(f"raising_{function}")
+    subject = cases(mutants)[0].subject
+    base = subject.build()
+    before = {name: (id(module), module.training) for name, module in base.named_modules()}
+    with pytest.raises(PeftcError) as caught:
+        subject.run(PeftModel(base, subject.config()))
+    (problem, *_) = caught.value.diagnostics
+    assert (problem.code, f"`{function}` of MUTANT raised ZeroDivisionError" in problem.what) == ("PC205", True)
+    if function != "thin":  # that one is first called in forward, when the adapter is on
+        assert {name: (id(module), module.training) for name, module in base.named_modules()} == before
+        assert all(p.requires_grad for p in base.parameters())
+
+
+# the report -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_names_method_check_options_and_model(choose: Choose) -> None:
+    choose("starts_somewhere")
+    report = examine(mutants, "starts_as_declared", "acts_when_trained")
+    assert report.failed == ("starts_as_declared",)
+    text = str(report)
+    assert "MUTANT fails" in text
+    assert "starts_as_declared, defaults-mlp" in text
+    assert "identity_at_start" in text
+
+
+def test_check_raises_everything_or_returns_the_report(choose: Choose) -> None:
+    choose("starts_somewhere")
+    assert "passes all" in str(check(mutants, "acts_when_trained"))
+    with pytest.raises(PeftcError) as caught:
+        check(mutants, "starts_as_declared")
+    assert {problem.code for problem in caught.value.diagnostics} == {"PC207"}
+    assert len(caught.value.diagnostics) > 1
+
+
+def test_a_plugin_that_is_not_there_is_named() -> None:
+    with pytest.raises(PeftcError, match="PC201"):
+        examine("NOT_INSTALLED")
+
+
+def test_the_core_of_the_kit_runs_without_a_model_of_its_own(choose: Choose) -> None:
+    """A case can be run twice and in any order: nothing of one run is left for the next."""
+    choose("sound")
+    case = case_of("adapters_do_not_leak")
+    case.run()
+    case.run()
+    assert isinstance(case.subject.build(), nn.Module)
