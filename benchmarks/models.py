@@ -34,7 +34,7 @@ def on_meta(model: str) -> nn.Module:
 
     config = AutoConfig.for_model(**json.loads(config_file(model).read_text(encoding="utf-8")))
     with torch.device("meta"):
-        built: nn.Module = AutoModelForCausalLM.from_config(config)
+        built: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return built
 
 

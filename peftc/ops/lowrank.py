@@ -21,23 +21,30 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Te
     dtype of A and rounded once into that of y. Differentiable once, in all four tensors. Hu et al. 2021, equation 3.
     """
     if torch.is_grad_enabled():
-        if torch.compiler.is_compiling():  # traced, a function that writes into its input gets wrong gradients
+        if is_traced():
             return (y + scale * ((x.to(A.dtype) @ A.t()) @ B.t())).to(y.dtype)
         out: Tensor = _AddLowRank.apply(y, x, A, B, scale)
         return out
     if x.numel() == x.shape[-1] and x.dtype == A.dtype == y.dtype == B.dtype:
         y.view(-1).addmv_(B, torch.mv(A, x.reshape(-1)), alpha=scale)  # one token: matrix-vector kernels
     else:
-        _add(y, _down(x, A), B, scale)
+        add_update(y, down(x, A), B, scale)
     return y
 
 
-def _down(x: Tensor, A: Tensor) -> Tensor:
-    """`A x^T`, `(r, tokens)`."""
+def is_traced() -> bool:
+    """Whether the computation is compiled or transformed, and so must consist of plain operations: traced, a function that
+    writes into its input gets wrong gradients, and `torch.func` refuses functions with a backward of their own."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def down(x: Tensor, A: Tensor) -> Tensor:
+    """`A x^T`, `(r, tokens)`, for x `(..., in)`."""
     return torch.mm(A, x.reshape(-1, x.shape[-1]).to(A.dtype).t())
 
 
-def _add(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
+def add_update(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
+    """`y += scale · h^T B^T`, in place, for y `(..., out)` and h `(r, tokens)`."""
     rows = y.view(-1, y.shape[-1])
     if y.dtype == h.dtype == B.dtype:
         rows.addmm_(h.t(), B.t(), alpha=scale)
@@ -48,8 +55,8 @@ def _add(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        h = _down(x, A)
-        _add(y, h, B, scale)
+        h = down(x, A)
+        add_update(y, h, B, scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, B, h)
         ctx.scale = scale
@@ -61,13 +68,16 @@ class _AddLowRank(torch.autograd.Function):
         x, A, B, h = ctx.saved_tensors
         _, need_x, need_A, need_B, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1]).to(B.dtype)
-        grad_x = grad_A = grad_B = None
-        if need_B:
-            grad_B = torch.mm(h.to(B.dtype), rows).mul_(ctx.scale).t()
-        if need_x or need_A:
-            grad_h = torch.mm(B.t(), rows.t()).mul_(ctx.scale)
-            if need_A:
-                grad_A = torch.mm(grad_h, x.reshape(-1, x.shape[-1]).to(A.dtype))
-            if need_x:
-                grad_x = torch.mm(grad_h.t(), A).view(x.shape).to(x.dtype)
+        grad_h, grad_A, grad_B = factor_gradients(rows, x, A, B, h, ctx.scale, need_A, need_B)
+        grad_x = torch.mm(grad_h.t(), A).view(x.shape).to(x.dtype) if need_x else None
         return grad, grad_x, grad_A, grad_B, None
+
+
+def factor_gradients(
+    rows: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, scale: float, need_A: bool, need_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of h `(r, tokens)`, A and B from those of the output, rows `(tokens, out)` in the dtype of B."""
+    grad_h = torch.mm(B.t(), rows.t()).mul_(scale)
+    grad_A = torch.mm(grad_h, x.reshape(-1, x.shape[-1]).to(A.dtype)) if need_A else None
+    grad_B = torch.mm(h.to(B.dtype), rows).mul_(scale).t() if need_B else None
+    return grad_h, grad_A, grad_B

@@ -64,14 +64,16 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         device = self._device()
         dtypes = {slot.name: torch_dtype(slot.dtype or site.dtype) for slot in site.slots}
         made: dict[str, Tensor] = {}
-        for slot in site.slots if source is not None else ():
-            found = source(site.key(slot, adapter).disk())
+        for slot in site.slots:
+            found = None if source is None else source(site.key(slot, adapter).disk())
             if found is not None:
                 made[slot.name] = found.to(device=device, dtype=dtypes[slot.name])
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        if len(made) < len(site.slots):  # what was found stays; the method fills a whole set, of which the rest is taken
+        if len(made) < len(
+            site.slots
+        ):  # what was found stays; the method fills a whole set, of which the rest is taken
             fresh = {slot.name: allocate(slot.shape, dtypes[slot.name], device) for slot in site.slots}
             call(tuner.init)(site.config, site.layer, fresh, INIT)
             made = {**fresh, **made}
@@ -166,7 +168,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     # the layer ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if x is None:  # by keyword, and torch's layers call it `input`
+            x = kwargs.pop("input")
         return self._path(x, *args, **kwargs)
 
     def get_base_layer(self) -> nn.Module:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import Backend
@@ -76,15 +78,35 @@ def _step(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
 
 
 def _fused(path: Path, base: nn.Module, part: Part) -> Path:
-    """Add into the base's fresh output. A forward hook may have kept that output: then add to a copy."""
-    thin, view, dropout, hooks = part.lowering("thin"), part.view, part.dropout, base._forward_hooks
+    """Base and update as one function in training, where the base allows it; else the update goes into its output."""
+    added = _added(path, base, part)
+    if path is not base or type(base) is not nn.Linear or part.dropout is not None:
+        return added
+    linear: nn.Linear = base
+    thin, view = part.lowering("thin"), part.view
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return added(x, *args, **kwargs)
+        A, B, scale = thin(view)
+        if not is_bare(linear, x, A):
+            return added(x, *args, **kwargs)
+        return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
+
+    return run
+
+
+def _added(path: Path, base: nn.Module, part: Part) -> Path:
+    """Add into the base's fresh output. A hook may have kept that output, or made a view of it: then add to a copy."""
+    thin, view, dropout = part.lowering("thin"), part.view, part.dropout
+    hooks = (base._forward_hooks, base._backward_hooks, base._backward_pre_hooks)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = path(x, *args, **kwargs)
         A, B, scale = thin(view)
         if dropout is not None:
             x = dropout(x)
-        return add_low_rank(y.clone() if hooks else y, x, A, B, scale)
+        return add_low_rank(y.clone() if any(hooks) or _has_any_global_hook() else y, x, A, B, scale)
 
     return run
 

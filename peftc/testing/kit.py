@@ -6,10 +6,11 @@ process are shared, for all methods of a run are planned by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 from peftc.diagnostics import PeftcError
 from peftc.registry.boundary import boundary
@@ -150,8 +151,11 @@ class Case:
             self.call()
 
 
-def cases(*plugins: str | ModuleType) -> list[Case]:
-    """All cases of the methods, or of every installed one. Raises `PeftcError` for a plugin that cannot be loaded."""
+def cases(*plugins: str | ModuleType, examples: Sequence[Mapping[str, Any]] | None = None) -> list[Case]:
+    """All cases of the methods, or of every installed one; `examples` replace those of their records.
+
+    Raises `PeftcError` for a plugin that cannot be loaded.
+    """
     registry = default_registry()
     modules = {}
     methods: list[TunerMethod] = []
@@ -161,6 +165,8 @@ def cases(*plugins: str | ModuleType) -> list[Case]:
             modules[methods[-1].peft_type] = plugin.__name__
         else:
             methods.append(registry.get(plugin))
+    if examples is not None:
+        methods = [replace(method, examples=tuple(examples)) for method in methods]
     found = [subject for method in methods for subject in subjects(method)]
     return list(_cases(found, Elsewhere(found, modules)))
 

@@ -22,5 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from peftc.testing.kit import cases
 
-    marks = list(metafunc.definition.iter_markers("peftc"))
-    metafunc.parametrize("peftc_case", cases(*(plugin for mark in marks for plugin in mark.args)), ids=str)
+    found = []
+    for mark in metafunc.definition.iter_markers("peftc"):
+        found += cases(*mark.args, **mark.kwargs)
+    metafunc.parametrize("peftc_case", found, ids=str)

@@ -27,6 +27,7 @@ from peftc.config import files, hub, json_text, problems, reader, sections, spec
 from peftc.config.base import CONFIG_NAME
 from peftc.config.files import read_config, write_config
 from peftc.config.reader import read_document
+from peftc.config.spec import load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Rule
 from peftc.registry import boundary as boundary_module
 from peftc.registry import manager

@@ -1,0 +1,179 @@
+"""Three methods made for these tests, one per way to act: a thin update, a scaled output, a prompt; and a model for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import PeftModel, get_peft_model
+from peftc.plugin import (
+    LINEAR_KINDS,
+    LayerFacts,
+    MapTuner,
+    ModulesToSaveMixin,
+    PeftConfig,
+    PeftType,
+    PromptContext,
+    PromptLearningConfig,
+    PromptTuner,
+    PromptView,
+    RankMixin,
+    Slot,
+    SlotInit,
+    TargetsMixin,
+    TunerMethod,
+    View,
+    module_slot,
+    parameter_slot,
+)
+from peftc.registry.manager import default_registry
+from peftc.testing.models import MODELS
+from tests.unit.fakes import plugin
+
+
+class NarrowConfig(TargetsMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
+    """Options of the thin update."""
+
+    peft_type: PeftType | None = PeftType("NARROW")
+    r: int = 2
+    bias: str = "none"
+
+
+class NarrowTuner(MapTuner[NarrowConfig]):
+    """`y = W x + B A x / 2`; both factors start at random, so that an adapter is seen in the output at once."""
+
+    supports = LINEAR_KINDS
+
+    def slots(self, c: NarrowConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield module_slot("narrow_A", (c.r, layer.in_features))
+        yield module_slot("narrow_B", (layer.out_features, c.r))
+
+    def init(self, c: NarrowConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        for tensor in slots.values():
+            init.normal(tensor)
+
+    def scaling(self, c: NarrowConfig, layer: LayerFacts) -> float:
+        return 0.5
+
+    def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
+        return a.narrow_A, a.narrow_B, a.scaling
+
+
+class StretchConfig(TargetsMixin, PeftConfig):
+    """Options of the scaled output."""
+
+    peft_type: PeftType | None = PeftType("STRETCH")
+
+
+class StretchTuner(MapTuner[StretchConfig]):
+    """`y = l * (W x + b)`."""
+
+    supports = LINEAR_KINDS
+
+    def slots(self, c: StretchConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield parameter_slot("stretch_l", (layer.out_features,))
+
+    def init(self, c: StretchConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        init.normal(slots["stretch_l"])
+
+    def output(self, a: View, y: Tensor) -> Tensor:
+        return y * a.stretch_l
+
+
+class PrefaceConfig(PromptLearningConfig):
+    """Options of the prompt."""
+
+    peft_type: PeftType | None = PeftType("PREFACE")
+    tokenizer: str | None = None
+
+
+class PrefaceTuner(PromptTuner[PrefaceConfig]):
+    """A table; with a tokenizer it asks for the tokens of a text, and starts at zero all the same."""
+
+    def slots(self, c: PrefaceConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        yield module_slot("embedding", (c.num_virtual_tokens or 0, c.token_dim or 0))
+
+    def init(self, c: PrefaceConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+        if c.tokenizer is not None:
+            context.tokenize(c.tokenizer, "Once upon a time")
+        context.init.zeros(slots["embedding"])
+
+    def embeds(self, c: PrefaceConfig, a: PromptView) -> Tensor:
+        return a.embedding
+
+    def restore(self, c: PrefaceConfig, embeds: Tensor) -> Mapping[str, Tensor]:
+        return {"embedding": embeds}
+
+
+METHODS = (
+    TunerMethod("NARROW", NarrowConfig, NarrowTuner(), prefix="narrow_", layer_names=("narrow_A", "narrow_B")),
+    TunerMethod("STRETCH", StretchConfig, StretchTuner(), prefix="stretch_", layer_names=("stretch_l",)),
+    TunerMethod("PREFACE", PrefaceConfig, PrefaceTuner(), prefix=""),
+)
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """The three in the registry of installed methods, which a `PeftModel` asks."""
+    registry = default_registry()
+    for method in METHODS:
+        registry.register(plugin(method), method.peft_type.lower())
+    try:
+        yield
+    finally:
+        for method in METHODS:
+            registry.forget(method.peft_type)
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Three layers; `(..., width)` to `(..., 3)`."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.second(self.first(x).relu()).relu())
+        return out
+
+
+LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
+
+
+def narrow(**options: Any) -> NarrowConfig:
+    return NarrowConfig(**{"target_modules": ["first", "second"], **options})
+
+
+def stretch(**options: Any) -> StretchConfig:
+    return StretchConfig(**{"target_modules": ["first"], **options})
+
+
+def preface(**options: Any) -> PrefaceConfig:
+    return PrefaceConfig(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, **options})
+
+
+def adapted(config: PeftConfig | None = None, **names: PeftConfig) -> PeftModel:
+    """A net with the adapter `default`, and with others by name."""
+    model = get_peft_model(Net(), config or narrow())
+    for name, other in names.items():
+        model.add_adapter(name, other)
+    return model
+
+
+def prompted() -> PeftModel:
+    """A language model with a prompt."""
+    return get_peft_model(LANGUAGE_MODEL.build(), preface())
+
+
+def x() -> Tensor:
+    """Five inputs of the net, always the same."""
+    return torch.linspace(-1, 1, 40).view(5, 8)

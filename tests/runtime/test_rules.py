@@ -1,0 +1,258 @@
+"""What a live model refuses, or warns of: each case leaves every tensor, flag and module object as it was.
+
+Every case has a mutation, a small defect put into peftc, under which it fails: so the case can fail.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftc import PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
+from peftc.diagnostics import Rule
+from peftc.runtime import apply, layer, prompt, session
+from peftc.runtime import model as runtime_model
+from peftc.runtime.apply import apply_plan
+from peftc.runtime.snapshot import snapshot
+from tests.defects import put_defect
+from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, x
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, something that is asked of it in vain, what is said, and the defect that spoils the refusal."""
+
+    rule: Rule
+    start: Callable[[], nn.Module]
+    act: Callable[[Any], object]
+    defect: tuple[ModuleType, str, str]
+    says: str
+
+
+# what is asked --------------------------------------------------------------------------------------------------------
+
+
+def merged() -> PeftModel:
+    model = adapted(other=narrow())
+    model.merge_adapter()
+    return model
+
+
+def unloaded() -> PeftModel:
+    model = adapted()
+    model.unload()
+    return model
+
+
+def infinite() -> PeftModel:
+    model = adapted()
+    with torch.no_grad():
+        model.get_base_model().second.narrow_A["default"].weight.fill_(torch.inf)
+    return model
+
+
+def plan_of(base: nn.Module, config: Any) -> Any:
+    return compile_plan(snapshot(base), {"another": config})
+
+
+def ids() -> Tensor:
+    return LANGUAGE_MODEL.arguments()["input_ids"]
+
+
+CASES = {
+    "a name that is taken": Case(
+        rules.ADAPTER_EXISTS, adapted, lambda m: m.add_adapter("default", narrow()),
+        (apply, "if adapter.name in session.plans:", "if False:"), "There is an adapter `default` already",
+    ),
+    "activating what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter("defualt"),
+        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "Did you mean `default`?",
+    ),
+    "activating one of two that is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter(["default", "nobody"]),
+        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "no adapter `nobody`",
+    ),
+    "deleting what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
+        (session, "self.require([name])", "pass"), "no adapter `nobody`",
+    ),
+    "merging what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m.merge_adapter(["default", "nobody"]),
+        (session, "        self.require(names)\n        again", "        again"), "no adapter `nobody`",
+    ),
+    "saving what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m.save_pretrained("nowhere", selected_adapters=["nobody"]),
+        (runtime_model, "self.session.require(names)", "pass"), "no adapter `nobody`",
+    ),
+    "wrapping twice": Case(
+        rules.MIXED_TYPES, adapted, lambda m: get_peft_model(m.get_base_model(), narrow(), "another"),
+        (runtime_model, "if session_of(model) is not None:", "if False:"), "wrapping it again would nest them",
+    ),
+    "a second method": Case(
+        rules.MIXED_TYPES, adapted, lambda m: apply_plan(m.get_base_model(), plan_of(Net(), stretch())),
+        (apply, "if types - {adapter.peft_type}:", "if False:"), "is adapted by NARROW; `STRETCH` cannot join",
+    ),
+    "a plan for wider layers": Case(
+        rules.MODEL_DRIFTED, lambda: Net(7), lambda m: apply_plan(m, plan_of(Net(), narrow())),
+        (session, "if own is not None and tuple(own.shape) != weight.shape:", "if False:"), "`second.weight` is (6, 7)",
+    ),
+    "a plan for layers that are not there": Case(
+        rules.MODEL_DRIFTED, lambda: nn.ModuleDict({"frist": nn.Linear(8, 8)}),
+        lambda m: apply_plan(m, plan_of(Net(), narrow())),
+        (session, "if problems:\n", "if not problems:\n"), "There is no module `second`",
+    ),
+    "merging twice": Case(
+        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "`default` is merged already",
+    ),
+    "a merge that is not finite": Case(
+        rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
+        (layer, "if check and not all(", "if False and not all("), "Merging default gives NaN or infinity",
+    ),
+    "a merge that fails half-way": Case(
+        rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
+        (session, "journal.note(layer.unmerge)", "pass"), "Merging default gives NaN or infinity",
+    ),
+    "a model that was unloaded": Case(
+        rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
+        (runtime_model, "if session is None or not self.peft_config:", "if session is None:"), "has no adapter any more",
+    ),
+    "merging a prompt": Case(
+        rules.CANNOT_MERGE, prompted, lambda m: m.merge_adapter(),
+        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "return None and (("), "A prompt changes the input",
+    ),
+    "unloading a merged prompt": Case(
+        rules.CANNOT_MERGE, prompted, lambda m: m.merge_and_unload(),
+        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "return None and (("), "A prompt changes the input",
+    ),
+    "deleting what is merged": Case(
+        rules.WHILE_MERGED, merged, lambda m: m.delete_adapter("default"),
+        (session, "if merged:", "if False:"), "`default` is merged into the base weights",
+    ),
+    "deleting what is merged from one layer": Case(
+        rules.WHILE_MERGED, merged, lambda m: m.get_base_model().first.delete_adapter("default"),
+        (layer, "if adapter_name in self.merged_adapters:", "if False:"), "Call `unmerge_adapter()` first.",
+    ),
+    "a name with a dot": Case(
+        rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "v1.2"),
+        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `v1.2`",
+    ),
+    "a name that is a folder": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("../other", narrow()),
+        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `../other`",
+    ),
+    "no name": Case(
+        rules.ADAPTER_NAME, Net, lambda m: inject_adapter_in_model(narrow(), m, ""),
+        (apply, "if not adapter.name or any(", "if any("), "cannot be called ``",
+    ),
+    "a prompt without a wrapper": Case(
+        rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
+        (runtime_model, "if registry.method_of(peft_config).is_prompt:", "if False:"), "Use `get_peft_model`.",
+    ),
+    "a prompt before nothing": Case(
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),
+        (prompt, 'if call.get("input_ids") is None and', "if False and"), "no input to put the prompt before",
+    ),
+    "a prompt before what has no name": Case(
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), torch.ones_like(ids())),
+        (prompt, "if len(args) > 1 or", "if False or"), "only the input ids can be given by position",
+    ),
+    "a tokenizer that is not there": Case(
+        rules.TOKENIZER_MISSING, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(tokenizer="./nowhere")),
+        (prompt, "except (OSError, ValueError) as error:", "except ZeroDivisionError as error:"), "`./nowhere` cannot be loaded",
+    ),
+    "positions before a prompt": Case(
+        rules.POSITIONS_IGNORED, prompted, lambda m: m(ids(), position_ids=torch.ones_like(ids())),
+        (runtime_model, 'if kwargs.get("position_ids") is not None:', "if False:"), "the virtual tokens move every position",
+    ),
+}  # fmt: skip
+
+
+# what must hold -------------------------------------------------------------------------------------------------------
+
+
+class Image:
+    """All that a refusal must not change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.trains = {name: parameter.requires_grad for name, parameter in self.parameters.items()}
+        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.attributes = {path: sorted(vars(module)) for path, module in self.modules.items()}
+        wrapped = model if isinstance(model, PeftModel) and model.peft_config else None
+        self.adapters = list(wrapped.peft_config) if wrapped else []
+        self.active = wrapped.active_adapters if wrapped else []
+
+    def is_of(self, other: Image) -> bool:
+        return (
+            list(self.modules.items()) == list(other.modules.items())
+            and list(self.parameters) == list(other.parameters)
+            and all(parameter is other.parameters[name] for name, parameter in self.parameters.items())
+            and (self.trains, self.attributes) == (other.trains, other.attributes)
+            and all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+            and (self.adapters, self.active) == (other.adapters, other.active)
+        )
+
+
+def told(act: Callable[[], object]) -> list[Any]:
+    """Diagnostics that are raised or shown. Under a defect the action may raise something else."""
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        try:
+            act()
+        except PeftcError as error:
+            return list(error.diagnostics)
+    return [w.message.diagnostic for w in shown if isinstance(w.message, PeftcWarning)]
+
+
+def failure(case: Case) -> str:
+    """Why the case fails; empty if it holds."""
+    model = case.start()
+    before = Image(model)
+    try:
+        found = told(lambda: case.act(model))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if {diagnostic.code for diagnostic in found} != {case.rule.code}:
+        return f"not {case.rule.code}: {[str(diagnostic) for diagnostic in found]}"
+    if case.says not in "\n".join(map(str, found)):
+        return f"not in so many words: {found[0]}"
+    return "" if Image(model).is_of(before) else "the model is another"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_is_refused_and_nothing_changes(case: Case) -> None:
+    assert failure(case) == ""
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_case_fails_under_a_defect(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_defect(monkeypatch, *case.defect)
+    assert failure(case) != ""
+
+
+def test_every_rule_of_the_runtime_is_here() -> None:
+    known = {rule.code for rule in vars(rules).values() if isinstance(rule, Rule) and rule.code.startswith("PC5")}
+    assert known == {case.rule.code for case in CASES.values()}
+
+
+def test_a_model_goes_on_working_after_refusals() -> None:
+    model = adapted(other=narrow())
+    before = model(x())
+    for ask in (
+        lambda: model.set_adapter("nobody"),
+        lambda: model.add_adapter("other", narrow()),
+        lambda: model.add_adapter("third", stretch()),
+    ):
+        assert told(ask)
+    assert torch.equal(model(x()), before)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert list(model.peft_config) == ["other"]
