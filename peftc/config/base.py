@@ -22,7 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 class ConfigModel(BaseModel):
     """What every piece of a config shares: strict types, and no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True, protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -350,9 +350,10 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """Load a further adapter, not activated; one of that name is overwritten. The report names every key.
 
-        Raises `PeftcError`, with nothing changed, if a tensor does not fit or nothing would be loaded.
+        Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would be loaded, or it is merged.
         """
         session, model = self.session, self.get_base_model()
+        session.refuse_merged(adapter_name)
         config, file = opened(model_id, None, is_trainable, kwargs)
         self._refuse_type(config)
         plan = plan_for(model, {adapter_name: config}, autocast_adapter_dtype, loading=True)

@@ -216,7 +216,8 @@ class Session:
             have = ", ".join(f"`{n}`" for n in self.plans) or "none"
             raise PeftcError(
                 rules.ADAPTER_UNKNOWN(
-                    f"There is no adapter `{name}`; there is {have}", fix=did_you_mean(name, self.plans) or f"Use {have}."
+                    f"There is no adapter `{name}`; there is {have}",
+                    fix=did_you_mean(name, self.plans) or f"Use {have}.",
                 )
                 for name in missing
             )
@@ -226,10 +227,7 @@ class Session:
     def delete(self, name: str) -> None:
         """Remove an adapter; its layers keep the others."""
         self.require([name])
-        merged = [layer for layer in self.layers_of(name) if name in layer.merged_adapters]
-        if merged:
-            fix = "Call `unmerge_adapter()` first."
-            raise PeftcError(rules.WHILE_MERGED(f"`{name}` is merged into the base weights", fix=fix))
+        self.refuse_merged(name)
         self.set_requires_grad(name, False)
         for layer in self.layers_of(name):
             layer.delete_adapter(name)
@@ -246,7 +244,10 @@ class Session:
         again = [name for name in names if name in self.merged]
         if again:
             what = f"{', '.join(f'`{name}`' for name in again)} is merged already"
-            warn([rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")], stacklevel=4)
+            warn(
+                [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
+                stacklevel=4,
+            )
         with Journal() as journal:
             for layer in self._distinct_layers(names):
                 if not layer.merged:
@@ -258,6 +259,12 @@ class Session:
         for layer in self.layers.values():
             if layer.merged:
                 layer.unmerge()
+
+    def refuse_merged(self, name: str) -> None:
+        """Raise `PeftcError` if the adapter is merged: changing it would not change what is in the base weights."""
+        if name in self.merged:
+            fix = "Call `unmerge_adapter()` first."
+            raise PeftcError(rules.WHILE_MERGED(f"`{name}` is merged into the base weights", fix=fix))
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -334,4 +341,3 @@ def freeze(model: nn.Module, journal: Journal) -> None:
         if parameter.requires_grad:
             journal.note(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
-

@@ -41,6 +41,7 @@ class Case:
 
 def merged() -> PeftModel:
     model = adapted(other=narrow())
+    model.set_adapter(["default", "other"])
     model.merge_adapter()
     return model
 
@@ -125,15 +126,19 @@ CASES = {
     ),
     "merging a prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_adapter(),
-        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "return None and (("), "A prompt changes the input",
+        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "repr(rules.CANNOT_MERGE("), "A prompt changes the input",
     ),
     "unloading a merged prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_and_unload(),
-        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "return None and (("), "A prompt changes the input",
+        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "repr(rules.CANNOT_MERGE("), "A prompt changes the input",
     ),
     "deleting what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.delete_adapter("default"),
-        (session, "if merged:", "if False:"), "`default` is merged into the base weights",
+        (session, "if name in self.merged:", "if False:"), "`default` is merged into the base weights",
+    ),
+    "loading over what is merged": Case(
+        rules.WHILE_MERGED, merged, lambda m: m.load_adapter("nowhere", "other"),
+        (runtime_model, "session.refuse_merged(adapter_name)", "pass"), "`other` is merged into the base weights",
     ),
     "deleting what is merged from one layer": Case(
         rules.WHILE_MERGED, merged, lambda m: m.get_base_model().first.delete_adapter("default"),
