@@ -10,7 +10,7 @@ from peftc.diagnostics import Rule, Severity
 
 WARNING = Severity.WARNING
 
-# PC1xx: documents and configs --------------------------------------------------------------------------------------
+# PC1xx: documents and configs ---------------------------------------------------------------------------------------
 UNKNOWN_KEY = Rule("PC101", "Unknown key", "A key that nothing reads has no effect; most often it is a misspelling.")
 BAD_VALUE = Rule("PC102", "Wrong value", "The value does not fit the type or the range of the option.")
 OPTION_NOT_AVAILABLE = Rule("PC103", "Option not available", "Ignoring the option would change the mathematics.")
@@ -40,7 +40,7 @@ DROPPED_KEY = Rule(
 SCHEMA_DRIFT = Rule("PC123", "Committed schema is out of date", "Editors and reviewers read the committed file.")
 CANNOT_WRITE = Rule("PC124", "File cannot be written", "Nothing was changed.")
 
-# PC2xx: plugins ----------------------------------------------------------------------------------------------------
+# PC2xx: plugins -----------------------------------------------------------------------------------------------------
 UNKNOWN_TYPE = Rule("PC201", "Unknown PEFT type", "No installed plugin registers this type.")
 PLUGIN_BROKEN = Rule("PC202", "Plugin cannot be loaded", "A method is only as good as the plugin that brings it.")
 PLUGIN_CONFLICT = Rule("PC203", "Two plugins claim one name", "Which one would run must not depend on search order.")
@@ -51,7 +51,7 @@ NOT_CONFORMANT = Rule(
     "PC207", "Plugin fails a conformance check", "Those who use a method rely on what every method does."
 )
 
-# PC3xx: graphs and base models -------------------------------------------------------------------------------------
+# PC3xx: graphs and base models --------------------------------------------------------------------------------------
 LAZY_LAYER = Rule(
     "PC301", "Layer without a shape", "A lazy layer gets its shape from the first input, so it cannot be planned."
 )
@@ -72,7 +72,7 @@ QUANTIZED_BASE = Rule(
     "PC309", "Base is quantised", "How a quantised layer stores its weight is only known once it is loaded.", WARNING
 )
 
-# PC4xx: targets and plans ------------------------------------------------------------------------------------------
+# PC4xx: targets and plans -------------------------------------------------------------------------------------------
 BAD_TARGET = Rule("PC401", "Layer cannot be adapted", "The method's mathematics does not fit this layer.")
 RANK_BEYOND_LAYER = Rule(
     "PC402", "Rank beyond the layer", "Directions beyond the layer's own rank cost memory and cannot be used.", WARNING
@@ -150,7 +150,7 @@ ADAPTERS_CONFLICT = Rule(
 )
 NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that these layers do not have.", WARNING)
 
-# PC5xx: running models ---------------------------------------------------------------------------------------------
+# PC5xx: running models ----------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")
 ADAPTER_UNKNOWN = Rule(
     "PC502", "No such adapter", "Activating or saving an adapter that is not there would do nothing."
@@ -177,7 +177,7 @@ POSITIONS_IGNORED = Rule(
     "PC513", "Positions are ignored", "They were made without the virtual tokens.", Severity.WARNING
 )
 
-# PC6xx: checkpoints ------------------------------------------------------------------------------------------------
+# PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
 CHECKPOINT_PICKLED = Rule("PC602", "Weights are a pickle", "Unpickling a file can run code that is hidden in it.")
 CHECKPOINT_DAMAGED = Rule("PC603", "Damaged safetensors file", "Nothing was loaded from it; the model is unchanged.")
@@ -220,7 +220,7 @@ UNTRAINED = Rule(
 )
 SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
 
-# PC7xx: commands and training --------------------------------------------------------------------------------------
+# PC7xx: commands and training ---------------------------------------------------------------------------------------
 SYSTEM_REFUSED = Rule(
     "PC701", "The operating system refused", "The command stopped; what it writes is written whole or not at all."
 )

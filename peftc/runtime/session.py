@@ -243,7 +243,7 @@ class Session:
         self.require(names)
         again = [name for name in names if name in self.merged]
         if again:
-            what = f"{', '.join(f'`{name}`' for name in again)} is merged already"
+            what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
             warn(
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
                 stacklevel=4,

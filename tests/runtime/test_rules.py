@@ -110,7 +110,7 @@ CASES = {
         (session, "if problems:\n", "if not problems:\n"), "There is no module `second`",
     ),
     "merging twice": Case(
-        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "`default` is merged already",
+        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "Merged already: `default`, `other`",
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
