@@ -5,7 +5,6 @@ Light on import: torch and transformers only inside functions, so that a whole p
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import statistics
@@ -36,8 +35,7 @@ class Watch:
 
 @contextmanager
 def timed() -> Iterator[Watch]:
-    """Time a block of code. Garbage left by what ran before is collected first."""
-    gc.collect()
+    """Time a block of code."""
     watch = Watch()
     cpu, wall = time.process_time(), time.perf_counter()
     yield watch

@@ -6,9 +6,11 @@ The large ones are configs of `examples/configs`, the small ones have random wei
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.measure import library
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,3 +69,34 @@ def llama(**sizes: int) -> nn.Module:
 def lora(lib: Any, **options: Any) -> Any:
     """The adapter that most rows use: rank 8 on all seven linear layers of a block."""
     return lib.LoraConfig(**{"r": 8, "target_modules": list(LINEARS), **options})
+
+
+def frozen_llama() -> Any:
+    """`llama` for training: every parameter frozen, but gradients run through from the embeddings' output."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model: Any = llama()
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def with_lora(name: str, model: Any) -> Any:
+    """The model with the adapter of the library `name`, no longer at its start."""
+    lib = library(name)
+    return lib.get_peft_model(model, lora(lib, init_lora_weights=False)).train()
+
+
+def training_step(model: Any) -> Callable[[], None]:
+    """A step on 4 × 256 random tokens: forward, loss, backward, gradients dropped."""
+    import torch
+
+    ids = torch.randint(0, model.config.vocab_size, (4, 256))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step

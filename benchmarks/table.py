@@ -146,7 +146,7 @@ def line_of(check: Check, samples: Samples) -> Line:
     result = f"**{_amount(summary.median, unit)}{sign}** ({_amount(summary.low, unit)} … {_amount(summary.high, unit)})"
     target = "—"
     if check.target is not None:
-        target = f"{'≥' if check.target.at_least else '≤'} {_amount(check.target.bound, unit)}{sign}"
+        target = f"{'≥' if check.target.at_least else '≤'} {_bound(check.target.bound, unit)}{sign}"
     ours = _measured(check.of, check.unit, samples)
     theirs = _measured(check.against, check.unit, samples) if check.against is not None else "—"
     return Line((check.what, ours, theirs, result, target, verdict.value), verdict)
@@ -167,6 +167,11 @@ def _measured(reading: Reading, unit: Unit, samples: Samples) -> str:
     return f"{_amount(cpu, unit)} ({_amount(wall, unit)})"
 
 
+def _bound(value: float, unit: Unit) -> str:
+    """A target, as it was set."""
+    return f"{value / 1e6:g} MB" if unit is Unit.BYTES else f"{value:g} {unit.value}".strip()
+
+
 def _amount(value: float, unit: Unit) -> str:
     """A number with three significant digits and its unit."""
     if unit is Unit.BYTES:
@@ -180,6 +185,6 @@ def _amount(value: float, unit: Unit) -> str:
 
 
 def _digits(value: float) -> str:
-    if abs(value) >= 100:
+    if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

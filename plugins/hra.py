@@ -141,7 +141,7 @@ def peftc_tuner() -> TunerMethod:
         default_targets={"target_modules": "hra"},
         summary="A product of Householder reflections rotates the input of each frozen weight.",
         paper="arXiv:2405.17484",
-        examples=({"r": 4}, {"r": 4, "apply_GS": True}),
+        examples=({"r": 4}, {"r": 3}, {"r": 4, "apply_GS": True}),
         check=check,
         identity_at_start=lambda c: c.init_weights and c.r % 2 == 0 and not c.apply_GS,
     )

@@ -111,6 +111,7 @@ def peftc_tuner() -> TunerMethod:
         default_targets={"target_modules": "ia3", "feedforward_modules": "ia3_feedforward"},
         summary="One learned vector per layer rescales its activations.",
         paper="arXiv:2205.05638",
-        examples=({"feedforward_modules": []},),
+        # in the second, layers whose name ends in 0 are feed-forward ones: the kit's small models have both kinds then
+        examples=({"feedforward_modules": []}, {"feedforward_modules": ".*0"}),
         identity_at_start=lambda c: c.init_ia3_weights,
     )

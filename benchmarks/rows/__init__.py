@@ -1,3 +1,12 @@
 """The rows of the table, one script each, in the order of the page."""
 
-NAMES = ("startup", "plan", "injection", "second-adapter", "loaded-adapters", "one-token", "training-step")
+NAMES = (
+    "startup",
+    "plan",
+    "injection",
+    "second-adapter",
+    "loaded-adapters",
+    "one-token",
+    "training-step",
+    "training-memory",
+)

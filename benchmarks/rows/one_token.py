@@ -10,7 +10,7 @@ from benchmarks.models import llama, lora
 from benchmarks.row import BOTH, OURS, PEER, Row, run
 from benchmarks.table import Check, Reading, Readings, Target
 
-CALLS = 200
+CALLS = 100
 
 ROW = Row(
     title="One-token forward",

@@ -50,6 +50,7 @@ ROW = Row(
     "file on the meta device.",
     sides={f"{side} {model}": (side, model) for model in LARGE for side in (OURS, ALONE)},
     checks=tuple(check for model in LARGE for check in _checks(model)),
+    rounds=3,
 )
 
 

@@ -19,7 +19,7 @@ from peftc.diagnostics import PeftcError
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.paths import Part, Path, adapted, compose
-from peftc.runtime.storage import INIT, LayerView, allocate, drop, find, put, torch_dtype
+from peftc.runtime.storage import INIT, allocate, drop, find, put, torch_dtype, view_class
 from peftc.tuner.method import MapTuner
 
 #: finds a slot's tensor by its disk key, or says None: then the method initialises it
@@ -87,7 +87,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         site, tuner = self._sites[adapter]
         slots = {slot.name: find(self, slot, adapter) for slot in site.slots}
         dropout = _Dropout(self, p) if p > 0 else None
-        self._parts[adapter] = Part(tuner, LayerView(adapter, site, slots, self.scaling), site.path, dropout)
+        self._parts[adapter] = Part(tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling), site.path, dropout)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""

@@ -78,35 +78,22 @@ def _step(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
 
 
 def _fused(path: Path, base: nn.Module, part: Part) -> Path:
-    """Base and update as one function in training, where the base allows it; else the update goes into its output."""
-    added = _added(path, base, part)
-    if path is not base or type(base) is not nn.Linear or part.dropout is not None:
-        return added
-    linear: nn.Linear = base
-    thin, view = part.lowering("thin"), part.view
+    """Base and update as one function in training, where the base allows it; else the update goes into its fresh output.
 
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return added(x, *args, **kwargs)
-        A, B, scale = thin(view)
-        if not is_bare(linear, x, A):
-            return added(x, *args, **kwargs)
-        return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
-
-    return run
-
-
-def _added(path: Path, base: nn.Module, part: Part) -> Path:
-    """Add into the base's fresh output. A hook may have kept that output, or made a view of it: then add to a copy."""
+    A hook of the base may have kept that output, or made a view of it: then it goes into a copy.
+    """
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
-    hooks = (base._forward_hooks, base._backward_hooks, base._backward_pre_hooks)
+    forward, backward, backward_pre = base._forward_hooks, base._backward_hooks, base._backward_pre_hooks
+    linear = base if path is base and type(base) is nn.Linear and dropout is None else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = path(x, *args, **kwargs)
         A, B, scale = thin(view)
-        if dropout is not None:
-            x = dropout(x)
-        return add_low_rank(y.clone() if any(hooks) or _has_any_global_hook() else y, x, A, B, scale)
+        if linear is not None and torch.is_grad_enabled() and is_bare(linear, x, A):
+            return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
+        y = path(x, *args, **kwargs)
+        if forward or backward or backward_pre or _has_any_global_hook():
+            y = y.clone()
+        return add_low_rank(y, x if dropout is None else dropout(x), A, B, scale)
 
     return run
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,18 +146,29 @@ class LayerView:
         return self._scalings[self.adapter]
 
     def __getattr__(self, name: str) -> Tensor:
-        try:
-            container, key = self._slots[name]
-        except KeyError:
-            raise AttributeError(f"no slot `{name}`; there are {sorted(self._slots)}") from None
-        tensor: Tensor = container[key]
-        return tensor
+        """Slots are properties of the class that `view_class` makes; here comes what is none."""
+        raise AttributeError(f"no slot `{name}`; there are {sorted(self._slots)}")
 
     def dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
         container, key = next(iter(self._slots.values()))
         dtype: torch.dtype = container[key].dtype
         return dtype
+
+
+@cache
+def view_class(slots: tuple[str, ...]) -> type[LayerView]:
+    """The class of views with these slots. Properties, because `__getattr__` would cost more than a small product."""
+
+    def reader(slot: str) -> property:
+        def read(view: LayerView) -> Tensor:
+            container, key = view._slots[slot]
+            tensor: Tensor = container[key]
+            return tensor
+
+        return property(read)
+
+    return type("LayerView", (LayerView,), {"__slots__": (), **{slot: reader(slot) for slot in slots}})
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ In a test file `test_conformance = conformance("MY_TYPE")` is one test per check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +30,14 @@ def examine(plugin: str | ModuleType, *only: str) -> Report:
     return run(plugin, only)
 
 
-def conformance(
-    *plugins: str | ModuleType, examples: Sequence[Mapping[str, Any]] | None = None
-) -> Callable[[Any], None]:
+def conformance(*plugins: str | ModuleType) -> Callable[[Any], None]:
     """A test function for pytest: one test per method, check, options and model. Without plugins: all installed methods.
 
-    `examples` are options to use in place of those that the method's record gives. Needs the pytest plugin `peftc.testing.plugin`, which pytest finds by itself where peftc is installed.
+    Needs the pytest plugin `peftc.testing.plugin`, which pytest finds by itself where peftc is installed.
     """
     import pytest
 
-    @pytest.mark.peftc(*plugins, examples=examples)
+    @pytest.mark.peftc(*plugins)
     def test_conformance(peftc_case: Any) -> None:
         __tracebackhide__ = True
         peftc_case.run()

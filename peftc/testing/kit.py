@@ -6,11 +6,10 @@ process are shared, for all methods of a run are planned by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from types import ModuleType
-from typing import Any
 
 from peftc.diagnostics import PeftcError
 from peftc.registry.boundary import boundary
@@ -151,11 +150,8 @@ class Case:
             self.call()
 
 
-def cases(*plugins: str | ModuleType, examples: Sequence[Mapping[str, Any]] | None = None) -> list[Case]:
-    """All cases of the methods, or of every installed one; `examples` replace those of their records.
-
-    Raises `PeftcError` for a plugin that cannot be loaded.
-    """
+def cases(*plugins: str | ModuleType) -> list[Case]:
+    """All cases of the methods, or of every installed one. Raises `PeftcError` for a plugin that cannot be loaded."""
     registry = default_registry()
     modules = {}
     methods: list[TunerMethod] = []
@@ -165,8 +161,6 @@ def cases(*plugins: str | ModuleType, examples: Sequence[Mapping[str, Any]] | No
             modules[methods[-1].peft_type] = plugin.__name__
         else:
             methods.append(registry.get(plugin))
-    if examples is not None:
-        methods = [replace(method, examples=tuple(examples)) for method in methods]
     found = [subject for method in methods for subject in subjects(method)]
     return list(_cases(found, Elsewhere(found, modules)))
 
@@ -175,10 +169,14 @@ def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
     for s in found:
         for check, when in CHECKS:
             if when(s):
-                yield Case(check.__name__, s, lambda check=check, s=s: check(s))
+                yield Case(check.__name__, s, partial(check, s))
         for of_plan, when in CHECKS_OF_PLANS:
             if when(s):
-                yield Case(of_plan.__name__, s, lambda check=of_plan, s=s: check(s, elsewhere(s)))
+                yield Case(of_plan.__name__, s, partial(_check_plan, of_plan, s, elsewhere))
+
+
+def _check_plan(check: Callable[[Subject, Planned], None], s: Subject, elsewhere: Elsewhere) -> None:
+    check(s, elsewhere(s))
 
 
 def _entry_name(plugin: ModuleType) -> str:

@@ -22,7 +22,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from peftc.testing.kit import cases
 
-    found = []
-    for mark in metafunc.definition.iter_markers("peftc"):
-        found += cases(*mark.args, **mark.kwargs)
-    metafunc.parametrize("peftc_case", found, ids=str)
+    marks = list(metafunc.definition.iter_markers("peftc"))
+    metafunc.parametrize("peftc_case", cases(*(plugin for mark in marks for plugin in mark.args)), ids=str)

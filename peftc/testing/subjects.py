@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,7 +104,6 @@ class Subject:
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-
 def slots_of(model: PeftModel, adapter: str, trainable: bool = True) -> dict[str, nn.Parameter]:
     """The adapter's parameters by name; only those that train if `trainable`."""
     own = dict(model.named_parameters())
@@ -153,7 +151,8 @@ def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) 
     if not issubclass(method.config, TargetsMixin) or "target_modules" in options:
         return None
     config = method.config(**options)
-    return tuple(node.path for node in model.graph.nodes if node.facts.kind in ADAPTABLE and _fits(method, config, node))
+    nodes = (node for node in model.graph.nodes if node.facts.kind in ADAPTABLE)
+    return tuple(node.path for node in nodes if _fits(method, config, node))
 
 
 def _fits(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> bool:

@@ -9,10 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from peftc import HRAConfig, PeftcError, PeftcWarning, PeftModel, get_peft_model
-from peftc.testing import conformance
-
-# Biases along, and an odd number of reflections, which is no identity at the start.
-test_conformance_with_other_options = conformance("HRA", examples=[{"r": 3}])
 
 
 def wrapped(layer: nn.Module | None = None, **options: Any) -> PeftModel:

@@ -10,10 +10,6 @@ from torch import nn
 
 from peftc import IA3Config, PeftModel, get_peft_model
 from peftc.diagnostics import ConfigError
-from peftc.testing import conformance
-
-# Layers whose name ends in 0 are feed-forward ones: the kit's small models have both kinds then.
-test_conformance_with_feedforward_layers = conformance("IA3", examples=[{"feedforward_modules": ".*0"}])
 
 
 def wrapped(layer: nn.Module | None = None, **options: Any) -> PeftModel:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peftc_plugins.lora import NOT_YET
 from torch import Tensor, nn
 
 from peftc import LoraConfig, LoraModel, PeftcError, PeftcWarning, PeftModel, get_peft_model
-from peftc_plugins.lora import NOT_YET
 
 WIDTH = 16
 
@@ -62,11 +62,11 @@ def test_the_update_starts_at_zero_beside_a_random_factor() -> None:
 
 def test_a_gaussian_start() -> None:
     a, b = factors(wrapped(layer=nn.Linear(4096, 8), init_lora_weights="gaussian", r=2))
-    assert float(a.std()) == pytest.approx(1 / 2, rel=0.05)
+    assert float(a.detach().std()) == pytest.approx(1 / 2, rel=0.05)
     assert not b.any()
 
 
-def test_a_random_start_is_warned_of_nowhere_but_changes_the_model() -> None:
+def test_a_random_start_changes_the_model() -> None:
     model = wrapped(init_lora_weights=False)
     x = torch.randn(2, WIDTH)
     with model.disable_adapter():
@@ -113,7 +113,7 @@ def test_dropout_leaves_ids_alone() -> None:
 
 def test_the_scale_can_be_set() -> None:
     model = wrapped()
-    a, b = factors(model)
+    _, b = factors(model)
     with torch.no_grad():
         b.normal_()
     layer, x = model.get_base_model()[0], torch.randn(2, WIDTH)

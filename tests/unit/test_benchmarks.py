@@ -67,7 +67,7 @@ def test_a_reading_can_be_what_goes_beyond_another_side() -> None:
 def test_a_line_shows_medians_and_the_verdict() -> None:
     samples: Samples = {OURS: seconds(0.001, 0.001, 0.001), PEER: seconds(0.5, 0.5, 0.5)}
     line = line_of(FASTER, samples)
-    assert line.cells == ("job", "1.00 ms (2.00 ms)", "500 ms (1.00 s)", "**500×** (500 … 500)", "≥ 20.0×", "reached")
+    assert line.cells == ("job", "1.00 ms (2.00 ms)", "500 ms (1.00 s)", "**500×** (500 … 500)", "≥ 20×", "reached")
     assert line.verdict is Verdict.REACHED
 
 

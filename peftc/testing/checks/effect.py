@@ -125,7 +125,8 @@ def half_precision_bases(s: Subject) -> None:
     """Beside float16 and bfloat16 weights adapters train in float32, and in the same precision if that is asked for."""
     for dtype in (torch.bfloat16, torch.float16):
         model = s.trained(dtype=dtype)
-        wrong = {p.dtype for layer in layers_of(model).values() for _, p in layer.parameters_of("default")} - {torch.float32}
+        found = {p.dtype for layer in layers_of(model).values() for _, p in layer.parameters_of("default")}
+        wrong = found - {torch.float32}
         if wrong:
             raise broken(f"Beside {dtype} weights slots are {wrong}", "Leave `dtype` of a slot out.")
         y, expected = s.output(model, dtype), s.output(s.trained())
@@ -138,19 +139,21 @@ def half_precision_bases(s: Subject) -> None:
         with quiet():
             lean = PeftModel(s.build(dtype), s.config(), autocast_adapter_dtype=False).eval()
         if not s.output(lean, dtype).isfinite().all():
-            raise broken(f"The output with {dtype} slots is not finite", "Lift what needs precision inside the lowering.")
+            fix = "Lift what needs precision inside the lowering."
+            raise broken(f"The output with {dtype} slots is not finite", fix)
 
 
 def compiles(s: Subject) -> None:
     """`torch.compile` must see one graph and give the same output and gradients."""
     model = s.trained()
     y, grown = s.output(model), s.grown(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = s.trained()
+    compiled.compile(backend="aot_eager", fullgraph=True)
     try:
         close(s.output(compiled), y, "The output of the compiled model", "Use torch operations only.", tolerance=1e-5)
         for name, gradient in s.grown(compiled).items():
-            own = grown[name.removeprefix("_orig_mod.")]
-            close(gradient, own, f"The compiled gradient of `{name}`", "Use torch operations only.", tolerance=1e-4)
+            what = f"The compiled gradient of `{name}`"
+            close(gradient, grown[name], what, "Use torch operations only.", tolerance=1e-4)
     finally:
         torch._dynamo.reset()
 
