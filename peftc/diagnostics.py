@@ -7,6 +7,7 @@ collected and raised together as one `PeftcError`, so that a document with five 
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -145,10 +146,18 @@ def render(diagnostics: Iterable[Diagnostic]) -> str:
     return "\n".join(str(d) for d in diagnostics)
 
 
-def warn(diagnostics: Iterable[Diagnostic], stacklevel: int = 3) -> None:
-    """Show warnings through Python's warning machinery (each is a `PeftcWarning`)."""
+def warn(diagnostics: Iterable[Diagnostic]) -> None:
+    """Show warnings through Python's warning machinery (each is a `PeftcWarning`), placed at the line that called peftc."""
     for diagnostic in diagnostics:
-        warnings.warn(PeftcWarning(diagnostic), stacklevel=stacklevel)
+        warnings.warn(PeftcWarning(diagnostic), stacklevel=_frames_of_ours() + 1)
+
+
+def _frames_of_ours() -> int:
+    """How many frames lie between the code that called into peftc and the caller of this function."""
+    depth, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("peftc", "contextlib"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:

@@ -246,4 +246,6 @@ FOLDER_TAKEN = Rule("PC722", "Folder is not empty", "What is in it would be mixe
 NOTHING_TO_TRAIN = Rule("PC723", "Spec says too little to train", "Training needs examples and a place for the result.")
 NO_PROMPT = Rule("PC724", "No prompt", "There is nothing to answer.")
 DEMO_FAILED = Rule("PC725", "The demo did not hold", "What it shows is what the project promises.")
-NOT_A_LANGUAGE_MODEL = Rule("PC726", "Not a causal language model", "`peftc train` and `peftc generate` are for models that write text.")
+NOT_A_LANGUAGE_MODEL = Rule(
+    "PC726", "Not a causal language model", "`peftc train` and `peftc generate` are for models that write text."
+)

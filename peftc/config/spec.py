@@ -247,7 +247,9 @@ def read_spec(document: Document, registry: Registry | None = None) -> Reading:
     if not isinstance(data, Mapping):
         what = "The document is empty" if data is None else "The document is not a mapping of keys to values"
         fix = "A spec has `version`, `base` and `adapters`."
-        return Reading(document, None, (*document.problems, rules.WRONG_DOCUMENT(what, fix=fix, where=document.where())))
+        return Reading(
+            document, None, (*document.problems, rules.WRONG_DOCUMENT(what, fix=fix, where=document.where()))
+        )
     registry = registry or default_registry()
     spec, found = None, list(contradictions(data))
     try:

@@ -44,9 +44,7 @@ def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B
 
 class _LinearLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         y = F.linear(x, weight, bias)
         h = down(x, A)
         add_update(y, h, B, scale)

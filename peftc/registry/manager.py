@@ -143,7 +143,9 @@ class Registry:
         hint = did_you_mean(peft_type.upper(), self.names)
         install = f"Install the plugin that brings it: a distribution with an entry point `{peft_type.lower()}` in the group `{hookspecs.GROUP}`."
         known = ", ".join(self.names)
-        return rules.UNKNOWN_TYPE(f"No method is called `{peft_type}`; installed are {known}", fix=f"{hint} {install}".strip())
+        return rules.UNKNOWN_TYPE(
+            f"No method is called `{peft_type}`; installed are {known}", fix=f"{hint} {install}".strip()
+        )
 
     def _load(self, claim: Claim) -> TunerMethod:
         try:
@@ -162,7 +164,9 @@ class Registry:
             method = manager.hook.peftc_tuner()
         except Exception as error:  # the plugin boundary
             what = f"{claim} failed while registering: {type(error).__name__}: {error}"
-            raise PeftcError(rules.PLUGIN_BROKEN(what, fix="The hook is `peftc_tuner()`, marked `@hookimpl`.")) from error
+            raise PeftcError(
+                rules.PLUGIN_BROKEN(what, fix="The hook is `peftc_tuner()`, marked `@hookimpl`.")
+            ) from error
         problem = _contract_problem(claim, method)
         if problem:
             raise PeftcError(rules.PLUGIN_INVALID(f"{claim}: {problem}", fix="Correct the plugin's record."))

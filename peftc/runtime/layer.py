@@ -87,7 +87,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         site, tuner = self._sites[adapter]
         slots = {slot.name: find(self, slot, adapter) for slot in site.slots}
         dropout = _Dropout(self, p) if p > 0 else None
-        self._parts[adapter] = Part(tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling), site.path, dropout)
+        self._parts[adapter] = Part(
+            tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling), site.path, dropout
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""

@@ -47,7 +47,7 @@ def plan_for(
     problems = conflicts([*others, *plan.adapters])
     if problems:
         raise PeftcError(problems)
-    warn((w for w in plan.warnings if not loading or w.code not in _OF_THE_START), stacklevel=5)
+    warn(w for w in plan.warnings if not loading or w.code not in _OF_THE_START)
     return plan
 
 

@@ -177,7 +177,11 @@ class PeftModel(nn.Module):
 
     @collector_paused()
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter beside those there are; it is not activated. Raises `PeftcError`, with nothing changed."""
         self._refuse_type(peft_config)
@@ -311,7 +315,9 @@ class PeftModel(nn.Module):
 
     def _plan(self, name: str) -> InjectionPlan:
         session = self.session
-        return InjectionPlan(session.graph.model, (session.plans[name],), (name,), session.graph.numel, graph=session.graph)
+        return InjectionPlan(
+            session.graph.model, (session.plans[name],), (name,), session.graph.numel, graph=session.graph
+        )
 
     def _with_mapping(self, config: PeftConfig) -> PeftConfig:
         """Without a task type, a file names the base model's class, for information."""
@@ -429,4 +435,3 @@ def _strip(model: nn.Module, session: Session) -> None:
     session.unload()
     model.__dict__.pop(SESSION, None)
     model.__dict__.pop("peft_config", None)
-

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from peftc import rules
+from peftc.diagnostics import PeftcError
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.registry.boundary import guarded
@@ -176,6 +178,10 @@ def _changed(
     if "thin" in tuner.lowerings:
         A, B, scale = part.lowering("thin")(view)
         return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
+    if not tuner.lowerings & {"input", "output"}:
+        what = f"{view.config.peft_type} says what it adds to an output, not how it changes the weight"
+        fix = "Keep it beside the model, alone on its layer; the plugin would have to give `params` or `thin`."
+        raise PeftcError(rules.CANNOT_MERGE(what, fix=fix, where=part.path))
     changed = dict(p)
     if "input" in tuner.lowerings:
         changed["weight"] = _weight_after_input(base, backend, part, changed["weight"])

@@ -246,7 +246,6 @@ class Session:
             what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
             warn(
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
-                stacklevel=4,
             )
         with Journal() as journal:
             for layer in self._distinct_layers(names):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from peftc import PeftModel, compile_plan
+from peftc import PeftcError, PeftModel, compile_plan, rules
+from peftc.plugin import MapTuner, View
+from peftc.registry.manager import default_registry
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.snapshot import snapshot
-from tests.runtime.methods import Net, adapted, narrow, x
+from tests.runtime.methods import NarrowTuner, Net, adapted, narrow, x
+from tests.unit.fakes import plugin
 
 Swap = Callable[[PeftModel, dict[str, Tensor]], Tensor]
 
@@ -120,6 +124,27 @@ def test_what_a_checkpoint_lacks_is_initialised_and_what_it_has_stays() -> None:
     assert torch.equal(layer.narrow_A["default"].weight, kept)
     assert layer.narrow_B["default"].weight.isfinite().all()
     assert layer.narrow_B["default"].weight.any()
+
+
+class OnlyBranch(NarrowTuner):
+    """Says what it adds to the output, and nothing of the weight."""
+
+    thin = MapTuner.thin
+
+    def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
+        return x @ a.narrow_A.T @ a.narrow_B.T
+
+
+def test_what_has_no_weight_cannot_be_merged() -> None:
+    method = default_registry().get("NARROW")
+    default_registry().register(plugin(replace(method, tuner=OnlyBranch())), "narrow")
+    model = adapted()
+    y = model(x())
+    with pytest.raises(PeftcError) as caught:
+        model.merge_adapter()
+    assert [d.code for d in caught.value.diagnostics] == [rules.CANNOT_MERGE.code]
+    assert torch.equal(model(x()), y)
+    assert not model.get_base_model().first.merged
 
 
 def test_the_printed_layer_says_what_acts() -> None:
