@@ -109,7 +109,9 @@ def _problem(location: Location, on_key: bool, items: list[ErrorDetails], models
     if first["type"] == "value_error" and isinstance(first["input"], (Mapping, BaseModel)):
         what, fix = reasons[:1].upper() + reasons[1:], "Change one of the options named."
     else:
-        what, fix = f"`{name}` cannot be `{shorten(first['input'])}`: {reasons}", help_text
+        what, fix = f"`{name}` cannot be `{shorten(first['input'])}`: {reasons}", "Give a value that fits."
+        if help_text:
+            fix += f" What it sets: {help_text}"
     return Problem(location, rules.BAD_VALUE(what, fix=fix, where=where), on_key)
 
 
