@@ -176,6 +176,8 @@ TOKENIZER_MISSING = Rule(
 POSITIONS_IGNORED = Rule(
     "PC513", "Positions are ignored", "They were made without the virtual tokens.", Severity.WARNING
 )
+NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
+NOT_A_MODEL = Rule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")

@@ -34,6 +34,9 @@ def plan_for(
 ) -> InjectionPlan:
     """Compile configs for a live model and show the compiler's warnings; the first config's adapter is to be active,
     unless the model has adapters already. Raises `PeftcError` with every problem."""
+    if not isinstance(model, nn.Module):
+        what = f"A {type(model).__name__} is not a `torch.nn.Module`"
+        raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
     session = session_of(model)
     plan = compile_plan(
         snapshot(model) if session is None else session.graph,

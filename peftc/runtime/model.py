@@ -235,6 +235,8 @@ class PeftModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
+        if not self.session.merged:
+            warn([rules.NOT_MERGED("No adapter is merged", fix="Leave the call out, or merge first.")])
         self.session.unmerge()
 
     def merge_and_unload(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
 from peftc.diagnostics import Rule
-from peftc.runtime import apply, layer, prompt, session
+from peftc.runtime import apply, layer, loading, prompt, session
 from peftc.runtime import model as runtime_model
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.snapshot import snapshot
@@ -111,6 +111,14 @@ CASES = {
     ),
     "merging twice": Case(
         rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "Merged already: `default`, `other`",
+    ),
+    "unmerging what is not merged": Case(
+        rules.NOT_MERGED, adapted, lambda m: m.unmerge_adapter(),
+        (runtime_model, "if not self.session.merged:", "if False:"), "No adapter is merged",
+    ),
+    "the arguments the wrong way round": Case(
+        rules.NOT_A_MODEL, adapted, lambda m: get_peft_model(narrow(), narrow()),
+        (loading, "if not isinstance(model, nn.Module):", "if model is None:"), "is not a `torch.nn.Module`",
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
