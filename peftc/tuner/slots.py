@@ -6,6 +6,7 @@ nothing searches or replaces in text, so an adapter may be called `weight` or `l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,10 +36,7 @@ class Slot:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainable: bool = True) -> Slot:
