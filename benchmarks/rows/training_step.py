@@ -9,7 +9,7 @@ from benchmarks.models import frozen_llama, training_step, with_lora
 from benchmarks.row import BOTH, OURS, PEER, Row, run
 from benchmarks.table import Check, Reading, Readings, Target
 
-STEPS = 5
+STEPS = 7
 
 ROW = Row(
     title="Training step, time",

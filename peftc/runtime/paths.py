@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
@@ -79,6 +79,10 @@ def _step(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
     return _output(path, part, backend.output_axis) if "output" in given else path
 
 
+#: Hooks of every module: torch changes these dicts in place, and asking it by a call costs as much as a small product.
+_GLOBAL = (_global_forward_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+
+
 def _fused(path: Path, base: nn.Module, part: Part) -> Path:
     """Base and update as one function in training, where the base allows it; else the update goes into its fresh output.
 
@@ -93,7 +97,7 @@ def _fused(path: Path, base: nn.Module, part: Part) -> Path:
         if linear is not None and torch.is_grad_enabled() and is_bare(linear, x, A):
             return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
         y = path(x, *args, **kwargs)
-        if forward or backward or backward_pre or _has_any_global_hook():
+        if forward or backward or backward_pre or _GLOBAL[0] or _GLOBAL[1] or _GLOBAL[2]:
             y = y.clone()
         return add_low_rank(y, x if dropout is None else dropout(x), A, B, scale)
 

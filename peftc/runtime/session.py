@@ -7,6 +7,7 @@ never to the model or to what else is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -156,7 +157,7 @@ class Session:
             yield self.copies[save.path]
 
     def _trained_names(self, plan: AdapterPlan) -> list[tuple[str, str]]:
-        names = [p.name for p in plan.parameters() if p.base]
+        names = [p.name for p in replace(plan, maps=(), saves=()).parameters()] if plan.trains else []
         return [(name, site.name) for name, site in zip(names, plan.trains, strict=True)]
 
     def _trained(self, plan: AdapterPlan) -> Iterator[nn.Parameter]:

@@ -24,7 +24,6 @@ from transformers.utils import logging
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.locate import CONFIG_FILE, LocatedBase
-from peftc.integrations.transformers import gguf
 
 #: What transformers' constructors and loaders raise on a config or a file that makes no sense to them.
 FAILURES = (
@@ -81,6 +80,8 @@ def architecture_of(base: LocatedBase) -> Architecture:
 
 def _config_of(base: LocatedBase) -> PretrainedConfig:
     if base.gguf is not None:
+        from peftc.integrations.transformers import gguf  # here: it brings transformers' tokenizers, for no other base
+
         return gguf.read_config(base.gguf)
     data = dict(base.config or {})
     _require_known_type(base, data)
