@@ -7,6 +7,7 @@ plugin that declares the name is imported.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +20,23 @@ if TYPE_CHECKING:
     from peftc.config.spec import load_spec
     from peftc.config.types import PeftType, TaskType
     from peftc.diagnostics import PeftcError, PeftcWarning
-    from peftc.runtime.model import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+    from peftc.model.mapping import get_peft_model, inject_adapter_in_model
+    from peftc.model.peft_model import PeftModel
+    from peftc.model.state import get_peft_model_state_dict
 
 #: where each fixed public name lives
 _HOMES = {
     "PeftConfig": "peftc.config.base",
-    "PeftModel": "peftc.runtime.model",
+    "PeftModel": "peftc.model.peft_model",
     "PeftType": "peftc.config.types",
     "PeftcError": "peftc.diagnostics",
     "PeftcWarning": "peftc.diagnostics",
     "PromptLearningConfig": "peftc.config.prompt",
     "TaskType": "peftc.config.types",
     "compile_plan": "peftc.compiler.compile",
-    "get_peft_model": "peftc.runtime.model",
-    "get_peft_model_state_dict": "peftc.runtime.model",
-    "inject_adapter_in_model": "peftc.runtime.model",
+    "get_peft_model": "peftc.model.mapping",
+    "get_peft_model_state_dict": "peftc.model.state",
+    "inject_adapter_in_model": "peftc.model.mapping",
     "load_spec": "peftc.config.spec",
 }
 
@@ -57,16 +60,17 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name[:1].isupper():
-        value = _name_of_a_method(name)
-    else:  # `from peftc import rules` asks here first; Python then imports the submodule
+    elif name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        # `from peftc import rules` asks here first; Python then imports the submodule
         raise AttributeError(f"module `peftc` has no attribute `{name}`", name=name, obj=sys.modules[__name__])
+    else:
+        value = _name_of_a_method(name)
     globals()[name] = value
     return value
 
 
-def _name_of_a_method(name: str) -> type:
-    """The config, model or layer class that an installed method declares under this name, or an `AttributeError`."""
+def _name_of_a_method(name: str) -> Any:
+    """What an installed method declares under this name, such as its config class, or an `AttributeError`."""
     from peftc.diagnostics import did_you_mean
     from peftc.registry.manager import default_registry
 
@@ -78,6 +82,8 @@ def _name_of_a_method(name: str) -> type:
     method, role = found
     if role == "config":
         return method.config
+    if role == "export":
+        return method.exports[name]
     from peftc.runtime.classes import layer_class, model_class
 
     return model_class(method) if role == "model" else layer_class(method)

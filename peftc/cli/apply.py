@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     plan = read_plan(args.plan)
     base = base_of(plan, args.base, args.plan)
     from peftc.integrations.transformers.base import load_base  # here: below the torch line
-    from peftc.runtime.model import PeftModel
+    from peftc.model.peft_model import PeftModel
     from peftc.runtime.snapshot import snapshot
 
     with progress.stage("Loading the base model", quiet=args.quiet):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftc.config.sections import TrainSection
     from peftc.integrations.transformers.data import Encoded
     from peftc.integrations.transformers.jobs import Base
-    from peftc.runtime.model import PeftModel
+    from peftc.model.peft_model import PeftModel
 
 HELP = "Plan, train, evaluate and merge the quickstart adapter"
 

@@ -19,7 +19,7 @@ from peftc.diagnostics import PeftcError, Where, warn
 if TYPE_CHECKING:
     from peftc.integrations.transformers.jobs import Base
     from peftc.integrations.transformers.training import TrainResult
-    from peftc.runtime.model import PeftModel
+    from peftc.model.peft_model import PeftModel
 
 HELP = "Train the adapter of a spec and save it"
 

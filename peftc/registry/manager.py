@@ -101,14 +101,13 @@ class Registry:
         self._methods.pop(peft_type, None)
 
     def find_name(self, public_name: str) -> tuple[TunerMethod, str] | None:
-        """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`).
+        """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`, `"export"`).
 
         Plugins are tried by likeness of name, so the usual name imports its own plugin and no other.
         """
-        role = next((r for r in ("config", "model", "layer") if public_name.lower().endswith(r)), None)
-        if role is None:
-            return None
-        stem = public_name.lower().removesuffix(role)
+        stem = public_name.lower()
+        for role in ("config", "model", "layer"):
+            stem = stem.removesuffix(role)
         names = {name.replace("_", "").lower(): name for name in self.names}
         order = dict.fromkeys([*([stem] if stem in names else []), *nearest(stem, names), *names])
         for key in order:
@@ -116,15 +115,14 @@ class Registry:
                 method = self.get(names[key])
             except PeftcError:
                 continue  # broken plugins are reported when they are asked for by type
-            public = {"config": method.config.__name__, "model": method.model_class, "layer": method.layer_class}
-            if public[role] == public_name:
+            role = method.public_names.get(public_name, "")
+            if role:
                 return method, role
         return None
 
     def public_names(self) -> list[str]:
         """Public names of the methods loaded so far; after a `find_name` that found nothing, those of all."""
-        methods = self._methods.values()
-        return sorted(n for m in methods for n in (m.config.__name__, m.model_class, m.layer_class) if n)
+        return sorted(name for method in self._methods.values() for name in method.public_names)
 
     def _only_claim(self, peft_type: str) -> Claim:
         claims = self.claims_for(peft_type)

@@ -1,1 +1,1 @@
-"""Carrying out a plan on a live model, and the model class that users hold."""
+"""Carrying out a plan on a live model: wrappers, their storage, and the session that knows what is applied."""

@@ -68,7 +68,7 @@ def layer_factory(registry: Registry) -> LayerFactory:
 def __getattr__(name: str) -> Any:
     """Pickles name these classes by this module: make the one asked for."""
     found = default_registry().find_name(name) if not name.startswith("_") else None
-    if found is None:
+    if found is None or found[1] not in ("layer", "model"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     method, role = found
     return layer_class(method) if role == "layer" else model_class(method)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftc.checkpoint.save import WEIGHTS_NAME
 from peftc.config.base import CONFIG_NAME
-from peftc.runtime.model import PeftModel
+from peftc.model.peft_model import PeftModel
 from peftc.testing.report import broken
 from peftc.testing.subjects import quiet
 

@@ -15,9 +15,10 @@ from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
 from peftc.graph.nodes import Kind, ModuleNode
+from peftc.model.mapping import get_peft_model
+from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.model import PeftModel, get_peft_model
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
 from peftc.tuner.method import TunerMethod

@@ -133,6 +133,8 @@ class TunerMethod:
     #: public names of the empty model class and layer class, for `isinstance`; left out, those that go with the config's
     model_class: str = ""
     layer_class: str = ""
+    #: further public names of the method, e.g. its enums and helper functions, and what they stand for
+    exports: Mapping[str, Any] = field(default_factory=dict)
     #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`
     default_targets: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
@@ -154,6 +156,12 @@ class TunerMethod:
     @property
     def is_prompt(self) -> bool:
         return isinstance(self.tuner, PromptTuner)
+
+    @property
+    def public_names(self) -> dict[str, str]:
+        """Public name -> what it is: `"config"`, `"model"`, `"layer"`, or `"export"`."""
+        names = {self.config.__name__: "config", self.model_class: "model", self.layer_class: "layer"}
+        return {name: role for name, role in names.items() if name} | dict.fromkeys(self.exports, "export")
 
     def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
         """The mathematics for one site."""

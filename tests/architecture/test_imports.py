@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc.ops",),
     ("peftc.runtime",),
     ("peftc.checkpoint",),
-    ("peftc.runtime.loading", "peftc.runtime.model"),
+    ("peftc.model",),
     ("peftc.integrations",),
     ("peftc.testing",),
     ("peftc", "peftc.cli"),
@@ -44,6 +44,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.plugin": {"pydantic"},
     "peftc.cli": {"rich", "torch", "transformers"},
     "peftc.ops": {"torch"},
+    "peftc.model": {"torch"},
     "peftc.runtime": {"torch"},
     "peftc.runtime.prompt": {"torch", "transformers"},  # the tokenizer of a prompt that starts as a text
     "peftc.checkpoint": {"torch", "safetensors", "huggingface_hub"},

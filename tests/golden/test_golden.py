@@ -12,8 +12,8 @@ import pytest
 
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
+from peftc.model.mapping import get_peft_model
 from peftc.registry.manager import default_registry, installed
-from peftc.runtime.model import get_peft_model
 from peftc.testing.golden import GoldenCase, golden_cases
 from tests.golden.models import DATA, base_model
 

@@ -14,8 +14,8 @@ from peftc.graph.cache import GraphCache
 from peftc.graph.locate import locate
 from peftc.graph.nodes import LINEAR_KINDS
 from peftc.integrations.transformers.graph import graph_of, meta_model
+from peftc.model.mapping import get_peft_model
 from peftc.registry.manager import default_registry
-from peftc.runtime.model import get_peft_model
 from peftc.runtime.snapshot import snapshot
 from peftc.tuner.method import MapTuner, TunerMethod
 from tests.integration import architectures

@@ -99,7 +99,7 @@ def test_train_generate_inspect_merge(
 
 
 def _assert_same_outputs(merged: Any, base: Path, adapter: Path) -> None:
-    from peftc.runtime.model import PeftModel
+    from peftc.model.peft_model import PeftModel
 
     adapted = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), adapter)
     ids = torch.arange(2, 40).reshape(2, 19)

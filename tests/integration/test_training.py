@@ -19,8 +19,9 @@ from peftc.diagnostics import PeftcError
 from peftc.integrations.transformers import training
 from peftc.integrations.transformers.data import Encoded
 from peftc.integrations.transformers.training import Step, fit, last_checkpoint
+from peftc.model.mapping import get_peft_model
+from peftc.model.peft_model import PeftModel
 from peftc.registry.manager import default_registry
-from peftc.runtime.model import PeftModel, get_peft_model
 from peftc.tuner.method import TunerMethod
 from tests.integration import tiny
 

@@ -10,10 +10,10 @@ import pytest
 from torch import Tensor, nn
 
 from peftc.diagnostics import PeftcError
+from peftc.model.peft_model import PeftModel
 from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.model import PeftModel
 from peftc.runtime.prompt import PromptDriver
 from peftc.runtime.session import Session
 from peftc.testing import check, examine

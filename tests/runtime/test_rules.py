@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
 from peftc.diagnostics import Rule
-from peftc.runtime import apply, layer, loading, prompt, session
-from peftc.runtime import model as runtime_model
+from peftc.model import loading, mapping
+from peftc.model import peft_model as runtime_model
+from peftc.runtime import apply, layer, prompt, session
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.snapshot import snapshot
 from tests.defects import put_defect
@@ -166,7 +167,7 @@ CASES = {
     ),
     "a prompt without a wrapper": Case(
         rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
-        (runtime_model, "if registry.method_of(peft_config).is_prompt:", "if False:"), "Use `get_peft_model`.",
+        (mapping, "if registry.method_of(peft_config).is_prompt:", "if False:"), "Use `get_peft_model`.",
     ),
     "a prompt before nothing": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),

@@ -27,7 +27,7 @@ from peftc.graph.base_ref import BaseRef
 from peftc.integrations.transformers.base import load_base
 from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
-from peftc.runtime.model import PeftModel
+from peftc.model.peft_model import PeftModel
 from peftc.runtime.snapshot import snapshot
 
 

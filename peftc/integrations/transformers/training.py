@@ -28,7 +28,7 @@ from peftc.checkpoint.atomic import replace_files
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.integrations.transformers.data import Collator, Encoded
-from peftc.runtime.model import PeftModel
+from peftc.model.peft_model import PeftModel
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
 RUN_NAME = "peftc_training.json"

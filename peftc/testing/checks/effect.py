@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc.graph.nodes import LINEAR_KINDS, Kind
+from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.model import PeftModel
 from peftc.runtime.paths import Part, adapted, compose, has_functional_form
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftc.runtime.model import PeftModel
+from peftc.model.peft_model import PeftModel
 from peftc.testing.compare import close, same, same_names, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken

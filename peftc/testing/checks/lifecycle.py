@@ -19,8 +19,9 @@ from peftc.checkpoint.report import expected_tensors
 from peftc.compiler.compile import compile_plan
 from peftc.diagnostics import PeftcWarning
 from peftc.graph.nodes import TensorFacts
+from peftc.model.mapping import inject_adapter_in_model
+from peftc.model.peft_model import PeftModel
 from peftc.runtime.apply import session_of
-from peftc.runtime.model import PeftModel, inject_adapter_in_model
 from peftc.testing.compare import close, different, objects_of, same, same_names, same_tensors, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
-from peftc.runtime.model import PeftModel
+from peftc.model.peft_model import PeftModel
 from peftc.testing.compare import close, same
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject

@@ -18,13 +18,13 @@ from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.types import PeftType
 from peftc.diagnostics import PeftcError, warn
+from peftc.model.loading import matched, opened, plan_for
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import SESSION, apply_plan, mixed_types, session_of
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
-from peftc.runtime.loading import matched, opened, plan_for
 from peftc.runtime.prompt import PromptDriver, PromptEncoder
 from peftc.runtime.session import Session, freeze
 from peftc.tuner.method import PromptTuner
@@ -397,40 +397,6 @@ class PeftModel(nn.Module):
         with Journal() as journal:
             self._attach(replace(plan, active=()), source, journal)
         self.set_adapter(active)
-
-
-@collector_paused()
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = DEFAULT,
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """A `PeftModel` round the model, its adapter fresh, active and trainable. Raises `PeftcError`, model unchanged."""
-    if revision is not None:
-        peft_config.revision = revision
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False
-) -> nn.Module:
-    """Adapt the model in place and return it; it stays of its own class. For methods on layers."""
-    registry = default_registry()
-    if registry.method_of(peft_config).is_prompt:
-        what = "A prompt adapts the call, which a model without wrapper does not let through"
-        raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Use `get_peft_model`."))
-    session = apply_plan(model, plan_for(model, {adapter_name: peft_config}, task_heads=False))
-    model.__dict__["peft_config"] = {name: p.config for name, p in session.plans.items()}
-    return model
-
-
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = DEFAULT, **kwargs: Any) -> dict[str, Tensor]:
-    """What a checkpoint of the adapter holds: key on disk -> tensor."""
-    return model.adapter_tensors(adapter_name)
 
 
 def _strip(model: nn.Module, session: Session) -> None:

@@ -1,0 +1,1 @@
+"""What users hold: `PeftModel` and its relatives, and the functions that make, load, save and inspect them."""
