@@ -20,29 +20,75 @@ if TYPE_CHECKING:
     from peftc.config.spec import load_spec
     from peftc.config.types import PeftType, TaskType
     from peftc.diagnostics import PeftcError, PeftcWarning
+    from peftc.integrations.transformers.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
     from peftc.model.mapping import get_peft_model, inject_adapter_in_model
     from peftc.model.peft_model import PeftModel
     from peftc.model.state import get_peft_model_state_dict
+    from peftc.model.tasks import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
 
 #: where each fixed public name lives
 _HOMES = {
-    "PeftConfig": "peftc.config.base",
-    "PeftModel": "peftc.model.peft_model",
-    "PeftType": "peftc.config.types",
-    "PeftcError": "peftc.diagnostics",
-    "PeftcWarning": "peftc.diagnostics",
-    "PromptLearningConfig": "peftc.config.prompt",
-    "TaskType": "peftc.config.types",
+    "AutoPeftModel": "peftc.integrations.transformers.auto",
+    "AutoPeftModelForCausalLM": "peftc.integrations.transformers.auto",
+    "AutoPeftModelForFeatureExtraction": "peftc.integrations.transformers.auto",
+    "AutoPeftModelForQuestionAnswering": "peftc.integrations.transformers.auto",
+    "AutoPeftModelForSeq2SeqLM": "peftc.integrations.transformers.auto",
+    "AutoPeftModelForSequenceClassification": "peftc.integrations.transformers.auto",
+    "AutoPeftModelForTokenClassification": "peftc.integrations.transformers.auto",
     "compile_plan": "peftc.compiler.compile",
     "get_peft_model": "peftc.model.mapping",
     "get_peft_model_state_dict": "peftc.model.state",
     "inject_adapter_in_model": "peftc.model.mapping",
     "load_spec": "peftc.config.spec",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftc.model.tasks",
+    "PeftcError": "peftc.diagnostics",
+    "PeftConfig": "peftc.config.base",
+    "PeftcWarning": "peftc.diagnostics",
+    "PeftModel": "peftc.model.peft_model",
+    "PeftModelForCausalLM": "peftc.model.tasks",
+    "PeftModelForFeatureExtraction": "peftc.model.tasks",
+    "PeftModelForQuestionAnswering": "peftc.model.tasks",
+    "PeftModelForSeq2SeqLM": "peftc.model.tasks",
+    "PeftModelForSequenceClassification": "peftc.model.tasks",
+    "PeftModelForTokenClassification": "peftc.model.tasks",
+    "PeftType": "peftc.config.types",
+    "PromptLearningConfig": "peftc.config.prompt",
+    "TaskType": "peftc.config.types",
 }
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "PeftcError",
     "PeftcWarning",

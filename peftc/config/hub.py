@@ -37,6 +37,18 @@ def fetch(repository: str, name: str, subfolder: str | None, options: Mapping[st
         raise PeftcError(_explain(repository, name, error)) from error
 
 
+def optional_file(source: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """A file that a local folder or a repository may have beside its adapter, None if it cannot be had."""
+    folder = Path(source)
+    if folder.is_dir():
+        file = folder / name
+        return file if file.is_file() else None
+    try:
+        return fetch(source, name, None, options) if is_repository(source) else None
+    except PeftcError:
+        return None
+
+
 def _explain(repository: str, name: str, error: Exception) -> Diagnostic:
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 

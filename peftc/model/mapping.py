@@ -6,9 +6,10 @@ from torch import nn
 
 from peftc import rules
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import PeftcError, warn
 from peftc.model.loading import plan_for
 from peftc.model.peft_model import DEFAULT, PeftModel
+from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.collector import collector_paused
@@ -25,9 +26,22 @@ def get_peft_model(
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """A `PeftModel` round the model, its adapter fresh, active and trainable. Raises `PeftcError`, model unchanged."""
+    _name_base(peft_config, model)
     if revision is not None:
         peft_config.revision = revision
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    cls = task_model_class(peft_config)
+    return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _name_base(config: PeftConfig, model: nn.Module) -> None:
+    """A config that was used before names another base model, and would be saved so."""
+    old, new = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if not isinstance(new, str) or not new or old == new:
+        return
+    if old is not None:
+        what = f"The config named `{old}` as its base model; it is put on `{new}` now and will name that"
+        warn([rules.BASE_RENAMED(what, fix="Check that this is the model you mean.")])
+    config.base_model_name_or_path = new
 
 
 def inject_adapter_in_model(

@@ -45,7 +45,7 @@ FAILURES = (
 )
 
 #: Task type -> transformers' automatic class.
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -90,7 +90,7 @@ def _config_of(base: LocatedBase) -> PretrainedConfig:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except FAILURES as error:
         fix = "Compare it with the config of a model that works; `peftc graph` tries it alone."
-        raise PeftcError(rules.BASE_UNREADABLE(_told(error), fix=fix, where=_where(base))) from error
+        raise PeftcError(rules.BASE_UNREADABLE(told(error), fix=fix, where=_where(base))) from error
 
 
 def _class_of(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -98,11 +98,11 @@ def _class_of(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedMod
     task = base.ref.task_type or ("CAUSAL_LM" if base.gguf is not None else None)
     if task is None:
         return _named_class(base, config)
-    found = _classes_in(_AUTO_CLASSES[task], config)
+    found = _classes_in(AUTO_CLASSES[task], config)
     if found:
         named = config.architectures or []
         return next((cls for cls in found if cls.__name__ in named), found[0])
-    what = f"transformers has no {_AUTO_CLASSES[task]} for the model type `{config.model_type}`"
+    what = f"transformers has no {AUTO_CLASSES[task]} for the model type `{config.model_type}`"
     fix = f"Task types that it has a class for: {', '.join(_tasks_of(config)) or 'none; leave `task_type` out'}."
     raise PeftcError(rules.BASE_UNBUILDABLE(what, fix=fix, why="", where=_where(base)))
 
@@ -127,9 +127,9 @@ def unbuildable(base: LocatedBase, error: Exception) -> Diagnostic:
     """The diagnostic for a model that transformers could not build or load."""
     if isinstance(error, ImportError):
         fix = "Install what the message names."
-        return rules.DEPENDENCY_MISSING(_told(error), fix=fix, where=_where(base))
+        return rules.DEPENDENCY_MISSING(told(error), fix=fix, where=_where(base))
     fix = "The same happens with transformers alone; correct the config or update transformers."
-    return rules.BASE_UNBUILDABLE(_told(error), fix=fix, where=_where(base))
+    return rules.BASE_UNBUILDABLE(told(error), fix=fix, where=_where(base))
 
 
 @contextmanager
@@ -177,10 +177,10 @@ def _all_auto_classes() -> list[str]:
 
 
 def _tasks_of(config: PretrainedConfig) -> list[str]:
-    return [task for task, auto in _AUTO_CLASSES.items() if _classes_in(auto, config)]
+    return [task for task, auto in AUTO_CLASSES.items() if _classes_in(auto, config)]
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """The error in one line; transformers puts the reason of some into the lines after the first."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
