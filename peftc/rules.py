@@ -71,6 +71,12 @@ GRAPH_INVALID = Rule("PC308", "Graph file cannot be read", "The file is not a gr
 QUANTIZED_BASE = Rule(
     "PC309", "Base is quantised", "How a quantised layer stores its weight is only known once it is loaded.", WARNING
 )
+BASE_RENAMED = Rule(
+    "PC310", "Base model renamed", "What is saved names the base model that it was trained on.", Severity.WARNING
+)
+AUTO_CLASS = Rule(
+    "PC311", "Base model cannot be chosen", "Base model and model class follow from the adapter's config."
+)
 
 # PC4xx: targets and plans -------------------------------------------------------------------------------------------
 BAD_TARGET = Rule("PC401", "Layer cannot be adapted", "The method's mathematics does not fit this layer.")
@@ -178,12 +184,6 @@ POSITIONS_IGNORED = Rule(
 )
 NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
 NOT_A_MODEL = Rule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
-BASE_RENAMED = Rule(
-    "PC564", "Base model renamed", "What is saved names the base model that it was trained on.", Severity.WARNING
-)
-AUTO_CLASS = Rule(
-    "PC565", "Base model cannot be chosen", "Base model and model class follow from the adapter's config."
-)
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")

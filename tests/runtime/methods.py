@@ -169,9 +169,9 @@ def adapted(config: PeftConfig | None = None, **names: PeftConfig) -> PeftModel:
     return model
 
 
-def prompted() -> PeftModel:
+def prompted(**options: Any) -> PeftModel:
     """A language model with a prompt."""
-    return get_peft_model(LANGUAGE_MODEL.build(), preface())
+    return get_peft_model(LANGUAGE_MODEL.build(), preface(**options))
 
 
 def x() -> Tensor:

@@ -174,7 +174,7 @@ CASES = {
         (prompt, 'if call.get("input_ids") is None and', "if False and"), "no input to put the prompt before",
     ),
     "a prompt before what has no name": Case(
-        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), torch.ones_like(ids())),
+        rules.CALL_NOT_POSSIBLE, lambda: prompted(task_type=None), lambda m: m(ids(), torch.ones_like(ids())),
         (prompt, "if len(args) > 1 or", "if False or"), "only the input ids can be given by position",
     ),
     "a tokenizer that is not there": Case(
