@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 
 import peftc
-from peftc import PeftcError, PeftcWarning, TaskType
+from peftc import PeftcError, PeftcWarning, TaskType, rules
 from peftc.integrations.transformers import auto
 from peftc.model import mapping
 from peftc.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, task_model_class
