@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftc.config.prompt import PromptLearningConfig
     from peftc.config.spec import load_spec
     from peftc.config.types import PeftType, TaskType
-    from peftc.diagnostics import PeftcError, PeftcWarning
+    from peftc.diagnostics import NoMatchingPeftModuleError, PeftcError, PeftcWarning, PeftError, PeftWarning
     from peftc.integrations.transformers.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -57,9 +57,11 @@ _HOMES = {
     "inject_adapter_in_model": "peftc.model.mapping",
     "load_spec": "peftc.config.spec",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftc.model.tasks",
+    "NoMatchingPeftModuleError": "peftc.diagnostics",
     "PeftcError": "peftc.diagnostics",
     "PeftConfig": "peftc.config.base",
     "PeftcWarning": "peftc.diagnostics",
+    "PeftError": "peftc.diagnostics",
     "PeftModel": "peftc.model.peft_model",
     "PeftModelForCausalLM": "peftc.model.tasks",
     "PeftModelForFeatureExtraction": "peftc.model.tasks",
@@ -68,6 +70,7 @@ _HOMES = {
     "PeftModelForSequenceClassification": "peftc.model.tasks",
     "PeftModelForTokenClassification": "peftc.model.tasks",
     "PeftType": "peftc.config.types",
+    "PeftWarning": "peftc.diagnostics",
     "PromptLearningConfig": "peftc.config.prompt",
     "TaskType": "peftc.config.types",
 }
@@ -81,7 +84,9 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -90,6 +95,7 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PeftcError",
     "PeftcWarning",
     "PromptLearningConfig",

@@ -88,7 +88,11 @@ class Rule:
         return Diagnostic(self.code, severity or self.severity, what, self.why if why is None else why, fix, place)
 
 
-class PeftcError(Exception):
+class PeftError(Exception):
+    """The root of peftc's errors, under the name that users of the reference catch."""
+
+
+class PeftcError(PeftError):
     """Raised with every diagnostic found, errors and warnings alike; `str()` shows them all."""
 
     def __init__(self, diagnostics: Iterable[Diagnostic] | Diagnostic) -> None:
@@ -104,7 +108,15 @@ class ConfigError(PeftcError, TypeError, ValueError):
     """A config that cannot be made. Also a `TypeError`: other libraries catch that for an unknown keyword."""
 
 
-class PeftcWarning(UserWarning):
+class NoMatchingPeftModuleError(PeftcError, ValueError):
+    """An adapter that would be put on no module at all."""
+
+
+class PeftWarning(UserWarning):
+    """The root of peftc's warnings, under the name that users of the reference filter by."""
+
+
+class PeftcWarning(PeftWarning):
     """A warning that carries its `Diagnostic`."""
 
     def __init__(self, diagnostic: Diagnostic) -> None:

@@ -11,7 +11,7 @@ from peftc.compiler.passes import run_passes
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
-from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean
+from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, PeftcError, Where, did_you_mean
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
@@ -58,7 +58,8 @@ def compile_plan(
     found.add(*conflicts(plans))
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
-    found.raise_errors()
+    nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
+    found.raise_errors(NoMatchingPeftModuleError if nothing else PeftcError)
     return InjectionPlan(graph.model, tuple(plans), chosen, graph.numel, found.warnings, graph)
 
 

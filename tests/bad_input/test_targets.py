@@ -20,7 +20,7 @@ from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.sections import BaseSection, ChecksSection
 from peftc.config.spec import AdapterSpec
-from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity
+from peftc.diagnostics import Diagnostic, NoMatchingPeftModuleError, PeftcError, PeftError, Rule, Severity
 from peftc.graph.nodes import Kind
 from peftc.registry import boundary
 from tests.defects import put_defect
@@ -456,3 +456,12 @@ def test_a_head_that_the_task_names_may_be_missing() -> None:
     plan = plans.planned(CLASSIFIER, STRICT, target_modules=["q_proj"], task_type="SEQ_CLS")
     assert [save.path for save in plan.adapters[0].saves] == ["classifier"]
     assert plan.warnings == ()
+
+
+def test_no_target_at_all_is_the_error_that_users_of_the_reference_catch() -> None:
+    with pytest.raises(NoMatchingPeftModuleError) as caught:
+        plans.planned(decoder(), target_modules=["nothing"])
+    assert isinstance(caught.value, (PeftError, ValueError))
+    with pytest.raises(PeftError) as other:
+        plans.planned(decoder(), target_modules="(")
+    assert not isinstance(other.value, NoMatchingPeftModuleError)
