@@ -227,6 +227,25 @@ UNTRAINED = Rule(
     "PC614", "Adapter looks untrained", "Tensors that are all zero are what a factor starts from.", WARNING
 )
 SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
+KEYS_COLLIDE = Rule("PC640", "Two tensors of one name", "One of them would be lost.")
+VOCABULARY_UNKNOWN = Rule(
+    "PC641",
+    "Vocabulary cannot be compared",
+    "Embeddings are saved with the adapter if the vocabulary was resized, which only the base's config tells.",
+    WARNING,
+)
+EMBEDDINGS_UNKNOWN = Rule(
+    "PC642",
+    "Embeddings are not saved",
+    "Which modules are the embeddings is only known of transformers models.",
+    WARNING,
+)
+PICKLE_NOT_WRITTEN = Rule(
+    "PC643",
+    "Saved as safetensors",
+    "Unpickling runs code, so that others refuse such files; both libraries read safetensors.",
+    WARNING,
+)
 
 # PC7xx: commands and training ---------------------------------------------------------------------------------------
 SYSTEM_REFUSED = Rule(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc import rules
 from peftc.checkpoint.format import FormatError, Header, read_header
+from peftc.checkpoint.keys import renamed
 from peftc.checkpoint.save import WEIGHTS_NAME
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
@@ -51,6 +52,12 @@ class AdapterFile:
     @property
     def folder(self) -> Path:
         return self.path.parent
+
+    def mapped(self, key_mapping: Mapping[str, str]) -> AdapterFile:
+        """The same file with its tensors under other keys (`peftc.checkpoint.keys.renamed`)."""
+        entries = self.header.entries
+        found = renamed(entries, key_mapping)
+        return AdapterFile(self.path, Header({name: entries[key] for name, key in found.items()}, self.header.metadata))
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, on the CPU. Where its place in the file allows, its memory is the mapped file, private to this process:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from peftc import rules
 from peftc.checkpoint.keys import Nearest, assign, common_change, listed, one_of_each
 from peftc.checkpoint.save import PLAN_NAME
 from peftc.compiler.plan import AdapterPlan
-from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
+from peftc.diagnostics import Collector, Diagnostic, PeftcError, Severity, Where, warn
 from peftc.graph.nodes import ModelFacts, TensorFacts
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Misfit:
     key: str
     expected: tuple[int, ...]
     found: tuple[int, ...]
+    #: the adapter's own key for it
+    planned: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"`{self.key}` is {self.found} in the file and {self.expected} in the adapter"
@@ -104,8 +108,13 @@ def match(
     file: str | None = None,
     model: ModelFacts | None = None,
     trained_on: ModelFacts | None = None,
+    vocabulary: Mapping[str, TensorFacts] = MappingProxyType({}),
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadReport:
     """Match a planned adapter with the header of a checkpoint.
+
+    `vocabulary` are the base model's embeddings by key: a checkpoint may carry them, resized ones for example. With
+    `ignore_mismatched_sizes` a tensor of another shape is left out with a warning.
 
     `file` is named in the diagnostics. `model` is the base that it is loaded onto, `trained_on` the one that it was made
     for (from the plan saved with it), both only to say where a difference comes from.
@@ -115,12 +124,12 @@ def match(
     missing = tuple(key for key in expected if key not in assigned)
     used = set(assigned.values())
     left = [key for key in found if key not in used]
-    base = base_tensors(plan) if left else {}
+    base = {**base_tensors(plan), **vocabulary} if left else {}
     carried = assign(base, left, plan.root)
     expected |= {key: base[key] for key in carried}
     assigned |= carried
     misfits = tuple(
-        Misfit(source, expected[key].shape, found[source].shape)
+        Misfit(source, expected[key].shape, found[source].shape, key)
         for key, source in assigned.items()
         if expected[key].shape != found[source].shape
     )
@@ -130,16 +139,29 @@ def match(
     unexpected = tuple(key for key in left if key not in base_keys)
     report = LoadReport(sources, missing, unexpected, misfits, tuple(key for key in carried if key in sources))
     where = Where(file=file)
-    diagnostics = [*_findings(report, where), *_another_base(report, model, trained_on, where)]
+    shapes = [_shapes_differ(report, vocabulary, ignore_mismatched_sizes, where)] if misfits else []
+    diagnostics = [*shapes, *_findings(report, where), *_another_base(report, model, trained_on, where)]
     return replace(report, diagnostics=tuple(diagnostics))
 
 
-def match_file(plan: AdapterPlan, file: AdapterFile, model: ModelFacts | None = None) -> LoadReport:
+def match_file(
+    plan: AdapterPlan,
+    file: AdapterFile,
+    model: ModelFacts | None = None,
+    vocabulary: Mapping[str, TensorFacts] = MappingProxyType({}),
+    ignore_mismatched_sizes: bool = False,
+) -> LoadReport:
     """`match` with a file that was opened, and the plan that lies beside it if there is one."""
-    report = match(plan, file.tensors, file=str(file.path))
-    if report.is_clean:
-        return report
-    return match(plan, file.tensors, file=str(file.path), model=model, trained_on=base_of(file.folder))
+    ask = partial(
+        match,
+        plan,
+        file.tensors,
+        file=str(file.path),
+        vocabulary=vocabulary,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    report = ask()
+    return report if report.is_clean else ask(model=model, trained_on=base_of(file.folder))
 
 
 def base_of(folder: Path) -> ModelFacts | None:
@@ -155,16 +177,7 @@ def base_of(folder: Path) -> ModelFacts | None:
 
 
 def _findings(report: LoadReport, where: Where) -> Iterable[Diagnostic]:
-    if report.misfits:
-        kinds = set(one_of_each(misfit.key for misfit in report.misfits)[:8])
-        examples = "; ".join(str(misfit) for misfit in report.misfits if misfit.key in kinds)
-        keys = listed(misfit.key for misfit in report.misfits)
-        yield rules.SHAPES_DIFFER(
-            f"{_count(len(report.misfits))} of another shape: {keys}. {examples}",
-            fix="Load it onto the base model that it was trained on, with the config that it was saved with.",
-            where=where,
-        )
-    elif len(report.sources) == len(report.carried):
+    if not report.misfits and len(report.sources) == len(report.carried):
         yield _without_effect(report, where)
         return
     if report.missing:
@@ -189,6 +202,25 @@ def _findings(report: LoadReport, where: Where) -> Iterable[Diagnostic]:
             fix="They were loaded; save the adapter again to have the usual names.",
             where=where,
         )
+
+
+def _shapes_differ(
+    report: LoadReport, vocabulary: Mapping[str, TensorFacts], ignored: bool, where: Where
+) -> Diagnostic:
+    kinds = set(one_of_each(misfit.key for misfit in report.misfits)[:8])
+    examples = "; ".join(str(misfit) for misfit in report.misfits if misfit.key in kinds)
+    keys = listed(misfit.key for misfit in report.misfits)
+    rows = {misfit.found[0] for misfit in report.misfits if misfit.planned in vocabulary and misfit.found}
+    if ignored:
+        fix = "They were left out, as you asked."
+    elif len(rows) == 1:
+        fix = (
+            f"The vocabulary was resized when it was trained: call `model.resize_token_embeddings({rows.pop()})` first."
+        )
+    else:
+        fix = "Load it onto the base model that it was trained on, with the config that it was saved with."
+    what = f"{_count(len(report.misfits))} of another shape: {keys}. {examples}"
+    return rules.SHAPES_DIFFER(what, fix=fix, where=where, severity=Severity.WARNING if ignored else None)
 
 
 def _without_effect(report: LoadReport, where: Where) -> Diagnostic:

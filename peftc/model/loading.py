@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftc import rules
 from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import LoadReport, match_file
+from peftc.checkpoint.values import dtype_name
 from peftc.compiler.compile import compile_plan, conflicts
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
-from peftc.diagnostics import PeftcError, warn
+from peftc.diagnostics import ConfigError, PeftcError, warn
+from peftc.graph.nodes import TensorFacts
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
+from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
 
 #: Warnings about how training would start, which say nothing of an adapter that is loaded.
@@ -54,21 +59,82 @@ def plan_for(
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How an adapter is read. `hub` are all further keywords: those that the hub's client takes, `subfolder` among them.
+
+    `device` is where tensors are read to before they go to their layers; `key_mapping` see `peftc.checkpoint.keys.renamed`.
+    """
+
+    is_trainable: bool = False
+    autocast_adapter_dtype: bool = True
+    device: str | torch.device | int | None = None
+    key_mapping: Mapping[str, str] | None = None
+    ignore_mismatched_sizes: bool = False
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Loadable:
+    """An adapter that is compiled for a model and whose file fits: nothing but carrying it out is left."""
+
+    plan: InjectionPlan
+    source: Source
+    report: LoadReport
+
+    @property
+    def adapter(self) -> AdapterPlan:
+        """The one adapter."""
+        return self.plan.adapters[0]
+
+
 def opened(
-    model_id: str | Path, config: PeftConfig | None, is_trainable: bool, options: Mapping[str, Any]
+    model_id: str | PathLike[str], config: PeftConfig | None, options: LoadOptions
 ) -> tuple[PeftConfig, AdapterFile]:
-    """Config and weights of an adapter folder, or of a repository of the hub."""
-    config = config or read_config(model_id, **options)
-    config.inference_mode = not is_trainable
-    return config, open_adapter(model_id, **options)
+    """Config and weights of an adapter folder, or of a repository of the hub; a config that is given is used itself."""
+    if config is None:
+        config = read_config(model_id, **options.hub)
+    elif not isinstance(config, PeftConfig):
+        what = f"`config` is a {type(config).__name__}, not a `PeftConfig`"
+        raise ConfigError(
+            rules.BAD_VALUE(what, fix="Leave it out, or make one, e.g. with `PeftConfig.from_pretrained`.")
+        )
+    file = open_adapter(fspath(model_id), **options.hub)
+    config.inference_mode = not options.is_trainable
+    return config, file
 
 
-def matched(plan: AdapterPlan, file: AdapterFile, model: InjectionPlan) -> tuple[Source, LoadReport]:
-    """Where each planned tensor comes from. Raises `PeftcError` if one does not fit or none would be loaded."""
-    report = match_file(plan, file, model.model).require()
+def loadable(model: nn.Module, name: str, config: PeftConfig, file: AdapterFile, options: LoadOptions) -> Loadable:
+    """Compile an adapter for a live model and find its tensors in a file.
+
+    Raises `PeftcError` if one does not fit or none would be loaded; the model is not touched.
+    """
+    plan = plan_for(model, {name: config}, options.autocast_adapter_dtype, loading=True)
+    mapping = options.key_mapping
+    if mapping is None and not config.is_prompt_learning:  # what the model's class says about its former names
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+    if mapping:
+        file = file.mapped(mapping)
+    session = session_of(model) or Session(model, plan.graph or snapshot(model))
+    vocabulary = {
+        carried.disk: TensorFacts(tuple(carried.tensor.shape), dtype_name(carried.tensor))
+        for carried in session.vocabulary(plan.adapters[0])
+    }
+    ignored = options.ignore_mismatched_sizes
+    report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored).require()
+    device = None if options.device is None else _device(options.device)
 
     def find(key: str) -> Tensor | None:
         stored = report.sources.get(key)
-        return None if stored is None else file.tensor(stored)
+        tensor = None if stored is None else file.tensor(stored)
+        return tensor if tensor is None or device is None else tensor.to(device)
 
-    return find, report
+    return Loadable(plan, find, report)
+
+
+def _device(name: str | torch.device | int) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        what = f"`torch_device` cannot be `{name}`: {str(error).splitlines()[0]}"
+        raise PeftcError(rules.BAD_VALUE(what, fix="Use `cpu`, `cuda`, `cuda:0` and the like.")) from None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from os import PathLike
 from typing import Any, Self
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.checkpoint.report import LoadReport
-from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.types import PeftType
 from peftc.diagnostics import PeftcError, warn
-from peftc.model.loading import matched, opened, plan_for
+from peftc.model import files
+from peftc.model.embeddings import AUTO
+from peftc.model.loading import LoadOptions, loadable, opened, plan_for
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import SESSION, apply_plan, mixed_types, session_of
 from peftc.runtime.classes import model_class
@@ -29,7 +29,7 @@ from peftc.runtime.prompt import PromptDriver, PromptEncoder
 from peftc.runtime.session import Session, freeze
 from peftc.tuner.method import PromptTuner
 
-DEFAULT = "default"
+DEFAULT = files.AT_ROOT
 
 
 class PeftModel(nn.Module):
@@ -286,117 +286,93 @@ class PeftModel(nn.Module):
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
+        save_directory: str | PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
+        save_embedding_layers: str | bool = AUTO,
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
 
-        Further keywords of the reference are accepted. Raises `PeftcError` with the folder as it was.
+        `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
+        Files are always safetensors; further keywords of the reference are accepted. Raises `PeftcError` with the folder
+        as it was.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
-        if not is_main_process:
-            return
-        for name in names:
-            folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-            config, tensors = self.peft_config[name], self.adapter_tensors(name, bool(save_embedding_layers))
-            save_adapter(folder, tensors, self._with_mapping(config), self._plan(name))
+        if path_initial_model_for_weight_conversion is not None:
+            raise PeftcError(files.no_conversion())
+        if not safe_serialization:
+            warn([files.pickle_not_written()])
+        if is_main_process:
+            files.save(self, save_directory, names, save_embedding_layers, state_dict)
 
-    def adapter_tensors(self, name: str, save_embedding_layers: bool = True) -> dict[str, Tensor]:
+    def adapter_tensors(
+        self,
+        name: str,
+        save_embedding_layers: str | bool = AUTO,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """What a checkpoint of the adapter holds: key on disk -> tensor."""
-        tensors = self.session.tensors(name, save_embedding_layers)
-        plan = self.session.plans[name]
-        if plan.prompt is not None and self.prompt_encoder is not None:
-            with torch.no_grad():
-                tensors[plan.prompt.disk] = self.prompt_encoder[name]()
-        return tensors
-
-    def _plan(self, name: str) -> InjectionPlan:
-        session = self.session
-        return InjectionPlan(
-            session.graph.model, (session.plans[name],), (name,), session.graph.numel, graph=session.graph
-        )
-
-    def _with_mapping(self, config: PeftConfig) -> PeftConfig:
-        """Without a task type, a file names the base model's class, for information."""
-        if config.task_type is not None or config.auto_mapping is not None:
-            return config
-        cls = type(self.get_base_model())
-        mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-        return config.model_copy(update={"auto_mapping": mapping})
+        return files.adapter_tensors(self, name, save_embedding_layers, state_dict)
 
     @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | Path,
+        model_id: str | PathLike[str],
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        torch_device: str | torch.device | int | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Self:
-        """Load an adapter onto a base model. Raises `PeftcError`, with the model as it was."""
-        config, file = opened(model_id, config, is_trainable, kwargs)
-        plan = plan_for(model, {adapter_name: config}, autocast_adapter_dtype, loading=True)
-        source, _ = matched(plan.adapters[0], file, plan)
-        return cls.from_plan(model, plan, {adapter_name: source})
+        """Load an adapter onto a base model. Raises `PeftcError`, with the model as it was.
+
+        `kwargs` are those of the hub's client and `subfolder`; others are ignored. A file is always mapped and nothing is
+        initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
+        """
+        options = LoadOptions(
+            is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ignore_mismatched_sizes, kwargs
+        )
+        config, file = opened(model_id, config, options)
+        found = loadable(model, adapter_name, config, file, options)
+        self = cls.from_plan(model, found.plan, {adapter_name: found.source})
+        return self if is_trainable else self.eval()
 
     @collector_paused()
     def load_adapter(
         self,
-        model_id: str | Path,
+        model_id: str | PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | torch.device | int | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadReport:
         """Load a further adapter, not activated; one of that name is overwritten. The report names every key.
 
-        Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would be loaded, or it is merged.
+        Keywords as in `from_pretrained`. Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would
+        be loaded, or it is merged.
         """
-        session, model = self.session, self.get_base_model()
-        session.refuse_merged(adapter_name)
-        config, file = opened(model_id, None, is_trainable, kwargs)
-        self._refuse_type(config)
-        plan = plan_for(model, {adapter_name: config}, autocast_adapter_dtype, loading=True)
-        source, report = matched(plan.adapters[0], file, plan)
-        active = session.active
-        with Journal() as journal:
-            if adapter_name in session.plans and session.plans[adapter_name].is_like(plan.adapters[0]):
-                self._overwrite(plan.adapters[0], source, journal)
-            elif adapter_name in session.plans:
-                old = self._plan(adapter_name), self.adapter_tensors(adapter_name).get
-                journal.note(self._put_back, *old, active)
-                self.delete_adapter(adapter_name)
-                self._attach(plan, source, journal)
-            else:
-                self._attach(plan, source, journal)
-            if adapter_name in active:
-                self.set_adapter(active, inference_mode=not is_trainable)
-        return report
-
-    def _overwrite(self, plan: AdapterPlan, source: Source, journal: Journal) -> None:
-        """Load into the parameters that there are: an optimiser may hold them."""
-        with torch.no_grad():
-            pairs = [(tensor, source(key)) for key, tensor in self.session.tensors(plan.name).items()]
-            if self.prompt_encoder is not None:
-                pairs += self.prompt_encoder[plan.name].restored(source)
-            for tensor, found in pairs:
-                if found is not None:
-                    journal.note(tensor.copy_, tensor.clone())
-                    tensor.copy_(found)
-
-    def _put_back(self, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
-        """Undo the replacement of an adapter."""
-        with Journal() as journal:
-            self._attach(replace(plan, active=()), source, journal)
-        self.set_adapter(active)
+        options = LoadOptions(
+            is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ignore_mismatched_sizes, kwargs
+        )
+        return files.load(self, model_id, adapter_name, options)
 
 
 def _strip(model: nn.Module, session: Session) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler.plan import VOCABULARY_NAMES, AdapterPlan, MapSite
+from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
@@ -27,6 +27,15 @@ W = TypeVar("W", TunerLayer, ModulesToSaveWrapper)
 
 #: makes the wrapper for a site of a PEFT type
 LayerFactory = Callable[[str, MapSite, nn.Module], TunerLayer]
+
+
+class VocabularyTensor(NamedTuple):
+    """A tensor of the base model's embeddings: its key in a checkpoint, its module's path, and whether that is adapted."""
+
+    disk: str
+    path: str
+    tensor: nn.Parameter
+    adapted: bool
 
 
 class Session:
@@ -93,12 +102,21 @@ class Session:
             before.append((parameter, parameter.detach().clone()))
             if found is not None:
                 parameter.copy_(found)
-        for disk, layer in self._vocabulary_layers(plan):
-            found, own = find(disk), layer.get_base_layer()._parameters["weight"]
-            if found is not None and own is not None and not torch.equal(found.to(own), own):
-                before.append((own, own.data))
-                own.data = found.to(own.device, own.dtype)
         self.base_before[plan.name] = before
+        self.carry(plan, find, journal)
+
+    def carry(self, plan: AdapterPlan, find: Source, journal: Journal) -> None:
+        """Load embeddings of the base model that the adapter's checkpoint carries; deleting the adapter restores them."""
+        before = self.base_before[plan.name]
+        known = {id(parameter) for parameter, _ in before}
+        for disk, _, own, _ in self.vocabulary(plan):
+            found = find(disk)
+            if found is None or torch.equal(found.to(own), own):
+                continue
+            journal.note(setattr, own, "data", own.data)
+            if id(own) not in known:
+                before.append((own, own.data))
+            own.data = found.to(own.device, own.dtype)
 
     def _drift(self, plan: AdapterPlan) -> Iterator[Diagnostic]:
         for site in plan.maps:
@@ -302,8 +320,8 @@ class Session:
 
     # state --------------------------------------------------------------------------------------------------------
 
-    def tensors(self, name: str, save_embedding_layers: bool = True) -> dict[str, Tensor]:
-        """What is saved of an adapter: disk key -> tensor."""
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What an adapter has of its own to be saved, attached to the model: disk key -> tensor."""
         plan = self.plans[name]
         tensors: dict[str, Tensor] = {}
         for site in plan.maps:
@@ -311,23 +329,32 @@ class Session:
             stored = [p for _, p in layer.parameters_of(name)]
             for slot, parameter in zip(site.slots, stored, strict=True):
                 if slot.saved:
-                    tensors[site.key(slot, name).disk()] = parameter.detach()
+                    tensors[site.key(slot, name).disk()] = parameter
         for save in plan.saves:
             twin = self.copies[save.path].modules_to_save[name]
-            for key, tensor in twin.state_dict().items():
-                tensors[f"{plan.root}{save.path}.{key}"] = tensor.detach()
+            for key, tensor in twin.state_dict(keep_vars=True).items():
+                tensors[f"{plan.root}{save.path}.{key}"] = tensor
         for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
-            tensors[disk] = parameter.detach()
-        if save_embedding_layers:
-            tensors |= {disk: layer.weight.detach() for disk, layer in self._vocabulary_layers(plan)}
+            tensors[disk] = parameter
         return tensors
 
-    def _vocabulary_layers(self, plan: AdapterPlan) -> Iterator[tuple[str, TunerLayer]]:
-        """Adapted input and output embeddings, which the reference saves whole: it goes by these names."""
-        paths = (self.graph.model.input_embeddings, self.graph.model.output_embeddings)
-        for site in plan.maps:
-            if site.path in paths and site.path.rpartition(".")[2] in VOCABULARY_NAMES:
-                yield f"{plan.root}{site.path}.base_layer.weight", self.layers[site.path]
+    def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
+        """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.
+
+        Those that the adapter trains in a copy of its own are left out. Where input and output are one tensor, both keys
+        have it.
+        """
+        adapted, copied = {site.path for site in plan.maps}, {save.path for save in plan.saves}
+        tensors = []
+        for path in dict.fromkeys((self.graph.model.input_embeddings, self.graph.model.output_embeddings)):
+            module = None if path is None or path in copied else self.find(path)
+            if path is None or module is None:
+                continue
+            owner = f"{plan.root}{path}.base_layer" if path in adapted else f"{plan.root}{path}"
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    tensors.append(VocabularyTensor(f"{owner}.{name}", path, tensor, path in adapted))
+        return tensors
 
 
 def _restore(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

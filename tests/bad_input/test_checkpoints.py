@@ -209,13 +209,13 @@ CASES = {
     "no key known": Case(
         rules.NOTHING_LOADS,
         matched(lambda found: {f"a.{key}.b": facts for key, facts in found.items()}),
-        in_source(report, "elif len(report.sources) == len(report.carried):", "elif False:"),
+        in_source(report, "if not report.misfits and len(report.sources) == len(report.carried):", "if False:"),
         "None of the",
     ),
     "no tensor": Case(
         rules.NOTHING_LOADS,
         matched(lambda found: {}),
-        in_source(report, "elif len(report.sources) == len(report.carried):", "elif False:"),
+        in_source(report, "if not report.misfits and len(report.sources) == len(report.carried):", "if False:"),
         "holds no tensor",
     ),
     "a key missing": Case(

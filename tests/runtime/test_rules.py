@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
 from peftc.diagnostics import Rule
-from peftc.model import loading, mapping
+from peftc.model import files, loading, mapping
 from peftc.model import peft_model as runtime_model
 from peftc.runtime import apply, layer, prompt, session
 from peftc.runtime.apply import apply_plan
@@ -147,7 +147,7 @@ CASES = {
     ),
     "loading over what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.load_adapter("nowhere", "other"),
-        (runtime_model, "session.refuse_merged(adapter_name)", "pass"), "`other` is merged into the base weights",
+        (files, "session.refuse_merged(name)", "pass"), "`other` is merged into the base weights",
     ),
     "deleting what is merged from one layer": Case(
         rules.WHILE_MERGED, merged, lambda m: m.get_base_model().first.delete_adapter("default"),

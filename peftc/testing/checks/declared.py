@@ -110,4 +110,5 @@ def keys_follow_the_rule(s: Subject) -> None:
 def _base_keys(model: object, name: str) -> set[str]:
     """Keys of base weights that are saved along, as the reference does with adapted embeddings."""
     session: Session = model.session  # type: ignore[attr-defined]
-    return {key for key in session.tensors(name) if key.endswith(".base_layer.weight")}
+    stored = session.plans[name].stored(session.graph.model)
+    return {key for key, _ in stored if key.endswith(".base_layer.weight")}

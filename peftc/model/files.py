@@ -1,0 +1,178 @@
+"""An adapter's files: which folder each adapter has, which tensors go into it, and how they come back into a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peftc import rules
+from peftc.checkpoint.keys import assign, listed
+from peftc.checkpoint.report import LoadReport
+from peftc.checkpoint.save import save_adapter
+from peftc.compiler.plan import InjectionPlan
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.model.embeddings import AUTO, embeddings_to_save
+from peftc.model.loading import Loadable, LoadOptions, loadable, opened
+from peftc.runtime.journal import Journal
+from peftc.runtime.layer import Source
+
+if TYPE_CHECKING:
+    from peftc.model.peft_model import PeftModel
+
+#: The adapter whose files lie at the root of a folder; those of others lie in subfolders of their name.
+AT_ROOT = "default"
+
+
+# saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: PeftModel,
+    folder: str | PathLike[str],
+    names: Iterable[str],
+    save_embedding_layers: str | bool = AUTO,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save adapters below a folder, each in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
+    for name in names:
+        place = Path(folder) if name == AT_ROOT else Path(folder) / name
+        tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
+        save_adapter(place, tensors, _with_mapping(model, model.peft_config[name]), _plan_of(model, name))
+
+
+def pickle_not_written() -> Diagnostic:
+    """What is said of `safe_serialization=False`."""
+    what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
+    return rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")
+
+
+def no_conversion() -> Diagnostic:
+    """What is said of `path_initial_model_for_weight_conversion`."""
+    what = "`path_initial_model_for_weight_conversion` is not available: no method here changes the base when it starts"
+    return rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out.")
+
+
+def adapter_tensors(
+    model: PeftModel,
+    name: str,
+    save_embedding_layers: str | bool = AUTO,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What a checkpoint of the adapter holds: key on disk -> tensor, detached.
+
+    `state_dict` is the wrapped model's, as a sharded run gathers it: tensors are then taken from it by their names in the
+    model. Raises `PeftcError` if it lacks some that are trained; frozen ones may be left out.
+    """
+    session = model.session
+    plan = session.plans[name]
+    attached = {**session.tensors(name), **embeddings_to_save(session, plan, save_embedding_layers)}
+    tensors = {disk: tensor.detach() for disk, tensor in attached.items()}
+    if state_dict is not None:
+        tensors |= _gathered(model, attached, state_dict)
+    if plan.prompt is not None and model.prompt_encoder is not None:
+        tensors[plan.prompt.disk] = _prompt(model.prompt_encoder[name], f"prompt_encoder.{name}.", state_dict)
+    return tensors
+
+
+def _gathered(model: PeftModel, attached: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the state dict has them. Raises `PeftcError` if trained ones are not in it."""
+    live = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {id(tensor): name for name, tensor in live}
+    wanted = {disk: names[id(tensor)] for disk, tensor in attached.items()}
+    found = assign(set(wanted.values()), state_dict, "")
+    lacking = [disk for disk, name in wanted.items() if name not in found and attached[disk].requires_grad]
+    if lacking:
+        what = f"`state_dict` has nothing for {listed(lacking)}"
+        fix = "Give the state dict of the whole wrapped model, or leave it out."
+        raise PeftcError(rules.SAVE_INCOMPLETE(what, fix=fix))
+    return {disk: state_dict[found[name]].detach() for disk, name in wanted.items() if name in found}
+
+
+def _prompt(encoder: nn.Module, root: str, state_dict: Mapping[str, Tensor] | None) -> Tensor:
+    """The virtual tokens' embeddings, `(num_virtual_tokens, hidden)`: what the encoder computes is what is saved."""
+    own = dict(encoder.named_parameters())
+    found = assign([root + name for name in own], state_dict or (), "")
+    given = {name: state_dict[found[root + name]] for name in own if root + name in found} if state_dict else {}
+    with torch.no_grad():
+        embeddings: Tensor = functional_call(encoder, given, ())
+    return embeddings.detach()
+
+
+def _plan_of(model: PeftModel, name: str) -> InjectionPlan:
+    session = model.session
+    graph = session.graph
+    return InjectionPlan(graph.model, (session.plans[name],), (name,), graph.numel, graph=graph)
+
+
+def _with_mapping(model: PeftModel, config: PeftConfig) -> PeftConfig:
+    """Without a task type, a file names the base model's class, for information."""
+    if config.task_type is not None or config.auto_mapping is not None:
+        return config
+    cls = type(model.get_base_model())
+    mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return config.model_copy(update={"auto_mapping": mapping})
+
+
+# loading --------------------------------------------------------------------------------------------------------------
+
+
+def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: LoadOptions) -> LoadReport:
+    """Load a further adapter; one of that name is overwritten, in place if it has the same tensors.
+
+    Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would be loaded, or it is merged.
+    """
+    session = model.session
+    session.refuse_merged(name)
+    config, file = opened(model_id, None, options)
+    model._refuse_type(config)
+    found = loadable(model.get_base_model(), name, config, file, options)
+    active = session.active
+    with Journal() as journal:
+        if name in session.plans and session.plans[name].is_like(found.adapter):
+            _overwrite(model, found, journal)
+        elif name in session.plans:
+            journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
+            model.delete_adapter(name)
+            model._attach(found.plan, found.source, journal)
+        else:
+            model._attach(found.plan, found.source, journal)
+        if name in active:
+            model.set_adapter(active, inference_mode=not options.is_trainable)
+    if not options.is_trainable and model.training:
+        model.eval()
+    return found.report
+
+
+def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
+    """Load into the parameters that there are: an optimiser may hold them."""
+    session, plan = model.session, found.adapter
+    with torch.no_grad():
+        pairs = [(tensor.detach(), found.source(key)) for key, tensor in session.tensors(plan.name).items()]
+        if model.prompt_encoder is not None:
+            pairs += model.prompt_encoder[plan.name].restored(found.source)
+        for tensor, stored in pairs:
+            if stored is not None:
+                journal.note(tensor.copy_, tensor.clone())
+                tensor.copy_(stored)
+        session.carry(plan, found.source, journal)
+
+
+def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """All that loading an adapter may have brought, to be put back."""
+    vocabulary = model.session.vocabulary(model.session.plans[name])
+    return {**adapter_tensors(model, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
+
+
+def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
+    """Undo the replacement of an adapter."""
+    with Journal() as journal:
+        model._attach(replace(plan, active=()), source, journal)
+    model.set_adapter(active)
