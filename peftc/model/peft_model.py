@@ -335,8 +335,8 @@ class PeftModel(nn.Module):
         torch_device: str | torch.device | int | None = None,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
-    ) -> Self:
-        """Load an adapter onto a base model. Raises `PeftcError`, with the model as it was.
+    ) -> PeftModel:
+        """Load an adapter onto a base model, in the class of its task. Raises `PeftcError`, with the model as it was.
 
         `kwargs` are those of the hub's client and `subfolder`; others are ignored. A file is always mapped and nothing is
         initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
@@ -346,8 +346,12 @@ class PeftModel(nn.Module):
         )
         config, file = opened(model_id, config, options)
         found = loadable(model, adapter_name, config, file, options)
-        self = cls.from_plan(model, found.plan, {adapter_name: found.source})
-        return self if is_trainable else self.eval()
+        from peftc.model.tasks import task_model_class  # here: the classes of tasks derive from this one
+
+        task_class = task_model_class(config)
+        chosen = cls if issubclass(cls, task_class) else task_class
+        wrapped = chosen.from_plan(model, found.plan, {adapter_name: found.source})
+        return wrapped if is_trainable else wrapped.eval()
 
     @collector_paused()
     def load_adapter(
