@@ -246,6 +246,9 @@ PICKLE_NOT_WRITTEN = Rule(
     "Unpickling runs code, so that others refuse such files; both libraries read safetensors.",
     WARNING,
 )
+CARD_UNREADABLE = Rule("PC644", "Model card left as it is", "Writing over it would lose what a person wrote.", WARNING)
+PUSH_FAILED = Rule("PC645", "The hub did not take the upload", "Nothing there was changed by this call's commit.")
+WITHOUT_EFFECT = Rule("PC646", "Keyword without effect", "What it asks for does not exist here.", WARNING)
 
 # PC7xx: commands and training ---------------------------------------------------------------------------------------
 SYSTEM_REFUSED = Rule(

@@ -209,6 +209,7 @@ def peftc_tuner() -> TunerMethod:
         default_targets={"target_modules": "lora"},
         summary="A low-rank update beside each frozen weight.",
         paper="arXiv:2106.09685",
+        tags=("lora",),
         examples=({"r": 4, "lora_alpha": 8}, {"r": 4, "use_rslora": True}, {"r": 4, "init_lora_weights": "gaussian"}),
         check=check,
         identity_at_start=lambda c: c.init_lora_weights is not False,

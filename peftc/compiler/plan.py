@@ -21,7 +21,7 @@ from peftc.tuner.slots import Key, Slot
 WRAPPED_ROOT = "base_model.model."
 #: The same for a model that only prompt methods adapt: it has one level less.
 PROMPT_ROOT = "base_model."
-#: Embeddings of these names are saved whole with an adapter that adapts them: the reference goes by the name.
+#: An adapter that adapts an embedding of one of these names has its embeddings saved whole: the reference goes by the name.
 VOCABULARY_NAMES = frozenset({"embed_tokens", "lm_head"})
 
 
@@ -201,10 +201,11 @@ class AdapterPlan:
             yield _base_name(train, self.root), train.tensor
         if self.prompt is not None:
             yield self.prompt.disk, TensorFacts(self.prompt.shape, self.prompt.dtype)
-        vocabulary = {model.input_embeddings, model.output_embeddings}
-        for site in self.maps:
-            if site.path in vocabulary and site.path.rpartition(".")[2] in VOCABULARY_NAMES and site.layer.weight:
-                yield f"{self.root}{site.path}.base_layer.weight", site.layer.weight
+        vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
+        if any(site.path.rpartition(".")[2] in VOCABULARY_NAMES for site in vocabulary):
+            for site in vocabulary:
+                for name, facts in site.layer.params:
+                    yield f"{self.root}{site.path}.base_layer.{name}", facts
 
 
 @dataclass(frozen=True)

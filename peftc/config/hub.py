@@ -1,4 +1,4 @@
-"""One file of a repository on the Hugging Face hub, fetched into its cache by the hub's own client when it is needed.
+"""One file of a repository on the Hugging Face hub, fetched into its cache by the hub's own client, and a folder uploaded.
 
 Works offline for what the cache has; what cannot be had is a diagnostic that says why.
 """
@@ -6,14 +6,23 @@ Works offline for what the cache has; what cannot be had is a diagnostic that sa
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+#: The file that describes a repository to people.
+CARD = "README.md"
 #: Keywords of callers that are meant for the hub; all others are not ours to pass on.
 _OPTIONS = frozenset({"revision", "token", "cache_dir", "local_files_only", "force_download"})
 
@@ -47,6 +56,70 @@ def optional_file(source: str, name: str, options: Mapping[str, Any]) -> Path | 
         return fetch(source, name, None, options) if is_repository(source) else None
     except PeftcError:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """How an upload is told to the hub, by the names that its client has for it."""
+
+    commit_message: str
+    commit_description: str | None = None
+    private: bool | None = None
+    token: bool | str | None = None
+    revision: str | None = None
+    create_pr: bool = False
+
+
+def upload(repository: str, fill: Callable[[Path], None], commit: Commit) -> Any:
+    """Upload what `fill` puts into a folder, as one commit; returns the hub's answer, the address of the commit.
+
+    The folder has the repository's own card at first, so that it can be kept. The repository is made if needed. Raises
+    `PeftcError` if the hub refuses or cannot be reached, and whatever `fill` raises; there is no commit then.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+
+    failures: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
+    api = HfApi(token=commit.token)
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            repository = api.create_repo(repository, private=commit.private, exist_ok=True).repo_id
+            _make_branch(api, repository, commit)
+            with suppress(RemoteEntryNotFoundError):
+                api.hf_hub_download(repository, CARD, revision=commit.revision, local_dir=place)
+            shutil.rmtree(Path(place, ".cache"), ignore_errors=True)  # the client's notes about the download
+        except failures as error:
+            raise PeftcError(_not_uploaded(repository, error)) from error
+        fill(Path(place))
+        try:
+            return api.upload_folder(
+                repo_id=repository,
+                folder_path=place,
+                commit_message=commit.commit_message,
+                commit_description=commit.commit_description,
+                revision=commit.revision,
+                create_pr=commit.create_pr,
+            )
+        except failures as error:
+            raise PeftcError(_not_uploaded(repository, error)) from error
+
+
+def _make_branch(api: HfApi, repository: str, commit: Commit) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if commit.revision is None or commit.revision.startswith("refs/pr"):
+        return
+    try:
+        api.create_branch(repository, branch=commit.revision, exist_ok=True)
+    except HfHubHTTPError:
+        if not commit.create_pr:  # who may only propose changes cannot make branches; this one may exist
+            raise
+
+
+def _not_uploaded(repository: str, error: Exception) -> Diagnostic:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    fix = "Check the name and the connection; log in with `hf auth login`, with a token that may write."
+    return rules.PUSH_FAILED(f"`{repository}`: {reason}", fix=fix)
 
 
 def _explain(repository: str, name: str, error: Exception) -> Diagnostic:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peftc import rules
+from peftc.checkpoint.card import CARD_NAME
 from peftc.checkpoint.keys import assign, listed
 from peftc.checkpoint.report import LoadReport
 from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import Loadable, LoadOptions, loadable, opened
 from peftc.runtime.journal import Journal
@@ -37,15 +39,20 @@ AT_ROOT = "default"
 def save(
     model: PeftModel,
     folder: str | PathLike[str],
-    names: Iterable[str],
+    names: Sequence[str],
     save_embedding_layers: str | bool = AUTO,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Save adapters below a folder, each in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
+    """Save adapters and the model card below a folder, each adapter in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
+    root = Path(folder)
+    facts = facts_of(model, AT_ROOT)
+    if AT_ROOT not in names:
+        write_card(facts, root)
     for name in names:
-        place = Path(folder) if name == AT_ROOT else Path(folder) / name
+        place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
-        save_adapter(place, tensors, _with_mapping(model, model.peft_config[name]), _plan_of(model, name))
+        config = _with_mapping(model, model.peft_config[name])
+        save_adapter(place, tensors, config, _plan_of(model, name), {CARD_NAME: card} if card is not None else None)
 
 
 def pickle_not_written() -> Diagnostic:

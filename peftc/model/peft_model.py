@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,9 +15,11 @@ from peftc import rules
 from peftc.checkpoint.report import LoadReport
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
+from peftc.config.hub import Commit
 from peftc.config.types import PeftType
 from peftc.diagnostics import PeftcError, warn
 from peftc.model import files
+from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
 from peftc.model.loading import LoadOptions, loadable, opened, plan_for
 from peftc.registry.manager import default_registry
@@ -318,6 +321,31 @@ class PeftModel(nn.Module):
     ) -> dict[str, Tensor]:
         """What a checkpoint of the adapter holds: key on disk -> tensor."""
         return files.adapter_tensors(self, name, save_embedding_layers, state_dict)
+
+    def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
+        """Write or update `README.md` in a folder; what a person wrote in it stays. Raises `PeftcError`."""
+        write_card(facts_of(self, DEFAULT), Path(output_dir))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Sequence[str] | None = None,
+    ) -> Any:
+        """Upload what `save_pretrained` writes, with its card, into which the repository's own card is merged.
+
+        Returns the address of the commit. `max_shard_size` is accepted: an adapter is one file. Raises `PeftcError`.
+        """
+        message = commit_message or "Upload model"
+        commit = Commit(message, commit_description, private, token, revision, create_pr)
+        return push(self, repo_id, DEFAULT, tags or (), commit)
 
     @classmethod
     def from_pretrained(

@@ -139,6 +139,8 @@ class TunerMethod:
     default_targets: Mapping[str, str] = field(default_factory=dict)
     summary: str = ""
     paper: str = ""
+    #: tags that the hub knows the method by; they go into the model card
+    tags: tuple[str, ...] = ()
     #: configs that the conformance kit uses besides its own
     examples: tuple[Mapping[str, Any], ...] = ()
     #: problems of the options that need no model: contradictions, options this version does not have
