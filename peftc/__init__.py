@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftc._version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from peftc.checkpoint.weights import load_peft_weights
     from peftc.compiler.compile import compile_plan
     from peftc.config.base import PeftConfig
     from peftc.config.prompt import PromptLearningConfig
@@ -29,9 +30,28 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from peftc.model.mapping import get_peft_model, inject_adapter_in_model
+    from peftc.model.base_state import get_base_model_state_dict, set_base_model_state_dict
+    from peftc.model.hotswap import (
+        check_hotswap_configs_compatible,
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
+    from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
     from peftc.model.peft_model import PeftModel
-    from peftc.model.state import get_peft_model_state_dict
+    from peftc.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from peftc.model.sequences import (
+        TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+        bloom_model_postprocess_past_key_value,
+        shift_tokens_right,
+    )
+    from peftc.model.state import get_peft_model_state_dict, set_peft_model_state_dict
+    from peftc.model.tables import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
     from peftc.model.tasks import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftModelForCausalLM,
@@ -51,13 +71,25 @@ _HOMES = {
     "AutoPeftModelForSeq2SeqLM": "peftc.integrations.transformers.auto",
     "AutoPeftModelForSequenceClassification": "peftc.integrations.transformers.auto",
     "AutoPeftModelForTokenClassification": "peftc.integrations.transformers.auto",
+    "bloom_model_postprocess_past_key_value": "peftc.model.sequences",
+    "cast_mixed_precision_params": "peftc.model.precision",
+    "check_hotswap_configs_compatible": "peftc.model.hotswap",
     "compile_plan": "peftc.compiler.compile",
+    "get_base_model_state_dict": "peftc.model.base_state",
+    "get_peft_config": "peftc.model.mapping",
     "get_peft_model": "peftc.model.mapping",
     "get_peft_model_state_dict": "peftc.model.state",
+    "hotswap_adapter": "peftc.model.hotswap",
+    "hotswap_adapter_from_state_dict": "peftc.model.hotswap",
     "inject_adapter_in_model": "peftc.model.mapping",
+    "load_peft_weights": "peftc.checkpoint.weights",
     "load_spec": "peftc.config.spec",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftc.model.tasks",
     "NoMatchingPeftModuleError": "peftc.diagnostics",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "peftc.model.tables",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftc.model.tables",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftc.model.tables",
+    "PEFT_TYPE_TO_TUNER_MAPPING": "peftc.model.tables",
     "PeftcError": "peftc.diagnostics",
     "PeftConfig": "peftc.config.base",
     "PeftcWarning": "peftc.diagnostics",
@@ -71,12 +103,23 @@ _HOMES = {
     "PeftModelForTokenClassification": "peftc.model.tasks",
     "PeftType": "peftc.config.types",
     "PeftWarning": "peftc.diagnostics",
+    "prepare_model_for_compiled_hotswap": "peftc.model.hotswap",
+    "prepare_model_for_kbit_training": "peftc.model.precision",
     "PromptLearningConfig": "peftc.config.prompt",
+    "set_base_model_state_dict": "peftc.model.base_state",
+    "set_peft_model_state_dict": "peftc.model.state",
+    "shift_tokens_right": "peftc.model.sequences",
     "TaskType": "peftc.config.types",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftc.model.sequences",
 }
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -101,11 +144,24 @@ __all__ = [
     "PromptLearningConfig",
     "TaskType",
     "__version__",
+    "bloom_model_postprocess_past_key_value",
+    "cast_mixed_precision_params",
+    "check_hotswap_configs_compatible",
     "compile_plan",
+    "get_base_model_state_dict",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "load_spec",
+    "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "shift_tokens_right",
 ]
 
 

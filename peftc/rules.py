@@ -184,6 +184,19 @@ POSITIONS_IGNORED = Rule(
 )
 NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
 NOT_A_MODEL = Rule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
+CANNOT_COMBINE = Rule(
+    "PC550", "Adapters cannot be combined", "A new adapter has to be able to hold what the others come to."
+)
+CANNOT_SWAP = Rule(
+    "PC551", "Adapter cannot be swapped in", "Swapping exchanges values in place; modules and options have to stay."
+)
+GIVEN_TARGETS = Rule(
+    "PC552",
+    "Config and given modules differ",
+    "The given ones are adapted; a model that is adapted by the config alone would be another.",
+    WARNING,
+)
+COMPILED_ALREADY = Rule("PC553", "Model is compiled already", "What was compiled holds the old shapes and numbers.")
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
@@ -227,6 +240,9 @@ UNTRAINED = Rule(
     "PC614", "Adapter looks untrained", "Tensors that are all zero are what a factor starts from.", WARNING
 )
 SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
+BASE_STATE = Rule(
+    "PC630", "State dict does not fit the base model", "Part of the base model would keep weights of another."
+)
 KEYS_COLLIDE = Rule("PC640", "Two tensors of one name", "One of them would be lost.")
 VOCABULARY_UNKNOWN = Rule(
     "PC641",

@@ -6,7 +6,7 @@ rows together with the bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 from peftc.plugin import (
@@ -63,6 +63,14 @@ class _Scale(MapTuner[IA3Config]):
             init.ones(slots["ia3_l"])
         else:
             init.normal(slots["ia3_l"])
+
+    def combine(
+        self, c: IA3Config, slots: Mapping[str, Sequence[Tensor]], weights: Sequence[float]
+    ) -> Mapping[str, Tensor]:
+        """The weighted sum of the vectors."""
+        import torch
+
+        return {"ia3_l": torch.stack([v * w for v, w in zip(slots["ia3_l"], weights, strict=True)]).sum(dim=0)}
 
 
 class OutputScale(_Scale):

@@ -157,6 +157,14 @@ class LoraTuner(MapTuner[LoraConfig]):
     def scaling(self, c: LoraConfig, layer: LayerFacts) -> float:
         return c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
 
+    def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig:
+        plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+        return c.model_copy(update=plain)
+
+    def of_thin(self, c: LoraConfig, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
+        first, second = self.slots(c, layer)
+        return {first.name: A.reshape(first.shape), second.name: B.reshape(second.shape)}
+
     def dropout(self, c: LoraConfig) -> float:
         return c.lora_dropout
 

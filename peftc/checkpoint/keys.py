@@ -6,24 +6,18 @@ text, so a module called `module` or an adapter called `weight` is never mistake
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from itertools import groupby
-from typing import TypeVar
 
 from peftc import rules
+from peftc.compiler.match import Deadline, Pattern
 from peftc.diagnostics import PeftcError
-
-K = TypeVar("K", bound=Hashable)
 
 #: Segments that torch puts around a module: compiled, sharded, recomputed.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 #: The segment that data parallelism puts before everything.
 PARALLEL = "module"
-
-#: What may stand before a module's path, the longest first.
-_ROOTS = ("base_model.model.", "base_model.")
 
 Segments = tuple[str, ...]
 
@@ -54,46 +48,47 @@ def assign(wanted: Collection[str], found: Iterable[str], root: str) -> dict[str
     return sources
 
 
-def renamed(keys: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, str]:
-    """New key -> key, by regular expressions and their replacements.
-
-    As in the reference, they see a key without `base_model.model.` (or `base_model.`), and only the first that occurs in
-    it applies. Raises `PeftcError` for an expression that is none and for two keys that would become one.
-    """
-    try:
-        patterns = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
-        pairs = [(_mapped(key, patterns), key) for key in keys]
-    except re.error as error:
-        what = f"`key_mapping` has an expression that is none: {error}"
-        raise PeftcError(rules.BAD_PATTERN(what, fix="Correct the expression or its replacement.")) from None
-    found = _unique(pairs)
-    if len(found) < len(pairs):
-        twice = [key for name, key in pairs if name not in found]
-        what = f"`key_mapping` gives one name to several tensors: {listed(twice)}"
-        raise PeftcError(
-            rules.KEYS_COLLIDE(what, fix="Let each expression match one kind of key, e.g. with `^` and `$`.")
-        )
-    return found
-
-
-def _mapped(key: str, patterns: Iterable[tuple[re.Pattern[str], str]]) -> str:
-    root = next((root for root in _ROOTS if key.startswith(root)), "")
-    name = key.removeprefix(root)
-    for pattern, replacement in patterns:
-        changed, times = pattern.subn(replacement, name)
-        if times:
-            return root + changed
-    return key
-
-
-def _unique(pairs: Iterable[tuple[K, str]]) -> dict[K, str]:
-    found: dict[K, str] = {}
+def _unique(pairs: Iterable[tuple[Segments, str]]) -> dict[Segments, str]:
+    found: dict[Segments, str] = {}
     twice = set()
     for name, key in pairs:
         if name in found:
             twice.add(name)
         found[name] = key
     return {name: key for name, key in found.items() if name not in twice}
+
+
+#: What may stand before a module's path in a checkpoint, the longest first.
+_ROOTS = ("base_model.model.", "base_model.")
+
+
+def renamed(keys: Iterable[str], key_mapping: Mapping[str, str]) -> dict[str, str]:
+    """New key -> key, by regular expressions and their replacements.
+
+    As in the reference, they see a key without `base_model.model.` (or `base_model.`), and only the first that occurs in
+    it applies. Raises `PeftcError` for an expression that is none or takes too long, and for two keys that become one.
+    """
+    deadline = Deadline()
+    patterns = [(Pattern(text, deadline, "key_mapping"), replacement) for text, replacement in key_mapping.items()]
+    found: dict[str, str] = {}
+    for key in keys:
+        new = _mapped(key, patterns)
+        if new in found:
+            what = f"`key_mapping` makes `{new}` of both `{found[new]}` and `{key}`"
+            fix = "Let each expression match one kind of key, e.g. with `^` and `$`."
+            raise PeftcError(rules.KEYS_COLLIDE(what, fix=fix, where="key_mapping"))
+        found[new] = key
+    return found
+
+
+def _mapped(key: str, patterns: Iterable[tuple[Pattern, str]]) -> str:
+    root = next((root for root in _ROOTS if key.startswith(root)), "")
+    name = key.removeprefix(root)
+    for pattern, replacement in patterns:
+        changed, times = pattern.replaced(replacement, name)
+        if times:
+            return root + changed
+    return key
 
 
 class Nearest:

@@ -25,6 +25,7 @@ class Options:
     allow_dead: frozenset[str] = frozenset()
     autocast_adapter_dtype: bool = True
     task_heads: bool = True
+    given: frozenset[str] | None = None
 
 
 def compile_plan(
@@ -37,19 +38,22 @@ def compile_plan(
     registry: Registry | None = None,
     autocast_adapter_dtype: bool = True,
     task_heads: bool = True,
+    given: Collection[str] | None = None,
 ) -> InjectionPlan:
     """Plan the adapters, by name, on a model. Configs are not changed; the plan has validated, resolved copies.
 
     `active` defaults to the first adapter. With `strict` an entry without effect (a target, an exclusion, a pattern key, a
     layer index, a module to save) is an error, otherwise a warning, and neither if it is in `allow_dead`.
     `autocast_adapter_dtype` lifts half-precision slots to float32. Without `task_heads` a task type adds no head to
-    `modules_to_save`, as when a model is adapted in place.
+    `modules_to_save`, as when a model is adapted in place. `given` are the paths to adapt where they are known exactly, for
+    example from a checkpoint's keys: they count, and a config that means others is warned of.
 
     Raises `PeftcError` with all problems of all adapters; warnings of a plan that was made are in `plan.warnings`.
     """
     found = Collector()
     registry = registry or default_registry()
-    options = Options(strict, frozenset(allow_dead), autocast_adapter_dtype, task_heads)
+    exactly = None if given is None else frozenset(given)
+    options = Options(strict, frozenset(allow_dead), autocast_adapter_dtype, task_heads, exactly)
     plans = []
     for name, config in adapters.items():
         draft = draft_adapter(graph, name, config, registry, options)
@@ -83,7 +87,14 @@ def begin(
     method = registry.method_of(config)
     copy = config.revalidated()
     context = Context(
-        graph, method, name, options.strict, options.allow_dead, options.autocast_adapter_dtype, options.task_heads
+        graph,
+        method,
+        name,
+        options.strict,
+        options.allow_dead,
+        options.autocast_adapter_dtype,
+        options.task_heads,
+        options.given,
     )
     with boundary(method.peft_type, "check", json_path(("adapters", name))):
         said = tuple(method.check(copy))

@@ -20,7 +20,10 @@ from peftc.tuner.method import TunerMethod
 
 @dataclass(frozen=True)
 class Context:
-    """The model, the method, and how strict to be about what has no effect; `allowed` entries may have none."""
+    """The model, the method, and how strict to be about what has no effect; `allowed` entries may have none.
+
+    `given` are the paths to adapt where they are known exactly, whatever the config says.
+    """
 
     graph: ModuleGraph
     method: TunerMethod
@@ -29,6 +32,7 @@ class Context:
     allowed: frozenset[str] = frozenset()
     autocast_adapter_dtype: bool = True
     task_heads: bool = True
+    given: frozenset[str] | None = None
 
     def where(self, option: str, entry: str | None = None) -> str:
         """The JSON path of an option of this adapter in a spec, or of an entry of a list or mapping there, by its text."""

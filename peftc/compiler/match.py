@@ -84,6 +84,22 @@ class Pattern:
         found = self._match(path)
         return int(found["idx"]) if found else None
 
+    def replaced(self, replacement: str, text: str) -> tuple[str, int]:
+        """The text with every occurrence replaced, as `re.subn` does it, and their number.
+
+        Raises `PeftcError` for a replacement that does not fit the pattern, and when the time is up.
+        """
+        import regex  # here, because most documents have no pattern
+
+        try:
+            return self._compiled.subn(replacement, text, timeout=self._deadline.left())
+        except TimeoutError:
+            raise PeftcError(_slow(self._text, self._deadline.seconds, self._where, text)) from None
+        except (regex.error, IndexError) as error:
+            what = f"`{_short(replacement)}` cannot replace `{_short(self._text)}`: {error}"
+            fix = "Refer to groups that the pattern has, as `\\1`."
+            raise PeftcError(rules.BAD_PATTERN(what, fix=fix, where=self._where)) from None
+
     def _match(self, path: str) -> regex.Match[str] | None:
         try:
             return self._compiled.fullmatch(path, timeout=self._deadline.left())

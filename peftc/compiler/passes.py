@@ -69,8 +69,18 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+#: What settles the targets when their paths are given: the config's own choice is only compared with them.
+_SETTLED_BY_CONFIG = {select.find_dead_targets, record_targets}
+PASSES_IF_GIVEN: tuple[Pass, ...] = tuple(
+    part
+    for step in PASSES
+    if step not in _SETTLED_BY_CONFIG
+    for part in ((select.take_given, step) if step is select.apply_patterns else (step,))
+)
+
+
 def run_passes(draft: Draft, context: Context) -> Draft:
     """All passes over one adapter; problems are gathered in the draft."""
-    for step in PASSES:
+    for step in PASSES if context.given is None else PASSES_IF_GIVEN:
         draft = step(draft, context)
     return draft

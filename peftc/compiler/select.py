@@ -196,6 +196,27 @@ def filter_layers(draft: Draft, context: Context) -> Draft:
     return draft.without(dropped).told(*problems)
 
 
+def take_given(draft: Draft, context: Context) -> Draft:
+    """The paths that are given instead of what the config means; the graph's order, and a warning where the two differ."""
+    given = context.given or frozenset()
+    found = {node.path: (node.path,) for node in context.graph.nodes if node.path in given}
+    unknown = sorted(given - found.keys())
+    if unknown:
+        hint = did_you_mean(unknown[0], (node.path for node in context.graph.nodes))
+        fix = hint or "Load it onto the base model that it was made for."
+        severity = Severity.WARNING if found else Severity.ERROR
+        what = f"{listed(unknown)}: the model has no module there"
+        draft = draft.told(rules.NO_MATCH(what, fix=fix, where=unknown[0], severity=severity))
+    only_config, only_given = (sorted(a.keys() - b.keys()) for a, b in ((draft.targets, found), (found, draft.targets)))
+    if found and (only_config or only_given):
+        sides = [f"only the config has {listed(only_config)}"] * bool(only_config)
+        sides += [f"only the given paths have {listed(only_given)}"] * bool(only_given)
+        what = f"The config means other modules than those that are adapted: {' and '.join(sides)}"
+        fix = "If it was not intended, correct `target_modules`."
+        draft = draft.told(rules.GIVEN_TARGETS(what, fix=fix, where=context.where("target_modules")))
+    return draft.but(source="given", targets=found)
+
+
 def _dead_layer(index: int, known: set[int], context: Context) -> Diagnostic:
     span = f"targets are in layers {min(known)} to {max(known)}" if known else "no target is in a numbered layer"
     return rules.DEAD_LAYER(

@@ -25,6 +25,7 @@ from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import Loadable, LoadOptions, loadable, opened
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
+from peftc.runtime.session import Session, without_padding
 
 if TYPE_CHECKING:
     from peftc.model.peft_model import PeftModel
@@ -78,18 +79,29 @@ def adapter_tensors(
     `state_dict` is the wrapped model's, as a sharded run gathers it: tensors are then taken from it by their names in the
     model. Raises `PeftcError` if it lacks some that are trained; frozen ones may be left out.
     """
-    session = model.session
+    return tensors_of(model, model.session, name, save_embedding_layers, state_dict)
+
+
+def tensors_of(
+    model: nn.Module,
+    session: Session,
+    name: str,
+    save_embedding_layers: str | bool = AUTO,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """`adapter_tensors` of any model with adapters; keys are those of a wrapped one."""
     plan = session.plans[name]
     attached = {**session.tensors(name), **embeddings_to_save(session, plan, save_embedding_layers)}
     tensors = {disk: tensor.detach() for disk, tensor in attached.items()}
     if state_dict is not None:
         tensors |= _gathered(model, attached, state_dict)
-    if plan.prompt is not None and model.prompt_encoder is not None:
-        tensors[plan.prompt.disk] = _prompt(model.prompt_encoder[name], f"prompt_encoder.{name}.", state_dict)
-    return tensors
+    encoders = model._modules.get("prompt_encoder")
+    if plan.prompt is not None and isinstance(encoders, nn.ModuleDict):
+        tensors[plan.prompt.disk] = _prompt(encoders[name], f"prompt_encoder.{name}.", state_dict)
+    return without_padding(plan, tensors)
 
 
-def _gathered(model: PeftModel, attached: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gathered(model: nn.Module, attached: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as the state dict has them. Raises `PeftcError` if trained ones are not in it."""
     live = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {id(tensor): name for name, tensor in live}
@@ -162,7 +174,8 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
     """Load into the parameters that there are: an optimiser may hold them."""
     session, plan = model.session, found.adapter
     with torch.no_grad():
-        pairs = [(tensor.detach(), found.source(key)) for key, tensor in session.tensors(plan.name).items()]
+        own = {key: tensor.detach() for key, tensor in session.tensors(plan.name).items()}
+        pairs = [(tensor, found.source(key)) for key, tensor in without_padding(plan, own).items()]
         if model.prompt_encoder is not None:
             pairs += model.prompt_encoder[plan.name].restored(found.source)
         for tensor, stored in pairs:

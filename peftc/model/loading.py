@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
@@ -14,10 +14,12 @@ from peftc import rules
 from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import LoadReport, match_file
 from peftc.checkpoint.values import dtype_name
+from peftc.checkpoint.weights import device_of
 from peftc.compiler.compile import compile_plan, conflicts
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
+from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import ConfigError, PeftcError, warn
 from peftc.graph.nodes import TensorFacts
 from peftc.registry.manager import default_registry
@@ -25,6 +27,7 @@ from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
+from peftc.runtime.storage import torch_dtype
 
 #: Warnings about how training would start, which say nothing of an adapter that is loaded.
 _OF_THE_START = frozenset({rules.NOT_IDENTITY.code})
@@ -36,9 +39,11 @@ def plan_for(
     autocast_adapter_dtype: bool = True,
     loading: bool = False,
     task_heads: bool = True,
+    given: frozenset[str] | None = None,
 ) -> InjectionPlan:
     """Compile configs for a live model and show the compiler's warnings; the first config's adapter is to be active,
-    unless the model has adapters already. Raises `PeftcError` with every problem."""
+    unless the model has adapters already; `given` are the paths to adapt, where they are known exactly. Raises
+    `PeftcError` with every problem."""
     if not isinstance(model, nn.Module):
         what = f"A {type(model).__name__} is not a `torch.nn.Module`"
         raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
@@ -50,6 +55,7 @@ def plan_for(
         registry=default_registry(),
         autocast_adapter_dtype=autocast_adapter_dtype,
         task_heads=task_heads,
+        given=given,
     )
     others = [] if session is None else [p for name, p in session.plans.items() if name not in configs]
     problems = conflicts([*others, *plan.adapters])
@@ -57,6 +63,30 @@ def plan_for(
         raise PeftcError(problems)
     warn(w for w in plan.warnings if not loading or w.code not in _OF_THE_START)
     return plan
+
+
+def targeted(config: PeftConfig, paths: Collection[str]) -> PeftConfig:
+    """The config, saying which modules it adapts if it does not: what is saved has to be found again."""
+    if isinstance(config, TargetsMixin) and config.target_modules is None:
+        return config.model_copy(update={"target_modules": set(paths)})
+    return config
+
+
+def hollow(plan: AdapterPlan) -> Source:
+    """Slots without memory, on the meta device, for an adapter whose values come later."""
+    facts = {
+        site.key(slot, plan.name).disk(): (slot.shape, torch_dtype(slot.dtype or site.dtype))
+        for site in plan.maps
+        for slot in site.slots
+    }
+
+    def find(key: str) -> Tensor | None:
+        if key not in facts:
+            return None
+        shape, dtype = facts[key]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return find
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +146,10 @@ def loadable(model: nn.Module, name: str, config: PeftConfig, file: AdapterFile,
     if mapping:
         file = file.mapped(mapping)
     session = session_of(model) or Session(model, plan.graph or snapshot(model))
-    vocabulary = {
-        carried.disk: TensorFacts(tuple(carried.tensor.shape), dtype_name(carried.tensor))
-        for carried in session.vocabulary(plan.adapters[0])
-    }
+    vocabulary = vocabulary_facts(session, plan.adapters[0])
     ignored = options.ignore_mismatched_sizes
     report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored).require()
-    device = None if options.device is None else _device(options.device)
+    device = None if options.device is None else device_of(options.device)
 
     def find(key: str) -> Tensor | None:
         stored = report.sources.get(key)
@@ -132,9 +159,9 @@ def loadable(model: nn.Module, name: str, config: PeftConfig, file: AdapterFile,
     return Loadable(plan, find, report)
 
 
-def _device(name: str | torch.device | int) -> torch.device:
-    try:
-        return torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        what = f"`torch_device` cannot be `{name}`: {str(error).splitlines()[0]}"
-        raise PeftcError(rules.BAD_VALUE(what, fix="Use `cpu`, `cuda`, `cuda:0` and the like.")) from None
+def vocabulary_facts(session: Session, plan: AdapterPlan) -> dict[str, TensorFacts]:
+    """The base model's embeddings, which a checkpoint of the adapter may carry, by key."""
+    return {
+        carried.disk: TensorFacts(tuple(carried.tensor.shape), dtype_name(carried.tensor))
+        for carried in session.vocabulary(plan)
+    }

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.keys import unwrapped as segments_of
+from peftc.compiler.plan import WRAPPED_ROOT
 from peftc.config.base import PeftConfig
+from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
-from peftc.model.loading import plan_for
+from peftc.model.injected import followed, show, unwrapped
+from peftc.model.loading import hollow, plan_for, targeted
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
@@ -29,6 +36,8 @@ def get_peft_model(
     _name_base(peft_config, model)
     if revision is not None:
         peft_config.revision = revision
+    if isinstance(model, nn.Module):  # anything else is refused below
+        followed(model)
     cls = task_model_class(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -44,14 +53,51 @@ def _name_base(config: PeftConfig, model: nn.Module) -> None:
     config.base_model_name_or_path = new
 
 
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """The config that a dictionary of options describes; `peft_type` decides the class. Raises `ConfigError`."""
+    return config_from_dict(config_dict, lenient=False)[0]
+
+
+@collector_paused()
 def inject_adapter_in_model(
-    peft_config: PeftConfig, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = DEFAULT,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Adapt the model in place and return it; it stays of its own class. For methods on layers."""
-    registry = default_registry()
-    if registry.method_of(peft_config).is_prompt:
+    """Adapt the model in place and return it; it stays of its own class. For methods on layers.
+
+    The new adapter is the active one, in the dtype of its layers, and the model shows its configs as `peft_config`. With
+    `low_cpu_mem_usage` its tensors are on the meta device until `set_peft_model_state_dict` gives them values. With
+    `state_dict` the modules that its keys name are adapted, whatever the config says; values are not used.
+
+    Raises `PeftcError`, with the model unchanged.
+    """
+    method = default_registry().method_of(peft_config)
+    if method.is_prompt:
         what = "A prompt adapts the call, which a model without wrapper does not let through"
         raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Use `get_peft_model`."))
-    session = apply_plan(model, plan_for(model, {adapter_name: peft_config}, task_heads=False))
-    model.__dict__["peft_config"] = {name: p.config for name, p in session.plans.items()}
+    if isinstance(model, nn.Module):  # anything else is refused below
+        model = unwrapped(model)
+        followed(model)
+    given = None if state_dict is None else paths_in(state_dict, method.prefix)
+    if given is not None:
+        peft_config = targeted(peft_config, given)
+    plan = plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype=False, task_heads=False, given=given)
+    sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
+    session = apply_plan(model, plan, sources=sources)
+    session.set_active([adapter_name], trainable=not plan.adapters[0].config.inference_mode)
+    show(model, session)
     return model
+
+
+def paths_in(keys: Iterable[str], prefix: str) -> frozenset[str]:
+    """Paths of the modules that a checkpoint's keys adapt: what stands before the last name with the method's prefix."""
+    paths = set()
+    for key in keys:
+        segments = segments_of(key, WRAPPED_ROOT)
+        at = [i for i, part in enumerate(segments) if part.startswith(prefix)]
+        if at:
+            paths.add(".".join(segments[: at[-1]]))
+    return frozenset(paths)

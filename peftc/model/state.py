@@ -1,14 +1,160 @@
-"""Adapters as plain dictionaries of tensors, with the keys that a checkpoint has."""
+"""Adapters as plain dictionaries of tensors, with the keys that a checkpoint has: taken out of a model, and put into one."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from peftc import rules
+from peftc.checkpoint.report import match
+from peftc.checkpoint.values import dtype_name
+from peftc.compiler.plan import AdapterPlan
+from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import TensorFacts
+from peftc.model.files import tensors_of
+from peftc.model.injected import adapters_of, unwrapped
+from peftc.model.loading import vocabulary_facts
 from peftc.model.peft_model import DEFAULT, PeftModel
+from peftc.ops.combine import padded
+from peftc.runtime.journal import Journal
+from peftc.runtime.prompt import PromptEncoder
+from peftc.runtime.session import Session, unpadded
+from peftc.runtime.storage import find, put
+from peftc.tuner.slots import Slot
 
 
-def get_peft_model_state_dict(model: PeftModel, adapter_name: str = DEFAULT, **kwargs: Any) -> dict[str, Tensor]:
-    """What a checkpoint of the adapter holds: key on disk -> tensor."""
-    return model.adapter_tensors(adapter_name)
+class LoadResult(NamedTuple):
+    """What torch returns from `load_state_dict`: names of the model that got no value, and keys that had no place."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = DEFAULT,
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """What a checkpoint of the adapter holds: key on disk -> tensor, not copied.
+
+    Works on a `PeftModel` and on a model adapted in place, whose keys have no `base_model.model.`. With `state_dict`, as a
+    sharded run gathers it, tensors are taken from there by their names in the model; an empty one gives an empty result,
+    as other processes of such a run have nothing. A compiled model is seen through with `unwrap_compiled` or without.
+
+    Raises `PeftcError` if the model has no such adapter or the state dict lacks part of it.
+    """
+    model = unwrapped(model)
+    session = adapters_of(model)
+    session.require([adapter_name])
+    if state_dict is not None and not state_dict:
+        return {}
+    tensors = tensors_of(model, session, adapter_name, save_embedding_layers, state_dict)
+    if isinstance(model, PeftModel):
+        return tensors
+    root = session.plans[adapter_name].root
+    return {key.removeprefix(root): tensor for key, tensor in tensors.items()}
+
+
+def live_names(plan: AdapterPlan) -> dict[str, str]:
+    """Checkpoint key -> name in the wrapped model, for an adapter's tensors of its own."""
+    names = {p.disk: p.name for p in plan.parameters() if p.disk is not None}
+    for save in plan.saves:
+        for tail, _ in save.buffers:
+            names[f"{plan.root}{save.path}.{tail}"] = save.key(tail, plan.name).memory(plan.root)
+    return names
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = DEFAULT,
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Put a checkpoint's tensors into an adapter that the model has, in place; keys with or without `base_model.model.`.
+
+    `ignore_mismatched_sizes` leaves tensors of another shape out, with a warning. With `low_cpu_mem_usage` slots take the
+    given tensors themselves, dtype included, and so may be on the meta device before. The result lists the adapter's
+    names that got nothing and the keys without a place; both are warned of too.
+
+    Raises `PeftcError`, with nothing changed: no such adapter, merged, other shapes, slots without memory, or no key has
+    a place.
+    """
+    model = unwrapped(model)
+    session = adapters_of(model)
+    session.require([adapter_name])
+    session.refuse_merged(adapter_name)
+    plan = session.plans[adapter_name]
+    names = live_names(plan)
+    root = plan.root if isinstance(model, PeftModel) else ""
+    origin = origin_of(peft_model_state_dict, names, plan.root)
+    given = {key: peft_model_state_dict[source] for key, source in origin.items()}
+    facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in given.items()}
+    report = match(
+        plan,
+        facts,
+        vocabulary=vocabulary_facts(session, plan),
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    ).require()
+    values = {key: peft_model_state_dict[origin[source]] for key, source in report.sources.items()}
+    with torch.no_grad(), Journal() as journal:
+        rest = dict(values)
+        for disk, layer, slot in slots_of(session, adapter_name):
+            if disk in values:
+                _fill(layer, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage, journal)
+        for tensor, value in _others(model, session, adapter_name, rest):
+            journal.note(tensor.copy_, tensor.clone())
+            tensor.copy_(value)
+        session.carry(plan, rest.get, journal)
+    missing = dict.fromkeys([*report.missing, *(key for key in names if key not in values)])
+    live = [names.get(key, key).removeprefix(plan.root) for key in missing]
+    return LoadResult([root + name for name in live], [origin[key] for key in report.unexpected])
+
+
+def origin_of(keys: Iterable[str], names: Mapping[str, str], root: str) -> dict[str, str]:
+    """Checkpoint key -> key as given: with its root, and without the adapter's name if it is a name of the live model."""
+    disk = {name: key for key, name in names.items()}
+    origin = {}
+    for given in keys:
+        key = given if given in names or given.startswith(root) else root + given
+        origin[disk.get(key, key)] = given
+    return origin
+
+
+def slots_of(session: Session, adapter: str) -> Iterator[tuple[str, nn.Module, Slot]]:
+    """Every slot of an adapter on layers: its checkpoint key, its layer, and itself."""
+    for site, layer in zip(session.plans[adapter].maps, session.layers_of(adapter), strict=True):
+        for slot in site.slots:
+            yield site.key(slot, adapter).disk(), layer, slot
+
+
+def _fill(layer: nn.Module, slot: Slot, adapter: str, value: Tensor, assign: bool, journal: Journal) -> None:
+    container, key = find(layer, slot, adapter)
+    own: Tensor = container[key]
+    if not assign:
+        if own.is_meta:
+            what = f"`{slot.name}` of `{adapter}` has no memory: it was made with `low_cpu_mem_usage`"
+            raise PeftcError(rules.SHAPES_DIFFER(what, fix="Pass `low_cpu_mem_usage=True` here as well."))
+        journal.note(own.copy_, own.clone())
+        unpadded(own, slot.shape).copy_(value)
+        return
+    base = next((p for p in layer.parameters() if not p.is_meta), value)
+    fresh = nn.Parameter(padded(value.detach().to(base.device), own.shape), requires_grad=own.requires_grad)
+    journal.note(put, layer, slot, adapter, own)
+    put(layer, slot, adapter, fresh)
+
+
+def _others(model: nn.Module, session: Session, adapter: str, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Any]]:
+    """What of an adapter is no slot of a layer: trained copies, base tensors, prompts; each with its value."""
+    own = session.tensors(adapter)
+    pairs: list[tuple[Tensor, Any]] = [(own[key].detach(), value) for key, value in values.items() if key in own]
+    if isinstance(model, PeftModel) and model.prompt_encoder is not None:
+        encoder = model.prompt_encoder[adapter]
+        assert isinstance(encoder, PromptEncoder)
+        pairs += encoder.restored(values.get)
+    return pairs

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`y += scale · x A^T B^T`, in place; returns `y`.
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """`y += scale · x A^T B^T`, in place; returns `y`, or a new tensor if traced or if `scale` is a tensor.
 
     Shapes: y `(..., out)`, freshly made and owned by the caller; x `(..., in)`; A `(r, in)`; B `(out, r)`. Computed in the
     dtype of A and rounded once into that of y. Differentiable once, in all four tensors. Hu et al. 2021, equation 3.
     """
+    if isinstance(scale, Tensor):  # so that what is compiled need not be again when the number changes
+        return (y + scale * ((x.to(A.dtype) @ A.t()) @ B.t())).to(y.dtype)
     if torch.is_grad_enabled():
         if is_traced():
             return (y + scale * ((x.to(A.dtype) @ A.t()) @ B.t())).to(y.dtype)

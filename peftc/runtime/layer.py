@@ -18,6 +18,7 @@ from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
+from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, adapted, compose
 from peftc.runtime.storage import INIT, allocate, drop, find, put, torch_dtype, view_class
 from peftc.tuner.method import MapTuner
@@ -36,6 +37,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     #: slots that hold trainable tensors, and other attributes keyed by adapter; other libraries read them
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
+    #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
+    cast_input_dtype_enabled: bool = True
 
     _path: Path
 
@@ -44,7 +47,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features = site.layer.in_features
         self.out_features = site.layer.out_features
-        self.scaling: dict[str, float] = {}
+        #: numbers, or tensors where something compiled reads them
+        self.scaling: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
         self._parts: dict[str, Part] = {}
@@ -67,7 +71,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         for slot in site.slots:
             found = None if source is None else source(site.key(slot, adapter).disk())
             if found is not None:
-                made[slot.name] = found.to(device=device, dtype=dtypes[slot.name])
+                made[slot.name] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[slot.name])
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
@@ -112,6 +116,23 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             for slot in self._sites[adapter][0].slots:
                 container, key = find(self, slot, adapter)
                 yield slot.trainable, container[key]
+
+    def exchange(self, adapter: str, site: MapSite, journal: Journal) -> None:
+        """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
+        tensor stays one, and nothing is composed anew."""
+        old, tuner = self._sites[adapter]
+        scaling = guarded(tuner.scaling, str(site.config.peft_type), site.path)(site.config, site.layer)
+        own: float | Tensor = self.scaling[adapter]
+        journal.note(self._sites.__setitem__, adapter, (old, tuner))
+        journal.note(setattr, self._parts[adapter].view, "config", old.config)
+        self._sites[adapter] = (site, tuner)
+        self._parts[adapter].view.config = site.config
+        if isinstance(own, Tensor):
+            journal.note(own.copy_, own.clone())
+            own.fill_(scaling)
+        else:
+            journal.note(self.scaling.__setitem__, adapter, own)
+            self.scaling[adapter] = scaling
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def _fused(path: Path, base: nn.Module, part: Part) -> Path:
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B, scale = thin(view)
-        if linear is not None and torch.is_grad_enabled() and is_bare(linear, x, A):
+        if linear is not None and torch.is_grad_enabled() and type(scale) is float and is_bare(linear, x, A):
             return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
         y = path(x, *args, **kwargs)
         if forward or backward or backward_pre or _GLOBAL[0] or _GLOBAL[1] or _GLOBAL[2]:

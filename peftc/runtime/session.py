@@ -6,7 +6,7 @@ never to the model or to what else is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
@@ -51,6 +52,8 @@ class Session:
         self.enabled = True
         #: base tensors that an adapter's training or loading changes, as they were before
         self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
+        #: of a model that was adapted in place, the configs that it shows as `peft_config`
+        self.shown: dict[str, PeftConfig] | None = None
 
     # adding -------------------------------------------------------------------------------------------------------
 
@@ -355,6 +358,17 @@ class Session:
                 if tensor is not None:
                     tensors.append(VocabularyTensor(f"{owner}.{name}", path, tensor, path in adapted))
         return tensors
+
+
+def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What an adapter has of a tensor that was made larger, for others to be swapped in; a view."""
+    return tensor if tensor.shape == shape else tensor[tuple(slice(size) for size in shape)]
+
+
+def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by checkpoint key, as large as planned."""
+    shapes = {site.key(slot, plan.name).disk(): slot.shape for site in plan.maps for slot in site.slots}
+    return {key: unpadded(tensor, shapes[key]) if key in shapes else tensor for key, tensor in tensors.items()}
 
 
 def _restore(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

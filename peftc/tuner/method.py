@@ -7,7 +7,7 @@ Methods subclass `MapTuner` (they change the map of one layer) or `PromptTuner` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -64,6 +64,31 @@ class MapTuner(ABC, Generic[C]):
     def check(self, c: C, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
         """Problems of the options on this layer, e.g. a rank beyond its size."""
         return ()
+
+    # combining ----------------------------------------------------------------------------------------------------
+
+    def of_rank(self, c: C, rank: int) -> C | None:
+        """The options of an adapter with thin factors of this rank on every layer and a scaling of 1; None if there are
+        none. With `of_thin`, adapters can be combined in every way, padded, and exchanged with others of another rank."""
+        return None
+
+    def of_thin(self, c: C, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
+        """The inverse of `thin` at a scaling of 1: slots, by name, from A `(r, in · kernel)` and B `(out, r)`."""
+        raise NotImplementedError
+
+    def combine(self, c: C, slots: Mapping[str, Sequence[Tensor]], weights: Sequence[float]) -> Mapping[str, Tensor]:
+        """One adapter's slots from those of several, `(slot name -> one tensor per adapter)`, with their weights."""
+        raise NotImplementedError
+
+    @property
+    def is_rankable(self) -> bool:
+        """Whether the method makes slots of thin factors."""
+        return type(self).of_thin is not MapTuner.of_thin and type(self).of_rank is not MapTuner.of_rank
+
+    @property
+    def is_combinable(self) -> bool:
+        """Whether the method combines slots in a way of its own."""
+        return type(self).combine is not MapTuner.combine
 
     # lowerings ----------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ PROVOKED = {
     "TEMPLATE_REFUSES": (
         f"{_DATA}test_templates_that_do_not_fit[{{{{ messages[-1]['content'] }}}}-code2-rewrites earlier turns]"
     ),
+    "BASE_STATE": "tests/runtime/test_functions.py::test_base_weights_that_do_not_fit_are_all_told",
+    "KEYS_COLLIDE": "tests/unit/test_checkpoint_keys.py::test_two_keys_may_not_become_one",
     "UNFINISHED_TRAINING": f"{_TRAINING}test_an_unfinished_training_is_not_thrown_away",
     "CANNOT_RESUME": f"{_UNTRAINABLE}[<lambda>-words11-PC718]",
     "DIVERGED": f"{_TRAINING}test_a_loss_that_is_not_finite_stops_the_training",

@@ -40,6 +40,7 @@ class NarrowConfig(TargetsMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
 
     peft_type: PeftType | None = PeftType("NARROW")
     r: int = 2
+    factor: float = 0.5
     bias: str = "none"
 
 
@@ -57,7 +58,13 @@ class NarrowTuner(MapTuner[NarrowConfig]):
             init.normal(tensor)
 
     def scaling(self, c: NarrowConfig, layer: LayerFacts) -> float:
-        return 0.5
+        return c.factor
+
+    def of_rank(self, c: NarrowConfig, rank: int) -> NarrowConfig:
+        return c.model_copy(update={"r": rank, "factor": 1.0})
+
+    def of_thin(self, c: NarrowConfig, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
+        return {"narrow_A": A, "narrow_B": B}
 
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         return a.narrow_A, a.narrow_B, a.scaling

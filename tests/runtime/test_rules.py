@@ -15,9 +15,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftc import PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
+from peftc import (
+    PeftcError,
+    PeftcWarning,
+    PeftModel,
+    compile_plan,
+    get_base_model_state_dict,
+    get_peft_model,
+    hotswap_adapter_from_state_dict,
+    inject_adapter_in_model,
+    prepare_model_for_compiled_hotswap,
+    rules,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peftc.compiler import select
 from peftc.diagnostics import Rule
-from peftc.model import files, loading, mapping
+from peftc.model import base_state, files, hotswap, injected, loading, mapping, state, weighted
 from peftc.model import peft_model as runtime_model
 from peftc.runtime import apply, layer, prompt, session
 from peftc.runtime.apply import apply_plan
@@ -62,6 +76,10 @@ def infinite() -> PeftModel:
 
 def plan_of(base: nn.Module, config: Any) -> Any:
     return compile_plan(snapshot(base), {"another": config})
+
+
+def swap(model: PeftModel, state: dict[str, Tensor]) -> None:
+    hotswap_adapter_from_state_dict(model, state, "default", narrow())
 
 
 def ids() -> Tensor:
@@ -167,7 +185,7 @@ CASES = {
     ),
     "a prompt without a wrapper": Case(
         rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
-        (mapping, "if registry.method_of(peft_config).is_prompt:", "if False:"), "Use `get_peft_model`.",
+        (mapping, "if method.is_prompt:", "if False:"), "Use `get_peft_model`.",
     ),
     "a prompt before nothing": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),
@@ -184,6 +202,90 @@ CASES = {
     "positions before a prompt": Case(
         rules.POSITIONS_IGNORED, prompted, lambda m: m(ids(), position_ids=torch.ones_like(ids())),
         (runtime_model, 'if kwargs.get("position_ids") is not None:', "if False:"), "the virtual tokens move every position",
+    ),
+    "combining what says no way": Case(
+        rules.CANNOT_COMBINE, lambda: adapted(stretch(), other=stretch()),
+        lambda m: m.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both"),
+        (weighted, "elif not tuner.is_rankable and not tuner.is_combinable:", "elif False:"), "`STRETCH` says no way",
+    ),
+    "adding factors of other ranks": Case(
+        rules.CANNOT_COMBINE, lambda: adapted(other=narrow(r=3)),
+        lambda m: m.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", "linear"),
+        (weighted, "if len(set(ranks.values())) > 1:", "if False:"), "the ranks differ: `default` 2, `other` 3",
+    ),
+    "combining two trained copies": Case(
+        rules.CANNOT_COMBINE, lambda: adapted(narrow(modules_to_save=["head"]), other=narrow(modules_to_save=["head"])),
+        lambda m: m.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both"),
+        (weighted, "if saved.count(path) > 1", "if False"), "`head` is trained whole",
+    ),
+    "combining a prompt": Case(
+        rules.CANNOT_COMBINE, prompted, lambda m: m.add_weighted_adapter(["default"], [1.0], "both"),
+        (weighted, "is a prompt, which has no layers", "has no layers"), "`default` is a prompt",
+    ),
+    "a weight for nobody": Case(
+        rules.CANNOT_COMBINE, adapted, lambda m: m.add_weighted_adapter(["default"], [1.0, 2.0], "both"),
+        (weighted, "len(adapters) != len(weights)", "False"), "1 adapters and 2 weights",
+    ),
+    "combining under a name that is taken": Case(
+        rules.ADAPTER_EXISTS, adapted, lambda m: m.add_weighted_adapter(["default"], [1.0], "default"),
+        (apply, "There is an adapter `{name}` already", "There is one"), "There is an adapter `default` already",
+    ),
+    "combining what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m.add_weighted_adapter(["defualt"], [1.0], "both"),
+        (weighted, "session.require(adapters)", "pass"), "Did you mean `default`?",
+    ),
+    "swapping in modules that are not adapted": Case(
+        rules.CANNOT_SWAP, adapted, lambda m: swap(m, {"head.narrow_A.weight": torch.ones(2, 6)}),
+        (hotswap, "if strange:", "if False:"), "on modules that the adapter has not: `base_model.model.head.narrow_A.weight`",
+    ),
+    "swapping in half a layer": Case(
+        rules.CANNOT_SWAP, adapted, lambda m: swap(m, {"first.narrow_A.weight": torch.ones(2, 8)}),
+        (hotswap, "if lacking and (", "if False and ("), "`first` gets nothing for `base_model.model.first.narrow_B.weight`",
+    ),
+    "swapping in another rank than the config's": Case(
+        rules.CANNOT_SWAP, adapted,
+        lambda m: swap(m, {"first.narrow_A.weight": torch.ones(1, 8), "first.narrow_B.weight": torch.ones(8, 1)}),
+        (hotswap, "if key in given and tuple(given[key].shape) != slot.shape:", "if False:"), "is (1, 8), by the config (2, 8)",
+    ),
+    "swapping where it is merged": Case(
+        rules.WHILE_MERGED, merged, lambda m: swap(m, {}),
+        (hotswap, "session.refuse_merged(adapter_name)", "pass"), "`default` is merged",
+    ),
+    "swapping what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: hotswap_adapter_from_state_dict(m, {}, "nobody", narrow()),
+        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "no adapter `nobody`",
+    ),
+    "preparing a compiled model": Case(
+        rules.COMPILED_ALREADY, lambda: torch.compile(adapted(), backend="eager"), prepare_model_for_compiled_hotswap,
+        (hotswap, 'if check == "error":', "if False:"), "is compiled already",
+    ),
+    "preparing for too small a rank": Case(
+        rules.CANNOT_SWAP, adapted, lambda m: prepare_model_for_compiled_hotswap(m, target_rank=1),
+        (hotswap, "if any(old > new for old, new in", "if any(False for old, new in"), "which rank 1 does not hold",
+    ),
+    "a state dict of other modules than the config's": Case(
+        rules.GIVEN_TARGETS, Net, lambda m: inject_adapter_in_model(narrow(), Net(), state_dict={"first.narrow_A.weight": x()}),
+        (select, "if found and (only_config or only_given):", "if False:"), "only the config has `second`",
+    ),
+    "a state dict of another model": Case(
+        rules.NO_MATCH, Net, lambda m: inject_adapter_in_model(narrow(), m, state_dict={"frist.narrow_A.weight": x()}),
+        (select, "Severity.WARNING if found else Severity.ERROR", "Severity.WARNING"), "Did you mean `first`?",
+    ),
+    "loading into a model without adapters": Case(
+        rules.NOT_ADAPTED, Net, lambda m: set_peft_model_state_dict(m, {}),
+        (injected, "if session is None:\n        what", "if False:\n        what"), "This Net has no adapter",
+    ),
+    "loading into what is merged": Case(
+        rules.WHILE_MERGED, merged, lambda m: set_peft_model_state_dict(m, {}),
+        (state, "session.refuse_merged(adapter_name)", "pass"), "`default` is merged",
+    ),
+    "loading into what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: set_peft_model_state_dict(m, {}, "nobody"),
+        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "no adapter `nobody`",
+    ),
+    "other base weights under what is merged": Case(
+        rules.WHILE_MERGED, merged, lambda m: set_base_model_state_dict(m, get_base_model_state_dict(m)),
+        (base_state, "session.refuse_merged(adapter)", "pass"), "`default` is merged",
     ),
 }  # fmt: skip
 
@@ -254,7 +356,7 @@ def test_the_case_fails_under_a_defect(case: Case, monkeypatch: pytest.MonkeyPat
 
 def test_every_rule_of_the_runtime_is_here() -> None:
     known = {rule.code for rule in vars(rules).values() if isinstance(rule, Rule) and rule.code.startswith("PC5")}
-    assert known == {case.rule.code for case in CASES.values()}
+    assert known <= {case.rule.code for case in CASES.values()}
 
 
 def test_a_model_goes_on_working_after_refusals() -> None:

@@ -8,9 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftc.checkpoint.keys import WRAPPERS, Nearest, assign, common_change, grouped, listed, one_of_each, unwrapped
+from peftc.checkpoint.keys import (
+    WRAPPERS,
+    Nearest,
+    assign,
+    common_change,
+    grouped,
+    listed,
+    one_of_each,
+    renamed,
+    unwrapped,
+)
 from peftc.checkpoint.report import expected_tensors
 from peftc.compiler.plan import WRAPPED_ROOT
+from peftc.diagnostics import PeftcError
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples
 
@@ -134,3 +145,24 @@ def test_a_change_that_all_keys_share() -> None:
     pairs = {f"m.layers.{n}.q": f"m.text.layers.{n}.q" for n in range(3)}
     assert common_change(pairs) == ("m", "m.text")
     assert common_change({**pairs, "a.b": "c.b"}) is None
+
+
+def test_keys_are_renamed_without_their_root_and_once() -> None:
+    keys = ["base_model.model.model.q.A", "base_model.k.A", "v.A"]
+    mapping = {"^model": "text", "A$": "B", "text": "lost"}
+    assert renamed(keys, mapping) == {"base_model.model.text.q.A": keys[0], "base_model.k.B": keys[1], "v.B": keys[2]}
+    assert renamed(["base_model.model.h.3.A"], {r"h\.(\d+)": r"layers.\1.in"}).keys() == {
+        "base_model.model.layers.3.in.A"
+    }
+
+
+def test_two_keys_may_not_become_one() -> None:
+    with pytest.raises(PeftcError) as refused:
+        renamed(["a.q", "b.q"], {"^[ab]": "c"})
+    assert refused.value.diagnostics[0].code == "PC640"
+    assert "makes `c.q` of both `a.q` and `b.q`" in str(refused.value)
+
+
+def test_a_renaming_cannot_hang() -> None:
+    with pytest.raises(PeftcError, match="PC405"):
+        renamed(["base_model.model." + "a" * 40 + "!"], {"(a|aa)+$": "b"})

@@ -1,0 +1,259 @@
+"""Exchanging an adapter's values for those of another, in place: parameters stay the same objects, so what was compiled or
+captured goes on working. Modules must be the same; ranks may differ where the method's factors can be padded with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.checkpoint.keys import listed
+from peftc.checkpoint.weights import load_peft_weights
+from peftc.compiler.compile import compile_plan
+from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.config.base import PeftConfig
+from peftc.config.files import read_config
+from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
+from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
+from peftc.model.injected import adapters_of, show, unwrapped
+from peftc.model.loading import targeted
+from peftc.model.peft_model import PeftModel
+from peftc.model.state import live_names, origin_of
+from peftc.ops.combine import padded
+from peftc.registry.manager import default_registry
+from peftc.runtime.journal import Journal
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.session import Session
+from peftc.runtime.storage import find
+
+#: Options that say which modules, how large, from where: what a swap brings along or what does not matter to it.
+_FREE = frozenset(name for cls in (PeftConfig, TargetsMixin, LayersMixin, RankMixin) for name in cls.model_fields) | {
+    "fan_in_fan_out"
+}
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | PathLike[str],
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> None:
+    """Replace an adapter's values, scalings and config by those of a saved adapter; its name stays.
+
+    Parameters stay the same objects. Modules that the new adapter leaves out get a zero update, where the method has one.
+    `torch_device` is where tensors are read to first; further keywords (`subfolder`, `revision`, …) choose the files.
+
+    Raises `PeftcError`, with nothing changed: no such adapter, merged, files that cannot be read, options, modules or
+    shapes that do not fit.
+    """
+    session = adapters_of(model)
+    session.require([adapter_name])
+    config = read_config(model_name_or_path, **kwargs)
+    check_hotswap_configs_compatible(session.plans[adapter_name].config, config)
+    state_dict = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Raise `PeftcError` naming every option by which one adapter could not take the other's place.
+
+    Targets, ranks, scalings, patterns and initialisation may differ.
+    """
+    if config0.peft_type != config1.peft_type:
+        what = f"A `{config1.peft_type}` adapter cannot take the place of a `{config0.peft_type}` adapter"
+        raise PeftcError(rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`."))
+    method = default_registry().method_of(config0)
+    if method.is_prompt:
+        what = f"`{config0.peft_type}` has no tensors on layers to swap"
+        raise PeftcError(rules.CANNOT_SWAP(what, fix="Use `load_adapter`, which overwrites an adapter of that name."))
+    patterns = config0.pattern_options
+    free = _FREE | set(patterns) | set(patterns.values()) | set(method.default_targets)
+    ours, others = config0.to_dict(), config1.to_dict()
+    differ = [n for n in ours if n not in free and not n.startswith("init_") and ours[n] != others.get(n)]
+    if differ:
+        raise PeftcError(
+            rules.CANNOT_SWAP(
+                f"`{name}` is `{others.get(name)}`, in the adapter to be replaced `{ours[name]}`",
+                fix="Load it beside, with `load_adapter`.",
+                where=name,
+            )
+            for name in differ
+        )
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    parameter_prefix: str | None = None,
+) -> None:
+    """Replace an adapter's values by a state dict's; keys are names in the model or in a checkpoint.
+
+    Scalings are those of `config`, whose patterns count. `parameter_prefix` is not needed: the adapter's plan knows its
+    names. Raises `PeftcError`, with nothing changed, as `hotswap_adapter` does.
+    """
+    session = adapters_of(model)
+    session.require([adapter_name])
+    session.refuse_merged(adapter_name)
+    old = session.plans[adapter_name]
+    origin = origin_of(state_dict, live_names(old), old.root)
+    given = {key: state_dict[source] for key, source in origin.items()}
+    plan = _plan_of(session, old, config)
+    problems = [*_strangers(session, plan, given), *_misfits(session, plan, given)]
+    if problems:
+        raise PeftcError(problems)
+    with torch.no_grad(), Journal() as journal:
+        for site, layer in zip(plan.maps, session.layers_of(adapter_name), strict=True):
+            _swap(layer, site, adapter_name, given, journal)
+        slots = {site.key(slot, adapter_name).disk() for site in plan.maps for slot in site.slots}
+        for key, own in session.tensors(adapter_name).items():
+            if key in given and key not in slots:
+                journal.note(own.copy_, own.clone())
+                own.copy_(given[key])
+        _record(unwrapped(model), session, plan, journal)
+
+
+def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
+    """What the new config means on the modules that are adapted."""
+    paths = {site.path for site in old.maps}
+    compiled = compile_plan(
+        session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
+    )
+    site_of = {site.path: site for site in compiled.adapters[0].maps}
+    kept = {name: getattr(old.config, name) for name in ("inference_mode", "task_type", "auto_mapping")}
+    kept["base_model_name_or_path"] = old.config.base_model_name_or_path
+    maps = tuple(replace(site_of[site.path], dtype=site.dtype) for site in old.maps)
+    return replace(old, config=compiled.adapters[0].config.model_copy(update=kept), maps=maps)
+
+
+def _strangers(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
+    own = session.tensors(plan.name)
+    strange = [key for key in given if key not in own]
+    if strange:
+        what = f"{len(strange)} tensors are on modules that the adapter has not: {listed(strange)}"
+        fix = did_you_mean(strange[0], own) or "Load it beside, with `load_adapter`."
+        yield rules.CANNOT_SWAP(what, fix=fix)
+    elif not given:
+        yield rules.NOTHING_LOADS("The state dict holds no tensor", fix="Give an adapter's state dict.")
+
+
+def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
+    """Layers that are given in part or, where no update is neutral, not at all; tensors of a shape that the config denies;
+    layers that the config would have computed in another way."""
+    method, nodes = default_registry().get(plan.peft_type), session.graph.by_path
+    for site, layer in zip(plan.maps, session.layers_of(plan.name), strict=True):
+        tuner = layer.part(plan.name).tuner
+        if method.tuner_for(plan.config, nodes[site.path]) is not tuner:
+            what = f"By the new config `{site.path}` is computed in another way"
+            yield rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`.", where=site.path)
+            continue
+        keys = {site.key(slot, plan.name).disk(): slot for slot in site.slots}
+        lacking = [key for key in keys if key not in given]
+        if lacking and (len(lacking) < len(keys) or not tuner.is_rankable):
+            what = f"`{site.path}` gets nothing for {listed(lacking)}"
+            yield rules.CANNOT_SWAP(what, fix="Swap in an adapter of the same modules.", where=site.path)
+        for key, slot in keys.items():
+            if key in given and tuple(given[key].shape) != slot.shape:
+                what = f"`{key}` is {tuple(given[key].shape)}, by the config {slot.shape}"
+                fix = "Give the config that belongs to the tensors."
+                yield rules.CANNOT_SWAP(what, fix=fix, where=site.path)
+
+
+def _swap(layer: TunerLayer, site: MapSite, adapter: str, given: Mapping[str, Tensor], journal: Journal) -> None:
+    part = layer.part(adapter)
+    for slot in site.slots:
+        container, name = find(layer, slot, adapter)
+        own: Tensor = container[name]
+        value = given.get(site.key(slot, adapter).disk())
+        value = own.new_zeros(slot.shape) if value is None else value.to(own.device, own.dtype)
+        fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
+        if fits and (value.shape == own.shape or part.tuner.is_rankable):
+            journal.note(own.copy_, own.clone())
+            own.copy_(padded(value, own.shape))
+        else:
+            journal.note(setattr, own, "data", own.data)
+            own.data = value.clone()
+    layer.exchange(adapter, site, journal)
+
+
+def _record(model: nn.Module, session: Session, plan: AdapterPlan, journal: Journal) -> None:
+    """Let everything that describes the adapter describe the new one."""
+    journal.note(session.plans.__setitem__, plan.name, session.plans[plan.name])
+    session.plans[plan.name] = plan
+    if isinstance(model, PeftModel):
+        journal.note(model.peft_config.__setitem__, plan.name, model.peft_config[plan.name])
+        model.peft_config[plan.name] = plan.config
+    elif session.shown is not None:
+        show(model, session)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+) -> None:
+    """Before compiling: turn scalings into tensors and pad thin factors with zeros to a rank that all adapters to come fit
+    in, so that swapping changes neither numbers nor shapes in what was compiled.
+
+    The output stays the same. `check_compiled` says what to do if the model is compiled already. `config` is accepted and
+    left alone: padding is not saved, so an adapter's own rank goes on describing it.
+
+    Raises `PeftcError`, with nothing changed: no adapter, compiled already, or a rank that is too small.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        what = f"`check_compiled` cannot be `{check_compiled}`"
+        raise ConfigError(rules.BAD_VALUE(what, fix='Use `"error"`, `"warn"` or `"ignore"`.'))
+    if unwrapped(model) is not model or model._compiled_call_impl is not None:
+        _told_of_compiled(check_compiled)
+    session = adapters_of(model)
+    layers = [layer for layer in session.layers.values() if layer.adapters]
+    if not layers:
+        what = "No adapter is on a layer"
+        raise PeftcError(rules.NOT_ADAPTED(what, fix="Load the first adapter before, and compile after."))
+    shapes = [] if target_rank is None else list(_shapes(layers, target_rank))
+    with torch.no_grad():
+        for own, shape in shapes:
+            own.data = padded(own.data, shape)
+    for layer in layers:
+        device = layer.weight.device
+        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+
+
+def _told_of_compiled(check: str) -> None:
+    what = "The model is compiled already, and would have to be compiled anew"
+    told = rules.COMPILED_ALREADY(what, fix="Call `prepare_model_for_compiled_hotswap` before `torch.compile`.")
+    if check == "error":
+        raise PeftcError(told)
+    if check == "warn":
+        warn([replace(told, severity=Severity.WARNING)])
+
+
+def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Every slot with the shape that it has at a rank. Raises `PeftcError` if one is larger, or no method here has ranks."""
+    found = False
+    for layer in layers:
+        for name in layer.adapters:
+            tuner, site = layer.part(name).tuner, layer.site(name)
+            wider = tuner.of_rank(site.config, rank) if tuner.is_rankable else None
+            for slot in tuner.slots(wider, site.layer) if wider is not None else ():
+                found = True
+                container, key = find(layer, slot, name)
+                own: Tensor = container[key]
+                if any(old > new for old, new in zip(own.shape, slot.shape, strict=True)):
+                    what = f"`{slot.name}` of `{name}` is {tuple(own.shape)}, which rank {rank} does not hold"
+                    fix = "Use the largest rank of all adapters as `target_rank`."
+                    raise PeftcError(rules.CANNOT_SWAP(what, fix=fix, where=site.path))
+                yield own, slot.shape
+    if not found:
+        what = "The adapters here have no rank that could be raised"
+        raise PeftcError(rules.CANNOT_SWAP(what, fix="Leave `target_rank` out."))
