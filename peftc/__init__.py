@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         prepare_model_for_compiled_hotswap,
     )
     from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
+    from peftc.model.mixed import PeftMixedModel
     from peftc.model.peft_model import PeftModel
     from peftc.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftc.model.sequences import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         shift_tokens_right,
     )
     from peftc.model.state import get_peft_model_state_dict, set_peft_model_state_dict
+    from peftc.model.status import get_layer_status, get_model_status
     from peftc.model.tables import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -81,6 +83,8 @@ _HOMES = {
     "get_peft_model_state_dict": "peftc.model.state",
     "hotswap_adapter": "peftc.model.hotswap",
     "hotswap_adapter_from_state_dict": "peftc.model.hotswap",
+    "get_layer_status": "peftc.model.status",
+    "get_model_status": "peftc.model.status",
     "inject_adapter_in_model": "peftc.model.mapping",
     "load_peft_weights": "peftc.checkpoint.weights",
     "load_spec": "peftc.config.spec",
@@ -94,6 +98,7 @@ _HOMES = {
     "PeftConfig": "peftc.config.base",
     "PeftcWarning": "peftc.diagnostics",
     "PeftError": "peftc.diagnostics",
+    "PeftMixedModel": "peftc.model.mixed",
     "PeftModel": "peftc.model.peft_model",
     "PeftModelForCausalLM": "peftc.model.tasks",
     "PeftModelForFeatureExtraction": "peftc.model.tasks",
@@ -130,6 +135,7 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -149,6 +155,8 @@ __all__ = [
     "check_hotswap_configs_compatible",
     "compile_plan",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -184,6 +184,13 @@ POSITIONS_IGNORED = Rule(
 )
 NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
 NOT_A_MODEL = Rule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
+MERGE_ORDER = Rule(
+    "PC540", "Merge would change the order", "Merged into the base weights an adapter acts before all that are not."
+)
+ROWS_DIFFER = Rule(
+    "PC541", "Adapter names do not fit the batch", "Each row is computed with the adapter that is named for it."
+)
+CANNOT_MIX = Rule("PC542", "Method cannot be mixed", "Methods are mixed on one model by nesting wrappers of layers.")
 CANNOT_COMBINE = Rule(
     "PC550", "Adapters cannot be combined", "A new adapter has to be able to hold what the others come to."
 )

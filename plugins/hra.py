@@ -136,6 +136,7 @@ def peftc_tuner() -> TunerMethod:
         HraTuner(),
         prefix="hra_",
         layer_names=("hra_u",),
+        layer_options={"hra_r": "r", "hra_apply_GS": "apply_GS"},
         model_class="HRAModel",
         layer_class="HRALayer",
         default_targets={"target_modules": "hra"},

@@ -39,6 +39,7 @@ def compile_plan(
     autocast_adapter_dtype: bool = True,
     task_heads: bool = True,
     given: Collection[str] | None = None,
+    mixed: bool = False,
 ) -> InjectionPlan:
     """Plan the adapters, by name, on a model. Configs are not changed; the plan has validated, resolved copies.
 
@@ -47,6 +48,7 @@ def compile_plan(
     `autocast_adapter_dtype` lifts half-precision slots to float32. Without `task_heads` a task type adds no head to
     `modules_to_save`, as when a model is adapted in place. `given` are the paths to adapt where they are known exactly, for
     example from a checkpoint's keys: they count, and a config that means others is warned of.
+    `mixed` allows adapters of several methods.
 
     Raises `PeftcError` with all problems of all adapters; warnings of a plan that was made are in `plan.warnings`.
     """
@@ -59,7 +61,7 @@ def compile_plan(
         draft = draft_adapter(graph, name, config, registry, options)
         found.add(*draft.problems)
         plans.append(frozen(name, draft))
-    found.add(*conflicts(plans))
+    found.add(*conflicts(plans, mixed))
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
@@ -114,11 +116,13 @@ def frozen(name: str, draft: Draft) -> AdapterPlan:
     return AdapterPlan(name, str(config.peft_type), config, draft.maps, draft.saves, draft.trains, draft.prompt)
 
 
-def conflicts(plans: Sequence[AdapterPlan]) -> tuple[Diagnostic, ...]:
-    """What keeps these adapters from being on one model together."""
+def conflicts(plans: Sequence[AdapterPlan], mixed: bool = False) -> tuple[Diagnostic, ...]:
+    """What keeps these adapters from being on one model together; `mixed` lets methods that act on layers nest."""
     problems: list[Diagnostic] = []
     types = sorted({plan.peft_type for plan in plans})
-    if len(types) > 1:
+    if len(types) > 1 and mixed:
+        problems += [cannot_mix(plan.peft_type) for plan in plans if not plan.nests]
+    elif len(types) > 1:
         what = f"The adapters are of several methods: {', '.join(types)}"
         problems.append(rules.MIXED_TYPES(what, fix="Give each method a model, and a spec, of its own."))
     training = [plan.name for plan in plans if plan.trains]
@@ -135,6 +139,12 @@ def conflicts(plans: Sequence[AdapterPlan]) -> tuple[Diagnostic, ...]:
                 fix = "Adapt it, or train it whole, in both."
                 problems.append(rules.ADAPTERS_CONFLICT(what, fix=fix, where=hit))
     return tuple(problems)
+
+
+def cannot_mix(peft_type: str) -> Diagnostic:
+    """The diagnostic for a method that cannot share a model with another."""
+    what = f"`{peft_type}` adapts more than single layers"
+    return rules.CANNOT_MIX(what, fix="Put it on a model of its own, made without `mixed=True`.")
 
 
 def _unknown_active(name: str, adapters: Mapping[str, PeftConfig]) -> Diagnostic:

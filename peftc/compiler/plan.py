@@ -7,8 +7,8 @@ trainable (`bias`), and prompts. `parameters()` names everything that the applie
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftc.config.base import PeftConfig
@@ -132,6 +132,11 @@ class AdapterPlan:
         """What stands before module paths in the wrapped model."""
         return PROMPT_ROOT if self.prompt is not None else WRAPPED_ROOT
 
+    @property
+    def nests(self) -> bool:
+        """Whether it acts on single layers alone, so that wrappers of another method can be round its own."""
+        return self.prompt is None
+
     def is_like(self, other: AdapterPlan) -> bool:
         """Whether the other plan gives the same tensors the same meaning: only the values may differ."""
         about = {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
@@ -140,13 +145,17 @@ class AdapterPlan:
         )
         return options == others and list(self.parameters()) == list(other.parameters())
 
-    def parameters(self, trainable: bool = True) -> Iterator[PlannedParameter]:
-        """Every parameter that this adapter adds or trains; `trainable=False` for one that is loaded frozen."""
+    def parameters(self, trainable: bool = True, depth: Mapping[str, int] | None = None) -> Iterator[PlannedParameter]:
+        """Every parameter that this adapter adds or trains; `trainable=False` for one that is loaded frozen.
+
+        `depth` counts wrappers of other methods round its own, by path.
+        """
         root = self.root
         for site in self.maps:
+            owner = site.path + ".base_layer" * (depth or {}).get(site.path, 0)
             for slot in site.slots:
-                key = site.key(slot, self.name)
-                disk = key.disk(WRAPPED_ROOT) if slot.saved else None
+                key = replace(site.key(slot, self.name), owner=owner)
+                disk = site.key(slot, self.name).disk(WRAPPED_ROOT) if slot.saved else None
                 dtype = slot.dtype or site.dtype
                 yield PlannedParameter(
                     key.memory(root), disk, slot.shape, dtype, slot.trainable and trainable, self.name
@@ -248,8 +257,9 @@ class InjectionPlan:
 
     def parameters(self) -> Iterator[PlannedParameter]:
         """All parameters of all adapters; those of inactive adapters are frozen, as in the applied model."""
+        depths = nesting(self.adapters)
         for adapter in self.adapters:
-            yield from adapter.parameters(self.is_trained(adapter))
+            yield from adapter.parameters(self.is_trained(adapter), depths.get(adapter.name))
 
     def counts(self) -> tuple[int, int]:
         """`(trainable, total)` parameters of the applied model, as `get_nb_trainable_parameters` returns them."""
@@ -263,6 +273,24 @@ class InjectionPlan:
     def is_trained(self, adapter: AdapterPlan) -> bool:
         """Whether the adapter's parameters are trainable in the applied model."""
         return adapter.name in self.active and not adapter.config.inference_mode
+
+
+def nesting(adapters: Sequence[AdapterPlan]) -> dict[str, dict[str, int]]:
+    """Adapter -> path -> how many wrappers of other methods are round its own, where there are any.
+
+    Adapters are added in this order: one of the method that was last at a path joins its wrapper, another goes round it.
+    """
+    if len({adapter.peft_type for adapter in adapters}) < 2:
+        return {}
+    levels: dict[str, list[str]] = {}
+    level_of: dict[str, dict[str, int]] = {adapter.name: {} for adapter in adapters}
+    for adapter in adapters:
+        for site in adapter.maps:
+            types = levels.setdefault(site.path, [])
+            if types[-1:] != [adapter.peft_type]:
+                types.append(adapter.peft_type)
+            level_of[adapter.name][site.path] = len(types)
+    return {name: {path: len(levels[path]) - level for path, level in own.items()} for name, own in level_of.items()}
 
 
 def _base_name(train: TrainSite, root: str) -> str:

@@ -25,6 +25,11 @@ def default_targets(table: str, model_type: str | None) -> Targets | None:
     return list(found) if isinstance(found, list) else found
 
 
+def all_defaults(table: str) -> dict[str, Targets]:
+    """A table whole: targets by model type. Raises `PeftcError` on an unknown table."""
+    return dict(_table(table))
+
+
 def known_model_types(table: str) -> tuple[str, ...]:
     """Model types that a table knows, sorted. Raises `PeftcError` on an unknown table."""
     return tuple(sorted(_table(table)))

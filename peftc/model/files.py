@@ -152,7 +152,7 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     session.refuse_merged(name)
     config, file = opened(model_id, None, options)
     model._refuse_type(config)
-    found = loadable(model.get_base_model(), name, config, file, options)
+    found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
     active = session.active
     with Journal() as journal:
         if name in session.plans and session.plans[name].is_like(found.adapter):

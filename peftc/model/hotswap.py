@@ -22,13 +22,13 @@ from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.model.injected import adapters_of, show, unwrapped
-from peftc.model.loading import targeted
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import live_names, origin_of
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
+from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
 from peftc.runtime.storage import find
 
@@ -216,7 +216,7 @@ def prepare_model_for_compiled_hotswap(
     if unwrapped(model) is not model or model._compiled_call_impl is not None:
         _told_of_compiled(check_compiled)
     session = adapters_of(model)
-    layers = [layer for layer in session.layers.values() if layer.adapters]
+    layers = [layer for layer in session.wrappers() if layer.adapters]
     if not layers:
         what = "No adapter is on a layer"
         raise PeftcError(rules.NOT_ADAPTED(what, fix="Load the first adapter before, and compile after."))

@@ -66,7 +66,7 @@ def followed(model: nn.Module) -> Session | None:
 
 def _notice(session: Session) -> None:
     """Take over what layers were told one by one: which adapters are active, and whether they act."""
-    layers = [layer for layer in session.layers.values() if layer.adapters]
+    layers = [layer for layer in session.wrappers() if layer.adapters]
     session.active = tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
     session.enabled = not layers or not all(layer.disable_adapters for layer in layers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
@@ -15,78 +15,16 @@ from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import LoadReport, match_file
 from peftc.checkpoint.values import dtype_name
 from peftc.checkpoint.weights import device_of
-from peftc.compiler.compile import compile_plan, conflicts
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
-from peftc.config.mixins import TargetsMixin
-from peftc.diagnostics import ConfigError, PeftcError, warn
+from peftc.diagnostics import ConfigError
 from peftc.graph.nodes import TensorFacts
-from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
+from peftc.runtime.planning import plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
-from peftc.runtime.storage import torch_dtype
-
-#: Warnings about how training would start, which say nothing of an adapter that is loaded.
-_OF_THE_START = frozenset({rules.NOT_IDENTITY.code})
-
-
-def plan_for(
-    model: nn.Module,
-    configs: Mapping[str, PeftConfig],
-    autocast_adapter_dtype: bool = True,
-    loading: bool = False,
-    task_heads: bool = True,
-    given: frozenset[str] | None = None,
-) -> InjectionPlan:
-    """Compile configs for a live model and show the compiler's warnings; the first config's adapter is to be active,
-    unless the model has adapters already; `given` are the paths to adapt, where they are known exactly. Raises
-    `PeftcError` with every problem."""
-    if not isinstance(model, nn.Module):
-        what = f"A {type(model).__name__} is not a `torch.nn.Module`"
-        raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
-    session = session_of(model)
-    plan = compile_plan(
-        snapshot(model) if session is None else session.graph,
-        configs,
-        active=None if session is None else [],
-        registry=default_registry(),
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        task_heads=task_heads,
-        given=given,
-    )
-    others = [] if session is None else [p for name, p in session.plans.items() if name not in configs]
-    problems = conflicts([*others, *plan.adapters])
-    if problems:
-        raise PeftcError(problems)
-    warn(w for w in plan.warnings if not loading or w.code not in _OF_THE_START)
-    return plan
-
-
-def targeted(config: PeftConfig, paths: Collection[str]) -> PeftConfig:
-    """The config, saying which modules it adapts if it does not: what is saved has to be found again."""
-    if isinstance(config, TargetsMixin) and config.target_modules is None:
-        return config.model_copy(update={"target_modules": set(paths)})
-    return config
-
-
-def hollow(plan: AdapterPlan) -> Source:
-    """Slots without memory, on the meta device, for an adapter whose values come later."""
-    facts = {
-        site.key(slot, plan.name).disk(): (slot.shape, torch_dtype(slot.dtype or site.dtype))
-        for site in plan.maps
-        for slot in site.slots
-    }
-
-    def find(key: str) -> Tensor | None:
-        if key not in facts:
-            return None
-        shape, dtype = facts[key]
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    return find
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +72,14 @@ def opened(
     return config, file
 
 
-def loadable(model: nn.Module, name: str, config: PeftConfig, file: AdapterFile, options: LoadOptions) -> Loadable:
+def loadable(
+    model: nn.Module, name: str, config: PeftConfig, file: AdapterFile, options: LoadOptions, mixed: bool = False
+) -> Loadable:
     """Compile an adapter for a live model and find its tensors in a file.
 
     Raises `PeftcError` if one does not fit or none would be loaded; the model is not touched.
     """
-    plan = plan_for(model, {name: config}, options.autocast_adapter_dtype, loading=True)
+    plan = plan_for(model, {name: config}, options.autocast_adapter_dtype, loading=True, mixed=mixed)
     mapping = options.key_mapping
     if mapping is None and not config.is_prompt_learning:  # what the model's class says about its former names
         mapping = getattr(model, "_checkpoint_conversion_mapping", None)

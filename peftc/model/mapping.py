@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.checkpoint.keys import unwrapped as segments_of
-from peftc.compiler.plan import WRAPPED_ROOT
 from peftc.config.base import PeftConfig
 from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
 from peftc.model.injected import followed, show, unwrapped
-from peftc.model.loading import hollow, plan_for, targeted
+from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 
 
 @collector_paused()
@@ -32,13 +31,14 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """A `PeftModel` round the model, its adapter fresh, active and trainable. Raises `PeftcError`, model unchanged."""
+    """A `PeftModel` round the model, its adapter fresh, active and trainable; if `mixed`, one that others of any method
+    can join. Raises `PeftcError`, model unchanged."""
     _name_base(peft_config, model)
     if revision is not None:
         peft_config.revision = revision
     if isinstance(model, nn.Module):  # anything else is refused below
         followed(model)
-    cls = task_model_class(peft_config)
+    cls = PeftMixedModel if mixed else task_model_class(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
@@ -68,7 +68,7 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Adapt the model in place and return it; it stays of its own class. For methods on layers.
 
-    The new adapter is the active one, in the dtype of its layers, and the model shows its configs as `peft_config`. With
+    The new adapter is the active one of its method, in the dtype of its layers, and the model shows its configs as `peft_config`. With
     `low_cpu_mem_usage` its tensors are on the meta device until `set_peft_model_state_dict` gives them values. With
     `state_dict` the modules that its keys name are adapted, whatever the config says; values are not used.
 
@@ -84,20 +84,11 @@ def inject_adapter_in_model(
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
-    plan = plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype=False, task_heads=False, given=given)
+    plan = plan_for(
+        model, {adapter_name: peft_config}, autocast_adapter_dtype=False, task_heads=False, given=given, mixed=True
+    )
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
-    session = apply_plan(model, plan, sources=sources)
-    session.set_active([adapter_name], trainable=not plan.adapters[0].config.inference_mode)
+    session = apply_plan(model, plan, sources=sources, mixed=True)
+    session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)
     show(model, session)
     return model
-
-
-def paths_in(keys: Iterable[str], prefix: str) -> frozenset[str]:
-    """Paths of the modules that a checkpoint's keys adapt: what stands before the last name with the method's prefix."""
-    paths = set()
-    for key in keys:
-        segments = segments_of(key, WRAPPED_ROOT)
-        at = [i for i, part in enumerate(segments) if part.startswith(prefix)]
-        if at:
-            paths.add(".".join(segments[: at[-1]]))
-    return frozenset(paths)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,17 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.model import files
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
-from peftc.model.loading import LoadOptions, hollow, loadable, opened, plan_for
+from peftc.model.loading import LoadOptions, loadable, opened
+from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
+from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.model.weighted import combined, recipe
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import SESSION, apply_plan, mixed_types, session_of
+from peftc.runtime.apply import apply_plan, mixed_types, session_of, strip
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
+from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.prompt import PromptDriver, PromptEncoder
 from peftc.runtime.session import Session, freeze
 from peftc.tuner.method import PromptTuner
@@ -41,6 +44,9 @@ class PeftModel(nn.Module):
 
     `peft_config` maps adapter names to configs; `base_model` is the level that gives parameters their names.
     """
+
+    #: whether adapters of several methods may be on the model
+    mixes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,15 +81,20 @@ class PeftModel(nn.Module):
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
         with Journal() as journal, collector_paused():
             freeze(model, journal)
-            session = apply_plan(model, plan, registry=registry, sources=sources)
-            journal.note(_strip, model, session)
-            self.base_model = model if method.is_prompt else model_class(method)(model, method.prefix)
+            session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes)
+            journal.note(strip, model, session)
+            self.base_model = self._level(plan, session)
             self.__dict__["_session"] = session
             for adapter in plan.adapters:
                 self._join(adapter, sources.get(adapter.name))
         self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
         if checkpointed:
             self._require_input_gradients()
+
+    def _level(self, plan: InjectionPlan, session: Session) -> nn.Module:
+        """What stands between this object and the base model: nothing, for a method that wraps no layers."""
+        method = default_registry().get(plan.adapters[0].peft_type)
+        return session.model if method.is_prompt else model_class(method).around(session, self.peft_config)
 
     def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
         """What an adapter has beside its layers."""
@@ -116,7 +127,14 @@ class PeftModel(nn.Module):
         return base if self.prompt_encoder is not None else base.model  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward with the active adapters in effect."""
+        """The base model's forward with the active adapters in effect.
+
+        `adapter_names` names an adapter for each row instead, active or not, or `"__base__"` for the base model.
+        """
+        names = kwargs.pop(ADAPTER_NAMES, None)
+        if names is not None:
+            with rows_named(self.session, names, args, kwargs):
+                return self.get_base_model()(*args, **kwargs)
         driver = self._driver()
         if driver is None:
             return self.get_base_model()(*args, **kwargs)
@@ -126,8 +144,12 @@ class PeftModel(nn.Module):
         return driver.model(**driver.widened(args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generation with the active adapters in effect."""
+        """The base model's generation with the active adapters in effect; `adapter_names` as in `forward`."""
         base = self.get_base_model()
+        names = kwargs.pop(ADAPTER_NAMES, None)
+        if names is not None:
+            with rows_named(self.session, names, args, kwargs, expansion(base, kwargs)):
+                return base.generate(*args, **kwargs)  # type: ignore[operator]
         driver = self._driver()
         if driver is None:
             return base.generate(*args, **kwargs)  # type: ignore[operator]
@@ -193,7 +215,7 @@ class PeftModel(nn.Module):
         With `low_cpu_mem_usage` its tensors are on the meta device until `set_peft_model_state_dict` gives them values.
         """
         self._refuse_type(peft_config)
-        plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype)
+        plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype, mixed=self.mixes)
         with Journal() as journal:
             self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None, journal)
 
@@ -230,7 +252,12 @@ class PeftModel(nn.Module):
         )
         made = combined(self.session, how, adapter_name)
         plan = plan_for(
-            self.get_base_model(), {adapter_name: made.config}, loading=True, task_heads=False, given=made.paths
+            self.get_base_model(),
+            {adapter_name: made.config},
+            loading=True,
+            task_heads=False,
+            given=made.paths,
+            mixed=self.mixes,
         )
         made.require_shapes(plan.adapters[0])
         with Journal() as journal:
@@ -240,7 +267,7 @@ class PeftModel(nn.Module):
         """Add the plan's one adapter, from a checkpoint or fresh."""
         (adapter,) = plan.adapters
         sources = {} if source is None else {adapter.name: source}
-        apply_plan(self.get_base_model(), plan, sources=sources)
+        apply_plan(self.get_base_model(), plan, sources=sources, mixed=self.mixes)
         journal.note(self.delete_adapter, adapter.name)
         self._join(adapter, source)
 
@@ -254,6 +281,32 @@ class PeftModel(nn.Module):
         self.session.set_active(names, trainable=not inference_mode)
         for name, encoder in (self.prompt_encoder or {}).items():
             encoder.requires_grad_(name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make the trainable tensors of adapters require gradients, or not, active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        session = self.session
+        session.require(names)
+        for name in names:
+            session.set_requires_grad(name, requires_grad)
+            if self.prompt_encoder is not None:
+                self.prompt_encoder[name].requires_grad_(requires_grad)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts."""
+        return self.session.enabled and bool(self.session.active)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of modules that adapters train whole; None if there are none."""
+        named = (getattr(config, "modules_to_save", None) or () for config in self.peft_config.values())
+        return {name for names in named for name in names} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's dtype, where it tells one."""
+        return getattr(self.base_model, "dtype", None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors."""
@@ -310,24 +363,28 @@ class PeftModel(nn.Module):
             raise PeftcError(rules.CANNOT_MERGE("A prompt changes the input, not the weights", fix=fix))
 
     def _leave(self, session: Session) -> None:
-        _strip(self.get_base_model(), session)
-        self.peft_config = {}
+        strip(self.get_base_model(), session)
+        self.peft_config.clear()
 
     # counting -----------------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """`(trainable, all)` parameters; a shared tensor counts once."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            total += parameter.numel()
-            trainable += parameter.numel() if parameter.requires_grad else 0
-        return trainable, total
+        return counted(self)
 
     def print_trainable_parameters(self) -> None:
         """One line with both counts and their ratio."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of every wrapped layer. Raises `PeftcError` for an adapter that wraps none."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of all wrapped layers together. Raises `PeftcError` for an adapter that wraps none."""
+        return get_model_status(self)
 
     # files --------------------------------------------------------------------------------------------------------
 
@@ -421,7 +478,7 @@ class PeftModel(nn.Module):
         from peftc.model.tasks import task_model_class  # here: the classes of tasks derive from this one
 
         task_class = task_model_class(config)
-        chosen = cls if issubclass(cls, task_class) else task_class
+        chosen = cls if cls.mixes or issubclass(cls, task_class) else task_class
         wrapped = chosen.from_plan(model, found.plan, {adapter_name: found.source})
         return wrapped if is_trainable else wrapped.eval()
 
@@ -449,9 +506,3 @@ class PeftModel(nn.Module):
             is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ignore_mismatched_sizes, kwargs
         )
         return files.load(self, model_id, adapter_name, options)
-
-
-def _strip(model: nn.Module, session: Session) -> None:
-    session.unload()
-    model.__dict__.pop(SESSION, None)
-    model.__dict__.pop("peft_config", None)

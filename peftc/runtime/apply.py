@@ -36,8 +36,10 @@ def apply_plan(
     *,
     registry: Registry | None = None,
     sources: Sources | None = None,
+    mixed: bool = False,
 ) -> Session:
-    """Put the plan's adapters on layers of the model, in place, and activate those that the plan says.
+    """Put the plan's adapters on layers of the model, in place, and activate those that the plan says. Where `mixed`, those
+    of another method than the last go round its wrappers; otherwise they are refused.
 
     Base parameters are frozen. `sources` gives tensors from checkpoints; what it lacks is initialised by the method.
     Raises `PeftcError` with every difference if the model is not the one that the plan was made for.
@@ -56,12 +58,19 @@ def apply_plan(
             model.__dict__[SESSION] = session
         make = layer_factory(registry)
         for adapter in plan.adapters:
-            _refuse_taken(session, adapter)
+            _refuse_taken(session, adapter, mixed)
             journal.note(_remove, session, adapter.name)
             session.add(adapter, registry, make, (sources or {}).get(adapter.name))
         if plan.active:
             session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
     return session
+
+
+def strip(model: nn.Module, session: Session) -> None:
+    """Take every wrapper and all that was noted on the model off it."""
+    session.unload()
+    model.__dict__.pop(SESSION, None)
+    model.__dict__.pop("peft_config", None)
 
 
 def _remove(session: Session, name: str) -> None:
@@ -70,14 +79,14 @@ def _remove(session: Session, name: str) -> None:
     session.prune()
 
 
-def _refuse_taken(session: Session, adapter: AdapterPlan) -> None:
+def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
     if not adapter.name or any(mark in adapter.name for mark in "./\\"):
         what = f"An adapter cannot be called `{adapter.name}`"
         raise PeftcError(rules.ADAPTER_NAME(what, fix="Use a name without dots and slashes, such as `default`."))
     if adapter.name in session.plans:
         raise PeftcError(name_taken(adapter.name))
     types = {plan.peft_type for plan in session.plans.values()}
-    if types - {adapter.peft_type}:
+    if types - {adapter.peft_type} and not mixed:
         raise PeftcError(mixed_types(adapter.config, types))
 
 
@@ -89,4 +98,5 @@ def name_taken(name: str) -> Diagnostic:
 def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:
     """The diagnostic for a second method on one model."""
     what = f"The model is adapted by {', '.join(sorted(types))}; `{config.peft_type}` cannot join"
-    return rules.MIXED_TYPES(what, fix="Put it on a model of its own, or merge the first adapter.")
+    fix = "Begin with `get_peft_model(model, config, mixed=True)`, or merge the first adapter."
+    return rules.MIXED_TYPES(what, fix=fix)

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from peftc.compiler.plan import MapSite
+from peftc.graph.targets import all_defaults
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import LayerFactory
 from peftc.tuner.method import TunerMethod
 
-
-class TunerModel(nn.Module):
-    """The level between a `PeftModel` and its base: it puts `model.` into every name. Final but for empty subclasses."""
-
-    def __init__(self, model: nn.Module, prefix: str) -> None:
-        super().__init__()
-        self.model = model
-        self.prefix = prefix
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
+if TYPE_CHECKING:
+    from peftc.runtime.tuner_model import TunerModel
 
 
 _layer_classes: dict[str, type[TunerLayer]] = {}
@@ -41,19 +24,50 @@ def layer_class(method: TunerMethod) -> type[TunerLayer]:
     """The layer class of a method, e.g. for `isinstance(module, ...)`."""
     name = method.layer_class
     if name not in _layer_classes:
-        names = {"adapter_layer_names": method.layer_names, "__module__": __name__, "__doc__": method.summary}
-        _layer_classes[name] = type(name, (TunerLayer,), names)
+        shown = {attribute: _option(option) for attribute, option in method.layer_options.items()}
+        if method.layer_dropout:
+            shown[method.layer_dropout] = property(TunerLayer.dropouts)
+        names = {
+            "adapter_layer_names": method.layer_names,
+            "other_param_names": (*TunerLayer.other_param_names, *shown),
+            "__module__": __name__,
+            "__doc__": method.summary,
+        }
+        _layer_classes[name] = type(name, (TunerLayer,), {**shown, **names})
     return _layer_classes[name]
 
 
-@cache
-def _model_class(name: str, summary: str) -> type[TunerModel]:
-    return type(name, (TunerModel,), {"__module__": __name__, "__doc__": summary})
+def _option(option: str) -> property:
+    """An option of all adapters of a layer: name -> the value in force there."""
+
+    def read(layer: TunerLayer) -> dict[str, Any]:
+        return {name: getattr(layer.site(name).config, option) for name in layer.adapters}
+
+    return property(read)
+
+
+_model_classes: dict[str, type[TunerModel]] = {}
 
 
 def model_class(method: TunerMethod) -> type[TunerModel]:
     """The model class of a method."""
-    return _model_class(method.model_class, method.summary)
+    from peftc.runtime.tuner_model import TunerModel  # which applies plans, and so needs the layer classes above
+
+    name = method.model_class
+    if name not in _model_classes:
+        table = method.default_targets.get("target_modules")
+        _model_classes[name] = type(
+            name,
+            (TunerModel,),
+            {
+                "prefix": method.prefix,
+                "tuner_layer_cls": layer_class(method),
+                "target_module_mapping": all_defaults(table) if table is not None else {},
+                "__module__": __name__,
+                "__doc__": method.summary,
+            },
+        )
+    return _model_classes[name]
 
 
 def layer_factory(registry: Registry) -> LayerFactory:

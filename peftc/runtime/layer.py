@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import Kind
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
+from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
-from peftc.runtime.paths import Part, Path, adapted, compose
+from peftc.runtime.paths import Part, Path, Under, adapted, compose
+from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import INIT, allocate, drop, find, put, torch_dtype, view_class
 from peftc.tuner.method import MapTuner
 
@@ -27,12 +30,19 @@ from peftc.tuner.method import MapTuner
 Source = Callable[[str], Tensor | None]
 
 
+#: adapters merged into a layer, the base parameters kept aside, and those in their place
+MergeState = tuple[list[str], dict[str, nn.Parameter], dict[str, nn.Parameter | None]]
+
+
 class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets."""
+    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
+
+    The base layer may itself be one, of another method: then the adapters of that come first.
+    """
 
     #: slots that hold trainable tensors, and other attributes keyed by adapter; other libraries read them
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
@@ -41,10 +51,12 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     cast_input_dtype_enabled: bool = True
 
     _path: Path
+    _under: Under
 
     def __init__(self, base_layer: nn.Module, site: MapSite) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.peft_type = str(site.config.peft_type)
         self.in_features = site.layer.in_features
         self.out_features = site.layer.out_features
         #: numbers, or tensors where something compiled reads them
@@ -55,6 +67,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._kind = site.layer.kind
         self._active: tuple[str, ...] = ()
         self._disabled = False
+        self._shared = Shared()
         self._pristine: dict[str, nn.Parameter] = {}
         self._choose_path()
 
@@ -108,7 +121,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._parts.pop(adapter_name)
         self.scaling.pop(adapter_name)
         self._active = tuple(name for name in self._active if name != adapter_name)
+        self._shared.active = tuple(name for name in self._shared.active if name != adapter_name)
         self._choose_path()
+
+    def join(self, shared: Shared) -> None:
+        """Have in common with other layers what a model's layers share."""
+        self.__dict__["_shared"] = shared
+        if shared.by_rows:
+            self._choose_path()
 
     def parameters_of(self, adapter: str) -> Iterable[tuple[bool, nn.Parameter]]:
         """The adapter's tensors, each with whether its slot is trainable."""
@@ -146,15 +166,25 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """An adapter's mathematics with its view of this layer. Raises `KeyError`."""
         return self._parts[adapter]
 
+    def dropouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What drops inputs of each adapter in training; the identity for those that drop none."""
+        return {name: part.dropout or nn.Identity() for name, part in self._parts.items()}
+
     # activation ---------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        for name in {*self._active, *names}:
-            for trainable, parameter in self.parameters_of(name):
-                parameter.requires_grad_(trainable and name in names and not inference_mode)
+        self.set_requires_grad({*self._active, *names}, False)
+        self.set_requires_grad(names, not inference_mode)
+        self._shared.active = names  # who calls this calls it on every layer
         self.activate(names)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Make the trainable slots of adapters require gradients, or all their slots not."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            for trainable, parameter in self.parameters_of(name):
+                parameter.requires_grad_(trainable and requires_grad)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate without touching what requires gradients; names that the layer does not have are passed over."""
@@ -168,18 +198,39 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         state["_path"] = state["_composed"] if enabled else state["_modules"]["base_layer"]
 
     def _choose_path(self) -> None:
-        pending = [n for n in self._active if n not in self.merged_adapters]
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
-        self.__dict__["_composed"] = compose(self.base_layer, self.backend, [self._parts[n] for n in pending])
+        state, base = self.__dict__, self.base_layer
+        between = base.in_effect if isinstance(base, TunerLayer) else tuple
+        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._aside)
+        path = compose(under, self._pending())
+        state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
         self.enable_adapters(not self._disabled)
+
+    def _pending(self) -> list[Part]:
+        """Active adapters that are not merged, first to last."""
+        return [self._parts[name] for name in self._active if name not in self.merged_adapters]
+
+    def _aside(self) -> dict[str, nn.Parameter]:
+        """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
+        base = self.base_layer
+        return {**self._pristine, **(base._aside() if isinstance(base, TunerLayer) else {})}
+
+    def in_effect(self) -> list[Part]:
+        """What acts beside the base layer here and in wrappers below, first to last."""
+        base = self.base_layer
+        below = base.in_effect() if isinstance(base, TunerLayer) else []
+        return below if self._disabled else [*below, *self._pending()]
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self._active)
+        """Active adapters of the model; where the layer was told otherwise, those that act here."""
+        shared = self._shared.active
+        return list(shared if tuple(name for name in shared if name in self._sites) == self._active else self._active)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self._active[0] if len(self._active) == 1 else list(self._active)
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
 
     @property
     def disable_adapters(self) -> bool:
@@ -218,7 +269,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name.startswith("_") or name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
+                return nn.ModuleDict()
+            return getattr(self.get_base_layer(), name)
 
     @property
     def backend(self) -> Backend:
@@ -226,36 +279,72 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         return BACKENDS[self._kind]
 
     def _device(self) -> torch.device:
-        own = (p for p in self.base_layer._parameters.values() if p is not None)
-        parameter = next(own, None)
+        base = self.get_base_layer()
+        parameter = next((p for p in base._parameters.values() if p is not None), None)
         if parameter is None:
-            parameter = next(self.base_layer.parameters(), None)
+            parameter = next(base.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
     # merging ------------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters into the base weights. With `safe_merge`, raises `PeftcError` on NaN or infinity, unchanged.
+        """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
+        with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
 
         The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
         """
-        wanted = self._active if adapter_names is None else adapter_names
+        with Journal() as journal:
+            for layer in self.chain():
+                journal.note(layer.restore_merge, layer.merge_state())
+                layer._merge_own(safe_merge, adapter_names)
+
+    def _merge_own(self, check: bool, wanted: Sequence[str] | None) -> None:
+        wanted = self._active if wanted is None else wanted
         names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
         if not names:
             return
-        for name, parameter in self.merged_parameters(names, safe_merge).items():
-            own = self.base_layer._parameters[name]
+        self._refuse_order(names)
+        base = self.get_base_layer()
+        for name, parameter in self.merged_parameters(names, check).items():
+            own = base._parameters[name]
             assert own is not None
             self._pristine.setdefault(name, own)
-            self.base_layer._parameters[name] = parameter
+            base._parameters[name] = parameter
         self.merged_adapters.extend(names)
+        self._shared.merges = True
+        self._choose_path()
+
+    def _refuse_order(self, names: Sequence[str]) -> None:
+        """Merged, these act before what is pending below: only sums may change places."""
+        below = self._under.between()
+        own = [self._parts[name] for name in names]
+        if not below or all("thin" in part.tuner.lowerings for part in (*below, *own)):
+            return
+        where, first = own[0].path, ", ".join(f"`{part.view.adapter}`" for part in below)
+        what = f"Merging {', '.join(f'`{name}`' for name in names)} alone would change places with {first}"
+        fix = f"Merge {first} as well, or deactivate it before."
+        raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=where))
+
+    def chain(self) -> list[TunerLayer]:
+        """This wrapper and those below, the innermost first."""
+        base = self.base_layer
+        return [*(base.chain() if isinstance(base, TunerLayer) else ()), self]
+
+    def merge_state(self) -> MergeState:
+        """What `restore_merge` needs."""
+        return list(self.merged_adapters), dict(self._pristine), dict(self.get_base_layer()._parameters)
+
+    def restore_merge(self, state: MergeState) -> None:
+        """Go back to what was merged then."""
+        self.merged_adapters, self._pristine, parameters = state
+        self.get_base_layer()._parameters.update(parameters)
         self._choose_path()
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters folded in; the layer stays as it is."""
-        base = self.base_layer
+        base = self.get_base_layer()
         with torch.no_grad():
-            logical = adapted(base, self.backend, [self._parts[n] for n in names])
+            logical = adapted(self._under, [self._parts[n] for n in names])
             before = self.backend.opened(base)
             changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
             if check and not all(torch.isfinite(t).all() for t in changed.values()):
@@ -270,20 +359,25 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             return result
 
     def unmerge(self) -> None:
-        """Put the base's own parameters back."""
-        self.base_layer._parameters.update(self._pristine)
-        self._pristine = {}
-        self.merged_adapters = []
-        self._choose_path()
+        """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
+        for layer in reversed(self.chain()):
+            if layer.merged_adapters:
+                layer.restore_merge(([], {}, dict(layer._pristine)))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
         with torch.no_grad():
-            weight = self.backend.opened(self.base_layer)["weight"]
-            changed = adapted(self.base_layer, self.backend, [self._parts[adapter]])["weight"]
-            like = self.base_layer._parameters["weight"]
+            base = self.get_base_layer()
+            weight = self.backend.opened(base)["weight"]
+            changed = adapted(self._under, [self._parts[adapter]])["weight"]
+            like = base._parameters["weight"]
             assert like is not None
             return self.backend.to_stored("weight", changed - weight.to(changed.dtype), like)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight."""
+        part = self._parts.get(adapter_name)
+        return all("thin" in p.tuner.lowerings for p in ([part] if part is not None else self._parts.values()))
 
     # scaling ------------------------------------------------------------------------------------------------------
 
@@ -310,7 +404,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views and the chosen path refer to this object's containers: a copy makes its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_parts")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_under", "_parts")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
@@ -318,6 +412,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         for adapter, (site, tuner) in self._sites.items():
             self._view(adapter, tuner.dropout(site.config))
         self._choose_path()
+
+    def _get_name(self) -> str:
+        """How it is printed and reported: by method and kind of layer, as in the reference."""
+        kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
+        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"

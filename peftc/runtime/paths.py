@@ -7,6 +7,7 @@ layer's kind admits. If one of them can only change parameters, all do, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,15 +45,30 @@ class Part:
         return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path)
 
 
-def compose(base: nn.Module, backend: Backend, parts: Sequence[Part]) -> Path:
+@dataclass(frozen=True, slots=True)
+class Under:
+    """What a layer's adapters act on: `base`, which is called, and the base layer `inner` under all wrappers.
+
+    Where they differ, other methods are between them: `between` gives their adapters in effect, first to last. `aside` are
+    parameters of the base layer as they were before anything was merged into them.
+    """
+
+    base: nn.Module
+    inner: nn.Module
+    backend: Backend
+    between: Callable[[], Sequence[Part]]
+    aside: Callable[[], Mapping[str, Tensor]]
+
+
+def compose(under: Under, parts: Sequence[Part]) -> Path:
     """The layer's forward with these adapters in effect, first to last."""
     if not parts:
-        return base
-    if not all(has_functional_form(part.tuner, backend) for part in parts):
-        return _through_parameters(base, backend, parts)
-    path: Path = base
+        return under.base
+    if not all(has_functional_form(part.tuner, under.backend) for part in parts):
+        return _through_parameters(under, parts)
+    path: Path = under.base
     for part in parts:
-        path = _step(path, base, backend, part)
+        path = _step(path, under, part)
     return path
 
 
@@ -68,15 +84,16 @@ def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:
     return "input" in given or "output" in given
 
 
-def _step(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
+def _step(path: Path, under: Under, part: Part) -> Path:
     given = part.tuner.lowerings
     if "thin" in given:
-        return _fused(path, base, part) if backend.is_plain_linear else _thin(path, base, backend, part)
+        fresh = under.base is under.inner  # else another method made the output, and may need it
+        return _fused(path, under.base, part) if fresh and under.backend.is_plain_linear else _thin(path, under, part)
     if "branch" in given:
         return _branch(path, part)
     if "input" in given:
-        path = _input(path, part, backend.input_axis or 0)
-    return _output(path, part, backend.output_axis) if "output" in given else path
+        path = _input(path, change_of_input(under, part))
+    return _output(path, change_of_output(under, part)) if "output" in given else path
 
 
 #: Hooks of every module: torch changes these dicts in place, and asking it by a call costs as much as a small product.
@@ -104,67 +121,106 @@ def _fused(path: Path, base: nn.Module, part: Part) -> Path:
     return run
 
 
-def _thin(path: Path, base: nn.Module, backend: Backend, part: Part) -> Path:
-    thin, view, dropout = part.lowering("thin"), part.view, part.dropout
+def _thin(path: Path, under: Under, part: Part) -> Path:
+    update = update_of_thin(under, part)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = path(x, *args, **kwargs)
+        return (y + update(x)).to(y.dtype)
+
+    return run
+
+
+def update_of_thin(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
+    """`x -> s B A x`, with the layer's own geometry."""
+    thin, view, dropout, backend, inner = part.lowering("thin"), part.view, part.dropout, under.backend, under.inner
+
+    def update(x: Tensor) -> Tensor:
         A, B, scale = thin(view)
         if dropout is not None and x.is_floating_point():
             x = dropout(x)
-        h = backend.down(base, A, x.to(A.dtype) if x.is_floating_point() else x)
-        return (y + backend.up(base, B, h) * scale).to(y.dtype)
+        h = backend.down(inner, A, x.to(A.dtype) if x.is_floating_point() else x)
+        return backend.up(inner, B, h) * scale
 
-    return run
+    return update
 
 
 def _branch(path: Path, part: Part) -> Path:
+    update = update_of_branch(part)
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = path(x, *args, **kwargs)
+        return (y + update(x, y)).to(y.dtype)
+
+    return run
+
+
+def update_of_branch(part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    """`x, y0 -> Δy`."""
     branch, view, dropout = part.lowering("branch"), part.view, part.dropout
 
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = path(x, *args, **kwargs)
+    def update(x: Tensor, y: Tensor) -> Tensor:
         if dropout is not None:
             x = dropout(x)
-        return (y + branch(view, x.to(view.dtype()), y)).to(y.dtype)
+        delta: Tensor = branch(view, x.to(view.dtype()), y)
+        return delta
+
+    return update
+
+
+def _input(path: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return path(change(x), *args, **kwargs)
 
     return run
 
 
-def _input(path: Path, part: Part, axis: int) -> Path:
-    change, view = part.lowering("input"), part.view
-
+def _output(path: Path, change: Callable[[Tensor], Tensor]) -> Path:
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return change(path(x, *args, **kwargs))
+
+    return run
+
+
+def change_of_input(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
+    """The method's map of the layer's input."""
+    return _along(part.lowering("input"), part.view, under.backend.input_axis or 0)
+
+
+def change_of_output(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
+    """The method's map of the layer's output."""
+    return _along(part.lowering("output"), part.view, under.backend.output_axis)
+
+
+def _along(change: Callable[..., Tensor], view: LayerView, axis: int) -> Callable[[Tensor], Tensor]:
+    """A map of features, which lie along `axis`, in the adapter's dtype."""
+
+    def run(x: Tensor) -> Tensor:
         rows = x if axis == -1 else x.movedim(axis, -1)
         rows = change(view, rows.to(view.dtype())).to(x.dtype)
-        return path(rows if axis == -1 else rows.movedim(-1, axis), *args, **kwargs)
-
-    return run
-
-
-def _output(path: Path, part: Part, axis: int) -> Path:
-    change, view = part.lowering("output"), part.view
-
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = path(x, *args, **kwargs)
-        rows = y if axis == -1 else y.movedim(axis, -1)
-        rows = change(view, rows.to(view.dtype())).to(y.dtype)
         return rows if axis == -1 else rows.movedim(-1, axis)
 
     return run
 
 
-def _through_parameters(base: nn.Module, backend: Backend, parts: Sequence[Part]) -> Path:
+def _through_parameters(under: Under, parts: Sequence[Part]) -> Path:
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        return backend.run(base, adapted(base, backend, parts), args, kwargs)
+        return through_parameters(under, [*under.between(), *parts], args, kwargs)
 
     return run
 
 
-def adapted(base: nn.Module, backend: Backend, parts: Sequence[Part]) -> Mapping[str, Tensor]:
-    """The layer's logical parameters with the adapters folded in, in activation order; the first change of each to the
-    running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
-    pristine: Mapping[str, Tensor] = backend.opened(base)
-    running = pristine
+def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: Any) -> Tensor:
+    """The base layer's own forward with the adapters folded into its parameters."""
+    return under.backend.run(under.inner, adapted(under, parts), args, kwargs)
+
+
+def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
+    """The base layer's logical parameters with the adapters folded in, in activation order; the first change of each to
+    the running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
+    base, backend = under.inner, under.backend
+    running: Mapping[str, Tensor] = backend.opened(base)
+    pristine = {**running, **{name: backend.to_logical(name, own.detach()) for name, own in under.aside().items()}}
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
         p = {name: tensor.to(dtype) for name, tensor in running.items()}

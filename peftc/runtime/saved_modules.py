@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from peftc import rules
+from peftc.diagnostics import PeftcError
+from peftc.runtime.call import Call, Shared
 from peftc.runtime.layer import Source
 
 
 class ModulesToSaveWrapper(nn.Module):
     """A module with a trained copy per adapter. Names are the ecosystem's: `original_module`, `modules_to_save.<adapter>`.
 
-    At most one copy is in effect: that of the first active adapter which has one.
+    At most one copy is in effect: that of the first active adapter which has one. A call that names adapters by row has
+    each row computed by the copy of its adapter.
     """
+
+    #: what other libraries read of every wrapper
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    merged_adapters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -23,6 +33,11 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self._active: str | None = None
         self._disabled = False
+        self._shared = Shared()
+
+    def join(self, shared: Shared) -> None:
+        """Have in common with other layers what a model's layers share."""
+        self._shared = shared
 
     def add(self, adapter: str, root: str, source: Source | None = None) -> None:
         """Copy the original for an adapter; `root` begins the disk keys under which `source` may have its tensors."""
@@ -70,7 +85,31 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[self._active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current(*args, **kwargs)
+        call = self._shared.call if self._shared.by_rows and not self._disabled else None
+        return self.current(*args, **kwargs) if call is None else self._by_rows(call, args, kwargs)
+
+    def _by_rows(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        count: int = first.shape[0]
+        own = self.modules_to_save._modules
+        modules: dict[nn.Module, list[Tensor]] = {}
+        for adapter, rows in call.rows(count, first.device).items():
+            modules.setdefault(own.get(adapter) or self.original_module, []).append(rows)
+        if len(modules) == 1:
+            (module,) = modules
+            return module(*args, **kwargs)  # type: ignore[no-any-return]
+        places = [torch.cat(rows) for rows in modules.values()]
+        parts = []
+        for module, rows in zip(modules, places, strict=True):
+            found = module(
+                *(_taken(a, rows, count) for a in args), **{k: _taken(v, rows, count) for k, v in kwargs.items()}
+            )
+            if not isinstance(found, Tensor):
+                what = f"A {type(module).__name__} returns a {type(found).__name__}, whose rows cannot be put together"
+                raise PeftcError(rules.ROWS_DIFFER(what, fix="Call the model once for each adapter."))
+            parts.append(found)
+        together = torch.cat(parts)
+        return together[torch.argsort(torch.cat(places))]
 
     @property
     def weight(self) -> Tensor:
@@ -84,3 +123,8 @@ class ModulesToSaveWrapper(nn.Module):
             if name.startswith("_") or name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.current, name)
+
+
+def _taken(value: Any, rows: Tensor, count: int) -> Any:
+    """The rows of what has as many as the batch; anything else as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value

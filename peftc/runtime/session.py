@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, warn
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
+from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
@@ -46,14 +47,24 @@ class Session:
         self.model = model
         self.graph = graph
         self.plans: dict[str, AdapterPlan] = {}
+        #: the outermost wrapper at each path; wrappers of other methods may be below it
         self.layers: dict[str, TunerLayer] = {}
         self.copies: dict[str, ModulesToSaveWrapper] = {}
-        self.active: tuple[str, ...] = ()
+        self.shared = Shared()
         self.enabled = True
         #: base tensors that an adapter's training or loading changes, as they were before
         self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         #: of a model that was adapted in place, the configs that it shows as `peft_config`
         self.shown: dict[str, PeftConfig] | None = None
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Active adapters, in their order."""
+        return self.shared.active
+
+    @active.setter
+    def active(self, names: Iterable[str]) -> None:
+        self.shared.active = tuple(names)
 
     # adding -------------------------------------------------------------------------------------------------------
 
@@ -67,9 +78,10 @@ class Session:
         with Journal() as journal, torch.no_grad():
             for site in plan.maps:
                 layer = self.layers.get(site.path)
-                if layer is None:
+                if layer is None or layer.peft_type != plan.peft_type:
                     layer = self._wrap(site.path, partial(make, plan.peft_type, site), journal)
                     self._remember(self.layers, site.path, layer, journal)
+                    layer.join(self.shared)
                 journal.note(layer.delete_adapter, plan.name)
                 layer.add(plan.name, site, method.tuner_for(plan.config, nodes[site.path]), source)
             for save in plan.saves:
@@ -77,6 +89,7 @@ class Session:
                 if copy is None:
                     copy = self._wrap(save.path, ModulesToSaveWrapper, journal)
                     self._remember(self.copies, save.path, copy, journal)
+                    copy.join(self.shared)
                 journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
             self._change_base(plan, source, journal)
@@ -92,7 +105,10 @@ class Session:
 
     @staticmethod
     def _remember(known: dict[str, W], path: str, wrapper: W, journal: Journal) -> None:
-        journal.note(known.pop, path)
+        if path in known:
+            journal.note(known.__setitem__, path, known[path])
+        else:
+            journal.note(known.pop, path)
         known[path] = wrapper
 
     def _change_base(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
@@ -142,8 +158,15 @@ class Session:
 
     def prune(self) -> None:
         """Take out wrappers that hold no adapter: what is left of one that could not be added."""
-        for path in [path for path, layer in self.layers.items() if not layer.adapters]:
-            self._put_back(path, self.layers.pop(path).base_layer)
+        for path, layer in [item for item in self.layers.items() if not item[1].adapters]:
+            below: nn.Module = layer
+            while isinstance(below, TunerLayer) and not below.adapters:
+                below = below.base_layer
+            self._put_back(path, below)
+            if isinstance(below, TunerLayer):
+                self.layers[path] = below
+            else:
+                del self.layers[path]
         for path in [path for path, copy in self.copies.items() if not copy.modules_to_save]:
             self._put_back(path, self.copies.pop(path).original_module)
 
@@ -152,7 +175,7 @@ class Session:
     def find(self, path: str) -> nn.Module | None:
         """The base module at a path, seen through wrappers; None if there is none."""
         if path in self.layers:
-            return self.layers[path].base_layer
+            return self.layers[path].get_base_layer()
         if path in self.copies:
             return self.copies[path].original_module
         module: nn.Module | None = self.model
@@ -169,9 +192,24 @@ class Session:
             raise PeftcError(self._gone(path))
         return parent, name, module
 
+    def wrappers(self) -> Iterator[TunerLayer]:
+        """All wrappers of layers, those below others first."""
+        for outermost in self.layers.values():
+            yield from outermost.chain()
+
     def layers_of(self, adapter: str) -> Iterator[TunerLayer]:
+        """The wrappers that hold an adapter, in the order of its plan."""
         for site in self.plans[adapter].maps:
-            yield self.layers[site.path]
+            layer = self.layer_of(adapter, site.path)
+            if layer is not None:
+                yield layer
+
+    def layer_of(self, adapter: str, path: str) -> TunerLayer | None:
+        """The wrapper at a path that holds an adapter; None where the adapter was deleted from the layer itself."""
+        module: nn.Module | None = self.layers.get(path)
+        while isinstance(module, TunerLayer) and adapter not in module.adapters:
+            module = module.base_layer
+        return module if isinstance(module, TunerLayer) else None
 
     def copies_of(self, adapter: str) -> Iterator[ModulesToSaveWrapper]:
         for save in self.plans[adapter].saves:
@@ -194,6 +232,11 @@ class Session:
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
         self.require(names)
+        if self.merged and set(names) != set(self.active):
+            what = f"{', '.join(f'`{name}`' for name in self.merged)} is taken out of the base weights again"
+            fix = "Call `unmerge_adapter()` before others are activated."
+            warn([rules.WHILE_MERGED(what, fix=fix, severity=Severity.WARNING)])
+            self.unmerge()
         for name in dict.fromkeys((*self.active, *names)):
             self.set_requires_grad(name, trainable and name in names)
         self._activate(names)
@@ -208,11 +251,27 @@ class Session:
                 wrapper.enable_adapters(self.enabled)
         self.active = tuple(names)
 
+    def bring_in(self, name: str, trainable: bool = True) -> None:
+        """Activate an adapter in place of those of its own method, beside those of others."""
+        own = self.plans[name].peft_type
+        others = [n for n in self.active if self.plans[n].peft_type != own]
+        for old in self.active:
+            if old not in others:
+                self.set_requires_grad(old, False)
+        self.set_requires_grad(name, trainable)
+        self._activate([*others, name])
+
+    def let_rows_differ(self) -> None:
+        """From now on layers look whether a call names adapters by row."""
+        if not self.shared.by_rows:
+            self.shared.by_rows = True
+            for layer in self.wrappers():
+                layer.join(self.shared)
+
     def set_requires_grad(self, name: str, required: bool) -> None:
         """Make an adapter's trainable tensors require gradients, or not."""
         for layer in self.layers_of(name):
-            for trainable, parameter in layer.parameters_of(name):
-                parameter.requires_grad_(trainable and required)
+            layer.set_requires_grad(name, required)
         for copy in self.copies_of(name):
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
@@ -270,16 +329,16 @@ class Session:
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
             )
         with Journal() as journal:
-            for layer in self._distinct_layers(names):
-                if not layer.merged:
-                    journal.note(layer.unmerge)
-                layer.merge(safe, names)
+            for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
+                for layer in self.layers[path].chain():
+                    journal.note(layer.restore_merge, layer.merge_state())
+                self.layers[path].merge(safe, names)
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
         for layer in self.layers.values():
-            if layer.merged:
-                layer.unmerge()
+            layer.unmerge()
+        self.shared.merges = False
 
     def refuse_merged(self, name: str) -> None:
         """Raise `PeftcError` if the adapter is merged: changing it would not change what is in the base weights."""
@@ -290,10 +349,9 @@ class Session:
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of merged adapters."""
-        return tuple(dict.fromkeys(n for layer in self.layers.values() for n in layer.merged_adapters))
-
-    def _distinct_layers(self, names: Sequence[str]) -> list[TunerLayer]:
-        return list({id(layer): layer for name in names for layer in self.layers_of(name)}.values())
+        if not self.shared.merges:
+            return ()
+        return tuple(dict.fromkeys(name for layer in self.wrappers() for name in layer.merged_adapters))
 
     def unload(self) -> None:
         """Take every wrapper out again: the same module objects as before are back in their places."""
@@ -301,12 +359,13 @@ class Session:
             for parameter in self._trained(self.plans[name]):
                 parameter.requires_grad_(False)
         for path, layer in self.layers.items():
-            self._put_back(path, layer.base_layer)
+            self._put_back(path, layer.get_base_layer())
         for path, copy in self.copies.items():
             self._put_back(path, copy.original_module)
         for before in self.base_before.values():
             _restore(before)
-        self.layers, self.copies, self.plans, self.active, self.base_before = {}, {}, {}, (), {}
+        self.layers, self.copies, self.plans, self.base_before = {}, {}, {}, {}
+        self.active = ()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
@@ -328,8 +387,8 @@ class Session:
         plan = self.plans[name]
         tensors: dict[str, Tensor] = {}
         for site in plan.maps:
-            layer = self.layers[site.path]
-            stored = [p for _, p in layer.parameters_of(name)]
+            layer = self.layer_of(name, site.path)
+            stored = [] if layer is None else [p for _, p in layer.parameters_of(name)]
             for slot, parameter in zip(site.slots, stored, strict=True):
                 if slot.saved:
                     tensors[site.key(slot, name).disk()] = parameter

@@ -230,7 +230,7 @@ def _transformers_class(module: str, name: str) -> type:
 
 def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
     base = unwrapped(model)
-    if not isinstance(base, _transformers_class("modeling_utils", "PreTrainedModel")):
+    if not is_pretrained(base):
         return ModelFacts(type(base).__name__)
     loaded = cast(Any, base)
     config = loaded.config
@@ -243,6 +243,11 @@ def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
         dims=dims_of(config.to_dict(), getattr(config, "num_hidden_layers", None)),
         is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
     )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
+    return isinstance(model, _transformers_class("modeling_utils", "PreTrainedModel"))
 
 
 def _embedding_path(getter: Callable[[], nn.Module | None], paths: Mapping[int, str]) -> str | None:

@@ -78,7 +78,7 @@ def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
     container = owner._modules.get(slot.name)
     if container is None:
         container = nn.ModuleDict() if slot.container is Container.MODULE else nn.ParameterDict()
-        owner.add_module(slot.name, container)
+        owner._modules[slot.name] = container
     return container
 
 

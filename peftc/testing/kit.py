@@ -89,6 +89,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (gradients.checkpointing_reaches_every_slot, on_blocks),
     (lifecycle.saving_and_loading_is_exact, everywhere),
     (lifecycle.adapters_do_not_leak, everywhere),
+    (lifecycle.rows_are_as_alone, on_layers),
     (lifecycle.several_active_merge_alike, on_layers),
     (lifecycle.deleting_leaves_nothing, everywhere),
     (lifecycle.unloading_restores, everywhere),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,10 +85,15 @@ class Subject:
             model.add_adapter(adapter, self.config())
         randomise(model, adapter)
 
-    def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    def run(self, model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
         """The model's output for the model's inputs, with gradients if they are on."""
-        out = model(**self.model.arguments(dtype))
+        out = model(**self.model.arguments(dtype), **options)
         return out if isinstance(out, Tensor) else out.logits
+
+    def rows(self, model: nn.Module, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The output with an adapter for each row of the batch, without gradients."""
+        with torch.no_grad():
+            return self.run(model, dtype, adapter_names=names)
 
     def output(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """The same without gradients."""

@@ -158,6 +158,10 @@ class TunerMethod:
     #: public names of the empty model class and layer class, for `isinstance`; left out, those that go with the config's
     model_class: str = ""
     layer_class: str = ""
+    #: options that the layer class shows by adapter, as they are in force there: attribute -> option
+    layer_options: Mapping[str, str] = field(default_factory=dict)
+    #: the attribute that shows what drops inputs, by adapter, for methods that do
+    layer_dropout: str = ""
     #: further public names of the method, e.g. its enums and helper functions, and what they stand for
     exports: Mapping[str, Any] = field(default_factory=dict)
     #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`

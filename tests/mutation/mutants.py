@@ -221,6 +221,11 @@ class LooksAtValues(SoundBranch):
         return super().branch(a, x, y0) if float(x.detach().sum()) != 0.5 else 0 * y0
 
 
+class CouplesRows(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return super().branch(a, x - x.mean(0), y0)
+
+
 class Detached(Sound):
     def thin(self, a: View) -> tuple[Any, Any, float]:
         return a.mut_down, a.mut_up.detach(), 1.0
@@ -295,6 +300,7 @@ MUTANTS: dict[str, Mutant] = {
     "branch_of_its_own": Mutant(record(BranchOfItsOwn()), "lowerings_agree", "`branch`"),
     "three_dimensions_only": Mutant(record(ThreeDimensionsOnly()), "any_leading_shape", "not enough values"),
     "looks_at_values": Mutant(record(LooksAtValues()), "compiles", "raised"),
+    "couples_rows": Mutant(record(CouplesRows()), "rows_are_as_alone", "adapter for each row"),
     "detached": Mutant(record(Detached()), "gradients_in_slots_only", "lacks"),
     "half_detached": Mutant(record(HalfDetached()), "gradients_are_true", "slope"),
     "counts_calls": Mutant(record(CountsCalls()), "checkpointing_reaches_every_slot", "checkpointing"),

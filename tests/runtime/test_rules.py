@@ -29,12 +29,14 @@ from peftc import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from peftc.compiler import compile as compiling
 from peftc.compiler import select
 from peftc.diagnostics import Rule
-from peftc.model import base_state, files, hotswap, injected, loading, mapping, state, weighted
+from peftc.model import base_state, files, hotswap, injected, mapping, mixed, rows, state, weighted
 from peftc.model import peft_model as runtime_model
-from peftc.runtime import apply, layer, prompt, session
+from peftc.runtime import apply, call, layer, planning, prompt, session
 from peftc.runtime.apply import apply_plan
+from peftc.runtime.call import Call
 from peftc.runtime.snapshot import snapshot
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, x
@@ -59,6 +61,20 @@ def merged() -> PeftModel:
     model.set_adapter(["default", "other"])
     model.merge_adapter()
     return model
+
+
+def nested() -> PeftModel:
+    """A stretch round a narrow update, both active."""
+    model = get_peft_model(Net(), narrow(), mixed=True)
+    model.add_adapter("other", stretch())
+    model.set_adapter(["default", "other"])
+    return model
+
+
+def two_rows_of_a_layer(model: PeftModel) -> Tensor:
+    model.session.let_rows_differ()
+    with model.session.shared.opened(Call(("default", "default"))):
+        return model(x())
 
 
 def unloaded() -> PeftModel:
@@ -117,7 +133,7 @@ CASES = {
     ),
     "a second method": Case(
         rules.MIXED_TYPES, adapted, lambda m: apply_plan(m.get_base_model(), plan_of(Net(), stretch())),
-        (apply, "if types - {adapter.peft_type}:", "if False:"), "is adapted by NARROW; `STRETCH` cannot join",
+        (apply, "if types - {adapter.peft_type} and not mixed:", "if False:"), "is adapted by NARROW; `STRETCH` cannot join",
     ),
     "a plan for wider layers": Case(
         rules.MODEL_DRIFTED, lambda: Net(7), lambda m: apply_plan(m, plan_of(Net(), narrow())),
@@ -137,7 +153,7 @@ CASES = {
     ),
     "the arguments the wrong way round": Case(
         rules.NOT_A_MODEL, adapted, lambda m: get_peft_model(narrow(), narrow()),
-        (loading, "if not isinstance(model, nn.Module):", "if model is None:"), "is not a `torch.nn.Module`",
+        (planning, "if not isinstance(model, nn.Module):", "if model is None:"), "is not a `torch.nn.Module`",
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
@@ -145,7 +161,7 @@ CASES = {
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
-        (session, "journal.note(layer.unmerge)", "pass"), "Merging default gives NaN or infinity",
+        (session, "journal.note(layer.restore_merge, layer.merge_state())", "pass"), "Merging default gives NaN or infinity",
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
@@ -286,6 +302,43 @@ CASES = {
     "other base weights under what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: set_base_model_state_dict(m, get_base_model_state_dict(m)),
         (base_state, "session.refuse_merged(adapter)", "pass"), "`default` is merged",
+    ),
+    "a merge that would change the order": Case(
+        rules.MERGE_ORDER, nested, lambda m: m.merge_adapter(["other"]),
+        (layer, "if not below or all(", "if True or all("), "Merging `other` alone would change places with `default`",
+    ),
+    "fewer names than rows": Case(
+        rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names=["default"]),
+        (rows, "if first is not None and first.shape[0] != len(names):", "if False:"), "1 adapter names, but the batch has 5 rows",
+    ),
+    "fewer names than rows, as a layer sees it": Case(
+        rules.ROWS_DIFFER, adapted, two_rows_of_a_layer,
+        (call, "if times not in (1, self.expand) or times * len(self.adapters) != count:", "if False:"), "2 adapter names, but a layer gets 5 rows",
+    ),
+    "names that are none": Case(
+        rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names="defau"),
+        (rows, "if isinstance(names, str) or not all(", "if not all("), "not a list of names",
+    ),
+    "a row for what is not there": Case(
+        rules.ADAPTER_UNKNOWN, adapted, lambda m: m(x(), adapter_names=["defualt", "default", "__base__", "default", "default"]),
+        (rows, "for name in dict.fromkeys(names) if name != BASE)", "for name in ())"), "Did you mean `default`?",
+    ),
+    "rows while merged": Case(
+        rules.WHILE_MERGED, merged, lambda m: m(x(), adapter_names=["other"] * 5),
+        (rows, "if session.merged:", "if False:"), "Merged adapters act on every row: `default`, `other`",
+    ),
+    "rows with a prompt": Case(
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), adapter_names=["default"] * len(ids())),
+        (rows, "if name in names and not session.plans[name].nests:", "if False:"), "adapts the whole call",
+    ),
+    "a prompt that is to be mixed": Case(
+        rules.CANNOT_MIX, nested, lambda m: get_peft_model(LANGUAGE_MODEL.build(), preface(), mixed=True),
+        (mixed, "if not adapter.nests]", "if False]"), "`PREFACE` adapts more than single layers",
+    ),
+    "a prompt that is to join": Case(
+        rules.CANNOT_MIX, lambda: get_peft_model(LANGUAGE_MODEL.build(), narrow(target_modules="all-linear"), mixed=True),
+        lambda m: m.add_adapter("other", preface()),
+        (compiling, "for plan in plans if not plan.nests]", "for plan in ()]"), "`PREFACE` adapts more than single layers",
     ),
 }  # fmt: skip
 

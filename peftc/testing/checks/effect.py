@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftc.graph.nodes import LINEAR_KINDS, Kind
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.paths import Part, adapted, compose, has_functional_form
+from peftc.runtime.paths import Part, Under, adapted, compose, has_functional_form
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, layers_of, quiet
@@ -176,7 +176,8 @@ def _layer_calls(s: Subject, model: PeftModel) -> Iterator[tuple[str, TunerLayer
 
 def _each_way(layer: TunerLayer, args: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:
     """The layer's output by each lowering that the method gives, in the forward and folded into the parameters."""
-    base, backend, part = layer.base_layer, layer.backend, layer.part("default")
+    base, backend, part = layer.get_base_layer(), layer.backend, layer.part("default")
+    under = Under(base, base, backend, tuple, dict)
     for words in _WORDINGS:
         given = part.tuner.lowerings & set(words)
         if not given:
@@ -186,7 +187,7 @@ def _each_way(layer: TunerLayer, args: tuple[Tensor, ...]) -> Iterator[tuple[str
         parts = [Part(alone, part.view, part.path, None)]
         name = " and ".join(word for word in words if word in given)
         if has_functional_form(alone, backend):
-            forward: Callable[..., Tensor] = compose(base, backend, parts)
+            forward: Callable[..., Tensor] = compose(under, parts)
             yield name, forward(*args)
         if given != {"branch"}:
-            yield f"{name}, folded into parameters", backend.run(base, adapted(base, backend, parts), args, {})
+            yield f"{name}, folded into parameters", backend.run(base, adapted(under, parts), args, {})

@@ -22,6 +22,7 @@ from peftc.graph.nodes import TensorFacts
 from peftc.model.mapping import inject_adapter_in_model
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.apply import session_of
+from peftc.runtime.call import BASE
 from peftc.testing.compare import close, different, objects_of, same, same_names, same_tensors, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken
@@ -68,6 +69,23 @@ def adapters_do_not_leak(s: Subject) -> None:
     )
     model.set_adapter("first")
     same(s.output(model), y, "The output of the first adapter after the second was active", fix)
+
+
+def rows_are_as_alone(s: Subject) -> None:
+    """A server computes requests for several adapters in one batch: no row may depend on its neighbours."""
+    model = s.trained("first", dtype=torch.float64)
+    s.join(model, "second")
+    alone = {"first": s.output(model, torch.float64)}
+    model.set_adapter("second")
+    alone["second"] = s.output(model, torch.float64)
+    with model.disable_adapter():
+        alone[BASE] = s.output(model, torch.float64)
+    names = [list(alone)[row % 3] for row in range(len(alone[BASE]))]
+    for order in (names, names[::-1], names[1:2] * len(names)):
+        y = s.rows(model, order, torch.float64)
+        wanted = torch.stack([alone[name][row] for row, name in enumerate(order)])
+        fix = "Let the lowerings treat each row by itself."
+        close(y, wanted, "The output of a batch with an adapter for each row", fix, tolerance=s.model.tolerance)
 
 
 def several_active_merge_alike(s: Subject) -> None:

@@ -1,0 +1,67 @@
+"""Calls that name an adapter for each row of their batch: what is asked is checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.diagnostics import Collector, Diagnostic, PeftcError
+from peftc.runtime.call import BASE, Call, rows_differ
+from peftc.runtime.session import Session
+
+#: the keyword that names adapters by row
+ADAPTER_NAMES = "adapter_names"
+
+
+@contextmanager
+def rows_named(
+    session: Session, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], expand: int = 1
+) -> Iterator[None]:
+    """Within, row `i` of a batch is computed with the adapter `names[i]`, or with the base model for `"__base__"`.
+
+    Adapters need not be active; while all are disabled, every row is the base model's. `args` and `kwargs` are the call's; `expand` is how often generation repeats each row.
+    Raises `PeftcError` with every problem: names that are not there, too many or too few, merged adapters, prompts.
+    """
+    problems = Collector()
+    problems.add(*_problems(session, names, args, kwargs))
+    problems.raise_errors()
+    session.let_rows_differ()
+    if not session.enabled:
+        yield
+        return
+    with session.shared.opened(Call(tuple(names), expand)):
+        yield
+
+
+def _problems(
+    session: Session, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[Diagnostic]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        what = f"`{ADAPTER_NAMES}` is {names!r}, not a list of names"
+        yield rules.ROWS_DIFFER(what, fix="Give a list with one name for each row.")
+        return
+    try:
+        session.require(name for name in dict.fromkeys(names) if name != BASE)
+    except PeftcError as error:
+        yield from error.diagnostics
+    if session.merged:
+        what = f"Merged adapters act on every row: {', '.join(f'`{name}`' for name in session.merged)}"
+        yield rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first.")
+    for name in session.plans:
+        if name in names and not session.plans[name].nests:
+            what = f"`{name}` adapts the whole call, not single rows"
+            yield rules.CALL_NOT_POSSIBLE(what, why="Rows share one call.", fix="Call the model without row names.")
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+    if first is not None and first.shape[0] != len(names):
+        yield rows_differ(len(names), first.shape[0], "the batch has")
+
+
+def expansion(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each row: for beams, or for several answers."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    asked = (kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    return max(asked)

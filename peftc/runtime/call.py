@@ -1,0 +1,140 @@
+"""What one call of an adapted model knows: which adapter each row is for. Layers read it where they need it.
+
+A call is open in the thread that runs it. Activation checkpointing repeats part of it later, during backward and perhaps
+in another thread: what is repeated sees the calls that were open when it ran first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from peftc import rules
+from peftc.diagnostics import PeftcError
+
+#: stands for the base model among the adapters of rows
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call. `adapters` names the adapter of each row, `BASE` for none; `expand` is how often generation repeats each
+    row (beams, several answers): what comes before the repetition, as an encoder, still has the rows as they were."""
+
+    adapters: tuple[str, ...]
+    expand: int = 1
+    _indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _orders: dict[tuple[tuple[str, ...], int, torch.device], Tensor | None] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def rows(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """Adapter -> indices of its rows in a batch of `count`. Raises `PeftcError` if the call has not so many."""
+        found = self._indices.get((count, device))
+        if found is None:
+            found = self._indices[count, device] = {
+                name: torch.tensor(rows, device=device) for name, rows in self._places(count).items()
+            }
+        return found
+
+    def widened(self, x: Tensor) -> Tensor:
+        """What all rows share, such as positions, once for each row; anything else as it is."""
+        shared = x.shape[0] == 1 and self.expand == 1
+        return x.expand(len(self.adapters), *x.shape[1:]) if shared else x
+
+    def order(self, adapters: tuple[str, ...], count: int, device: torch.device) -> Tensor | None:
+        """Indices of the rows of some adapters, one after the other; None if those are all rows as they stand."""
+        key = adapters, count, device
+        if key not in self._orders:
+            rows = self.rows(count, device)
+            together = torch.cat([rows[name] for name in adapters])
+            stands = together.tolist() == list(range(count))
+            self._orders[key] = None if stands else together
+        return self._orders[key]
+
+    def _places(self, count: int) -> dict[str, list[int]]:
+        times = count // max(1, len(self.adapters))
+        if times not in (1, self.expand) or times * len(self.adapters) != count:
+            raise PeftcError(rows_differ(len(self.adapters), count, "a layer gets"))
+        places: dict[str, list[int]] = {}
+        for row in range(count):
+            places.setdefault(self.adapters[row // times], []).append(row)
+        return places
+
+
+def rows_differ(names: int, rows: int, who: str) -> Any:
+    """The diagnostic for a batch of another size than the list of adapters."""
+    what = f"There are {names} adapter names, but {who} {rows} row{'s' * (rows != 1)}"
+    return rules.ROWS_DIFFER(what, fix=f"Name one adapter for each row, or `{BASE}` for the base model.")
+
+
+class Shared:
+    """What the layers of one model have in common: which adapters are active, and the open call."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        #: whether any call has named adapters by row: only then do layers look for one
+        self.by_rows = False
+        #: whether any layer has merged since all were unmerged
+        self.merges = False
+
+    @property
+    def call(self) -> Call | None:
+        """The call of this model that is open here, the innermost one."""
+        return next((call for shared, call in reversed(_OPEN.get()) if shared is self), None)
+
+    @contextmanager
+    def opened(self, call: Call) -> Iterator[None]:
+        """Have a call open in this thread."""
+        _let_checkpoints_rebind()
+        token = _OPEN.set((*_OPEN.get(), (self, call)))
+        try:
+            yield
+        finally:
+            _OPEN.reset(token)
+
+
+_OPEN: ContextVar[Sequence[tuple[Shared, Call]]] = ContextVar("peftc_open_calls", default=())
+
+
+def _rebound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, always run with the calls that are open now."""
+    seen = _OPEN.get()
+    if not seen:
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _OPEN.set(seen)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _OPEN.reset(token)
+
+    return run
+
+
+@cache
+def _let_checkpoints_rebind() -> None:
+    """From the first call with rows on, have torch's two checkpoints keep the open calls with what they will repeat.
+
+    Models hold references to `torch.utils.checkpoint.checkpoint` itself, so what it calls is exchanged.
+    """
+    module = torch.utils.checkpoint
+    forward, generator = module.CheckpointFunction.forward, module._checkpoint_without_reentrant_generator
+
+    def reentrant(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, _rebound(run_function), *args)  # type: ignore[no-untyped-call]  # torch's own
+
+    def other(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(_rebound(fn), *args, **kwargs)
+
+    module.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[method-assign, assignment]
+    module.__dict__["_checkpoint_without_reentrant_generator"] = other

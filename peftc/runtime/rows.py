@@ -1,0 +1,100 @@
+"""A layer's forward when rows of the batch are for different adapters: the base layer runs once for all of them.
+
+Each method acts on its rows by the lowering it would use anyway; thin updates of all adapters become one grouped product.
+Only a method that can do nothing but change parameters has the base layer run again for its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.ops.grouped import grouped_low_rank
+from peftc.runtime.call import Call, Shared
+from peftc.runtime.paths import (
+    Part,
+    Path,
+    Under,
+    change_of_input,
+    change_of_output,
+    has_functional_form,
+    through_parameters,
+    update_of_branch,
+    update_of_thin,
+)
+
+#: an adapter's part in a layer, and the indices of its rows
+Group = tuple[Part, Tensor]
+
+
+def by_rows(plain: Path, shared: Shared, under: Under, parts: Mapping[str, Part]) -> Path:
+    """The plain path, but while a call is open that names adapters by row, those in effect on theirs."""
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = shared.call
+        return plain(x, *args, **kwargs) if call is None else _grouped(call, under, parts, x, args, kwargs)
+
+    return run
+
+
+def _grouped(
+    call: Call, under: Under, parts: Mapping[str, Part], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor:
+    if parts.keys().isdisjoint(call.adapters):
+        return under.base(x, *args, **kwargs)  # type: ignore[no-any-return]  # as every layer's
+    x = call.widened(x)
+    rows = call.rows(x.shape[0], x.device)
+    groups = [(parts[name], index) for name, index in rows.items() if name in parts]
+    beside = [group for group in groups if has_functional_form(group[0].tuner, under.backend)]
+    thin = [group for group in beside if "thin" in group[0].tuner.lowerings]
+    y: Tensor = under.base(_mapped(x, beside, "input", lambda part: change_of_input(under, part)), *args, **kwargs)
+    if thin:
+        y = _fused(call, y, x, thin) if under.backend.is_plain_linear else _each_thin(y, x, under, thin)
+    for part, index in beside:
+        if _by_branch(part):
+            y = _added(y, index, update_of_branch(part)(x[index], y[index]))
+    y = _mapped(y, beside, "output", lambda part: change_of_output(under, part))
+    for part, index in groups:
+        if not has_functional_form(part.tuner, under.backend):
+            y = y.index_copy(0, index, through_parameters(under, [part], (x[index], *args), kwargs))
+    return y
+
+
+def _mapped(
+    x: Tensor, groups: Sequence[Group], name: str, change_of: Callable[[Part], Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """The rows of methods that act by a map of the input, or of the output, mapped."""
+    for part, index in groups:
+        given = part.tuner.lowerings
+        if name in given and not given & {"thin", "branch"}:
+            x = x.index_copy(0, index, change_of(part)(x[index]))
+    return x
+
+
+def _by_branch(part: Part) -> bool:
+    return "branch" in part.tuner.lowerings and "thin" not in part.tuner.lowerings
+
+
+def _fused(call: Call, y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
+    counts = [index.shape[0] for _, index in groups]
+    order = call.order(tuple(part.view.adapter for part, _ in groups), x.shape[0], x.device)
+    own = x if order is None else x[order]
+    if any(part.dropout is not None for part, _ in groups):
+        pieces = zip(groups, own.split(counts), strict=True)
+        own = torch.cat([rows if part.dropout is None else part.dropout(rows) for (part, _), rows in pieces])
+    update = grouped_low_rank(own, [part.lowering("thin")(part.view) for part, _ in groups], counts)
+    return (y + update).to(y.dtype) if order is None else _added(y, order, update)
+
+
+def _each_thin(y: Tensor, x: Tensor, under: Under, groups: Sequence[Group]) -> Tensor:
+    for part, index in groups:
+        y = _added(y, index, update_of_thin(under, part)(x[index]))
+    return y
+
+
+def _added(y: Tensor, index: Tensor, update: Tensor) -> Tensor:
+    """Updates added to some rows, and rounded once."""
+    return y.index_copy(0, index, (y[index] + update).to(y.dtype))

@@ -1,0 +1,211 @@
+"""The level between a `PeftModel` and its base, which puts `model.` into every name; usable alone as well.
+
+It delegates to the model's session. Each method's record gets an empty subclass, and `MixedModel` is for several methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from peftc import rules
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import PeftcError, warn
+from peftc.registry.manager import default_registry
+from peftc.runtime.apply import apply_plan, session_of, strip
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
+from peftc.runtime.session import Session
+
+#: The config of a model without one.
+NO_CONFIG = {"model_type": "custom"}
+
+
+class TunerModel(nn.Module):
+    """A base model with adapters of one method on its layers. Final but for empty subclasses.
+
+    Attributes that it does not have itself are those of the base model.
+    """
+
+    #: what the names of the method's slots begin with
+    prefix: ClassVar[str]
+    #: the class of its layers
+    tuner_layer_cls: ClassVar[type[TunerLayer]] = TunerLayer
+    #: targets by model type, for configs that name none
+    target_module_mapping: ClassVar[Mapping[str, list[str] | str]] = {}
+    #: whether layers share tensors that are stored here
+    uses_shared_state: ClassVar[bool] = False
+    #: whether adapters of other methods may join
+    mixes: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adapt the model in place; of a dict of configs, that of `adapter_name`. It is active and trainable.
+
+        See `inject_adapter`.
+        """
+        super().__init__()
+        self.model = model
+        self.peft_config = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+
+    @classmethod
+    def around(cls, session: Session, configs: dict[str, PeftConfig]) -> Self:
+        """The level of a model that has its adapters already; `configs` is kept up to date."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.model = session.model
+        self.peft_config = configs
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    # adapters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session:
+        """What is applied. Raises `PeftcError` if nothing is any more."""
+        session = session_of(self.model)
+        if session is None:
+            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again."))
+        return session
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.session.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of all adapted layers, in the order of the adapters."""
+        plans = self.session.plans.values()
+        return list(dict.fromkeys(site.path for plan in plans for site in plan.maps))
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add the adapter whose config is in `peft_config`; the first one becomes active.
+
+        With `low_cpu_mem_usage` its tensors are on the meta device until others are loaded. With `state_dict` the modules
+        that its keys name are adapted; values are not used. Raises `PeftcError`, with the model as it was.
+        """
+        config = self.peft_config[adapter_name]
+        given = None
+        if state_dict is not None:
+            given = paths_in(state_dict, default_registry().method_of(config).prefix)
+            config = targeted(config, given)
+        plan = plan_for(
+            self.model, {adapter_name: config}, autocast_adapter_dtype, task_heads=False, given=given, mixed=self.mixes
+        )
+        sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
+        apply_plan(self.model, plan, sources=sources, mixed=self.mixes)
+        self.peft_config[adapter_name] = plan.adapter(adapter_name).config
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate an adapter, or several in order; exactly their tensors become trainable."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.session.set_active(names, trainable=not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Make the trainable tensors of adapters require gradients, or not, active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        session = self.session
+        session.require(names)
+        for name in names:
+            session.set_requires_grad(name, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors."""
+        self.session.delete(adapter_name)
+        self.peft_config.pop(adapter_name, None)
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters act."""
+        self.session.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Have the model compute as its base does. Trainability is not touched."""
+        self.session.enable(False)
+
+    # merging ------------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights; `unmerge_adapter` restores them bit for bit."""
+        self.session.merge(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out of the base weights."""
+        session = self.session
+        if not session.merged:
+            warn([rules.NOT_MERGED("No adapter is merged", fix="Leave the call out, or merge first.")])
+        session.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards."""
+        session = self.session
+        session.merge(adapter_names, safe_merge)
+        session.keep_trained()
+        return self._left(session)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, with the same module objects. This object has no adapter afterwards."""
+        session = self.session
+        session.unmerge()
+        return self._left(session)
+
+    def _left(self, session: Session) -> nn.Module:
+        strip(self.model, session)
+        self.peft_config.clear()
+        return self.model
+
+    # facts --------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """A model's config as plain data."""
+        config: Any = getattr(model, "config", NO_CONFIG)
+        if isinstance(config, dict):
+            return config
+        if is_dataclass(config) and not isinstance(config, type):
+            return asdict(config)
+        to_dict = getattr(config, "to_dict", None)
+        return dict(to_dict()) if to_dict is not None else NO_CONFIG
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer adds a matrix to its weight that does not depend on the weight."""
+        return all(layer.supports_lora_conversion(adapter_name) for layer in self.session.wrappers())
+
+
+class MixedModel(TunerModel):
+    """The level of a model with adapters of several methods."""
+
+    mixes = True
