@@ -16,7 +16,7 @@ from peftc._version import VERSION as __version__
 if TYPE_CHECKING:
     from peftc.checkpoint.weights import load_peft_weights
     from peftc.compiler.compile import compile_plan
-    from peftc.config.base import PeftConfig
+    from peftc.config.base import PeftConfig, PeftConfigMixin
     from peftc.config.prompt import PromptLearningConfig
     from peftc.config.spec import load_spec
     from peftc.config.types import PeftType, TaskType
@@ -96,6 +96,7 @@ _HOMES = {
     "PEFT_TYPE_TO_TUNER_MAPPING": "peftc.model.tables",
     "PeftcError": "peftc.diagnostics",
     "PeftConfig": "peftc.config.base",
+    "PeftConfigMixin": "peftc.config.base",
     "PeftcWarning": "peftc.diagnostics",
     "PeftError": "peftc.diagnostics",
     "PeftMixedModel": "peftc.model.mixed",
@@ -134,6 +135,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftConfigMixin",
     "PeftError",
     "PeftMixedModel",
     "PeftModel",

@@ -11,18 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftc import rules
-from peftc._version import VERSION
-from peftc.checkpoint.save import REFERENCE_VERSION
-from peftc.config.hub import is_repository
+from peftc._version import REFERENCE_VERSION, VERSION
+from peftc.config.hub import CARD, is_repository, parse_card
 from peftc.diagnostics import PeftcError, Where
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
-
-CARD_NAME = "README.md"
 _ADAPTER_OF = "base_model:adapter:"
 _VERSION_LINE = f"- PEFT {REFERENCE_VERSION} (peftc {VERSION})"
 _VERSIONS = "### Framework versions"
@@ -56,7 +51,7 @@ def is_public(name: str) -> bool:
 
 def card_text(facts: CardFacts, existing: str | None = None) -> str:
     """The card's text, made anew or from an existing one. Raises `PeftcError` for front matter that cannot be read."""
-    card = _parsed(f"---\nlibrary_name: peft\n---\n\n{_body(facts)}" if existing is None else existing)
+    card = parse_card(f"---\nlibrary_name: peft\n---\n\n{_body(facts)}" if existing is None else existing)
     data = card.data
     data["library_name"] = "peft"
     before = data.get("tags") or []
@@ -79,7 +74,7 @@ def card_text(facts: CardFacts, existing: str | None = None) -> str:
 
 def read_card(folder: Path) -> str | None:
     """The card of a folder, None if there is none. Raises `PeftcError` if it cannot be read."""
-    file = folder / CARD_NAME
+    file = folder / CARD
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -88,18 +83,6 @@ def read_card(folder: Path) -> str | None:
         what = f"`{file}` cannot be read: {error}"
         fix = "Save it as UTF-8, or move it away: a new card is written then."
         raise PeftcError(rules.CARD_UNREADABLE(what, fix=fix, where=Where(file=str(file)))) from error
-
-
-def _parsed(text: str) -> ModelCard:
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
-    try:
-        return ModelCard(text)
-    except (ValueError, TypeError, YAMLError) as error:
-        what = f"The front matter of the model card is not valid: {str(error).splitlines()[0]}"
-        fix = "Correct what stands between its `---` lines, or move the card away: a new one is written then."
-        raise PeftcError(rules.CARD_UNREADABLE(what, fix=fix, where=Where(file=CARD_NAME))) from None
 
 
 def _body(facts: CardFacts) -> str:

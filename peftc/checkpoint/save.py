@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftc import rules
-from peftc._version import VERSION
+from peftc._version import FILE_VERSION
 from peftc.checkpoint.atomic import replace_files
 from peftc.checkpoint.format import write_file
 from peftc.checkpoint.values import content_problems, dtype_name
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PLAN_NAME = "peftc_plan.json"
-#: The version of the reference whose files these are; readers compare it, ours stands behind the sign.
-REFERENCE_VERSION = "0.21.2"
 
 
 def save_adapter(
@@ -73,7 +71,7 @@ def save_adapter(
 
 def stored(config: PeftConfig) -> PeftConfig:
     """The config as it is written: frozen, and with this version named."""
-    return config.model_copy(update={"inference_mode": True, "peft_version": f"{REFERENCE_VERSION}@peftc-{VERSION}"})
+    return config.model_copy(update={"inference_mode": True, "peft_version": FILE_VERSION})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

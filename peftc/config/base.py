@@ -6,8 +6,8 @@ is compiled; what is wrong comes out as diagnostics, all at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -41,8 +41,8 @@ class ConfigModel(BaseModel):
             raise ConfigError(unknown_key([type(self)], name)) from None
 
 
-class PeftConfig(ConfigModel):
-    """What every adapter's config has. Raises `ConfigError` (also a `TypeError` and a `ValueError`) on bad values."""
+class PeftConfigMixin(ConfigModel):
+    """What every config can do: to and from dictionaries, files, and the hub. Raises `ConfigError` on bad values."""
 
     peft_type: PeftType | None = None
     """The method: the name of an installed plugin, in upper case."""
@@ -52,18 +52,18 @@ class PeftConfig(ConfigModel):
     """Class and library of the base model, written when there is no task type. Never imported from."""
     peft_version: str | None = None
     """The version that wrote the file."""
-    base_model_name_or_path: str | None = None
-    """The base model that the adapter belongs to."""
-    revision: str | None = None
-    """The revision of the base model."""
-    inference_mode: bool = False
-    """Whether the adapter is frozen."""
 
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
     #: pattern option -> the option that it overrides for the modules it matches, e.g. `{"rank_pattern": "r"}`
     pattern_options: ClassVar[Mapping[str, str]] = {}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether class and options are the same; which version wrote the file that they come from is no option."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return {**self.__dict__, "peft_version": None} == {**other.__dict__, "peft_version": None}
 
     def to_dict(self) -> dict[str, Any]:
         """All options that go into a file, sets left as sets; `type(self)(**d)` accepts the result."""
@@ -73,11 +73,38 @@ class PeftConfig(ConfigModel):
         """The same, of JSON types only; sets become sorted lists."""
         return self.model_dump(mode="json")
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write `adapter_config.json` into the folder, which is made if needed. Further keywords are ignored."""
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into the folder, which is made if needed.
+
+        `auto_mapping_dict` is written as `auto_mapping`; further keywords are ignored. Raises `PeftcError`.
+        """
         from peftc.config.files import write_config  # here, because it belongs to the layer above
 
-        write_config(self, Path(save_directory), **kwargs)
+        write_config(self, save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: Sequence[str] | None = None,
+    ) -> Any:
+        """Upload `adapter_config.json` to a repository, which is made if needed; its card stays as it is, but for `tags`.
+
+        Returns the address of the commit. Raises `PeftcError` if the hub does not take it.
+        """
+        from peftc.config.files import push_config  # here, because it belongs to the layer above
+        from peftc.config.hub import Commit
+
+        message = commit_message or "Upload config"
+        commit = Commit(message, commit_description, private, token, revision, create_pr)
+        return push_config(self, repo_id, tags or (), commit)
 
     @field_validator("peft_type", mode="after")
     @classmethod
@@ -88,15 +115,51 @@ class PeftConfig(ConfigModel):
         return own if value is None else value
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PeftConfig:
-        """Read an adapter's config from a folder; its type decides the class. Unrelated keywords are ignored.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read an adapter's config from a folder or the hub; its type decides the class, whatever class this is called on.
 
-        Raises `PeftcError` when the file is missing, unreadable, or of an unknown type.
+        Keywords of the hub's client are passed on, others ignored: the file's options count. Raises `ConfigError` when the
+        file is missing, unreadable, or of an unknown type.
         """
         from peftc.config.files import read_config  # here, because it belongs to the layer above
 
-        return read_config(pretrained_model_name_or_path, **kwargs)
+        return read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """A config of the class that `peft_type` names, or of this class; unknown keywords are dropped with a warning.
+
+        Raises `ConfigError` for an unknown type and for bad values.
+        """
+        from peftc.config.files import config_from_keywords  # here, because it belongs to the layer above
+
+        return config_from_keywords(cls, kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The options in a JSON file, as plain data. Raises `PeftcError` if it cannot be read."""
+        from peftc.config.files import read_options  # here, because it belongs to the layer above
+
+        return read_options(path_json_file)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The options of a file as this class wants them; a subclass may change or refuse those of an older version."""
+        return kwargs
 
     def revalidated(self) -> Self:
         """A validated copy: attributes may have been assigned since. Raises `ConfigError`."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields})
+
+
+class PeftConfig(PeftConfigMixin):
+    """What every adapter's config has. Raises `ConfigError` (also a `TypeError` and a `ValueError`) on bad values."""
+
+    base_model_name_or_path: str | None = None
+    """The base model that the adapter belongs to."""
+    revision: str | None = None
+    """The revision of the base model."""
+    inference_mode: bool = False
+    """Whether the adapter is frozen."""

@@ -10,15 +10,16 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from peftc import rules
-from peftc.config.base import CONFIG_NAME, PeftConfig
+from peftc._version import FILE_VERSION
+from peftc.config.base import CONFIG_NAME, PeftConfig, PeftConfigMixin
 from peftc.config.json_text import parse_json
 from peftc.config.places import Document, Location, json_path
 from peftc.config.problems import ModelsAt, Problem, models_below, problems, shorten
@@ -26,8 +27,54 @@ from peftc.config.reader import MAX_JSON, read_text
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Where, did_you_mean, nearest, warn
 from peftc.registry.manager import Registry, default_registry
 
+if TYPE_CHECKING:
+    from peftc.config.hub import Commit
+
 #: A key that the reference once wrote and that describes a run, not an adapter.
 _RUN_KEY = "runtime_config"
+
+
+def config_from_keywords(cls: type[PeftConfigMixin], options: Mapping[str, Any]) -> PeftConfig:
+    """The config that options describe, of the class that their type names, or else of `cls`.
+
+    Unknown options are dropped with a warning. Raises `ConfigError`.
+    """
+    own = cls.model_fields["peft_type"].default
+    if "peft_type" not in options and own is None:
+        return PeftConfig(**options)
+    config, told = config_from_dict({"peft_type": own, **options}, lenient=True)
+    warn(told)
+    return config
+
+
+def read_options(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options in a JSON file as plain data, without those of a run. Raises `PeftcError`."""
+    path = os.fspath(file)
+    document = parse_json(read_text(path, MAX_JSON), path)
+    if not isinstance(document.data, dict):
+        what = f"`{path}` holds no object of options"
+        fix = "Name the `adapter_config.json` of an adapter."
+        raise ConfigError(rules.WRONG_DOCUMENT(what, fix=fix, where=Where(file=path)))
+    if document.data.pop(_RUN_KEY, None) is not None:
+        warn([place(document, _run_key())])
+    return document.data
+
+
+def push_config(config: PeftConfigMixin, repository: str, tags: Iterable[str], commit: Commit) -> Any:
+    """Upload a config's file; `tags` join those of the repository's card. Returns the hub's answer."""
+    from peftc.config.hub import CARD, parse_card, upload  # here: its client costs more than all the rest
+
+    def fill(folder: Path) -> None:
+        write_config(config, folder)
+        card = folder / CARD
+        if not tags:
+            card.unlink(missing_ok=True)  # what is not uploaded stays as it is
+            return
+        found = parse_card(card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n")
+        found.data["tags"] = list(dict.fromkeys([*(found.data.get("tags") or []), *tags]))
+        card.write_text(str(found), encoding="utf-8")
+
+    return upload(repository, fill, commit)
 
 
 def read_config(source: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> PeftConfig:
@@ -36,20 +83,29 @@ def read_config(source: str | os.PathLike[str], *, subfolder: str | None = None,
     `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` are passed on if the hub is asked, and
     ignored otherwise, as all other keywords are. Raises `PeftcError` when there is no such file, or it is not a config.
     """
-    file = _find(os.fspath(source), subfolder, options)
-    document = parse_json(read_text(file, MAX_JSON), file)
+    try:
+        file = _find(os.fspath(source), subfolder, options)
+        document = parse_json(read_text(file, MAX_JSON), file)
+    except PeftcError as error:  # callers of the reference catch a `ValueError`
+        raise ConfigError(error.diagnostics) from error
     config, warnings = config_from_document(document, lenient=True)
     warn(warnings)
     return config
 
 
-def write_config(config: PeftConfig, folder: str | os.PathLike[str], **ignored: Any) -> Path:
+def write_config(
+    config: PeftConfigMixin,
+    folder: str | os.PathLike[str],
+    auto_mapping_dict: Mapping[str, Any] | None = None,
+    **ignored: Any,
+) -> Path:
     """Write `adapter_config.json` as the reference does: all options, sorted, sets as sorted lists. Returns its path.
 
     The file is whole at every moment. Raises `ConfigError` for values that are not valid any more, `PeftcError` if the
     file cannot be written.
     """
-    text = config_text(config)
+    mapping = {} if auto_mapping_dict is None else {"auto_mapping": dict(auto_mapping_dict)}
+    text = config_text(config.model_copy(update=mapping))
     file = Path(folder) / CONFIG_NAME
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +117,11 @@ def write_config(config: PeftConfig, folder: str | os.PathLike[str], **ignored: 
     return file
 
 
-def config_text(config: PeftConfig) -> str:
+def config_text(config: PeftConfigMixin) -> str:
     """The text of `adapter_config.json`. Raises `ConfigError` for values that are not valid any more."""
     data = config.revalidated().to_json()
     data.pop(_RUN_KEY, None)
+    data["peft_version"] = data["peft_version"] or FILE_VERSION
     return json.dumps(data, indent=2, sort_keys=True)
 
 
@@ -133,6 +190,7 @@ def check_config(
         return None, [model]
     warnings: list[Problem] = []
     if lenient:
+        data = model.check_kwargs(**data)
         data, warnings = _without_unknown(model, data)
     elif stray := not_stored(model, data):
         return None, stray

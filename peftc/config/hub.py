@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc import rules
-from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError, Where
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 #: The file that describes a repository to people.
@@ -56,6 +56,19 @@ def optional_file(source: str, name: str, options: Mapping[str, Any]) -> Path | 
         return fetch(source, name, None, options) if is_repository(source) else None
     except PeftcError:
         return None
+
+
+def parse_card(text: str) -> ModelCard:
+    """A model card by its text. Raises `PeftcError` for front matter that cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        return ModelCard(text)
+    except (ValueError, TypeError, YAMLError) as error:
+        what = f"The front matter of the model card is not valid: {str(error).splitlines()[0]}"
+        fix = "Correct what stands between its `---` lines, or move the card away: a new one is written then."
+        raise PeftcError(rules.CARD_UNREADABLE(what, fix=fix, where=Where(file=CARD))) from None
 
 
 @dataclass(frozen=True, slots=True)

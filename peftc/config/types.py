@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from peftc.diagnostics import did_you_mean
 
-class PeftType(str):
+
+class _OpenEnum(type):
+    """What users of an enum expect of its class: members by attribute and by key, iteration, membership.
+
+    The members are the types that can be asked for when the class is asked, so that a plugin that is registered is one.
+    """
+
+    @property
+    def __members__(cls) -> Mapping[str, Any]:
+        from peftc.registry.manager import default_registry  # here, because it belongs to a layer above
+
+        return MappingProxyType({name: cls(name) for name in default_registry().names})
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("_"):  # Python and pydantic ask for such names, which are no types
+            raise AttributeError(f"`{cls.__name__}` has no attribute `{name}`", name=name, obj=cls)
+        member = cls.__members__.get(name)
+        if member is None:
+            hint = did_you_mean(name, cls.__members__)
+            raise AttributeError(f"No installed method has the type `{name}`. {hint}".rstrip(), name=name, obj=cls)
+        return member
+
+    def __getitem__(cls, name: str) -> Any:
+        return cls.__members__[name]
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(cls.__members__.values())
+
+    def __bool__(cls) -> bool:
+        return True  # or a class without members would be false
+
+    def __len__(cls) -> int:
+        return len(cls.__members__)
+
+    def __contains__(cls, name: object) -> bool:
+        return name in cls.__members__
+
+
+class PeftType(str, metaclass=_OpenEnum):
     """The name of a method. A string, with the `value` and `name` that users of an enum expect.
 
-    There is no list of members: the types that exist are the plugins that are installed.
+    There is no list of members: the types that exist are the plugins that are installed. `PeftType.NAME`, `list(PeftType)`
+    and `"NAME" in PeftType` ask for them; `PeftType("NAME")` takes any name.
     """
 
     __slots__ = ()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc import rules
-from peftc.checkpoint.card import CARD_NAME, CardFacts, card_text, read_card
+from peftc.checkpoint.card import CardFacts, card_text, read_card
 from peftc.config.files import write_text
-from peftc.config.hub import Commit, upload
+from peftc.config.hub import CARD, Commit, upload
 from peftc.config.types import TaskType
 from peftc.diagnostics import PeftcError, Where, warn
 from peftc.registry.manager import default_registry
@@ -59,7 +59,7 @@ def write_card(facts: CardFacts, folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CARD_NAME, text)
+        write_text(folder / CARD, text)
     except OSError as error:
         what = f"The model card could not be saved to `{folder}`: {error.strerror or error}"
         fix = "Save to a folder that you may write to, on a disk with space."

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peftc import rules
-from peftc.checkpoint.card import CARD_NAME
 from peftc.checkpoint.keys import assign, listed
 from peftc.checkpoint.report import LoadReport
 from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
+from peftc.config.hub import CARD
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
@@ -53,7 +53,7 @@ def save(
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
         config = _with_mapping(model, model.peft_config[name])
-        save_adapter(place, tensors, config, _plan_of(model, name), {CARD_NAME: card} if card is not None else None)
+        save_adapter(place, tensors, config, _plan_of(model, name), {CARD: card} if card is not None else None)
 
 
 def pickle_not_written() -> Diagnostic:

@@ -32,11 +32,16 @@ TORCH_LINE = LAYERS.index(("peftc.ops",))
 # Imports that go up, all inside functions, and why.
 UPWARDS = {
     ("peftc.config.base", "peftc.config.files"): "the reference's API: a config saves and loads itself",
+    (
+        "peftc.config.types",
+        "peftc.registry.manager",
+    ): "the reference's API: a type by attribute, out of those installed",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.
 THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.config": {"pydantic", "pydantic_core", "ruamel", "huggingface_hub"},
+    "peftc.config.hub": {"huggingface_hub", "yaml"},  # the client reads cards with it, and lets its errors out
     "peftc.graph": {"huggingface_hub"},
     "peftc.registry": {"pluggy"},
     "peftc.schema": {"pydantic", "jsonschema"},
@@ -52,7 +57,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.testing": {"torch", "pytest", "hypothesis", "safetensors"},
 }
 # Third parties that cost too much at start, and so are imported where they are used, inside a function.
-LATE = {"jsonschema", "rich", "huggingface_hub", "torch", "transformers"}
+LATE = {"jsonschema", "yaml", "rich", "huggingface_hub", "torch", "transformers"}
 
 PEFTC = sources("peftc")
 PLUGINS = sources("plugins")

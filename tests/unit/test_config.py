@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import pytest
 
 import peftc
 from peftc import rules
-from peftc.config.base import CONFIG_NAME, PeftConfig
+from peftc.config.base import CONFIG_NAME, PeftConfig, PeftConfigMixin
 from peftc.config.docs import describe, descriptions
+from peftc.config.files import config_from_dict
 from peftc.config.mixins import TargetsMixin
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import ConfigError
-from peftc.registry.manager import default_registry
+from peftc.diagnostics import ConfigError, PeftcWarning
+from peftc.registry.manager import Registry, default_registry
 from peftc.tuner.method import TunerMethod
-from tests.unit.fakes import FakeConfig, Inner
+from tests.unit.fakes import FakeConfig, Inner, plugin
 
 REGISTRY = default_registry()
 METHODS = [REGISTRY.get(name) for name in REGISTRY.names]
@@ -233,3 +235,119 @@ def test_a_class_without_source_has_no_meanings() -> None:
     space: dict[str, Any] = {"Inner": Inner}
     exec("class Made(Inner):\n    x: int = 1\n    'text'", space)
     assert descriptions(space["Made"]) == {"depth": "How deep."}
+
+
+# what users of the reference's class do with a config -----------------------------------------------------------------
+
+
+@each_example
+def test_what_a_dictionary_holds_makes_the_config_again(method: TunerMethod, options: dict[str, Any]) -> None:
+    config = method.config(**options)
+    assert method.config(**config.to_dict()) == config
+    assert method.config(**json.loads(json.dumps(config.to_json()))) == config
+    assert PeftConfig.from_peft_type(**config.to_dict()) == config
+    assert method.config.from_peft_type(**options) == config
+
+
+@each_example
+def test_copies_are_equal_and_apart(method: TunerMethod, options: dict[str, Any]) -> None:
+    config = method.config(**options)
+    for same in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert same == config and same is not config
+        same.inference_mode = True
+        assert same != config and not config.inference_mode
+    assert config != PeftConfig(peft_type=method.peft_type)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)
+def test_an_unknown_keyword_is_a_type_error_as_in_the_reference(method: TunerMethod) -> None:
+    for cls in (method.config, reference(method)):
+        with pytest.raises(TypeError):
+            cls(no_such_option=1)
+    config = method.config()
+    assert isinstance(config, PeftConfig) and isinstance(config, PeftConfigMixin)
+    assert (config.peft_type.value, config.is_adaption_prompt) == (method.peft_type, False)
+    assert config.is_prompt_learning is reference(method)().is_prompt_learning
+
+
+def test_the_type_in_the_file_decides_whatever_class_reads_it(tmp_path: Path) -> None:
+    one, other = METHODS[0].config(), METHODS[1].config
+    one.save_pretrained(tmp_path / "folder" / "inside", auto_mapping_dict={"base_model_class": "A"})
+    read = other.from_pretrained(tmp_path / "folder", "inside", r=77, ephemeral_gpu_offload=True, task_type="CAUSAL_LM")
+    assert type(read) is type(one)
+    assert read == one.model_copy(update={"auto_mapping": {"base_model_class": "A"}})
+    assert str(read.peft_version).startswith("0.21.2@")
+    theirs = reference(METHODS[1]).from_pretrained(str(tmp_path / "folder"), "inside", r=77, task_type="CAUSAL_LM")
+    assert type(theirs) is reference(METHODS[0])
+
+
+def test_a_file_as_plain_data_without_what_describes_a_run(tmp_path: Path) -> None:
+    METHODS[0].config().save_pretrained(tmp_path)
+    file = tmp_path / CONFIG_NAME
+    data = json.loads(file.read_text())
+    assert PeftConfig.from_json_file(file) == data == peft.PeftConfig.from_json_file(str(file))
+    file.write_text(json.dumps({**data, "runtime_config": {"ephemeral_gpu_offload": True}}))
+    with pytest.warns(PeftcWarning, match="PC122"):
+        assert PeftConfig.from_json_file(file) == data
+    file.write_text("[1]")
+    with pytest.raises(ConfigError, match="PC116"):
+        PeftConfig.from_json_file(file)
+
+
+def test_keywords_of_another_version_are_dropped_with_a_warning() -> None:
+    with pytest.warns(PeftcWarning, match="later_option"):
+        config = PeftConfig.from_peft_type(peft_type=METHODS[0].peft_type, later_option=3)
+    assert config == METHODS[0].config()
+    with pytest.raises(TypeError):
+        PeftConfig.from_peft_type(later_option=3)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_no_file_is_a_value_error_as_in_the_reference(place: str, tmp_path: Path) -> None:
+    for cls in (PeftConfig, peft.PeftConfig):
+        with pytest.raises(ValueError):
+            cls.from_pretrained(str(tmp_path / place))
+
+
+def test_a_class_may_change_what_a_file_says(tmp_path: Path) -> None:
+    class Moved(PeftConfig):
+        peft_type: PeftType | None = PeftType("MOVED")
+        new_name: int = 0
+
+        @classmethod
+        def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+            kwargs["new_name"] = kwargs.pop("old_name", 0)
+            return kwargs
+
+    registry = Registry([])
+    registry.register(plugin(replace(METHODS[0], peft_type="MOVED", config=Moved)), "moved")
+    config, told = config_from_dict({"peft_type": "MOVED", "old_name": 3}, lenient=True, registry=registry)
+    assert (config, told) == (Moved(new_name=3), [])
+    assert PeftConfig.check_kwargs(a=1) == {"a": 1}
+
+
+# types as members -----------------------------------------------------------------------------------------------------
+
+
+def test_types_are_members_of_an_open_enum() -> None:
+    for method in METHODS:
+        member = getattr(PeftType, method.peft_type)
+        assert member == PeftType[method.peft_type] == PeftType(method.peft_type) == method.peft_type
+        assert (member.name, member.value, isinstance(member, PeftType)) == (method.peft_type, method.peft_type, True)
+        assert member in PeftType and method.peft_type in PeftType
+        assert getattr(peft.PeftType, method.peft_type).value == member.value
+    assert list(PeftType) == list(PeftType.__members__.values()) == [m.peft_type for m in METHODS]
+    assert len(PeftType) == len(METHODS) and "NOTHING" not in PeftType and bool(PeftType)
+
+
+def test_a_type_that_is_not_installed_is_no_member() -> None:
+    name = METHODS[0].peft_type
+    with pytest.raises(AttributeError, match=f"Did you mean `{name}`"):
+        getattr(PeftType, f"{name[:-1]}X{name[-1]}")
+    with pytest.raises(KeyError):
+        PeftType["NOTHING"]
+    assert not hasattr(PeftType, "__wrapped__") and not hasattr(PeftType, "NOTHING")
+
+
+def test_tasks_are_the_references() -> None:
+    assert {t.name: t.value for t in TaskType} == {t.name: t.value for t in peft.TaskType}
