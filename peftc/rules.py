@@ -272,6 +272,11 @@ PICKLE_NOT_WRITTEN = Rule(
 CARD_UNREADABLE = Rule("PC644", "Model card left as it is", "Writing over it would lose what a person wrote.", WARNING)
 PUSH_FAILED = Rule("PC645", "The hub did not take the upload", "Nothing there was changed by this call's commit.")
 WITHOUT_EFFECT = Rule("PC646", "Keyword without effect", "What it asks for does not exist here.", WARNING)
+TIE_BROKEN = Rule(
+    "PC650",
+    "Merge would lose a trained weight",
+    "Who loads the merged model goes by its config and ties the two again.",
+)
 
 # PC7xx: commands and training ---------------------------------------------------------------------------------------
 SYSTEM_REFUSED = Rule(

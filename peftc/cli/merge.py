@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="MODEL", help="the base model, or a spec that names it; left out, the adapter's"
     )
     parser.add_argument("--dtype", help="number format of the weights, e.g. bfloat16; left out, the base model's")
+    parser.add_argument(
+        "--untie", action="store_true", help="let input and output embeddings differ that are one tensor in the base"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         base, tokenizer = jobs.load_any(ref, jobs.device_named("cpu"))
         model = jobs.with_adapter(base, args.adapter)
     with progress.stage("Merging and saving", quiet=args.quiet):
-        merged = jobs.merge(model, tokenizer, args.out)
+        merged = jobs.merge(model, tokenizer, args.out, untie=args.untie)
     bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     if args.json:
         facts = {

@@ -39,6 +39,7 @@ class LoadOptions:
     device: str | torch.device | int | None = None
     key_mapping: Mapping[str, str] | None = None
     ignore_mismatched_sizes: bool = False
+    ephemeral_gpu_offload: bool = False
     hub: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +61,9 @@ def opened(
     model_id: str | PathLike[str], config: PeftConfig | None, options: LoadOptions
 ) -> tuple[PeftConfig, AdapterFile]:
     """Config and weights of an adapter folder, or of a repository of the hub; a config that is given is used itself."""
+    if options.ephemeral_gpu_offload:
+        what = "`ephemeral_gpu_offload` has no effect: every layer computes where its weights are"
+        warn([rules.WITHOUT_EFFECT(what, fix="Leave it out, or move the model to the GPU.")])
     if config is None:
         config = read_config(model_id, **options.hub)
     elif not isinstance(config, PeftConfig):

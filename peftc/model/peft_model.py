@@ -34,6 +34,7 @@ from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.prompt import PromptDriver, PromptEncoder
 from peftc.runtime.session import Session, freeze
+from peftc.runtime.ties import refuse_parting
 from peftc.tuner.method import PromptTuner
 
 DEFAULT = files.AT_ROOT
@@ -342,9 +343,13 @@ class PeftModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards."""
+        """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
+
+        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        """
         self._refuse_merge()
         session, model = self.session, self.get_base_model()
+        refuse_parting(session, adapter_names)
         session.merge(adapter_names, safe_merge)
         session.keep_trained()
         self._leave(session)
@@ -471,7 +476,13 @@ class PeftModel(nn.Module):
         initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
         """
         options = LoadOptions(
-            is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ignore_mismatched_sizes, kwargs
+            is_trainable,
+            autocast_adapter_dtype,
+            torch_device,
+            key_mapping,
+            ignore_mismatched_sizes,
+            ephemeral_gpu_offload,
+            kwargs,
         )
         config, file = opened(model_id, config, options)
         found = loadable(model, adapter_name, config, file, options)
@@ -503,6 +514,12 @@ class PeftModel(nn.Module):
         be loaded, or it is merged.
         """
         options = LoadOptions(
-            is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ignore_mismatched_sizes, kwargs
+            is_trainable,
+            autocast_adapter_dtype,
+            torch_device,
+            key_mapping,
+            ignore_mismatched_sizes,
+            ephemeral_gpu_offload,
+            kwargs,
         )
         return files.load(self, model_id, adapter_name, options)

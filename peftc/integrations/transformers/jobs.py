@@ -141,13 +141,18 @@ def train(
     return fit(model, rows, base.pad, how, folder, resume=resume, progress=progress)
 
 
-def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> PreTrainedModel:
+def merge(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, untie: bool = False
+) -> PreTrainedModel:
     """Fold the adapters into the base model and save that to `folder`, which must be new or empty; it is returned.
 
-    The folder appears whole or not at all. Raises `PeftcError` if it holds something, if the adapter cannot be merged, or if
-    merged weights are not finite.
+    With `untie`, input and output embeddings that are one tensor in the base model may become two. The folder appears whole
+    or not at all. Raises `PeftcError` if it holds something, if the adapter cannot be merged, if merged weights are not
+    finite, or if tied embeddings would differ.
     """
     require_new(folder)
+    if untie:
+        model.get_base_model().config.tie_word_embeddings = False  # type: ignore[union-attr]  # transformers' config
     merged = model.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
 
