@@ -77,7 +77,7 @@ def read_card(folder: Path) -> str | None:
     file = folder / CARD
     try:
         return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
         what = f"`{file}` cannot be read: {error}"

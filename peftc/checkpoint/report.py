@@ -140,6 +140,8 @@ def match(
     report = LoadReport(sources, missing, unexpected, misfits, tuple(key for key in carried if key in sources))
     where = Where(file=file)
     shapes = [_shapes_differ(report, vocabulary, ignore_mismatched_sizes, where)] if misfits else []
+    if trained_on is not None and any(misfit.planned in vocabulary for misfit in misfits):  # told in `shapes`
+        trained_on = replace(trained_on, dims={k: v for k, v in trained_on.dims.items() if k != "vocab_size"})
     diagnostics = [*shapes, *_findings(report, where), *_another_base(report, model, trained_on, where)]
     return replace(report, diagnostics=tuple(diagnostics))
 
