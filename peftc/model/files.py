@@ -47,13 +47,13 @@ def save(
     """Save adapters and the model card below a folder, each adapter in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
     root = Path(folder)
     facts = facts_of(model, AT_ROOT)
-    if AT_ROOT not in names:
-        write_card(facts, root)
     for name in names:
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
         config = _with_mapping(model, model.peft_config[name])
         save_adapter(place, tensors, config, _plan_of(model, name), {CARD: card} if card is not None else None)
+    if AT_ROOT not in names:
+        write_card(facts, root)
 
 
 def pickle_not_written() -> Diagnostic:
