@@ -96,7 +96,10 @@ def look(folder: str, values: bool) -> Findings:
             lambda: plan_from_text(plan_file.read_text(encoding="utf-8"), Where(file=str(plan_file)))
         )
     if found.weights is not None and found.plan is not None:
-        found.problems.add(*match_file(found.plan.adapters[0], found.weights, found.plan.model).diagnostics)
+        plan, base = found.plan.adapters[0], found.plan.model
+        embeddings = tuple(f"{plan.root}{path}." for path in (base.input_embeddings, base.output_embeddings) if path)
+        carried = {key: facts for key, facts in found.weights.tensors.items() if key.startswith(embeddings)}
+        found.problems.add(*match_file(plan, found.weights, base, carried).diagnostics)
     if found.weights is not None and values:
         found.problems.add(*stored_problems(found.weights))
     return found

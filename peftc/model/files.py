@@ -146,6 +146,7 @@ def _with_mapping(model: PeftModel, config: PeftConfig) -> PeftConfig:
 def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: LoadOptions) -> LoadReport:
     """Load a further adapter; one of that name is overwritten, in place if it has the same tensors.
 
+    An adapter that is overwritten stays as trainable as it was: a trainer loads its best checkpoint in this way.
     Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would be loaded, or it is merged.
     """
     session = model.session
@@ -153,21 +154,37 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     config, file = opened(model_id, None, options)
     model._refuse_type(config)
     found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
-    active = session.active
     with Journal() as journal:
         if name in session.plans and session.plans[name].is_like(found.adapter):
             _overwrite(model, found, journal)
         elif name in session.plans:
-            journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
-            model.delete_adapter(name)
-            model._attach(found.plan, found.source, journal)
+            _exchange(model, name, found, options.is_trainable, journal)
         else:
             model._attach(found.plan, found.source, journal)
-        if name in active:
-            model.set_adapter(active, inference_mode=not options.is_trainable)
+            if options.is_trainable:  # the reference makes it so although it is not active
+                for tensor in _own(model, name):
+                    if tensor.is_floating_point():
+                        tensor.requires_grad_(True)
     if not options.is_trainable and model.training:
         model.eval()
     return found.report
+
+
+def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool, journal: Journal) -> None:
+    """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
+    active = model.session.active
+    trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
+    journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
+    model.delete_adapter(name)
+    model._attach(found.plan, found.source, journal)
+    if name in active:
+        model.set_adapter(active, inference_mode=not trained)
+
+
+def _own(model: PeftModel, name: str) -> list[Tensor]:
+    """An adapter's tensors in memory."""
+    encoder = [] if model.prompt_encoder is None else list(model.prompt_encoder[name].parameters())
+    return [*model.session.tensors(name).values(), *encoder]
 
 
 def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:

@@ -201,6 +201,34 @@ def test_loading_leaves_the_same_modes_and_gradients(
     assert states[1] == states[0]
 
 
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config"])
+def test_loading_over_an_adapter_leaves_it_as_trainable_as_it_was(method: str, tmp_path: Path) -> None:
+    """A trainer loads its best checkpoint so, and may train on."""
+    states = []
+    adapted("peft", llama(), method).save_pretrained(str(tmp_path))
+    for library in LIBRARIES:
+        model = adapted(library, llama(), method).train()
+        before = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.load_adapter(str(tmp_path), "default")
+        after = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert before and all(after[name] is parameter for name, parameter in before.items())
+        states.append((set(after), model.training, model.peft_config["default"].inference_mode))
+    assert states[1] == states[0]
+
+
+def test_saving_again_drops_a_persons_tags_in_the_reference_and_not_here(tmp_path: Path) -> None:
+    tags = {}
+    for library in LIBRARIES:
+        model = adapted(library, llama())
+        model.save_pretrained(str(tmp_path / library))
+        card = ModelCard.load(tmp_path / library / "README.md")
+        card.data.tags = ["poems"]
+        card.save(tmp_path / library / "README.md")
+        model.save_pretrained(str(tmp_path / library))
+        tags[library] = front(tmp_path / library)["tags"]
+    assert "poems" in tags["peftc"] and "poems" not in tags["peft"]
+
+
 def test_merging_a_tied_head_changes_the_embeddings_too_in_the_reference() -> None:
     outputs = {}
     for library in LIBRARIES:

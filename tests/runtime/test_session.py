@@ -183,6 +183,16 @@ def test_loading_over_an_adapter_keeps_its_parameters(tmp_path: Path, active: bo
     assert trained(model) == trains
 
 
+@pytest.mark.parametrize("r", [2, 3], ids=["in place", "replaced"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_loading_over_an_adapter_leaves_it_as_trainable_as_it_was(tmp_path: Path, frozen: bool, r: int) -> None:
+    saved(tmp_path, r=r)
+    model = adapted()
+    model.set_adapter("default", inference_mode=frozen)
+    model.load_adapter(tmp_path, "default")
+    assert bool(trained(model)) is not frozen
+
+
 def test_loading_over_an_adapter_of_another_rank_replaces_it(tmp_path: Path) -> None:
     other = saved(tmp_path, r=3)
     model = adapted(more=narrow())

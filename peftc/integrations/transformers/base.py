@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from peftc.checkpoint.load import AdapterFile
 from peftc.diagnostics import PeftcError
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.locate import LocatedBase, locate
@@ -97,6 +98,19 @@ def _random_model(base: LocatedBase, seed: int) -> PreTrainedModel:
     except FAILURES as error:
         raise PeftcError(unbuildable(base, error)) from error
     return model
+
+
+def fit_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
+    """Give the model's vocabulary the size that the embeddings in an adapter's file have, if it carries any."""
+    try:
+        embeddings: Any = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # a model without a text input says so by raising
+        return
+    name = next((name for name, module in model.named_modules() if module is embeddings), None)
+    ends = (f".{name}.weight", f".{name}.base_layer.weight")
+    rows = next((facts.shape[0] for key, facts in file.tensors.items() if key.endswith(ends)), None)
+    if name is not None and rows is not None and rows != embeddings.num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # what the new rows hold is loaded
 
 
 @contextmanager

@@ -18,13 +18,14 @@ from transformers.utils import logging
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
+from peftc.checkpoint.load import open_adapter
 from peftc.compiler.of_spec import compile_spec
 from peftc.config.files import read_config
 from peftc.config.sections import TrainSection, section_of_word
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, Where, did_you_mean, warn
 from peftc.graph.base_ref import BaseRef
-from peftc.integrations.transformers.base import load_base
+from peftc.integrations.transformers.base import fit_vocabulary, load_base
 from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
 from peftc.model.peft_model import PeftModel
@@ -114,7 +115,11 @@ def fresh_adapter(base: Base, spec: AdapterSpec, seed: int) -> PeftModel:
 
 
 def with_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The model with an adapter from a folder or the hub, frozen. Raises `PeftcError`."""
+    """The model with an adapter from a folder or the hub, frozen, its vocabulary resized if the adapter carries another.
+
+    Raises `PeftcError`.
+    """
+    fit_vocabulary(model, open_adapter(folder))
     return PeftModel.from_pretrained(model, folder)
 
 
