@@ -154,8 +154,9 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     model._refuse_type(config)
     found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
     active = session.active
+    same = name in session.plans and session.plans[name].is_like(found.adapter)
     with Journal() as journal:
-        if name in session.plans and session.plans[name].is_like(found.adapter):
+        if same:
             _overwrite(model, found, journal)
         elif name in session.plans:
             journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
@@ -163,7 +164,7 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
             model._attach(found.plan, found.source, journal)
         else:
             model._attach(found.plan, found.source, journal)
-        if name in active:
+        if name in active and (options.is_trainable or not same):  # loading in place does not end a training
             model.set_adapter(active, inference_mode=not options.is_trainable)
     if not options.is_trainable and model.training:
         model.eval()
