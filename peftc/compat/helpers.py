@@ -78,15 +78,6 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
 
 
-def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """Labels `(rows, tokens)` -> a decoder's inputs: one place to the right, -100 as padding. Raises `ValueError`."""
-    if pad_token_id is None:
-        raise ValueError("The model's config has no `pad_token_id`")
-    shifted = input_ids.roll(1, dims=-1)
-    shifted[:, 0] = decoder_start_token_id
-    return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     """What tensors that share a storage have in common: device, address and size in bytes."""
     storage = tensor.untyped_storage()

@@ -71,7 +71,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.utils peft.utils.other",
     ),
     (
-        "peftc.hotswap",
+        "peftc",
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict "
         "prepare_model_for_compiled_hotswap",
         "peft.utils.hotswap",
@@ -104,7 +104,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     (
         "peftc.compat.helpers",
         "_freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match id_tensor_storage "
-        "shift_tokens_right transpose",
+        "transpose",
         "peft.utils peft.utils.other",
     ),
     ("peftc.compat.helpers", "get_pattern_key match_target_against_key str_to_bool", "peft.utils.other"),
@@ -122,18 +122,25 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     (
         "peftc.compat.values",
         "DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES MIN_TARGET_MODULES_FOR_OPTIMIZATION "
-        "SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME",
         "peft.utils.constants peft.utils.other",
     ),
     (
-        "peftc.compat.values",
+        "peftc",
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
         "PEFT_TYPE_TO_TUNER_MAPPING",
         "peft peft.mapping",
     ),
-    ("peftc.compat.values", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "peft peft.auto peft.mapping_func"),
+    ("peftc", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "peft peft.auto peft.mapping_func"),
+    ("peftc", "shift_tokens_right", "peft peft.utils peft.utils.other"),
+    (
+        "peftc",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
+        "peft peft.utils peft.utils.constants peft.utils.other",
+    ),
     ("peftc.compat", "__version__=VERSION", "peft"),
-    ("peftc.diagnostics", "PeftWarning=PeftcWarning PeftError=PeftcError", "peft peft.utils"),
+    ("peftc", "NoMatchingPeftModuleError PeftError", "peft peft.utils peft.utils.error"),
+    ("peftc", "PeftWarning", "peft peft.utils peft.utils.warning"),
 )
 
 #: modules of the reference that show every method's names

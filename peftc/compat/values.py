@@ -1,17 +1,11 @@
-"""Constants of the reference that other libraries read, and its mappings by type, made from the registry when asked for."""
+"""Constants of the reference that other libraries read. Those of torch are made when they are asked for."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Final
 
 from peftc.compiler.match import ALL_LINEAR
 from peftc.config.base import CONFIG_NAME as CONFIG_NAME
-from peftc.config.types import PeftType, TaskType
-from peftc.registry.manager import default_registry
-from peftc.tuner.method import TunerMethod
 
 #: the pickle that old adapters are in; peftc does not read it
 WEIGHTS_NAME: Final = "adapter_model.bin"
@@ -27,17 +21,6 @@ MIN_TARGET_MODULES_FOR_OPTIMIZATION: Final = 20
 _COMPUTE = ("float16", "bfloat16", "float32")
 #: floating-point types that adapters are cast up from
 UPCAST_DTYPES: Final = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-#: caches of older versions of transformers were converted by these
-TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: Final[Mapping[str, Any]] = {}
-
-_TASK_MODELS = {
-    TaskType.SEQ_CLS: "PeftModelForSequenceClassification",
-    TaskType.SEQ_2_SEQ_LM: "PeftModelForSeq2SeqLM",
-    TaskType.CAUSAL_LM: "PeftModelForCausalLM",
-    TaskType.TOKEN_CLS: "PeftModelForTokenClassification",
-    TaskType.QUESTION_ANS: "PeftModelForQuestionAnswering",
-    TaskType.FEATURE_EXTRACTION: "PeftModelForFeatureExtraction",
-}
 
 
 def _compute_dtypes() -> tuple[Any, ...]:
@@ -46,42 +29,7 @@ def _compute_dtypes() -> tuple[Any, ...]:
     return tuple(getattr(torch, name) for name in _COMPUTE)
 
 
-def _of_methods(value: Callable[[TunerMethod], Any], prompts: bool = True) -> Mapping[PeftType, Any]:
-    methods = [default_registry().get(name) for name in default_registry().names]
-    return MappingProxyType({PeftType(m.peft_type): value(m) for m in methods if prompts or not m.is_prompt})
-
-
-def _configs() -> Mapping[PeftType, Any]:
-    return _of_methods(lambda method: method.config)
-
-
-def _prefixes() -> Mapping[PeftType, Any]:
-    return _of_methods(lambda method: method.prefix, prompts=False)
-
-
-def _tuners() -> Mapping[PeftType, Any]:
-    from peftc.runtime.classes import model_class  # below the torch line
-
-    return _of_methods(model_class, prompts=False)
-
-
-def _task_models() -> Mapping[str, Any]:
-    peftc = importlib.import_module("peftc")
-    return MappingProxyType({str(task): getattr(peftc, name) for task, name in _TASK_MODELS.items()})
-
-
-#: made when they are asked for: they need torch, or load plugins
-_MADE: Mapping[str, Callable[[], Any]] = {
-    "ALLOWED_COMPUTE_DTYPES": _compute_dtypes,
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": _task_models,
-    "PEFT_TYPE_TO_CONFIG_MAPPING": _configs,
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _tuners,
-    "PEFT_TYPE_TO_PREFIX_MAPPING": _prefixes,
-    "PEFT_TYPE_TO_TUNER_MAPPING": _tuners,
-}
-
-
 def __getattr__(name: str) -> Any:
-    if name in _MADE:
-        return _MADE[name]()
+    if name == "ALLOWED_COMPUTE_DTYPES":
+        return _compute_dtypes()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

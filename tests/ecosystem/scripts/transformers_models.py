@@ -198,7 +198,8 @@ def accelerated() -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    losses, norms = [], []
+    losses: list[float] = []
+    norms: list[float] = []
 
     def step() -> None:
         loss = model(input_ids=IDS, labels=IDS).loss
@@ -213,6 +214,7 @@ def accelerated() -> dict[str, Any]:
     accelerator.save_state("state")
     step()
     accelerator.load_state("state")
+    Path("state/random_states_0.pkl").unlink()  # a pickle of the state of torch
     step()
     whole = accelerator.get_state_dict(model)
     unwrapped = accelerator.unwrap_model(model)

@@ -38,9 +38,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-def base(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def base() -> LlamaForCausalLM:
     """A causal language model whose logits are far from uniform."""
-    return redrawn_base(tiny.model()).to(dtype)
+    return redrawn_base(tiny.model())
 
 
 def redrawn_base(model: Any) -> Any:
@@ -156,7 +156,7 @@ def accumulation() -> dict[str, Any]:
 
 def half() -> dict[str, Any]:
     """A base in bfloat16 under autocast; the adapter's tensors are kept in float32."""
-    made = trainer(PeftModel.from_pretrained(base(torch.bfloat16), START, is_trainable=True), "half", bf16=True)
+    made = trainer(PeftModel.from_pretrained(base().to(torch.bfloat16), START, is_trainable=True), "half", bf16=True)
     return {"parameters": parameters(made.model), "loss": made.train().training_loss, "trained": sums(made.model)}
 
 
