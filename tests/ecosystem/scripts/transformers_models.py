@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from common import drawn, fill, parameters, redrawn, sums, write
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments, pipeline, set_seed
 from transformers.trainer_utils import unwrap_peft_model
@@ -143,6 +143,48 @@ def from_adapter_folder() -> dict[str, Any]:
     return {"logits": logits(model), "active": model.active_adapters(), "class": type(model).__name__}
 
 
+def auto() -> dict[str, Any]:
+    """From the folder of an adapter to a model that generates, as the reference's first page shows."""
+    model = AutoPeftModelForCausalLM.from_pretrained(START)
+    report = model.load_adapter(OTHER, "other")
+    model.set_adapter("other")
+    return {
+        "class": [type(model).__name__, type(model.base_model).__name__, type(model.get_base_model()).__name__],
+        "generated": generated(model),
+        "logits": logits(model),
+        "keys": [sorted(report.missing_keys), sorted(report.unexpected_keys)],
+    }
+
+
+def another_method() -> dict[str, Any]:
+    """A method whose slots are parameters, not modules."""
+    model = base()
+    options = IA3Config(
+        target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    get_peft_model(base(), options).save_pretrained("ia3")
+    redrawn("ia3")
+    model.load_adapter("ia3", "scaled")
+    found = {"logits": logits(model), "parameters": parameters(model)}
+    model.save_pretrained("another_method")
+    return found
+
+
+def swapped() -> dict[str, Any]:
+    """An adapter's tensors replaced by those of another file, the parameters staying what they are."""
+    model = base()
+    model.load_adapter(str(START), "mine")
+    held = dict(model.named_parameters())
+    shutil.copytree(START, "swap")
+    redrawn("swap", salt="swap")
+    model.load_adapter("swap", "mine", hotswap=True)
+    return {
+        "logits": logits(model),
+        "parameters": parameters(model),
+        "names": sorted(held) == sorted(dict(model.named_parameters())),
+    }
+
+
 def pipelines() -> dict[str, Any]:
     """Text generation with a wrapped model, and with the folder of an adapter."""
     tokenizer = tiny.tokenizer()
@@ -235,6 +277,9 @@ SECTIONS: list[Callable[[], dict[str, Any]]] = [
     copies,
     from_tensors,
     from_adapter_folder,
+    auto,
+    another_method,
+    swapped,
     pipelines,
     attributes,
     accelerated,

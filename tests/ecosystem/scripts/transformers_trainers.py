@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from common import drawn, fill, parameters, redrawn, sums, write
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -203,7 +203,7 @@ def classifier() -> dict[str, Any]:
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     model = get_peft_model(
         redrawn_base(BertForSequenceClassification(config)),
-        LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"]),
+        LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"], bias="lora_only"),
     )
     fill(model)
     examples = [{**row, "labels": i % 3} for i, row in enumerate(rows(8))]
@@ -212,7 +212,26 @@ def classifier() -> dict[str, Any]:
         model, TrainingArguments(output_dir="classifier-run", **options), train_dataset=examples, eval_dataset=examples
     )
     found = outcome(made, "classifier")
-    return {**found, "predicted": made.predict(examples).predictions.tolist()}
+    again = Trainer(model, made.args, train_dataset=examples, eval_dataset=examples)
+    resumed = outcome(again, "classifier-again", resume_from_checkpoint="classifier-run/checkpoint-2")
+    return {
+        **found,
+        "resumed": resumed,
+        "predicted": made.predict(examples).predictions.tolist(),
+    }
+
+
+def prompts() -> dict[str, Any]:
+    """Virtual tokens before the input: labels and masks are widened; the checkpoint has the table alone."""
+    model = get_peft_model(base(), PromptTuningConfig(num_virtual_tokens=3, task_type=TaskType.CAUSAL_LM))
+    fill(model)
+    options = {"save_strategy": "steps", "save_steps": 2}
+    first = outcome(trainer(model, "prompts", **options), "prompts")
+    again = trainer(model, "prompts-again", **options)
+    return {
+        "first": first,
+        "resumed": outcome(again, "prompts-again", resume_from_checkpoint="prompts-run/checkpoint-2"),
+    }
 
 
 def t5() -> Any:
@@ -253,7 +272,7 @@ def seq2seq() -> dict[str, Any]:
 
 
 SECTIONS: list[Callable[[], dict[str, Any]]] = [
-    checkpoints,  # in float32, as most are trained
+    checkpoints,
     best_is_not_last,
     label_smoothing,
     neftune,
@@ -264,8 +283,12 @@ SECTIONS: list[Callable[[], dict[str, Any]]] = [
     generic,
     generic_language_model,
     classifier,
+    prompts,
     seq2seq,
 ]
+
+#: the others in float64: the order of additions must not decide what comes out
+IN_FLOAT32 = (checkpoints, prompts)
 
 
 def main() -> None:
@@ -276,8 +299,8 @@ def main() -> None:
     found = {}
     for section in SECTIONS:
         if not wanted or section.__name__ in wanted:
+            torch.set_default_dtype(torch.float32 if section in IN_FLOAT32 else torch.float64)
             found[section.__name__] = section()
-            torch.set_default_dtype(torch.float64)  # the order of additions must not decide what the others give
     write(found)
 
 
