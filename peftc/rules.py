@@ -1,7 +1,8 @@
 """Every kind of diagnostic, declared once; `docs/diagnostics.md` is generated from this file.
 
 Codes are stable: PC1xx documents and configs, PC2xx plugins, PC3xx graphs and base models, PC4xx targets and plans,
-PC5xx running models, PC6xx checkpoints, PC7xx commands and training. A code is never reused for another meaning.
+PC5xx running models, PC6xx checkpoints, PC7xx commands and training, PC8xx the alias `peft`. A code is never reused for
+another meaning.
 """
 
 from __future__ import annotations
@@ -306,4 +307,13 @@ NO_PROMPT = Rule("PC724", "No prompt", "There is nothing to answer.")
 DEMO_FAILED = Rule("PC725", "The demo did not hold", "What it shows is what the project promises.")
 NOT_A_LANGUAGE_MODEL = Rule(
     "PC726", "Not a causal language model", "`peftc train` and `peftc generate` are for models that write text."
+)
+SCRIPT_MISSING = Rule("PC730", "No such script", "There is nothing to run.")
+
+# PC8xx: the alias `peft` --------------------------------------------------------------------------------------------
+REAL_PEFT_IMPORTED = Rule(
+    "PC801", "The real `peft` is imported already", "Who has its classes would not recognise those of peftc."
+)
+ALIAS_TOO_LATE = Rule(
+    "PC802", "Alias comes too late", "The library looked for `peft` while it was imported and will not look again."
 )

@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "Generate text with a base model and an adapter",
     "merge": "Merge an adapter into its base model and save the result",
     "inspect": "Show what is in an adapter folder",
+    "run": "Run a Python program in which `peft` means peftc",
     "demo": "Plan, train, evaluate and merge the quickstart adapter",
     "schema": "Print, write or check the JSON Schemas",
     "methods": "List the methods, or the options of one",

@@ -154,8 +154,9 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     config, file = opened(model_id, None, options)
     model._refuse_type(config)
     found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
+    same = name in session.plans and session.plans[name].is_like(found.adapter)
     with Journal() as journal:
-        if name in session.plans and session.plans[name].is_like(found.adapter):
+        if same:
             _overwrite(model, found, journal)
         elif name in session.plans:
             _exchange(model, name, found, options.is_trainable, journal)
@@ -165,6 +166,8 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
                 for tensor in _own(model, name):
                     if tensor.is_floating_point():
                         tensor.requires_grad_(True)
+        if same and options.is_trainable and name in session.active:  # loading in place does not end a training
+            model.set_adapter(session.active)
     if not options.is_trainable and model.training:
         model.eval()
     return found.report

@@ -15,7 +15,15 @@ from peftc.runtime.call import Call, Shared
 from peftc.runtime.layer import Source
 
 
-class ModulesToSaveWrapper(nn.Module):
+class AuxiliaryTrainingWrapper(nn.Module):
+    """What `isinstance` asks for in other libraries: a wrapper that trains something else than a method's slots."""
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Keys of a checkpoint, below the wrapped module -> names in this wrapper. Raises `NotImplementedError`."""
+        raise NotImplementedError(f"A {type(self).__name__} does not say where a checkpoint's tensors go")
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module with a trained copy per adapter. Names are the ecosystem's: `original_module`, `modules_to_save.<adapter>`.
 
     At most one copy is in effect: that of the first active adapter which has one. A call that names adapters by row has
@@ -58,6 +66,24 @@ class ModulesToSaveWrapper(nn.Module):
         """The copy's parameters; empty if the adapter has none here."""
         twin = self.modules_to_save._modules.get(adapter)
         return list(twin.parameters()) if twin is not None else []
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate the first of these adapters that has a copy here, and make exactly its copy require gradients."""
+        self.activate((adapter_names,) if isinstance(adapter_names, str) else adapter_names)
+        for name in self.modules_to_save:
+            self.set_requires_grad(name, name == self._active and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make copies require gradients, or not; copies that are not here are passed over."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.parameters_of(name):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(requires_grad)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Keys of a checkpoint, below the module -> names in this wrapper; empty if the adapter has no copy here."""
+        twin = self.modules_to_save._modules.get(adapter_name)
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in (twin.state_dict() if twin is not None else ())}
 
     def activate(self, names: Sequence[str]) -> None:
         self._active = next((name for name in names if name in self.modules_to_save._modules), None)

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc.model",),
     ("peftc.integrations",),
     ("peftc.testing",),
-    ("peftc", "peftc.cli"),
+    ("peftc", "peftc.cli", "peftc.compat"),
 )
 TORCH_LINE = LAYERS.index(("peftc.ops",))
 
@@ -47,6 +47,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.schema": {"pydantic", "jsonschema"},
     "peftc.compiler": {"regex"},
     "peftc.plugin": {"pydantic"},
+    "peftc.compat": {"torch"},
     "peftc.cli": {"rich", "torch", "transformers"},
     "peftc.ops": {"torch"},
     "peftc.model": {"torch"},
@@ -54,6 +55,9 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.runtime.prompt": {"torch", "transformers"},  # the tokenizer of a prompt that starts as a text
     "peftc.checkpoint": {"torch", "safetensors", "huggingface_hub"},
     "peftc.integrations": {"torch", "transformers", "accelerate", "gguf", "huggingface_hub", "jinja2", "safetensors"},
+    "peftc.integrations.packages": {"torch", "packaging", "bitsandbytes", "torch_xla"},
+    "peftc.integrations.placement": {"torch", "transformers", "accelerate", "deepspeed"},
+    "peftc.integrations.quantization": {"torch", "bitsandbytes"},
     "peftc.testing": {"torch", "pytest", "hypothesis", "safetensors"},
 }
 # Third parties that cost too much at start, and so are imported where they are used, inside a function.
@@ -69,8 +73,8 @@ def layer_of(module: str) -> int:
     return max(fitting)[1]
 
 
-#: commands stand at the end of the table, but start as fast as what is above the torch line
-ABOVE = [s for s in PEFTC if layer_of(s.module) < TORCH_LINE or s.module.startswith("peftc.cli")]
+#: commands and the alias stand at the end of the table, but start as fast as what is above the torch line
+ABOVE = [s for s in PEFTC if layer_of(s.module) < TORCH_LINE or s.module.startswith(("peftc.cli", "peftc.compat"))]
 
 
 def third_parties_of(module: str) -> set[str]:

@@ -1,6 +1,7 @@
 """The core knows no method: no registered type, class name or slot prefix stands in `peftc/`.
 
-In `tests/` only end-to-end tests and a method's own tests may name one, so that a new method edits no existing test.
+In `tests/` only end-to-end tests, programs written for the reference, and a method's own tests may name one, so that a
+new method edits no existing test.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 from peftc.registry.manager import Registry, installed
 from tests.architecture.tree import Source, sources
 
-MAY_NAME_METHODS = ("tests/e2e/", "tests/methods/")
+MAY_NAME_METHODS = ("tests/e2e/", "tests/ecosystem/", "tests/methods/")
 
 
 def bundled() -> Registry:

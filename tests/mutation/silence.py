@@ -59,6 +59,7 @@ PROVOKED = {
     "NOTHING_TO_TRAIN": f"{_UNTRAINABLE}[change-words0-PC723]",
     "NO_PROMPT": f"{_MISSING}[words0-code0]",
     "DEMO_FAILED": f"{_JOBS}test_the_demo_fails_when_too_few_answers_are_right",
+    "SCRIPT_MISSING": "tests/unit/test_compat.py::test_a_missing_program_is_told[typo]",
     "NOT_A_LANGUAGE_MODEL": f"{_UNTRAINABLE}[_as_classifier-words4-PC726]",
 }
 

@@ -1,0 +1,39 @@
+"""What transformers' own loader needs to put an adapter file into an adapted model: its renamings, made for one adapter.
+
+Built on objects that transformers keeps to itself (checked with 5.23); nothing else in peftc touches them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+from peftc.config.base import PeftConfig
+from peftc.registry.manager import default_registry
+
+_Conversion = WeightConverter | WeightRenaming
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Sequence[_Conversion] | None, adapter_name: str, peft_config: PeftConfig | None = None
+) -> list[_Conversion]:
+    """Renamings from keys of an adapter file to names in the model that the adapter was put into.
+
+    The wrapper's prefix goes, the adapter's name comes in after each slot, then the model's own renamings follow.
+    Conversions that fuse several base weights into one are for the base weights only and are left out.
+    """
+    registry = default_registry()
+    if peft_config is not None and peft_config.peft_type is not None:
+        prefixes = {registry.method_of(peft_config).prefix}
+    else:
+        prefixes = {registry.get(name).prefix for name in registry.names}
+    slots = [
+        WeightRenaming(source_patterns=rf"({re.escape(prefix)}[^\.]*)", target_patterns=rf"\1.{adapter_name}")
+        for prefix in sorted(prefixes - {""})
+    ]
+    own = [conversion for conversion in weight_conversions or () if isinstance(conversion, WeightRenaming)]
+    wrapper = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
+    return [*wrapper, *slots, *own]

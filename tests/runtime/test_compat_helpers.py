@@ -1,0 +1,161 @@
+"""Small functions of the reference's internals, compared with the reference's own where it has them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peftc.compat.helpers as ours
+from peftc import PeftcWarning, get_peft_model
+from peftc.compat import names, values
+from peftc.compat.kinds import kind_class
+from peftc.diagnostics import PeftcError
+from peftc.integrations import fsdp, packages, placement, quantization
+from peftc.integrations.transformers.weight_conversion import build_peft_weight_mapping
+from tests.runtime.methods import Net, adapted, narrow
+
+other = pytest.importorskip("peft.utils.other")
+constants = pytest.importorskip("peft.utils.constants")
+import_utils = pytest.importorskip("peft.import_utils")
+integrations = pytest.importorskip("peft.utils.integrations")
+
+
+def same(mine: Any, theirs: Any, *args: Any) -> None:
+    one, two = mine(*args), theirs(*args)
+    assert torch.equal(one, two) and type(one) is type(two) if isinstance(one, torch.Tensor) else one == two
+
+
+def test_paths_and_patterns() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 3)))
+    same(ours._get_submodules, other._get_submodules, net, "1.1")
+    same(ours._get_submodules, other._get_submodules, net, "0")
+    for key, target in (("a.b", "b"), ("ab", "b"), ("b", "b"), ("a.b.c", "b.c")):
+        same(ours._is_valid_match, other._is_valid_match, key, target)
+    for keys in (["q", "v.*"], ["layers.0.q", "q"], ["^a"], []):
+        same(ours.get_pattern_key, other.get_pattern_key, keys, "layers.0.q")
+    assert ours.match_target_against_key(r".*\.q", "a.q") and not ours.match_target_against_key("q", "a.q")
+    with pytest.raises(PeftcError):
+        ours.get_pattern_key(["("], "a")
+    for word in ("Yes", "off", "1", "F"):
+        same(ours.str_to_bool, other.str_to_bool, word)
+    with pytest.raises(ValueError):
+        ours.str_to_bool("maybe")
+
+
+def test_tensors() -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    for tensor in (weight, nn.Parameter(weight)):
+        same(ours.transpose, other.transpose, tensor, True)
+        same(ours.transpose, other.transpose, tensor, False)
+    assert ours.id_tensor_storage(weight) == ours.id_tensor_storage(weight[1:]) == other.id_tensor_storage(weight)
+    same(ours._get_batch_size, other._get_batch_size, torch.ones(3, 2), None)
+    same(ours._get_batch_size, other._get_batch_size, None, torch.ones(4, 2, 5))
+    with pytest.raises(ValueError):
+        ours._get_batch_size(None, None)
+
+
+def test_models() -> None:
+    embedding = nn.Embedding(3, 2)
+    model = nn.Sequential(embedding, nn.Linear(2, 2))
+    assert ours._get_input_embeddings_name(model, "none") == "none"
+    model.get_input_embeddings = lambda: embedding
+    assert ours._get_input_embeddings_name(model) == "0"
+    wrapped = adapted(other=narrow())
+    ours._freeze_adapter(wrapped, "default")
+    assert not [n for n, p in wrapped.named_parameters() if ".default." in n and p.requires_grad]
+
+
+def test_which_adapters_are_to_be_merged() -> None:
+    wrapped = adapted(other=narrow())
+    layer = next(iter(wrapped.session.layers.values()))
+    assert ours.check_adapters_to_merge(layer) == ["default"]
+    layer.merge()
+    with pytest.warns(PeftcWarning, match="Merged already"):
+        assert ours.check_adapters_to_merge(layer, ["default", "other"]) == ["other"]
+    with pytest.raises(TypeError):
+        ours.check_adapters_to_merge(layer, "default")  # type: ignore[arg-type]
+
+
+def test_classes_by_kind_are_for_isinstance() -> None:
+    layer = next(iter(adapted().session.layers.values()))
+    linear, embedding = (kind_class(type(layer), name, name.lower()) for name in ("Linear", "Embedding"))
+    assert linear is kind_class(type(layer), "Linear", "linear") and linear.__name__ == "Linear"
+    assert isinstance(layer, linear) and not isinstance(layer, embedding) and not isinstance(nn.Linear(1, 1), linear)
+    assert issubclass(linear, linear) and not issubclass(embedding, linear)
+    with pytest.raises(TypeError, match="isinstance"):
+        linear(layer)
+
+
+def test_constants_are_the_references() -> None:
+    module = names.table()["peft.utils.constants"]
+    checked = [name for name, home in module.items() if home.module == values.__name__]
+    assert len(checked) > 8
+    for name in checked:
+        assert getattr(values, name) == getattr(constants, name), name
+
+
+def test_packages() -> None:
+    for name in names.table()["peft.import_utils"]:
+        if name != "is_gptqmodel_available":  # the reference raises if it is not installed
+            assert getattr(packages, name)() == getattr(import_utils, name)(), name
+    assert packages.is_gptqmodel_available() is False
+
+
+def test_a_package_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: object())
+    monkeypatch.setattr(packages, "version", lambda name: "0.1")
+    with pytest.raises(ImportError, match=r"`torchao` 0\.1 is installed; 0\.16\.0 or newer"):
+        packages.is_torchao_available()
+
+
+class Params4bit(nn.Parameter):
+    """Known by its name."""
+
+
+def test_quantisation() -> None:
+    linear = nn.Linear(2, 2)
+    assert quantization.dequantize_module_weight(linear) is linear.weight
+    assert quantization.get_bnb_param_type(linear.weight) is False
+    assert quantization.get_bnb_param_type(Params4bit(torch.ones(1))) == "4bit"
+    with pytest.raises(TypeError):
+        quantization.dequantize_module_weight(SimpleNamespace(weight=3, _parameters={}))  # type: ignore[arg-type]
+    model = SimpleNamespace(quantization_method="gptq", config=SimpleNamespace(quantization_config="how"))
+    same(quantization.get_quantization_config, other.get_quantization_config, model, "gptq")
+    same(quantization.get_quantization_config, other.get_quantization_config, model, "awq")
+    same(quantization.get_quantization_config, other.get_quantization_config, nn.Linear(1, 1), "gptq")
+
+
+def test_placement() -> None:
+    with placement.init_empty_weights():
+        assert nn.Linear(2, 2).weight.is_meta
+    with placement.gather_params_ctx(nn.Parameter(torch.ones(1))):
+        pass
+    assert placement.infer_device() == other.infer_device()
+    assert placement.check_deepspeed_zero3_enabled() is integrations.check_deepspeed_zero3_enabled() is False
+
+
+def test_trainable_leaves_are_wrapped_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(Net(), narrow())
+    model.get_base_model()._no_split_modules = ["Net"]
+    policy = fsdp.fsdp_auto_wrap_policy(model)
+    chosen = {n for n, m in model.named_modules() if policy(module=m, recurse=False, nonwrapped_numel=0)}
+    leaves = {n for n, m in model.named_modules() if n.endswith(".default") and m._parameters.get("weight") is not None}
+    assert chosen == {"base_model.model", *leaves} and leaves
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Net,Missing")
+    with pytest.raises(TypeError, match="Missing"):
+        fsdp.fsdp_auto_wrap_policy(model)
+
+
+def test_renamings_of_an_adapters_keys() -> None:
+    def renamed(key: str, found: list[Any]) -> str:
+        for step in found:
+            key = step.rename_source_key(key)[0]
+        return key
+
+    key = "base_model.model.model.first.narrow_A.weight"
+    for config in (narrow(), None):
+        assert renamed(key, build_peft_weight_mapping([], "mine", config)) == "model.first.narrow_A.mine.weight"
