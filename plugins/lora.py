@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from peftc.plugin import (
     CONV_KINDS,
     LINEAR_KINDS,
+    ConfigModel,
     Diagnostic,
     Field,
     Kind,
@@ -57,6 +58,13 @@ NOT_YET: Mapping[str, Any] = {
     "megatron_config": None,
     "ensure_weight_tying": False,
 }
+
+
+class LoraRuntimeConfig(ConfigModel):
+    """What describes a run and not the adapter."""
+
+    ephemeral_gpu_offload: bool = False
+    """Move weights from main memory to the accelerator where a start is computed from them; no start here is."""
 
 
 class LoraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
@@ -107,8 +115,8 @@ class LoraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftC
     """Not available yet."""
     layer_replication: list[list[int]] | None = None
     """Not available yet."""
-    runtime_config: Any = Field(default=None, exclude=True)
-    """Kept for callers of the reference; never written."""
+    runtime_config: LoraRuntimeConfig = Field(default_factory=LoraRuntimeConfig, exclude=True)
+    """How a run goes about it; never written."""
     lora_bias: bool = False
     """Not available yet."""
     target_parameters: list[str] | None = None
@@ -216,6 +224,7 @@ def peftc_tuner() -> TunerMethod:
         layer_dropout="lora_dropout",
         model_class="LoraModel",
         layer_class="LoraLayer",
+        exports={"LoraRuntimeConfig": LoraRuntimeConfig},
         default_targets={"target_modules": "lora"},
         summary="A low-rank update beside each frozen weight.",
         paper="arXiv:2106.09685",

@@ -80,6 +80,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (effect.unmerging_restores, on_layers),
     (effect.merging_leaves_tensors_alone, on_layers),
     (effect.lowerings_agree, on_layers),
+    (effect.combining_adds_updates, on_layers),
     (effect.any_leading_shape, on_layers),
     (effect.half_precision_bases, everywhere),
     (effect.compiles, quick_to_compile),

@@ -83,7 +83,8 @@ class MapTuner(ABC, Generic[C]):
     @property
     def is_rankable(self) -> bool:
         """Whether the method makes slots of thin factors."""
-        return type(self).of_thin is not MapTuner.of_thin and type(self).of_rank is not MapTuner.of_rank
+        given = type(self).of_thin is not MapTuner.of_thin and type(self).of_rank is not MapTuner.of_rank
+        return given and "thin" in self.lowerings
 
     @property
     def is_combinable(self) -> bool:

@@ -408,3 +408,28 @@ def test_gradients_are_switched_by_name() -> None:
     assert described(both.ours) == described(both.theirs)
     with pytest.raises(PeftcError, match="PC502"):
         peftc.functional.set_requires_grad(both.ours, ["nobody"])
+
+
+def test_a_run_is_described_beside_the_adapter(tmp_path: Path) -> None:
+    for library in LIBRARIES:
+        config = library.LoraConfig(
+            target_modules=["q"], runtime_config=library.LoraRuntimeConfig(ephemeral_gpu_offload=True)
+        )
+        assert "runtime_config" not in config.to_dict()
+        config.save_pretrained(str(tmp_path))
+        assert "ephemeral" not in (tmp_path / "adapter_config.json").read_text(encoding="utf-8")
+        assert library.LoraConfig(target_modules=["q"]).runtime_config.ephemeral_gpu_offload is False
+
+
+def test_empty_adapters_wait_for_their_values() -> None:
+    both = pair("mlp", "LoraConfig", **CASES["lora"][2])
+    state = peft.get_peft_model_state_dict(both.theirs)
+    for library in LIBRARIES:
+        config = library.LoraConfig(**CASES["lora"][2])
+        made = library.get_peft_model(both.tiny.build(), config, low_cpu_mem_usage=True).eval()
+        made.add_adapter("second", config, low_cpu_mem_usage=True)
+        assert {p.device.type for n, p in made.named_parameters() if ".lora_" in n} == {"meta"}
+        for name in ("default", "second"):
+            library.set_peft_model_state_dict(made, state, name, low_cpu_mem_usage=True)
+        assert not any(p.is_meta for p in made.parameters())
+        torch.testing.assert_close(both.output(made), both.output(both.ours))

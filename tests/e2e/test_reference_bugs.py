@@ -146,3 +146,73 @@ def test_disabling_a_prompt_adapter_of_another_task_fails_in_the_reference() -> 
     model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     with pytest.raises(UnboundLocalError), model.disable_adapter():
         pass
+
+
+def both_ways(action: Callable[[ModuleType], Any]) -> tuple[Any, Any]:
+    """The same with the reference and with peftc."""
+    return quietly(lambda: action(peft)), quietly(lambda: action(peftc))
+
+
+def test_combining_rank_stabilised_adapters_scales_as_asked() -> None:
+    def factor(library: ModuleType) -> float:
+        model = lora(library, use_rslora=True, init_lora_weights=False)
+        model.add_weighted_adapter(["default"], [1.0], "same")
+        layer = model.base_model.model.a
+        return (layer.get_delta_weight("same").norm() / layer.get_delta_weight("default").norm()).item()
+
+    assert both_ways(factor) == (pytest.approx(2.0, rel=1e-3), pytest.approx(1.0, rel=1e-3))
+
+
+def test_combined_ranks_are_those_of_the_config(tmp_path: Path) -> None:
+    def loads_again(library: ModuleType) -> bool:
+        model = lora(library, target_modules=["a", "b"], rank_pattern={"b": 2}, init_lora_weights=False)
+        model.add_weighted_adapter(["default"], [0.5], "halved")
+        model.save_pretrained(str(tmp_path), selected_adapters=["halved"])
+        try:
+            library.PeftModel.from_pretrained(Small(), str(tmp_path / "halved"))
+        except RuntimeError:
+            return False
+        return True
+
+    assert both_ways(loads_again) == (False, True)
+
+
+def test_a_combination_has_the_trained_module() -> None:
+    def trained(library: ModuleType) -> bool:
+        model = lora(library, modules_to_save=["head"])
+        with torch.no_grad():
+            model.base_model.model.head.modules_to_save["default"].weight.fill_(7.0)
+        model.add_adapter("second", library.LoraConfig(r=4, target_modules=["a"]))
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", "cat")
+        return bool((model.base_model.model.head.modules_to_save["both"].weight == 7).all())
+
+    assert both_ways(trained) == (False, True)
+
+
+def test_combining_under_a_taken_name_is_told() -> None:
+    assert warned(lambda: lora(peft).add_weighted_adapter(["default"], [2.0], "default")) == []
+    with pytest.raises(PeftcError, match="PC501"):
+        lora(peftc).add_weighted_adapter(["default"], [2.0], "default")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_saved_after_an_exchange_acts_as_before(padded: bool, tmp_path: Path) -> None:
+    from peft.utils import hotswap
+
+    x = torch.randn(3, 16)
+    lora(peft, lora_alpha=32, init_lora_weights=False).save_pretrained(tmp_path / "other")
+
+    def difference(library: ModuleType) -> float:
+        functions: Any = hotswap if library is peft else peftc
+        model = lora(library, init_lora_weights=False)
+        if padded:
+            functions.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+        else:
+            functions.hotswap_adapter(model, str(tmp_path / "other"), "default", torch_device="cpu")
+        model.save_pretrained(str(tmp_path / "again"))
+        loaded = library.PeftModel.from_pretrained(Small(), str(tmp_path / "again"))
+        return (model(x) - loaded(x)).abs().max().item()
+
+    theirs, ours = both_ways(difference)
+    assert theirs > 0.01
+    assert ours == pytest.approx(0, abs=1e-6)

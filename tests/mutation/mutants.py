@@ -66,6 +66,12 @@ class Sound(MapTuner[MutantConfig]):
     def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**p, "weight": p["weight"] + a.scaling * (a.mut_up @ a.mut_down)}
 
+    def of_rank(self, c: MutantConfig, rank: int) -> MutantConfig:
+        return c.model_copy(update={"r": rank})
+
+    def of_thin(self, c: MutantConfig, layer: LayerFacts, A: Any, B: Any) -> Mapping[str, Any]:
+        return {"mut_down": A, "mut_up": B}
+
 
 class SoundBranch(Sound):
     """The same without the lowering that the core prefers, so that `branch` is what runs."""
@@ -118,6 +124,11 @@ class Mutant:
     method: TunerMethod
     check: str
     says: str
+
+
+class CombinesTwice(Sound):
+    def of_thin(self, c: MutantConfig, layer: LayerFacts, A: Any, B: Any) -> Mapping[str, Any]:
+        return {"mut_down": A, "mut_up": 2 * B}
 
 
 class ShapeOfTheProcess(Sound):
@@ -297,6 +308,7 @@ MUTANTS: dict[str, Mutant] = {
     "merges_in_place": Mutant(record(MergesInPlace()), "unmerging_restores", "unmerged model"),
     "merges_in_place_too": Mutant(record(MergesInPlace()), "merging_leaves_tensors_alone", "in place"),
     "merges_pristine": Mutant(record(MergesPristine()), "several_active_merge_alike", "both merged"),
+    "combines_twice": Mutant(record(CombinesTwice()), "combining_adds_updates", "compared with their sum"),
     "branch_of_its_own": Mutant(record(BranchOfItsOwn()), "lowerings_agree", "`branch`"),
     "three_dimensions_only": Mutant(record(ThreeDimensionsOnly()), "any_leading_shape", "not enough values"),
     "looks_at_values": Mutant(record(LooksAtValues()), "compiles", "raised"),

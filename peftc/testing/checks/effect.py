@@ -103,6 +103,22 @@ def lowerings_agree(s: Subject) -> None:
             close(results[other], results[first], what, "Let all lowerings say the same.", tolerance=1e-9, where=path)
 
 
+def combining_adds_updates(s: Subject) -> None:
+    """A method that makes slots of thin factors must give an adapter with them that does what the factors say."""
+    model = s.trained(dtype=torch.float64)
+    layers = layers_of(model)
+    if not all(layer.part("default").tuner.is_rankable for layer in layers.values()):
+        return
+    s.join(model, "second")
+    with quiet():
+        model.add_weighted_adapter(["default", "second"], [2.0, -1.0], "both", "cat")
+    for path, layer in layers.items():
+        wanted = 2.0 * layer.get_delta_weight("default") - layer.get_delta_weight("second")
+        what = f"The update of adapters combined on `{path}`, compared with their sum,"
+        fix = "Let `of_thin` invert `thin`, for the options that `of_rank` gives."
+        close(layer.get_delta_weight("both"), wanted, what, fix, tolerance=1e-9, where=path)
+
+
 def any_leading_shape(s: Subject) -> None:
     """Layers are called with `(batch, length, features)`, `(tokens, features)` or one vector."""
     model = s.trained(dtype=torch.float64)
