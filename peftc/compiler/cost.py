@@ -80,7 +80,7 @@ def trainable_by_role(plan: InjectionPlan) -> Mapping[str, int]:
     for adapter in plan.adapters:
         if not plan.is_trained(adapter):
             continue
-        for site in adapter.maps:
+        for site in adapter.sites:
             found[site.role.value if site.role else "other"] += sum(slot.numel for slot in site.slots if slot.trainable)
         found["saved modules"] += sum(facts.numel for save in adapter.saves for _, facts in save.tensors)
         found["biases"] += sum(train.tensor.numel for train in adapter.trains)
