@@ -68,8 +68,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init = partial(call(tuner.init), site.config, site.layer, init=INIT)
-        made = filled(site, adapter, self._device(), source, init)
+        init = call(tuner.init)
+        made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, site.layer, fresh, INIT))
         for slot in site.slots:
             put(self, slot, adapter, nn.Parameter(made[slot.name], requires_grad=False))
         self.scaling[adapter] = scaling

@@ -7,7 +7,6 @@ active adapter. What is kept aside is no part of the model, so that its names ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class ModuleWrapper(nn.Module):
         To be called under `no_grad`. The adapter does not act yet.
         """
         init = guarded(tuner.init, str(site.config.peft_type), site.path)
-        made = filled(site, adapter, self._device(), source, partial(init, site.config, init=INIT))
+        made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, fresh, INIT))
         shelf = nn.Module()
         for slot in site.slots:
             parameter = nn.Parameter(made[slot.name], requires_grad=False)
@@ -118,8 +117,10 @@ class ModuleWrapper(nn.Module):
         if before is not None and before != self._active:
             self._move(before, self, self._shelves[before])
         if self._active is not None and before != self._active:
-            self._move(self._active, self._shelves[self._active], self)
-            self._follow(self._active)
+            shelf, device = self._shelves[self._active], self._device()
+            if any(p.device != device and not p.is_meta for p in shelf.parameters()):
+                shelf.to(device)  # the model has gone there meanwhile
+            self._move(self._active, shelf, self)
         self._settle()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -146,13 +147,6 @@ class ModuleWrapper(nn.Module):
                 target._parameters[slot.name] = origin._parameters.pop(slot.name)
             elif slot.name in origin._modules and not slot.named:  # with all tensors of that name, whatever their tail
                 target._modules[slot.name] = origin._modules.pop(slot.name)
-
-    def _follow(self, adapter: str) -> None:
-        """Bring tensors that were kept aside to where the model has gone meanwhile."""
-        device = self._device()
-        for _, parameter in self.parameters_of(adapter):
-            if parameter.device != device and not parameter.is_meta:
-                parameter.data = parameter.data.to(device)
 
     def _settle(self) -> None:
         """Stand in the module's place, or leave it. What others have put there meanwhile stays: inside, or around."""

@@ -291,13 +291,13 @@ class Session:
         """Fold adapters into the base weights where they are; all layers or none."""
         names = self.active if names is None else names
         self.require(names)
-        self._refuse_around(names)
         again = [name for name in names if name in self.merged]
         if again:
             what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
             warn(
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
             )
+        self._refuse_around(names)
         with Journal() as journal:
             for layer in self._distinct_layers(names):
                 if not layer.merged:

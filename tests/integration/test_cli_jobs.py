@@ -88,7 +88,7 @@ def test_train_generate_inspect_merge(
     assert [item["prompt"] for item in json.loads(out)] == ["Why?"]
 
     code, out, err = run(capsys, "merge", "--adapter", adapter, "--out", merged, "--json")
-    if method.is_prompt:
+    if not method.adapts_layers:
         assert code == 1 and rules.CANNOT_MERGE.code in out
         assert not merged.exists()
         return
