@@ -278,7 +278,8 @@ def examples(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A quickstart with the tiny base."""
     place = tmp_path / "examples" / "quickstart"
     place.mkdir(parents=True)
-    values = spec_values(METHODS[0], str(folder / "base"))
+    mergeable = next(method for method in METHODS if method.adapts_layers)
+    values = spec_values(mergeable, str(folder / "base"))
     values["train"] |= {"eval_data": "questions.jsonl"}
     (place / "adapter.yaml").write_text(text_of(values), encoding="utf-8")
     tiny.write_lines(place / "data.jsonl", QUESTIONS)
