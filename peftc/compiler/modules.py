@@ -28,6 +28,9 @@ def wrap_modules(draft: Draft, context: Context) -> Draft:
             draft = draft.configured(**tuner.resolve(draft.config, graph))
         with boundary(method, "sites"):
             chosen = dict(tuner.sites(draft.config, graph))
+        if context.given is not None and context.given != chosen.keys():
+            what = f"The given paths are {listed(sorted(context.given))}, those of the config {listed(chosen)}"
+            raise PeftcError(rules.BAD_TARGET(what, fix="Give the config that belongs to the tensors."))
         if any(problem.severity is Severity.ERROR for problem in draft.problems):
             return draft  # what slots would be made from is not all there
         return draft.but(modules=tuple(_sites(draft, context, chosen)))

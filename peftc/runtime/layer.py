@@ -22,6 +22,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, adapted, compose
 from peftc.runtime.storage import INIT, drop, filled, find, put, view_class
 from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import Slot
 
 #: finds a slot's tensor by its disk key, or says None: then the method initialises it
 Source = Callable[[str], Tensor | None]
@@ -122,6 +123,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         else:
             journal.note(self.scaling.__setitem__, adapter, own)
             self.scaling[adapter] = scaling
+
+    def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
+        """Where a tensor is looked up. Raises `KeyError` if the adapter is not here."""
+        return find(self, slot, adapter)
 
     @property
     def adapters(self) -> tuple[str, ...]:

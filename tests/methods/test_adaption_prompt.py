@@ -240,6 +240,60 @@ def test_an_adapter_aside_is_saved_and_loaded_over(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(theirs), y, atol=1e-5, rtol=1e-4)
 
 
+def test_state_dicts_of_an_adapter_aside() -> None:
+    model = wrapped(peftc)
+    model.add_adapter("other", config(peftc, 1))
+    model.set_adapter("other")
+    move(model)
+    y, state = (
+        logits(model),
+        {k: v.clone() for k, v in peftc.get_peft_model_state_dict(model, adapter_name="other").items()},
+    )
+    model.set_adapter("default")
+    aside = peftc.get_peft_model_state_dict(model, state_dict=model.state_dict(), adapter_name="other")
+    assert all(torch.equal(aside[key], tensor) for key, tensor in state.items()) and aside.keys() == state.keys()
+    fresh = wrapped(peftc)
+    fresh.add_adapter("other", config(peftc, 1))
+    before = logits(fresh)
+    assert peftc.set_peft_model_state_dict(fresh, state, "other") == ([], [])
+    assert torch.equal(logits(fresh), before)
+    fresh.set_adapter("other")
+    assert torch.equal(logits(fresh), y)
+    saved = wrapped(peft)
+    theirs = peft.set_peft_model_state_dict(saved, peftc.get_peft_model_state_dict(wrapped(peftc)))
+    assert not theirs.unexpected_keys
+    torch.testing.assert_close(logits(saved), logits(wrapped(peftc)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_an_adapter_without_memory_takes_the_tensors_that_come_later(aside: bool) -> None:
+    source = wrapped(peftc, adapter_layers=1)
+    state = peftc.get_peft_model_state_dict(source)
+    model = inject_adapter_in_model(config(peftc, 1), base(), low_cpu_mem_usage=True)
+    assert {p.device.type for name, p in model.named_parameters() if "adaption_" in name} == {"meta"}
+    if aside:
+        model = wrapped(peftc)
+        model.add_adapter("other", config(peftc, 1), low_cpu_mem_usage=True)
+    peftc.set_peft_model_state_dict(model, state, "other" if aside else "default", low_cpu_mem_usage=True)
+    if aside:
+        model.set_adapter("other")
+    assert torch.equal(logits(model), logits(source))
+
+
+def test_what_works_on_layers_only_is_refused() -> None:
+    model = wrapped(peftc)
+    model.add_adapter("other", config(peftc, 1))
+    with pytest.raises(PeftcError, match="acts around modules"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    with pytest.raises(PeftcError, match="no tensors on layers"):
+        peftc.check_hotswap_configs_compatible(config(peftc, 1), config(peftc, 1))
+    state = peftc.get_peft_model_state_dict(model)
+    with pytest.raises(PeftcError, match="PC401"):
+        inject_adapter_in_model(config(peftc, 1), base(), state_dict=state)
+    assert inject_adapter_in_model(config(peftc, 2), base(), state_dict=state)
+    assert "ADAPTION_PROMPT" not in peftc.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+
+
 def test_an_adapter_aside_follows_the_model_to_another_device() -> None:
     model = wrapped(peftc)
     model.add_adapter("other", config(peftc, 1))
