@@ -122,7 +122,7 @@ def method_page(method: TunerMethod) -> str:
     blocks = [
         f"# {method.peft_type}",
         f"{method.summary} {method.paper}".strip(),
-        f"{', '.join(facts)}. Acts on {'the input of the model' if method.is_prompt else 'layers'}.",
+        f"{', '.join(facts)}. Acts {_place(method)}.",
     ]
     for title, group in groups.items():
         if group:
@@ -132,6 +132,12 @@ def method_page(method: TunerMethod) -> str:
                 "\n".join([*head, *(_option(method.config, name, field) for name, field in group.items())]),
             ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _place(method: TunerMethod) -> str:
+    return (
+        "on the input of the model" if method.is_prompt else "on layers" if method.adapts_layers else "around modules"
+    )
 
 
 def _option(config: type[PeftConfig], name: str, field: FieldInfo) -> str:

@@ -8,10 +8,11 @@ from peftc.config.base import ConfigModel, PeftConfig
 from peftc.config.mixins import LayersMixin, ModulesToSaveMixin, NameList, Names, RankMixin, TargetsMixin
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import Diagnostic, Rule, Severity
-from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleNode
+from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean
+from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.method import MapTuner, PromptTuner, TunerMethod
+from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.slots import Container, Slot, module_slot, parameter_slot
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
 
@@ -26,12 +27,16 @@ __all__ = [
     "LayerFacts",
     "LayersMixin",
     "MapTuner",
+    "ModuleGraph",
     "ModuleNode",
+    "ModuleTuner",
+    "ModuleView",
     "ModulesToSaveMixin",
     "NameList",
     "Names",
     "PeftConfig",
     "PeftType",
+    "PeftcError",
     "PromptContext",
     "PromptLearningConfig",
     "PromptTuner",
@@ -46,6 +51,7 @@ __all__ = [
     "Tensors",
     "TunerMethod",
     "View",
+    "did_you_mean",
     "hookimpl",
     "matches",
     "model_validator",

@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         facts = {"plan": plan_digest(plan), "trainable": trainable, "total": total}
         console.out_json({"ok": True, **facts, "output": None if args.out is None else str(args.out)})
         return 0
-    adapters = ", ".join(f"{a.name} ({a.peft_type}, {len(a.maps):,} layers)" for a in plan.adapters)
+    adapters = ", ".join(
+        f"{a.name} ({a.peft_type}, {len(a.sites):,} {'modules' if a.modules else 'layers'})" for a in plan.adapters
+    )
     saved = "Nothing saved: no --out given" if args.out is None else f"Saved to {args.out}"
     console.out(console.plain(f"Applied {adapters}: {trainable:,} of {total:,} parameters trainable. {saved}."))
     return 0

@@ -134,7 +134,7 @@ def _told(found: Findings) -> list[str]:
         lines.append("\n" + console.table(rows, ("tensor", "", "shape", "dtype", "numbers")) + "\n")
     if found.plan is not None:
         trainable, total = found.plan.counts()
-        sites = sum(len(adapter.maps) for adapter in found.plan.adapters)
+        sites = sum(len(adapter.sites) for adapter in found.plan.adapters)
         lines.append(
             f"Plan      {PLAN_NAME}: {sites:,} modules, {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
         )
@@ -182,6 +182,6 @@ def _plain(found: Findings) -> dict[str, Any]:
         data["weights"] = {"tensors": tensors, "numbers": numbers, "bytes": weights.path.stat().st_size}
     if plan is not None:
         trainable, total = plan.counts()
-        sites = sum(len(adapter.maps) for adapter in plan.adapters)
+        sites = sum(len(adapter.sites) for adapter in plan.adapters)
         data["plan"] = {"modules": sites, "trainable": trainable, "total": total}
     return data

@@ -64,7 +64,7 @@ def _print_one(method: TunerMethod, as_json: bool) -> None:
         console.out_json({**_facts(method), "options": schema["properties"]})
         return
     facts = [("type", method.peft_type), ("config", method.config.__name__), ("kind", _kind(method))]
-    facts += [("layers", ", ".join(_supported(method)) or "decided by its options")] if not method.is_prompt else []
+    facts += [("layers", ", ".join(_supported(method)) or "decided by its options")] if method.adapts_layers else []
     facts += [("paper", method.paper)] if method.paper else []
     console.out(f"{method.summary}\n\n{console.table(facts)}\n")
     definitions = schema.get("$defs", {})
@@ -113,7 +113,7 @@ def _facts(method: TunerMethod) -> dict[str, Any]:
 
 
 def _kind(method: TunerMethod) -> str:
-    return "prompt" if method.is_prompt else "layers"
+    return "prompt" if method.is_prompt else "layers" if method.adapts_layers else "modules"
 
 
 def _supported(method: TunerMethod) -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed
+from peftc.compiler.draft import Context, Draft, listed, placed
+from peftc.compiler.modules import together
 from peftc.compiler.passes import run_passes
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
-from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, PeftcError, Where, did_you_mean
+from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, PeftcError, did_you_mean
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
@@ -64,6 +65,7 @@ def compile_plan(
     found.add(*conflicts(plans, mixed))
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
+    found.add(*together([plan for plan in plans if plan.name in chosen]))
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
     found.raise_errors(NoMatchingPeftModuleError if nothing else PeftcError)
     return InjectionPlan(graph.model, tuple(plans), chosen, graph.numel, found.warnings, graph)
@@ -100,20 +102,14 @@ def begin(
     )
     with boundary(method.peft_type, "check", json_path(("adapters", name))):
         said = tuple(method.check(copy))
-    return Draft(copy).told(*(_placed(problem, context, copy) for problem in said)), context
-
-
-def _placed(problem: Diagnostic, context: Context, config: PeftConfig) -> Diagnostic:
-    """A method's word on an option, with the option's place in a spec."""
-    name = problem.where.path
-    known = name is not None and name in type(config).model_fields
-    return replace(problem, where=Where(path=context.where(name or ""))) if known else problem
+    return Draft(copy).told(*(placed(problem, context, copy) for problem in said)), context
 
 
 def frozen(name: str, draft: Draft) -> AdapterPlan:
     """The adapter's part of the plan."""
     config = draft.config
-    return AdapterPlan(name, str(config.peft_type), config, draft.maps, draft.saves, draft.trains, draft.prompt)
+    sites = (draft.maps, draft.saves, draft.trains, draft.prompt, draft.modules)
+    return AdapterPlan(name, str(config.peft_type), config, *sites)
 
 
 def conflicts(plans: Sequence[AdapterPlan], mixed: bool = False) -> tuple[Diagnostic, ...]:
@@ -133,7 +129,7 @@ def conflicts(plans: Sequence[AdapterPlan], mixed: bool = False) -> tuple[Diagno
     copied = {save.path: plan.name for plan in plans for save in plan.saves}
     for plan in plans if copied else ():
         for path, owner in copied.items():
-            hit = next((site.path for site in plan.maps if f"{site.path}.".startswith(f"{path}.")), None)
+            hit = next((site.path for site in plan.sites if f"{site.path}.".startswith(f"{path}.")), None)
             if hit is not None:
                 what = f"`{owner}` trains `{path}` whole while `{plan.name}` adapts `{hit}`"
                 fix = "Adapt it, or train it whole, in both."

@@ -74,7 +74,8 @@ def file_bytes(adapter: AdapterPlan, model: ModelFacts) -> int:
 def trainable_by_role(plan: InjectionPlan) -> Mapping[str, int]:
     """Trainable parameters by what the adapted layer is for (`q`, `down`, …), in the order met.
 
-    `other` are layers whose names do not tell; `saved modules`, `biases` and `prompt` are what their names say.
+    `other` are layers whose names do not tell; `around modules`, `saved modules`, `biases` and `prompt` are what their
+    names say.
     """
     found: Counter[str] = Counter()
     for adapter in plan.adapters:
@@ -82,6 +83,7 @@ def trainable_by_role(plan: InjectionPlan) -> Mapping[str, int]:
             continue
         for site in adapter.maps:
             found[site.role.value if site.role else "other"] += sum(slot.numel for slot in site.slots if slot.trainable)
+        found["around modules"] += sum(slot.numel for site in adapter.modules for slot in site.slots if slot.trainable)
         found["saved modules"] += sum(facts.numel for save in adapter.saves for _, facts in save.tensors)
         found["biases"] += sum(train.tensor.numel for train in adapter.trains)
         if adapter.prompt is not None:

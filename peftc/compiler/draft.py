@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftc.compiler.plan import MapSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.plan import MapSite, ModuleSite, PromptSite, SaveSite, TrainSite
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
-from peftc.diagnostics import Diagnostic, PeftcError, Severity
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.nodes import ModuleGraph
 from peftc.tuner.method import TunerMethod
 
@@ -62,6 +62,7 @@ class Draft:
     saves: tuple[SaveSite, ...] = ()
     trains: tuple[TrainSite, ...] = ()
     prompt: PromptSite | None = None
+    modules: tuple[ModuleSite, ...] = ()
     problems: tuple[Diagnostic, ...] = ()
 
     def but(self, **changes: Any) -> Draft:
@@ -86,6 +87,13 @@ class Draft:
             return self
         kept = {path: entries for path, entries in self.targets.items() if path not in dropped}
         return replace(self, targets=kept, dropped={**self.dropped, **dropped})
+
+
+def placed(problem: Diagnostic, context: Context, config: PeftConfig) -> Diagnostic:
+    """A method's word on an option, with the option's place in a spec."""
+    name = problem.where.path
+    known = name is not None and name in type(config).model_fields
+    return replace(problem, where=Where(path=context.where(name or ""))) if known else problem
 
 
 def option(config: PeftConfig, name: str) -> Any:

@@ -35,7 +35,7 @@ def _grouped(places: Iterator[tuple[str, str]]) -> list[str]:
 
 
 def _places(adapter: AdapterPlan, graph: ModuleGraph) -> Iterator[tuple[str, str]]:
-    for site in adapter.maps:
+    for site in adapter.sites:
         node = graph.by_path.get(site.path)
         if node is None:
             yield site.path, "There is no {}"

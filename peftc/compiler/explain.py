@@ -11,7 +11,7 @@ from peftc.compiler.compile import Options, begin
 from peftc.compiler.draft import Draft, listed
 from peftc.compiler.match import is_all_linear
 from peftc.compiler.passes import PASSES
-from peftc.compiler.plan import MapSite
+from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.compiler.render import shape_of
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetsMixin
@@ -79,6 +79,9 @@ def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
     if site is not None and _site(before, path) is None:
         yield f"gets {_slots(site)}"
         yield from (f"with {option} = {value}" for option, value in site.overrides)
+    wrapped = _wrapped(after, path)
+    if wrapped is not None and _wrapped(before, path) is None:
+        yield f"meant by `{wrapped.reason}`: is wrapped, with {_slots(wrapped)}"
     if len(after.saves) > len(before.saves):
         yield from (
             f"copied and trained whole, in `{s.path}`" for s in after.saves if f"{path}.".startswith(f"{s.path}.")
@@ -94,7 +97,11 @@ def _site(draft: Draft, path: str) -> MapSite | None:
     return next((site for site in draft.maps if site.path == path), None)
 
 
-def _slots(site: MapSite) -> str:
+def _wrapped(draft: Draft, path: str) -> ModuleSite | None:
+    return next((site for site in draft.modules if site.path == path), None)
+
+
+def _slots(site: MapSite | ModuleSite) -> str:
     return ", ".join(f"{slot.name} {'×'.join(map(str, slot.shape))} {slot.dtype or site.dtype}" for slot in site.slots)
 
 
@@ -103,13 +110,18 @@ def _verdict(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
     site = _site(draft, path)
     if site is not None:
         return f"Adapted: {sum(slot.numel for slot in site.slots if slot.trainable):,} trainable parameters."
+    wrapped = _wrapped(draft, path)
+    if wrapped is not None:
+        number = sum(slot.numel for slot in wrapped.slots if slot.trainable)
+        return f"Wrapped: {number:,} trainable parameters; its own are `{path}.{wrapped.inner}.…` now."
     if any(f"{path}.".startswith(f"{save.path}.") for save in draft.saves):
         return "Not adapted: it is trained whole (modules_to_save)."
     if path in draft.targets:
         return "Not adapted: it was meant, but there is a problem."
     if path in draft.dropped:
         return f"Not adapted: {draft.dropped[path]}."
-    below = [s.path for s in draft.maps if s.path.startswith(f"{path}.") or not path]
+    sites = [*(s.path for s in draft.maps), *(s.path for s in draft.modules)]
+    below = [site for site in sites if site.startswith(f"{path}.") or not path]
     if below:
         return f"Not adapted itself; adapted in it: {listed(below)}."
     return f"Not adapted: {_why_not(draft, node, graph)}"
@@ -117,6 +129,8 @@ def _verdict(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
 
 def _why_not(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
     config = draft.config
+    if draft.modules:
+        return f"{config.peft_type} wraps {listed([site.path for site in draft.modules])}."
     if not isinstance(config, TargetsMixin):
         return f"{config.peft_type} changes the model's input, not its layers."
     if draft.source == "all-linear" or is_all_linear(config.target_modules):

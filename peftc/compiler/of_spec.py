@@ -41,7 +41,7 @@ def compile_spec(
 def _failed_checks(plan: InjectionPlan, checks: ChecksSection) -> list[Diagnostic]:
     """What the plan comes to, where the spec says otherwise."""
     failed = []
-    modules = sum(len(plan.adapter(name).maps) for name in plan.active)
+    modules = sum(len(plan.adapter(name).sites) for name in plan.active)
     if checks.expect_modules not in (None, modules):
         what = f"The active adapters adapt {modules:,} modules, not {checks.expect_modules:,}"
         failed.append(_failure(what, "expect_modules"))

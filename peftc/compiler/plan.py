@@ -1,7 +1,7 @@
 """The injection plan: exactly what will be adapted, why, with which parameters. Frozen data; apply only carries it out.
 
-A plan lists, per adapter, map sites (a layer gets slots), copies (`modules_to_save`), base parameters that become
-trainable (`bias`), and prompts. `parameters()` names everything that the applied model will have more than its base.
+A plan lists, per adapter, map sites (a layer gets slots), module sites (a module is wrapped), copies (`modules_to_save`),
+base parameters that become trainable (`bias`), and prompts. `parameters()` names everything that the applied model will have more than its base.
 """
 
 from __future__ import annotations
@@ -68,6 +68,26 @@ class MapSite:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleSite:
+    """A module that is wrapped: `inner` is what it is called inside the wrapper, which holds the slots.
+
+    Sites with equal modules share `layer`, `config` and `slots`. `layer` has the facts of the module itself.
+    """
+
+    path: str
+    layer: LayerFacts
+    config: PeftConfig
+    slots: tuple[Slot, ...]
+    dtype: str
+    inner: str
+    reason: str
+    role: Role | None = None
+
+    def key(self, slot: Slot, adapter: str) -> Key:
+        return Key(self.path, slot.name, adapter if slot.named else "", slot.tail)
+
+
+@dataclass(frozen=True, slots=True)
 class SaveSite:
     """A module that is copied and trained whole. `tensors` are all parameters below it by their path from it."""
 
@@ -126,6 +146,12 @@ class AdapterPlan:
     saves: tuple[SaveSite, ...] = ()
     trains: tuple[TrainSite, ...] = ()
     prompt: PromptSite | None = None
+    modules: tuple[ModuleSite, ...] = ()
+
+    @property
+    def sites(self) -> tuple[MapSite | ModuleSite, ...]:
+        """Every module that gets slots."""
+        return (*self.maps, *self.modules)
 
     @property
     def root(self) -> str:
@@ -145,15 +171,20 @@ class AdapterPlan:
         )
         return options == others and list(self.parameters()) == list(other.parameters())
 
-    def parameters(self, trainable: bool = True, depth: Mapping[str, int] | None = None) -> Iterator[PlannedParameter]:
+    def parameters(
+        self, trainable: bool = True, active: bool = True, depth: Mapping[str, int] | None = None
+    ) -> Iterator[PlannedParameter]:
         """Every parameter that this adapter adds or trains; `trainable=False` for one that is loaded frozen.
 
+        With `active=False`, those that it has in the model while it is not active: slots that are not `named` are missing.
         `depth` counts wrappers of other methods round its own, by path.
         """
         root = self.root
-        for site in self.maps:
+        for site in self.sites:
             owner = site.path + ".base_layer" * (depth or {}).get(site.path, 0)
             for slot in site.slots:
+                if not (slot.named or active):
+                    continue
                 key = replace(site.key(slot, self.name), owner=owner)
                 disk = site.key(slot, self.name).disk(WRAPPED_ROOT) if slot.saved else None
                 dtype = slot.dtype or site.dtype
@@ -176,12 +207,14 @@ class AdapterPlan:
                     key.memory(), self.prompt.disk, slot.shape, dtype, slot.trainable and trainable, self.name
                 )
 
-    def tally(self) -> Tally:
-        """Numbers of parameters by dtype; layers of one kind are looked at once."""
+    def tally(self, active: bool = True) -> Tally:
+        """Numbers of parameters by dtype, as `parameters` lists them; layers of one kind are looked at once."""
         tally = Tally(Counter(), Counter())
-        kinds = Counter((id(site.slots), site.dtype) for site in self.maps)
-        for site in {(id(site.slots), site.dtype): site for site in self.maps}.values():
+        kinds = Counter((id(site.slots), site.dtype) for site in self.sites)
+        for site in {(id(site.slots), site.dtype): site for site in self.sites}.values():
             for slot in site.slots:
+                if not (slot.named or active):
+                    continue
                 tally.count(slot.dtype or site.dtype, slot.numel * kinds[id(site.slots), site.dtype], slot.trainable)
         for save in self.saves:
             for _, tensor in save.tensors:
@@ -196,7 +229,7 @@ class AdapterPlan:
     def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:
         """Every tensor of the checkpoint: its key and facts. `model` tells which of the layers are embeddings."""
         known: dict[tuple[int, str], list[tuple[Slot, TensorFacts]]] = {}
-        for site in self.maps:
+        for site in self.sites:
             slots = known.get((id(site.slots), site.dtype))
             if slots is None:
                 facts_of = [(slot, TensorFacts(slot.shape, slot.dtype or site.dtype)) for slot in site.slots]
@@ -211,10 +244,10 @@ class AdapterPlan:
         if self.prompt is not None:
             yield self.prompt.disk, TensorFacts(self.prompt.shape, self.prompt.dtype)
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
-        if any(site.path.rpartition(".")[2] in VOCABULARY_NAMES for site in vocabulary):
-            for site in vocabulary:
-                for name, facts in site.layer.params:
-                    yield f"{self.root}{site.path}.base_layer.{name}", facts
+        if any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary):
+            for layer in vocabulary:
+                for name, facts in layer.layer.params:
+                    yield f"{self.root}{layer.path}.base_layer.{name}", facts
 
 
 @dataclass(frozen=True)
@@ -256,16 +289,17 @@ class InjectionPlan:
         return tuple(a.name for a in self.adapters)
 
     def parameters(self) -> Iterator[PlannedParameter]:
-        """All parameters of all adapters; those of inactive adapters are frozen, as in the applied model."""
+        """All parameters of all adapters, as in the applied model: those of inactive adapters are frozen, or kept aside."""
         depths = nesting(self.adapters)
         for adapter in self.adapters:
-            yield from adapter.parameters(self.is_trained(adapter), depths.get(adapter.name))
+            active, depth = adapter.name in self.active, depths.get(adapter.name)
+            yield from adapter.parameters(self.is_trained(adapter), active, depth)
 
     def counts(self) -> tuple[int, int]:
         """`(trainable, total)` parameters of the applied model, as `get_nb_trainable_parameters` returns them."""
         trainable = total = 0
         for adapter in self.adapters:
-            tally = adapter.tally()
+            tally = adapter.tally(adapter.name in self.active)
             trainable += sum(tally.trained.values()) if self.is_trained(adapter) else 0
             total += sum(tally.added.values())
         return trainable, self.base_numel + total

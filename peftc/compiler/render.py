@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from peftc.compiler.cost import cost_of, file_bytes, trainable_by_role
-from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite
+from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite, ModuleSite
 from peftc.graph.groups import grouped
 from peftc.graph.nodes import LINEAR_KINDS, LayerFacts
 
@@ -41,12 +41,13 @@ def _head(plan: InjectionPlan, paint: Paint) -> str:
 
 
 def _adapter(adapter: AdapterPlan, active: bool, paint: Paint) -> str:
-    reasons = {site.reason for site in adapter.maps}
-    facts = [adapter.peft_type, "active" if active else "not active"]
+    reasons = {site.reason for site in adapter.sites}
+    aside = any(not slot.named for site in adapter.modules for slot in site.slots)
+    facts = [adapter.peft_type, "active" if active else "not active, kept aside" if aside else "not active"]
     facts += ["frozen"] if adapter.config.inference_mode else []
     facts += [f"targets {reasons.copy().pop()}"] if len(reasons) == 1 else []
     title = f"{paint('Adapter', 'dim')} {paint(adapter.name, 'bold', 'cyan')}  {paint(', '.join(facts), 'dim')}"
-    rows = [*_map_rows(adapter.maps, with_reason=len(reasons) > 1), *_other_rows(adapter)]
+    rows = [*_site_rows(adapter.sites, with_reason=len(reasons) > 1), *_other_rows(adapter)]
     heads = ("module", "", "layer", "adds", "trainable", "why")
     return f"{title}\n{_table(rows, heads, paint)}"
 
@@ -54,20 +55,21 @@ def _adapter(adapter: AdapterPlan, active: bool, paint: Paint) -> str:
 _Row = tuple[str, str, str, str, str, str]
 
 
-def _map_rows(maps: Sequence[MapSite], with_reason: bool) -> Iterable[_Row]:
-    first: dict[tuple[Any, ...], MapSite] = {}
+def _site_rows(sites: Sequence[MapSite | ModuleSite], with_reason: bool) -> Iterable[_Row]:
+    first: dict[tuple[Any, ...], MapSite | ModuleSite] = {}
     tagged = []
-    for site in maps:
+    for site in sites:
         tag = (id(site.layer), id(site.slots), id(site.config), site.reason, site.dtype)
         first.setdefault(tag, site)
         tagged.append((site.path, tag))
     for group in grouped(tagged):
         site = first[group.tag]
         why = [site.reason] if with_reason else []
-        why += [f"{option}={value}" for option, value in site.overrides]
+        why += [f"{option}={value}" for option, value in site.overrides] if isinstance(site, MapSite) else []
+        layer = shape_of(site.layer) if isinstance(site, MapSite) else f"around {site.layer.cls}"
         adds = " + ".join("×".join(map(str, slot.shape)) for slot in site.slots)
         number = group.count * sum(slot.numel for slot in site.slots if slot.trainable)
-        yield group.pattern, f"×{group.count:,}", shape_of(site.layer), adds, f"{number:,}", ", ".join(why)
+        yield group.pattern, f"×{group.count:,}", layer, adds, f"{number:,}", ", ".join(why)
 
 
 def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
@@ -115,7 +117,8 @@ def _totals(plan: InjectionPlan, paint: Paint) -> str:
     if len(plan.adapters) > 1:
         for adapter in plan.adapters:
             number = sum(adapter.tally().trained.values())
-            rows.append((adapter.name, f"{number:,} parameters in {len(adapter.maps):,} layers"))
+            kind = "modules" if adapter.modules else "layers"
+            rows.append((adapter.name, f"{number:,} parameters in {len(adapter.sites):,} {kind}"))
     by_role = trainable_by_role(plan)
     if by_role:
         rows.append(("by role", ", ".join(f"{role} {number:,}" for role, number in by_role.items())))

@@ -71,7 +71,9 @@ def add_task_heads(draft: Draft, context: Context) -> Draft:
 
 def match_targets(draft: Draft, context: Context) -> Draft:
     """Every module that `target_modules` means."""
-    targets = option(draft.config, "target_modules")
+    if not isinstance(draft.config, TargetsMixin):
+        return draft
+    targets = draft.config.target_modules
     if targets is None or (not targets and not isinstance(targets, str)):
         return draft
     if is_all_linear(targets):

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite, ModuleSite, PromptSite, SaveSite, TrainSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
@@ -133,6 +133,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         ],
         "trains": [[t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason] for t in adapter.trains],
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
+        **({"modules": _modules_to_json(adapter.modules)} if adapter.modules else {}),
     }
 
 
@@ -154,6 +155,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
             for path, name, shape, dtype, wrapped, reason in data["trains"]
         ),
         prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
+        modules=tuple(site for item in data.get("modules", ()) for site in _modules_from_json(item, config)),
     )
 
 
@@ -179,8 +181,37 @@ def _kind_from_json(data: Mapping[str, Any], config: PeftConfig) -> _Kind:
     return facts_from_json(data["layer"]), here, slots, data["dtype"], data["reason"], overrides, role
 
 
+def _modules_to_json(sites: tuple[ModuleSite, ...]) -> list[dict[str, Any]]:
+    """Neighbours that differ in their path alone are one entry."""
+    found: list[dict[str, Any]] = []
+    for site in sites:
+        kind = {
+            "inner": site.inner,
+            "layer": facts_to_json(site.layer),
+            "slots": [_slot_to_json(slot) for slot in site.slots],
+            "dtype": site.dtype,
+            "reason": site.reason,
+            "role": site.role and site.role.value,
+        }
+        if found and {**found[-1], "paths": []} == {**kind, "paths": []}:
+            found[-1]["paths"].append(site.path)
+        else:
+            found.append({**kind, "paths": [site.path]})
+    return found
+
+
+def _modules_from_json(data: Mapping[str, Any], config: PeftConfig) -> list[ModuleSite]:
+    layer, slots = facts_from_json(data["layer"]), tuple(_slot_from_json(item) for item in data["slots"])
+    role = None if data["role"] is None else Role(data["role"])
+    facts = (layer, config, slots, data["dtype"], data["inner"], data["reason"], role)
+    return [ModuleSite(path, *facts) for path in data["paths"]]
+
+
 def _slot_to_json(slot: Slot) -> dict[str, Any]:
-    return {**asdict(slot), "shape": list(slot.shape), "container": slot.container.value}
+    data = {**asdict(slot), "shape": list(slot.shape), "container": slot.container.value}
+    if slot.named:  # as nearly all are
+        del data["named"]
+    return data
 
 
 def _slot_from_json(data: Mapping[str, Any]) -> Slot:

@@ -179,6 +179,8 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> 
     if not context.method.is_prompt:
         stray = [s.name for s in slots if not s.name.startswith(context.method.prefix)]
         wrong += [f"`{slot}` does not begin with `{context.method.prefix}`" for slot in stray]
+    if context.method.module_tuner is None:
+        wrong += [f"`{s.name}` is not named by its adapter, and is not around a module" for s in slots if not s.named]
     if len({(s.name, s.tail) for s in slots}) < len(slots):
         wrong.append("two slots have the same name")
     if not slots:
@@ -255,14 +257,15 @@ def _container(node: ModuleNode, context: Context) -> Diagnostic:
 
 def _save_site(graph: ModuleGraph, position: int, name: str) -> SaveSite:
     root = graph.nodes[position].path
-    inside = list(_below(graph, position))
+    inside = list(below(graph, position))
     own = {f"{root}.{tail}" for tail, _ in _tensors(root, inside, "params")}
     # a parameter that the module itself uses twice stays one parameter in the copy
     tensors = [(t, f) for t, f in _tensors(root, inside, "params") if graph.alias_of.get(f"{root}.{t}") not in own]
     return SaveSite(root, tuple(tensors), tuple(_tensors(root, inside, "buffers")), name)
 
 
-def _below(graph: ModuleGraph, position: int) -> Iterator[ModuleNode]:
+def below(graph: ModuleGraph, position: int) -> Iterator[ModuleNode]:
+    """The node at a position of the graph and all that are in it."""
     root = graph.nodes[position].path
     yield graph.nodes[position]
     for node in graph.nodes[position + 1 :]:  # depth first: what is below follows at once

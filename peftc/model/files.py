@@ -105,7 +105,9 @@ def _gathered(model: nn.Module, attached: Mapping[str, Tensor], state_dict: Mapp
     """The tensors as the state dict has them. Raises `PeftcError` if trained ones are not in it."""
     live = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {id(tensor): name for name, tensor in live}
-    wanted = {disk: names[id(tensor)] for disk, tensor in attached.items()}
+    wanted = {
+        disk: names[id(tensor)] for disk, tensor in attached.items() if id(tensor) in names
+    }  # or it is kept aside
     found = assign(set(wanted.values()), state_dict, "")
     lacking = [disk for disk, name in wanted.items() if name not in found and attached[disk].requires_grad]
     if lacking:

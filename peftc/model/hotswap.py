@@ -70,7 +70,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         what = f"A `{config1.peft_type}` adapter cannot take the place of a `{config0.peft_type}` adapter"
         raise PeftcError(rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`."))
     method = default_registry().method_of(config0)
-    if method.is_prompt:
+    if not method.adapts_layers:
         what = f"`{config0.peft_type}` has no tensors on layers to swap"
         raise PeftcError(rules.CANNOT_SWAP(what, fix="Use `load_adapter`, which overwrites an adapter of that name."))
     patterns = config0.pattern_options

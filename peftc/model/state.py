@@ -20,9 +20,10 @@ from peftc.model.loading import vocabulary_facts
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.ops.combine import padded
 from peftc.runtime.journal import Journal
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.prompt import PromptEncoder
 from peftc.runtime.session import Session, unpadded
-from peftc.runtime.storage import find, put
 from peftc.tuner.slots import Slot
 
 
@@ -104,9 +105,9 @@ def set_peft_model_state_dict(
     values = {key: peft_model_state_dict[origin[source]] for key, source in report.sources.items()}
     with torch.no_grad(), Journal() as journal:
         rest = dict(values)
-        for disk, layer, slot in slots_of(session, adapter_name):
+        for disk, owner, slot in slots_of(session, adapter_name):
             if disk in values:
-                _fill(layer, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage, journal)
+                _fill(owner, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage, journal)
         for tensor, value in _others(model, session, adapter_name, rest):
             journal.note(tensor.copy_, tensor.clone())
             tensor.copy_(value)
@@ -126,15 +127,18 @@ def origin_of(keys: Iterable[str], names: Mapping[str, str], root: str) -> dict[
     return origin
 
 
-def slots_of(session: Session, adapter: str) -> Iterator[tuple[str, nn.Module, Slot]]:
-    """Every slot of an adapter on layers: its checkpoint key, its layer, and itself."""
-    for site, layer in zip(session.plans[adapter].maps, session.layers_of(adapter), strict=True):
+def slots_of(session: Session, adapter: str) -> Iterator[tuple[str, TunerLayer | ModuleWrapper, Slot]]:
+    """Every slot of an adapter on layers or around modules: its checkpoint key, what holds it, and itself."""
+    owners: list[TunerLayer | ModuleWrapper] = [*session.layers_of(adapter), *session.modules_of(adapter)]
+    for site, owner in zip(session.plans[adapter].sites, owners, strict=True):
         for slot in site.slots:
-            yield site.key(slot, adapter).disk(), layer, slot
+            yield site.key(slot, adapter).disk(), owner, slot
 
 
-def _fill(layer: nn.Module, slot: Slot, adapter: str, value: Tensor, assign: bool, journal: Journal) -> None:
-    container, key = find(layer, slot, adapter)
+def _fill(
+    owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Tensor, assign: bool, journal: Journal
+) -> None:
+    container, key = owner.where(adapter, slot)
     own: Tensor = container[key]
     if not assign:
         if own.is_meta:
@@ -143,10 +147,10 @@ def _fill(layer: nn.Module, slot: Slot, adapter: str, value: Tensor, assign: boo
         journal.note(own.copy_, own.clone())
         unpadded(own, slot.shape).copy_(value)
         return
-    base = next((p for p in layer.parameters() if not p.is_meta), value)
+    base = next((p for p in owner.parameters() if not p.is_meta), value)
     fresh = nn.Parameter(padded(value.detach().to(base.device), own.shape), requires_grad=own.requires_grad)
-    journal.note(put, layer, slot, adapter, own)
-    put(layer, slot, adapter, fresh)
+    journal.note(container.__setitem__, key, own)
+    container[key] = fresh
 
 
 def _others(model: nn.Module, session: Session, adapter: str, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Any]]:

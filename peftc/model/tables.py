@@ -55,7 +55,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[PeftType, type[PeftConfig]] = MethodTable(l
 #: PEFT type -> the class that holds its adapters
 PEFT_TYPE_TO_TUNER_MAPPING: Mapping[PeftType, type[nn.Module]] = MethodTable(_tuner)
 #: the same for types that can share a model with adapters of others
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[PeftType, Any] = MethodTable(_tuner, lambda method: not method.is_prompt)
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[PeftType, Any] = MethodTable(_tuner, lambda method: method.adapts_layers)
 #: PEFT type -> what the names of its slots begin with
 PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[PeftType, str] = MethodTable(
     lambda m: m.prefix, lambda method: bool(method.prefix)

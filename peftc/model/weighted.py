@@ -161,6 +161,9 @@ def _beside_layers(plans: Sequence[AdapterPlan]) -> list[Diagnostic]:
         if plan.prompt is not None:
             what = f"`{plan.name}` is a prompt, which has no layers"
             problems.append(rules.CANNOT_COMBINE(what, fix="Keep the prompts beside each other."))
+        if plan.modules:
+            what = f"`{plan.name}` acts around modules, not on layers"
+            problems.append(rules.CANNOT_COMBINE(what, fix="Keep the adapters beside each other."))
         if plan.trains:
             what = f"`{plan.name}` trains tensors of the base model itself"
             problems.append(rules.CANNOT_COMBINE(what, fix="Merge it into the base instead."))

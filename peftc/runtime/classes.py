@@ -10,6 +10,7 @@ from peftc.compiler.plan import MapSite
 from peftc.graph.targets import all_defaults
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.layer import TunerLayer
+from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.session import LayerFactory
 from peftc.tuner.method import TunerMethod
 
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 _layer_classes: dict[str, type[TunerLayer]] = {}
 
 
-def layer_class(method: TunerMethod) -> type[TunerLayer]:
-    """The layer class of a method, e.g. for `isinstance(module, ...)`."""
+def layer_class(method: TunerMethod) -> type[TunerLayer] | type[ModuleWrapper]:
+    """The class of what a method puts round layers, or round modules, e.g. for `isinstance(module, ...)`."""
+    return _layer_class(method) if method.adapts_layers else wrapper_class(method)
+
+
+def _layer_class(method: TunerMethod) -> type[TunerLayer]:
     name = method.layer_class
     if name not in _layer_classes:
         shown = {attribute: _option(option) for attribute, option in method.layer_options.items()}
@@ -74,7 +79,7 @@ def layer_factory(registry: Registry) -> LayerFactory:
     """What a session makes layers with."""
 
     def make(peft_type: str, site: MapSite, base: nn.Module) -> TunerLayer:
-        return layer_class(registry.get(peft_type))(base, site)
+        return _layer_class(registry.get(peft_type))(base, site)
 
     return make
 

@@ -23,8 +23,9 @@ from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import INIT, allocate, drop, find, put, torch_dtype, view_class
+from peftc.runtime.storage import INIT, drop, filled, find, put, view_class
 from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import Slot
 
 #: finds a slot's tensor by its disk key, or says None: then the method initialises it
 Source = Callable[[str], Tensor | None]
@@ -78,22 +79,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
         To be called under `no_grad`.
         """
-        device = self._device()
-        dtypes = {slot.name: torch_dtype(slot.dtype or site.dtype) for slot in site.slots}
-        made: dict[str, Tensor] = {}
-        for slot in site.slots:
-            found = None if source is None else source(site.key(slot, adapter).disk())
-            if found is not None:
-                made[slot.name] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[slot.name])
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        if len(made) < len(
-            site.slots
-        ):  # what was found stays; the method fills a whole set, of which the rest is taken
-            fresh = {slot.name: allocate(slot.shape, dtypes[slot.name], device) for slot in site.slots}
-            call(tuner.init)(site.config, site.layer, fresh, INIT)
-            made = {**fresh, **made}
+        init = call(tuner.init)
+        made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, site.layer, fresh, INIT))
         for slot in site.slots:
             put(self, slot, adapter, nn.Parameter(made[slot.name], requires_grad=False))
         self.scaling[adapter] = scaling
@@ -153,6 +143,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         else:
             journal.note(self.scaling.__setitem__, adapter, own)
             self.scaling[adapter] = scaling
+
+    def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
+        """Where a tensor is looked up. Raises `KeyError` if the adapter is not here."""
+        return find(self, slot, adapter)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.compiler.modules import together
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
@@ -23,9 +24,11 @@ from peftc.registry.manager import Registry
 from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
+from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
+from peftc.tuner.method import TunerMethod
 
-W = TypeVar("W", TunerLayer, ModulesToSaveWrapper)
+W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
 
 #: makes the wrapper for a site of a PEFT type
 LayerFactory = Callable[[str, MapSite, nn.Module], TunerLayer]
@@ -49,6 +52,7 @@ class Session:
         self.plans: dict[str, AdapterPlan] = {}
         #: the outermost wrapper at each path; wrappers of other methods may be below it
         self.layers: dict[str, TunerLayer] = {}
+        self.modules: dict[str, ModuleWrapper] = {}
         self.copies: dict[str, ModulesToSaveWrapper] = {}
         self.shared = Shared()
         self.enabled = True
@@ -84,6 +88,7 @@ class Session:
                     layer.join(self.shared)
                 journal.note(layer.delete_adapter, plan.name)
                 layer.add(plan.name, site, method.tuner_for(plan.config, nodes[site.path]), source)
+            self._add_around(plan, method, source, journal)
             for save in plan.saves:
                 copy = self.copies.get(save.path)
                 if copy is None:
@@ -94,6 +99,18 @@ class Session:
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
             self._change_base(plan, source, journal)
             self.plans[plan.name] = plan
+
+    def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
+        """The part of an adapter that acts around modules."""
+        for site in plan.modules:
+            wrapper = self.modules.get(site.path)
+            if wrapper is None:
+                parent, _, module = self._place(site.path)
+                wrapper = wrapper_class(method)(module, site, parent)
+                self._remember(self.modules, site.path, wrapper, journal)
+            assert method.module_tuner is not None
+            journal.note(wrapper.delete_adapter, plan.name)
+            wrapper.add(plan.name, site, method.module_tuner, source)
 
     def _wrap(self, path: str, wrap: Callable[[nn.Module], W], journal: Journal) -> W:
         parent, name, module = self._place(path)
@@ -148,9 +165,9 @@ class Session:
             if own is not None and tuple(own.shape) != weight.shape:
                 what = f"`{site.path}.weight` is {tuple(own.shape)}, the plan was made for {weight.shape}"
                 yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
-        for save in plan.saves:
-            if self.find(save.path) is None:
-                yield self._gone(save.path)
+        for path in (*(site.path for site in plan.modules), *(save.path for save in plan.saves)):
+            if self.find(path) is None:
+                yield self._gone(path)
 
     def _gone(self, path: str) -> Diagnostic:
         hint = did_you_mean(path, [name for name, _ in self.model.named_modules()])
@@ -167,6 +184,8 @@ class Session:
                 self.layers[path] = below
             else:
                 del self.layers[path]
+        for path in [path for path, wrapper in self.modules.items() if not wrapper.adapters]:
+            del self.modules[path]  # it has left the model already
         for path in [path for path, copy in self.copies.items() if not copy.modules_to_save]:
             self._put_back(path, self.copies.pop(path).original_module)
 
@@ -181,6 +200,7 @@ class Session:
         module: nn.Module | None = self.model
         for part in path.split(".") if path else ():
             module = module._modules.get(part) if module is not None else None
+            module = module.wrapped if isinstance(module, ModuleWrapper) else module
         return module
 
     def _place(self, path: str) -> tuple[nn.Module, str, nn.Module]:
@@ -211,12 +231,16 @@ class Session:
             module = module.base_layer
         return module if isinstance(module, TunerLayer) else None
 
+    def modules_of(self, adapter: str) -> Iterator[ModuleWrapper]:
+        for site in self.plans[adapter].modules:
+            yield self.modules[site.path]
+
     def copies_of(self, adapter: str) -> Iterator[ModulesToSaveWrapper]:
         for save in self.plans[adapter].saves:
             yield self.copies[save.path]
 
     def _trained_names(self, plan: AdapterPlan) -> list[tuple[str, str]]:
-        names = [p.name for p in replace(plan, maps=(), saves=()).parameters()] if plan.trains else []
+        names = [p.name for p in replace(plan, maps=(), modules=(), saves=()).parameters()] if plan.trains else []
         return [(name, site.name) for name, site in zip(names, plan.trains, strict=True)]
 
     def _trained(self, plan: AdapterPlan) -> Iterator[nn.Parameter]:
@@ -232,6 +256,9 @@ class Session:
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
         self.require(names)
+        clashes = tuple(together([self.plans[name] for name in dict.fromkeys(names)]))
+        if clashes:
+            raise PeftcError(clashes)
         if self.merged and set(names) != set(self.active):
             what = f"{', '.join(f'`{name}`' for name in self.merged)} is taken out of the base weights again"
             fix = "Call `unmerge_adapter()` before others are activated."
@@ -244,8 +271,9 @@ class Session:
     def _activate(self, names: Sequence[str]) -> None:
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
+        modules = {id(module): module for name in touched for module in self.modules_of(name)}
         copies = {id(copy): copy for name in touched for copy in self.copies_of(name)}
-        for wrapper in (*layers.values(), *copies.values()):
+        for wrapper in (*layers.values(), *modules.values(), *copies.values()):
             wrapper.activate(names)
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
@@ -272,6 +300,9 @@ class Session:
         """Make an adapter's trainable tensors require gradients, or not."""
         for layer in self.layers_of(name):
             layer.set_requires_grad(name, required)
+        for wrapper in self.modules_of(name):
+            for trainable, parameter in wrapper.parameters_of(name):
+                parameter.requires_grad_(trainable and required)
         for copy in self.copies_of(name):
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
@@ -284,7 +315,7 @@ class Session:
         if enabled == self.enabled:
             return
         for name in self.active:
-            for layer in self.layers_of(name):
+            for layer in (*self.layers_of(name), *self.modules_of(name)):
                 layer.enable_adapters(enabled)
             for copy in self.copies_of(name):
                 copy.enable_adapters(enabled)
@@ -310,7 +341,7 @@ class Session:
         self.require([name])
         self.refuse_merged(name)
         self.set_requires_grad(name, False)
-        for layer in self.layers_of(name):
+        for layer in (*self.layers_of(name), *self.modules_of(name)):
             layer.delete_adapter(name)
         for copy in self.copies_of(name):
             copy.delete_adapter(name)
@@ -328,11 +359,18 @@ class Session:
             warn(
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
             )
+        self._refuse_around(names)
         with Journal() as journal:
             for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
                 for layer in self.layers[path].chain():
                     journal.note(layer.restore_merge, layer.merge_state())
                 self.layers[path].merge(safe, names)
+
+    def _refuse_around(self, names: Iterable[str]) -> None:
+        around = [name for name in names if self.plans[name].modules]
+        if around:
+            what = f"`{around[0]}` acts around modules, such as `{self.plans[around[0]].modules[0].path}`"
+            raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
@@ -360,11 +398,13 @@ class Session:
                 parameter.requires_grad_(False)
         for path, layer in self.layers.items():
             self._put_back(path, layer.get_base_layer())
+        for wrapper in self.modules.values():
+            wrapper.take_out()
         for path, copy in self.copies.items():
             self._put_back(path, copy.original_module)
         for before in self.base_before.values():
             _restore(before)
-        self.layers, self.copies, self.plans, self.base_before = {}, {}, {}, {}
+        self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
         self.active = ()
 
     def keep_trained(self) -> None:
@@ -386,8 +426,8 @@ class Session:
         """What an adapter has of its own to be saved, attached to the model: disk key -> tensor."""
         plan = self.plans[name]
         tensors: dict[str, Tensor] = {}
-        for site in plan.maps:
-            layer = self.layer_of(name, site.path)
+        for site in plan.sites:
+            layer = self.layer_of(name, site.path) if isinstance(site, MapSite) else self.modules[site.path]
             stored = [] if layer is None else [p for _, p in layer.parameters_of(name)]
             for slot, parameter in zip(site.slots, stored, strict=True):
                 if slot.saved:

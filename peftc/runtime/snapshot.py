@@ -20,6 +20,7 @@ from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
 from peftc.graph.roles import RoleFinder
 from peftc.runtime.layer import TunerLayer
+from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 
 #: Kind of a class with exactly this forward. Order matters only for reading.
@@ -48,7 +49,7 @@ _WEIGHT_RANK: Mapping[Kind, int] = {
 #: Tensors of lazy layers.
 _SHAPELESS = (UninitializedParameter, UninitializedBuffer)
 
-_WRAPPERS = (TunerLayer, ModulesToSaveWrapper)
+_WRAPPERS = (TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
 
 _NORM_ENDINGS = ("Norm", "Norm1d", "Norm2d", "Norm3d")
 
@@ -86,6 +87,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
             module = module.base_layer
         elif isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
+        elif isinstance(module, ModuleWrapper):
+            module = module.wrapped
         else:
             return module
 

@@ -7,14 +7,14 @@ underneath, and a cached tensor would be stale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftc.compiler.plan import MapSite
+from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.graph.nodes import LayerFacts
 from peftc.tuner.slots import Container, Slot
@@ -121,6 +121,27 @@ def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
             del container[adapter]
     else:
         container._modules.pop(adapter, None)
+
+
+def filled(
+    site: MapSite | ModuleSite,
+    adapter: str,
+    device: torch.device,
+    source: Callable[[str], Tensor | None] | None,
+    init: Callable[[dict[str, Tensor]], object],
+) -> dict[str, Tensor]:
+    """Tensors for a site's slots, by name: from `source` by their disk keys, the rest as the method starts them."""
+    dtypes = {slot.name: torch_dtype(slot.dtype or site.dtype) for slot in site.slots}
+    made: dict[str, Tensor] = {}
+    for slot in site.slots:
+        found = None if source is None else source(site.key(slot, adapter).disk())
+        if found is not None:
+            made[slot.name] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[slot.name])
+    if len(made) < len(site.slots):  # what was found stays; the method fills a whole set, of which the rest is taken
+        fresh = {slot.name: allocate(slot.shape, dtypes[slot.name], device) for slot in site.slots}
+        init(fresh)
+        made = {**fresh, **made}
+    return made
 
 
 class LayerView:

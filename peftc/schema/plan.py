@@ -119,6 +119,8 @@ def _definitions() -> dict[str, Schema]:
             saves=_list(_ref("save")),
             trains=_list(trained),
             prompt=_or_null(_ref("prompt"), "Null for methods that change layers."),
+            modules=_list(_ref("wrapped"), "Wrapped modules, in order; missing if there is none."),
+            optional=("modules",),
         ),
     }
 
@@ -137,8 +139,19 @@ def _layer_definitions() -> dict[str, Schema]:
             params=_list(_ref("tensor")),
             buffers=_list(_ref("tensor")),
         ),
+        "wrapped": _object(
+            "Modules of one kind that are wrapped.",
+            paths=_list(_TEXT),
+            inner={**_TEXT, "description": "What the module is called inside the wrapper."},
+            layer=_ref("layer"),
+            slots=_list(_ref("slot")),
+            dtype=_TEXT,
+            reason={**_TEXT, "description": "Why the modules are wrapped."},
+            role=_or_null(_TEXT, "What the modules are for, where their names tell."),
+        ),
         "slot": _object(
             "A tensor that the adapter adds to a layer.",
+            optional=("named",),
             name=_TEXT,
             shape=_SHAPE,
             container={"enum": ["module", "parameter"]},
@@ -146,6 +159,7 @@ def _layer_definitions() -> dict[str, Schema]:
             trainable=_FLAG,
             saved=_FLAG,
             dtype=_or_null(_TEXT, "Null: as the site's."),
+            named={"const": False, "description": "The adapter's name is no part of the tensor's; missing if it is."},
         ),
         "kind": _object(
             "What adapted modules of one kind have in common.",

@@ -14,7 +14,7 @@ from types import ModuleType
 from peftc.diagnostics import PeftcError
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.testing.checks import declared, effect, gradients, lifecycle, planning, prompts
+from peftc.testing.checks import declared, effect, gradients, lifecycle, modules, planning, prompts
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report
 from peftc.testing.subjects import Subject, subjects
@@ -30,12 +30,37 @@ def everywhere(s: Subject) -> bool:
 
 def on_layers(s: Subject) -> bool:
     """Methods that change layers."""
+    return s.method.adapts_layers
+
+
+def in_the_model(s: Subject) -> bool:
+    """Methods that need no wrapper round the model."""
     return not s.method.is_prompt
+
+
+def around_modules(s: Subject) -> bool:
+    """Methods that act around whole modules."""
+    return s.method.module_tuner is not None
+
+
+def around_modules_of_blocks(s: Subject) -> bool:
+    """Those on models that generate."""
+    return around_modules(s) and on_blocks(s)
+
+
+def without_a_merged_form(s: Subject) -> bool:
+    """Methods that do not change weights."""
+    return not s.method.adapts_layers
+
+
+def first_options(s: Subject) -> bool:
+    """The first options on every model."""
+    return s.first
 
 
 def once(s: Subject) -> bool:
     """The first options on one model: what depends on the method alone."""
-    return s.first and s.model.name == ("llama" if s.method.is_prompt else "mlp")
+    return s.foremost
 
 
 def from_graphs(s: Subject) -> bool:
@@ -59,13 +84,13 @@ def in_float64(s: Subject) -> bool:
 
 
 def quick_to_compile(s: Subject) -> bool:
-    """The first options of methods on layers, on small models."""
-    return s.first and on_layers(s) and s.model.name in ("mlp", "conv2d", "embedding")
+    """The first options of methods that act in the model, on small models."""
+    return s.first and in_the_model(s) and s.model.name in ("mlp", "conv2d", "embedding")
 
 
 #: Every check, with the subjects that it is run on.
 CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
-    (declared.record_names_its_slots, on_layers),
+    (declared.record_names_its_slots, in_the_model),
     (declared.config_survives_files, everywhere),
     (declared.compiling_leaves_the_config_alone, everywhere),
     (declared.method_is_stateless, everywhere),
@@ -95,13 +120,16 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (lifecycle.deleting_leaves_nothing, everywhere),
     (lifecycle.unloading_restores, everywhere),
     (lifecycle.copies_are_equal_and_apart, everywhere),
-    (lifecycle.injected_equals_wrapped, on_layers),
+    (lifecycle.injected_equals_wrapped, in_the_model),
     (lifecycle.any_adapter_name, once),
     (lifecycle.failed_apply_restores, everywhere),
     (prompts.prompt_goes_before_the_input, as_prompt),
     (prompts.labels_skip_the_prompt, as_prompt),
     (prompts.generation_sees_the_prompt, as_prompt),
-    (prompts.merging_is_refused, as_prompt),
+    (prompts.merging_is_refused, without_a_merged_form),
+    (modules.plan_of_several_equals_model, first_options),
+    (modules.one_acts_at_a_time, around_modules),
+    (modules.generation_with_a_cache_is_the_same, around_modules_of_blocks),
 )
 
 #: Checks of what another process planned. Where it had to build the model, torch was needed.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
@@ -40,7 +41,7 @@ def quiet() -> Iterator[None]:
 class Subject:
     """A method, options, and a model. `targets` are the layers to adapt, None for the method's own defaults.
 
-    `first` marks those with the first options, for checks that need no others.
+    `first` marks those with the first options, for checks that need no others; `foremost` the one that stands for the method.
     """
 
     method: TunerMethod
@@ -48,10 +49,11 @@ class Subject:
     model: TinyModel
     targets: tuple[str, ...] | None = None
     first: bool = field(default=False, compare=False)
+    foremost: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
-        if self.targets is None and not self.method.is_prompt:
+        if self.targets is None and self.method.adapts_layers:
             options = f"{options},defaults" if options else "defaults"
         return f"{options or 'defaults'}-{self.model.name}"
 
@@ -111,13 +113,27 @@ class Subject:
 
 
 def slots_of(model: PeftModel, adapter: str, trainable: bool = True) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name; only those that train if `trainable`."""
+    """The adapter's parameters by planned name, those that are kept aside too; only those that train if `trainable`."""
+    session = model.session
+    plan = session.plans[adapter]
     own = dict(model.named_parameters())
-    planned = [p for p in model.session.plans[adapter].parameters() if not p.base and (p.trainable or not trainable)]
-    missing = [p.name for p in planned if p.name not in own]
+    aside = {} if adapter in session.active else _around(model, adapter)
+    planned = [p for p in plan.parameters() if not p.base and (p.trainable or not trainable)]
+    missing = [p.name for p in planned if p.name not in own and p.name not in aside]
     if missing:
         raise broken(f"The plan lists `{missing[0]}`, which the model has not", "Declare in `slots` what is stored.")
-    return {p.name: own[p.name] for p in planned}
+    return {p.name: aside[p.name] if p.name in aside else own[p.name] for p in planned}
+
+
+def _around(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """The tensors of an adapter's module sites, in or out of the model."""
+    session = model.session
+    found = {}
+    for site in session.plans[adapter].modules:
+        stored = session.modules[site.path].parameters_of(adapter)
+        for slot, (_, parameter) in zip(site.slots, stored, strict=True):
+            found[site.key(slot, adapter).memory(session.plans[adapter].root)] = parameter
+    return found
 
 
 def randomise(model: PeftModel, adapter: str) -> None:
@@ -143,13 +159,31 @@ def subjects(method: TunerMethod) -> tuple[Subject, ...]:
     for options in method.examples or ({},):
         first = not found
         for model in MODELS:
-            targets = None if method.is_prompt else _targets(method, options, model)
-            fits = model.is_language_model if method.is_prompt else targets != ()
-            if fits and (first or method.is_prompt or not model.is_language_model):
-                found.append(Subject(method, options, model, targets, first))
+            targets = _targets(method, options, model) if method.adapts_layers else None
+            if _has_place(method, options, model, targets) and (
+                first or not method.adapts_layers or not model.is_language_model
+            ):
+                found.append(Subject(method, options, model, targets, first, not found))
     if method.default_targets:
         found += [Subject(method, {}, model) for model in MODELS if model.is_language_model]
     return tuple(found)
+
+
+def _has_place(
+    method: TunerMethod, options: Mapping[str, Any], model: TinyModel, targets: tuple[str, ...] | None
+) -> bool:
+    """Whether the method can adapt the model. One that raises is asked again by the checks."""
+    if method.is_prompt:
+        return model.is_language_model
+    if method.module_tuner is None:
+        return targets != ()
+    config = method.config(**options)
+    try:
+        with boundary(method.peft_type, "sites"):
+            config = config.model_copy(update=dict(method.module_tuner.resolve(config, model.graph)))
+            return bool(method.module_tuner.sites(config, model.graph))
+    except PeftcError as error:
+        return any(problem.code == rules.PLUGIN_RAISED.code for problem in error.diagnostics)
 
 
 def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> tuple[str, ...] | None:

@@ -1,7 +1,7 @@
 """What a method is: a record that names its config, its mathematics and its public names.
 
-Methods subclass `MapTuner` (they change the map of one layer) or `PromptTuner` (they change the model's call) and give a
-`TunerMethod` to the registry. They never see how a layer stores its weight, and the core never asks which method it is.
+Methods subclass `MapTuner` (they change the map of one layer), `ModuleTuner` (they act around whole modules) or
+`PromptTuner` (they change the model's call) and give a `TunerMethod` to the registry. They never see how a layer stores its weight, and the core never asks which method it is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import Kind, LayerFacts, ModuleNode
+from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.slots import Slot
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class TunerMethod:
 
     peft_type: str
     config: type[PeftConfig]
-    tuner: MapTuner[Any] | PromptTuner[Any] | Callable[[Any, ModuleNode], MapTuner[Any]]
+    tuner: MapTuner[Any] | ModuleTuner[Any] | PromptTuner[Any] | Callable[[Any, ModuleNode], MapTuner[Any]]
     #: what every slot's name begins with (`"lora_"`); empty for prompts
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
@@ -190,6 +191,16 @@ class TunerMethod:
         return isinstance(self.tuner, PromptTuner)
 
     @property
+    def module_tuner(self) -> ModuleTuner[Any] | None:
+        """The mathematics around whole modules, of methods that have some."""
+        return self.tuner if isinstance(self.tuner, ModuleTuner) else None
+
+    @property
+    def adapts_layers(self) -> bool:
+        """Whether the method changes the maps of layers."""
+        return not isinstance(self.tuner, (ModuleTuner, PromptTuner))
+
+    @property
     def public_names(self) -> dict[str, str]:
         """Public name -> what it is: `"config"`, `"model"`, `"layer"`, or `"export"`."""
         names = {self.config.__name__: "config", self.model_class: "model", self.layer_class: "layer"}
@@ -199,6 +210,6 @@ class TunerMethod:
         """The mathematics for one site."""
         if isinstance(self.tuner, MapTuner):
             return self.tuner
-        if isinstance(self.tuner, PromptTuner):
+        if isinstance(self.tuner, (ModuleTuner, PromptTuner)):
             raise TypeError(f"{self.peft_type} has no map sites")
         return self.tuner(config, node)

@@ -23,7 +23,8 @@ class Slot:
     """One named tensor of an adapter at one site.
 
     `tail` names the tensor inside a module container. `dtype` is usually left to the core: the base layer's, with half
-    precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded.
+    precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded. One that is
+    not `named` has no adapter's name in memory, so only the active adapter's tensor can be in the model; around modules only.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Slot:
     trainable: bool = True
     saved: bool = True
     dtype: str | None = None
+    named: bool = True
 
     @property
     def numel(self) -> int:
@@ -44,9 +46,9 @@ def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainab
     return Slot(name, shape, Container.MODULE, tail, trainable)
 
 
-def parameter_slot(name: str, shape: tuple[int, ...], trainable: bool = True) -> Slot:
-    """A bare parameter, as a vector of scales: `P.name.<adapter>`."""
-    return Slot(name, shape, Container.PARAMETER, "", trainable)
+def parameter_slot(name: str, shape: tuple[int, ...], trainable: bool = True, named: bool = True) -> Slot:
+    """A bare parameter, as a vector of scales: `P.name.<adapter>`; `P.name` if not `named`."""
+    return Slot(name, shape, Container.PARAMETER, "", trainable, named=named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Key:
     """The name of a stored tensor: `owner.slot.adapter.tail` in memory, `owner.slot.tail` on disk.
 
     `owner` is the module path inside the base model; `root` what stands before it (`base_model.model.` for a wrapped
-    model, nothing for an injected one).
+    model, nothing for an injected one). `adapter` and `tail` may be empty: then the name does without.
     """
 
     owner: str

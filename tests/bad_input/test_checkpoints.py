@@ -30,7 +30,7 @@ from tests.defects import put_defect
 from tests.unit import saving_driver
 from tests.unit.adapters import adapter_plan, examples, little_graph
 
-_, METHOD, EXAMPLE = next(e for e in examples() if not e[1].is_prompt)
+_, METHOD, EXAMPLE = next(e for e in examples() if e[1].adapts_layers)
 PLAN = adapter_plan(METHOD, EXAMPLE)
 KEY = next(iter(expected_tensors(PLAN)))
 

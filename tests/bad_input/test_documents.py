@@ -37,7 +37,7 @@ from peftc.schema.validate import check_document
 from tests.defects import put_defect
 from tests.unit.fakes import FakeConfig, claim, plugin, record, registry
 
-TYPE = default_registry().names[0]
+TYPE = next(name for name in default_registry().names if default_registry().get(name).adapts_layers)
 SMALL = "version: 1\nbase: owner/model\nadapters: {default: {peft_type: FAKE}}\n"
 
 Act = Callable[[Path], Any]

@@ -216,3 +216,65 @@ def test_what_is_saved_after_an_exchange_acts_as_before(padded: bool, tmp_path: 
     theirs, ours = both_ways(difference)
     assert theirs > 0.01
     assert ours == pytest.approx(0, abs=1e-6)
+
+
+# adaption prompts -----------------------------------------------------------------------------------------------------
+
+
+def tiny_llama(**options: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes, **options)).eval()
+
+
+def adaption(library: ModuleType, layers: int = 2, base: Any = None) -> Any:
+    config = library.AdaptionPromptConfig(adapter_len=3, adapter_layers=layers)
+    return library.get_peft_model(tiny_llama() if base is None else base, config)
+
+
+def test_a_closed_gate_beside_biases_changes_nothing() -> None:
+    def difference(library: ModuleType) -> float:
+        base, ids = tiny_llama(attention_bias=True), torch.arange(6)[None]
+        for name, p in base.named_parameters():
+            if name.endswith("bias"):
+                p.data.fill_(0.3)
+        before = base(ids).logits
+        return (adaption(library, base=base)(ids).logits - before).abs().max().item()
+
+    assert difference(peft) > 0.001
+    assert difference(peftc) == 0
+
+
+def test_adaption_prompts_in_heads_of_their_own_width() -> None:
+    ids = torch.arange(6)[None]
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        adaption(peft, base=tiny_llama(head_dim=12))(ids)
+    assert adaption(peftc, base=tiny_llama(head_dim=12))(ids).logits.shape == (1, 6, 20)
+
+
+@pytest.mark.parametrize(("layers", "adapted"), [(0, 3), (-1, 2)])
+def test_numbers_of_layers_that_mean_nothing_are_refused(layers: int, adapted: int) -> None:
+    assert sum("adaption_gate" in name for name, _ in adaption(peft, layers).named_parameters()) == adapted
+    with pytest.raises(PeftcError, match="PC102"):
+        adaption(peftc, layers)
+
+
+def test_an_adaption_prompt_aside_follows_the_model() -> None:
+    def devices(library: ModuleType) -> set[str]:
+        model = adaption(library)
+        model.add_adapter("other", library.AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+        model.to("meta")
+        model.set_adapter("other")
+        return {p.device.type for p in model.parameters()}
+
+    assert devices(peft) == {"cpu", "meta"}
+    assert devices(peftc) == {"meta"}
+
+
+def test_an_adaption_prompt_loaded_for_inference_is_frozen(tmp_path: Path) -> None:
+    adaption(peft).save_pretrained(tmp_path)
+    theirs, ours = (library.PeftModel.from_pretrained(tiny_llama(), tmp_path) for library in (peft, peftc))
+    assert any(p.requires_grad for p in theirs.parameters())
+    assert not any(p.requires_grad for p in ours.parameters())

@@ -88,7 +88,7 @@ def test_train_generate_inspect_merge(
     assert [item["prompt"] for item in json.loads(out)] == ["Why?"]
 
     code, out, err = run(capsys, "merge", "--adapter", adapter, "--out", merged, "--json")
-    if method.is_prompt:
+    if not method.adapts_layers:
         assert code == 1 and rules.CANNOT_MERGE.code in out
         assert not merged.exists()
         return
@@ -278,7 +278,8 @@ def examples(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A quickstart with the tiny base."""
     place = tmp_path / "examples" / "quickstart"
     place.mkdir(parents=True)
-    values = spec_values(METHODS[0], str(folder / "base"))
+    mergeable = next(method for method in METHODS if method.adapts_layers)
+    values = spec_values(mergeable, str(folder / "base"))
     values["train"] |= {"eval_data": "questions.jsonl"}
     (place / "adapter.yaml").write_text(text_of(values), encoding="utf-8")
     tiny.write_lines(place / "data.jsonl", QUESTIONS)

@@ -20,6 +20,10 @@ from peftc.plugin import (
     Container,
     LayerFacts,
     MapTuner,
+    ModuleGraph,
+    ModuleNode,
+    ModuleTuner,
+    ModuleView,
     PeftConfig,
     PeftType,
     PromptContext,
@@ -99,6 +103,35 @@ class SoundPrompt(PromptTuner[MutantPromptConfig]):
         return {"rows": embeds}
 
 
+class MutantAroundConfig(PeftConfig):
+    peft_type: PeftType | None = PeftType("MUTANT")
+
+
+class SoundAround(ModuleTuner[MutantAroundConfig]):
+    """A shift of what a module puts out, in proportion to a gate that starts at zero."""
+
+    def sites(self, c: MutantAroundConfig, graph: ModuleGraph) -> Mapping[str, str]:
+        return {n.path: "here" for n in graph.nodes if n.name == "lin1" or n.path.endswith("0.self_attn")}
+
+    def slots(self, c: MutantAroundConfig, node: ModuleNode, graph: ModuleGraph) -> Iterable[Slot]:
+        width = node.facts.out_features or graph.model.dims["hidden_size"]
+        yield Slot("mut_shift", (width,), Container.MODULE, "weight", named=False)
+        yield parameter_slot("mut_gate", (1,), named=False)
+
+    def init(self, c: MutantAroundConfig, slots: Mapping[str, Any], init: SlotInit) -> None:
+        init.normal(slots["mut_shift"])
+        init.zeros(slots["mut_gate"])
+
+    def forward(self, a: ModuleView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        y = a.module(*args, **kwargs)
+        first = y[0] if isinstance(y, tuple) else y
+        shifted = (first + self.shift(a, first)).to(first.dtype)
+        return (shifted, *y[1:]) if isinstance(y, tuple) else shifted
+
+    def shift(self, a: ModuleView, y: Any) -> Any:
+        return a.mut_gate * a.mut_shift
+
+
 def record(tuner: MapTuner[Any], **changes: Any) -> TunerMethod:
     """The record of a method on layers."""
     sound = TunerMethod("MUTANT", MutantConfig, tuner, prefix="mut_", layer_names=("mut_down", "mut_up"))
@@ -114,6 +147,9 @@ SOUND_PROMPT = TunerMethod(
     prefix="mut_",
     examples=({"num_virtual_tokens": 3},),
     identity_at_start=lambda c: False,
+)
+SOUND_AROUND = TunerMethod(
+    "MUTANT", MutantAroundConfig, SoundAround(), prefix="mut_", layer_names=("mut_shift", "mut_gate")
 )
 
 
@@ -292,6 +328,22 @@ class ShortPrompt(SoundPrompt):
         return a.rows[:-1]
 
 
+class ByLength(SoundAround):
+    def shift(self, a: ModuleView, y: Any) -> Any:
+        return super().shift(a, y) * y.shape[1]
+
+
+class KeepsTheView(SoundAround):
+    def shift(self, a: ModuleView, y: Any) -> Any:
+        first = self.__dict__.setdefault("first", a)
+        return super().shift(first, y)
+
+
+class OneSlotShort(SoundAround):
+    def shift(self, a: ModuleView, y: Any) -> Any:
+        return a.mut_gate
+
+
 MUTANTS: dict[str, Mutant] = {
     "shape_of_the_process": Mutant(record(ShapeOfTheProcess()), "plan_equals_model", "is planned as"),
     "shape_of_the_call": Mutant(record(ShapeOfTheCall()), "compiling_leaves_the_config_alone", "gives two plans"),
@@ -325,10 +377,22 @@ MUTANTS: dict[str, Mutant] = {
     "keys_that_json_lacks": Mutant(
         record(Sound(), config=KeysThatJsonLacks, examples=({"table": {1: "a"}},)), "config_survives_files", "table"
     ),
+    "by_length": Mutant(
+        replace(SOUND_AROUND, tuner=ByLength()), "generation_with_a_cache_is_the_same", "generated with a cache"
+    ),
+    "keeps_the_view": Mutant(
+        replace(SOUND_AROUND, tuner=KeepsTheView()), "method_is_stateless", "changed its attributes"
+    ),
+    "one_slot_short": Mutant(replace(SOUND_AROUND, tuner=OneSlotShort()), "gradients_in_slots_only", "lacks"),
     "short_prompt": Mutant(replace(SOUND_PROMPT, tuner=ShortPrompt()), "saving_and_loading_is_exact", "another shape"),
 }
 
-SOUND_METHODS: dict[str, TunerMethod] = {"sound": SOUND, "sound_branch": SOUND_BRANCH, "sound_prompt": SOUND_PROMPT}
+SOUND_METHODS: dict[str, TunerMethod] = {
+    "sound": SOUND,
+    "sound_branch": SOUND_BRANCH,
+    "sound_prompt": SOUND_PROMPT,
+    "sound_around": SOUND_AROUND,
+}
 
 #: Functions of a tuner that the core calls, each replaced by one that raises.
 FUNCTIONS: tuple[str, ...] = ("slots", "init", "scaling", "dropout", "check", "thin")

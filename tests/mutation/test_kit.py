@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.model.peft_model import PeftModel
 from peftc.registry.manager import default_registry
+from peftc.runtime import session
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.prompt import PromptDriver
@@ -122,6 +124,15 @@ def generation_without_prompt(patch: Patch) -> None:
     patch.setattr(PromptDriver, "generating", lambda driver, *args: nullcontext())
 
 
+def never_aside(patch: Patch) -> None:
+    parameters = AdapterPlan.parameters
+    patch.setattr(AdapterPlan, "parameters", lambda plan, trainable=True, active=True: parameters(plan, trainable))
+
+
+def always_together(patch: Patch) -> None:
+    patch.setattr(session, "together", lambda plans: ())
+
+
 CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
@@ -129,6 +140,8 @@ CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "injected_equals_wrapped": ("sound", never_injected, "lacks"),
     "failed_apply_restores": ("sound", never_undone, "are changed"),
     "merging_is_refused": ("sound_prompt", never_refused, "not refused"),
+    "plan_of_several_equals_model": ("sound_around", never_aside, "of one name twice"),
+    "one_acts_at_a_time": ("sound_around", always_together, "active together"),
     "prompt_goes_before_the_input": ("sound_prompt", prompt_at_the_end, "logits"),
     "labels_skip_the_prompt": ("sound_prompt", labels_on_the_prompt, "loss"),
     "generation_sees_the_prompt": ("sound_prompt", generation_without_prompt, "generated"),

@@ -125,7 +125,7 @@ def write_small_job(folder: Path) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=1, **sizes)).save_pretrained(folder / "base")
     (folder / "data.jsonl").write_text('{"text": "red green blue"}\n{"text": "blue green red"}\n', encoding="utf-8")
-    method = next(m for m in map(default_registry().get, default_registry().names) if not m.is_prompt)
+    method = next(m for m in map(default_registry().get, default_registry().names) if m.adapts_layers)
     adapter = {"peft_type": method.peft_type, "target_modules": ["q_proj", "v_proj"]}
     spec = {
         "version": 1,

@@ -18,7 +18,7 @@ from peftc.runtime.snapshot import snapshot
 from peftc.testing.models import MODELS
 
 METHODS = [default_registry().get(name) for name in default_registry().names]
-ON_LAYERS = next(method for method in METHODS if not method.is_prompt)
+ON_LAYERS = next(method for method in METHODS if method.adapts_layers)
 PROMPT = next(method for method in METHODS if method.is_prompt)
 LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
 

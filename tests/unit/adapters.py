@@ -15,6 +15,7 @@ from peftc.config.mixins import ModulesToSaveMixin, TargetsMixin
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import default_registry
 from peftc.runtime.snapshot import snapshot
+from peftc.testing.subjects import subjects
 from peftc.tuner.method import TunerMethod
 
 
@@ -71,7 +72,12 @@ def injection_plan(
     method: TunerMethod, example: dict[str, Any], adapter: str = "default", width: int = 8
 ) -> InjectionPlan:
     """The compiled plan of one example."""
-    return compile_plan(little_graph(width), {adapter: config_of(method, example)})
+    return compile_plan(graph_for(method, width), {adapter: config_of(method, example)})
+
+
+def graph_for(method: TunerMethod, width: int = 8) -> ModuleGraph:
+    """The little model's graph; for a method that looks for modules of its own choice, that of a model which has them."""
+    return little_graph(width) if method.module_tuner is None else subjects(method)[0].model.graph
 
 
 def adapter_plan(method: TunerMethod, example: dict[str, Any], adapter: str = "default", width: int = 8) -> AdapterPlan:

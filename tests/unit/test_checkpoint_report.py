@@ -22,7 +22,7 @@ from tests.unit.adapters import adapter_plan, examples, injection_plan, little_g
 
 EXAMPLES = list(examples())
 each_example = pytest.mark.parametrize(("method", "example"), [e[1:] for e in EXAMPLES], ids=[e[0] for e in EXAMPLES])
-LAYERED = next(e for e in EXAMPLES if not e[1].is_prompt)
+LAYERED = next(e for e in EXAMPLES if e[1].adapts_layers)
 
 
 def layered(width: int = 8) -> AdapterPlan:

@@ -22,7 +22,7 @@ from peftc.schema.generate import file_name, names
 from tests.unit.fakes import claim, plugin, record
 
 REGISTRY = default_registry()
-TYPE = REGISTRY.names[0]
+TYPE = next(name for name in REGISTRY.names if REGISTRY.get(name).adapts_layers)
 GOOD = f"version: 1\nbase: owner/model\nadapters:\n  default:\n    peft_type: {TYPE}\n"
 BAD = GOOD + "    inference_mod: true\n    revision: 3\nchekcs: {}\n"
 

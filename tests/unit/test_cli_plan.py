@@ -19,7 +19,7 @@ from peftc.graph.files import write_graph
 from peftc.registry.manager import default_registry
 from tests.unit.plans import decoder
 
-TYPE = next(name for name in default_registry().names if not default_registry().get(name).is_prompt)
+TYPE = next(name for name in default_registry().names if default_registry().get(name).adapts_layers)
 CONFIG = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 40,

@@ -12,14 +12,14 @@ from peftc.compiler.compile import compile_plan
 from peftc.compiler.serial import plan_to_json
 from peftc.registry.manager import default_registry
 from peftc.schema.generate import PLAN, schema_named
-from tests.unit.adapters import config_of, examples, little_graph
+from tests.unit.adapters import config_of, examples, graph_for
 
 EXAMPLES = list(examples())
 VALIDATOR = Draft202012Validator(schema_named(PLAN, default_registry()))
 
 
 def plan(method: Any, example: dict[str, Any]) -> dict[str, Any]:
-    return plan_to_json(compile_plan(little_graph(), {"default": config_of(method, example)}))
+    return plan_to_json(compile_plan(graph_for(method), {"default": config_of(method, example)}))
 
 
 @pytest.mark.parametrize(("method", "example"), [e[1:] for e in EXAMPLES], ids=[e[0] for e in EXAMPLES])

@@ -8,20 +8,23 @@ import tempfile
 
 from peftc.compiler.compile import compile_plan
 from peftc.config.files import read_config, write_config
+from peftc.model.peft_model import PeftModel
 from peftc.runtime.session import Session
 from peftc.testing.compare import same_names
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, layers_of, quiet
 from peftc.tuner.method import MapTuner
+from peftc.tuner.modules import ModuleTuner
 
 
 def record_names_its_slots(s: Subject) -> None:
     """Other libraries find a layer's tensors by `adapter_layer_names`, which come from the record."""
     declared = set(s.method.layer_names)
-    for path, layer in layers_of(s.wrap()).items():
-        stray = sorted({slot.name for slot in layer.site("default").slots if slot.trainable} - declared)
+    for site in s.wrap().session.plans["default"].sites:
+        stray = sorted({slot.name for slot in site.slots if slot.trainable} - declared)
         if stray:
-            raise broken(f"The slots {stray} are not among the record's `layer_names`", "Add them to the record.", path)
+            what = f"The slots {stray} are not among the record's `layer_names`"
+            raise broken(what, "Add them to the record.", site.path)
 
 
 def config_survives_files(s: Subject) -> None:
@@ -66,7 +69,7 @@ def method_is_stateless(s: Subject) -> None:
 
 
 def _tuners(s: Subject) -> list[object]:
-    if s.method.is_prompt:
+    if not s.method.adapts_layers:
         return [s.method.tuner]
     with quiet():
         config = s.config()
@@ -78,7 +81,7 @@ def _state(tuner: object) -> dict[str, int]:
     """Names and identities of attributes, of the object and of its classes."""
     found = {name: id(value) for name, value in vars(tuner).items()}
     for cls in type(tuner).__mro__[:-1]:
-        if cls is not MapTuner:
+        if cls not in (MapTuner, ModuleTuner):
             found |= {f"{cls.__name__}.{name}": id(value) for name, value in vars(cls).items()}
     return found
 
@@ -86,16 +89,18 @@ def _state(tuner: object) -> dict[str, int]:
 def keys_follow_the_rule(s: Subject) -> None:
     """Names in memory and in files are how other programs find an adapter's tensors."""
     name = "its_name"
-    model = s.trained(name)
+    base = s.build()
+    old = {id(p) for p in base.parameters()}
+    with quiet():
+        model = PeftModel(base, s.config(), name)
     session: Session = model.session
     plan = session.plans[name]
-    memory = {key.memory(plan.root) for site in plan.maps for key in (site.key(slot, name) for slot in site.slots)}
-    disk = {site.key(slot, name).disk() for site in plan.maps for slot in site.slots if slot.saved}
+    memory = {key.memory(plan.root) for site in plan.sites for key in (site.key(slot, name) for slot in site.slots)}
+    disk = {site.key(slot, name).disk() for site in plan.sites for slot in site.slots if slot.saved}
     if plan.prompt is not None:
         disk.add(plan.prompt.disk)
     else:
-        new = {n for n, _ in model.named_parameters()} - {f"{plan.root}{n}" for n, _ in s.build().named_parameters()}
-        new = {n for n in new if ".base_layer." not in n}
+        new = {n for n, p in model.named_parameters() if id(p) not in old}
         same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")
     same_names(
         model.adapter_tensors(name), disk | _base_keys(model, name), "The checkpoint", "Save the declared slots."

@@ -15,7 +15,7 @@ from peftc.runtime.layer import TunerLayer
 from peftc.runtime.paths import Part, Under, adapted, compose, has_functional_form
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken
-from peftc.testing.subjects import Subject, layers_of, quiet
+from peftc.testing.subjects import Subject, layers_of, quiet, slots_of
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
 _WORDINGS = (("thin",), ("branch",), ("params",), ("input", "output"))
@@ -141,7 +141,7 @@ def half_precision_bases(s: Subject) -> None:
     """Beside float16 and bfloat16 weights adapters train in float32, and in the same precision if that is asked for."""
     for dtype in (torch.bfloat16, torch.float16):
         model = s.trained(dtype=dtype)
-        found = {p.dtype for layer in layers_of(model).values() for _, p in layer.parameters_of("default")}
+        found = {p.dtype for p in slots_of(model, "default", trainable=False).values()}
         wrong = found - {torch.float32}
         if wrong:
             raise broken(f"Beside {dtype} weights slots are {wrong}", "Leave `dtype` of a slot out.")

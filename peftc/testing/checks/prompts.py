@@ -55,7 +55,7 @@ def generation_sees_the_prompt(s: Subject) -> None:
 
 
 def merging_is_refused(s: Subject) -> None:
-    """A prompt is no change of weights: merging it must say so and change nothing."""
+    """A prompt, or what acts around a module, is no change of weights: merging it must say so and change nothing."""
     model = s.trained()
     y = s.output(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -64,7 +64,7 @@ def merging_is_refused(s: Subject) -> None:
         except PeftcError as error:
             if [d.code for d in error.diagnostics] == [rules.CANNOT_MERGE.code]:
                 continue
-        raise broken("Merging a prompt is not refused", "Report this as a bug of peftc.")
+        raise broken("Merging is not refused", "Report this as a bug of peftc.")
     same(s.output(model), y, "The output after a merge was refused", "Report this as a bug of peftc.")
 
 

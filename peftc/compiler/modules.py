@@ -1,0 +1,77 @@
+"""The pass for methods that act around whole modules, and which of their adapters cannot act together.
+
+The method chooses the modules, from its options and the graph; what is equal of them is shared between the sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from peftc import rules
+from peftc.compiler.draft import Context, Draft, listed, placed
+from peftc.compiler.plan import AdapterPlan, ModuleSite
+from peftc.compiler.sites import below, check_slots, slot_dtype
+from peftc.diagnostics import Diagnostic, PeftcError, Severity
+from peftc.graph.nodes import ModuleGraph
+from peftc.registry.boundary import boundary
+from peftc.tuner.slots import Slot
+
+
+def wrap_modules(draft: Draft, context: Context) -> Draft:
+    """A module site for every module that the method wraps, after options left out were taken from the model."""
+    tuner = context.method.module_tuner
+    if tuner is None:
+        return draft
+    method, graph = context.method.peft_type, context.graph
+    try:
+        with boundary(method, "resolve"):
+            draft = draft.configured(**tuner.resolve(draft.config, graph))
+        with boundary(method, "sites"):
+            chosen = dict(tuner.sites(draft.config, graph))
+        if context.given is not None and context.given != chosen.keys():
+            what = f"The given paths are {listed(sorted(context.given))}, those of the config {listed(chosen)}"
+            raise PeftcError(rules.BAD_TARGET(what, fix="Give the config that belongs to the tensors."))
+        if any(problem.severity is Severity.ERROR for problem in draft.problems):
+            return draft  # what slots would be made from is not all there
+        return draft.but(modules=tuple(_sites(draft, context, chosen)))
+    except PeftcError as error:
+        return draft.told(*(placed(problem, context, draft.config) for problem in error.diagnostics))
+
+
+def _sites(draft: Draft, context: Context, chosen: Mapping[str, str]) -> Iterator[ModuleSite]:
+    tuner, graph = context.method.module_tuner, context.graph
+    assert tuner is not None
+    positions = {node.path: position for position, node in enumerate(graph.nodes)}
+    known: list[tuple[Slot, ...]] = []
+    for path, reason in chosen.items():
+        if not path or path not in positions:
+            what = f"`sites` of {context.method.peft_type} names `{path}`, which is no module that can be wrapped"
+            raise PeftcError(rules.PLUGIN_INVALID(what, fix="Correct the plugin's `sites`.", where=path))
+        node = graph.nodes[positions[path]]
+        with boundary(context.method.peft_type, "slots", path):
+            slots = tuple(tuner.slots(draft.config, node, graph))
+        check_slots(slots, context, path)
+        if slots in known:  # sites that are alike share their slots, which tells them apart from others at no cost
+            slots = known[known.index(slots)]
+        else:
+            known.append(slots)
+        dtype = slot_dtype(_weight_dtype(graph, positions[path]), context.autocast_adapter_dtype)
+        yield ModuleSite(path, node.facts, draft.config, slots, dtype, tuner.inner, reason, node.role)
+
+
+def _weight_dtype(graph: ModuleGraph, position: int) -> str:
+    """The dtype of the first parameter in a module."""
+    return next((tensor.dtype for node in below(graph, position) for _, tensor in node.facts.params), "float32")
+
+
+def together(active: Sequence[AdapterPlan]) -> Iterable[Diagnostic]:
+    """What keeps these adapters from acting at the same time: modules that more than one of them wraps."""
+    wraps: dict[str, list[str]] = {}
+    for plan in active:
+        for site in plan.modules:
+            wraps.setdefault(site.path, []).append(plan.name)
+    twice = {path: names for path, names in wraps.items() if len(names) > 1}
+    if twice:
+        names = dict.fromkeys(name for found in twice.values() for name in found)
+        what = f"{listed(names)} cannot act together: each takes the place of {listed(twice)}"
+        yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=next(iter(twice)))
