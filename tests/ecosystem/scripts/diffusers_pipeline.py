@@ -211,6 +211,9 @@ def fuse() -> dict[str, Any]:
     results["one"] = [image(pipe), pipe.num_fused_loras, sorted(pipe.fused_loras)]
     pipe.unfuse_lora(components=["unet", "text_encoder"])
     results["back"] = [image(pipe), pipe.num_fused_loras]
+    pipe.fuse_lora(components=["unet", "text_encoder"])
+    pipe.load_lora_weights("same_rank", weight_name=FILE, adapter_name="third")
+    results["taken out for another"] = [image(pipe), adapters(pipe)]
     pipe.set_adapters(["first", "second"], [1.0, 1.0])
     pipe.fuse_lora(components=["unet", "text_encoder"])
     results["both"] = [image(pipe), sorted(pipe.fused_loras)]

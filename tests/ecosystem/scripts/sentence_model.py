@@ -84,7 +84,7 @@ def in_place() -> dict[str, Any]:
 def several() -> dict[str, Any]:
     """Adapters by name from folders; switching, and reading one over another."""
     st = model()
-    st.load_adapter(START, adapter_name="one")
+    st.load_adapter(START, adapter_name="one", is_trainable=True)
     results: dict[str, Any] = {"one": [vectors(st), st.active_adapters()]}
     st.add_adapter(config(), adapter_name="two")
     st.set_adapter("two")
