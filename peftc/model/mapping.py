@@ -68,9 +68,10 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Adapt the model in place and return it; it stays of its own class. For methods on layers.
 
-    The new adapter is the active one of its method, in the dtype of its layers, and the model shows its configs as `peft_config`. With
-    `low_cpu_mem_usage` its tensors are on the meta device until `set_peft_model_state_dict` gives them values. With
-    `state_dict` the modules that its keys name are adapted, whatever the config says; values are not used.
+    The new adapter is the active one of its method, in the dtype of its layers; what was trainable before stays so. The
+    model shows its configs as `peft_config`. With `low_cpu_mem_usage` its tensors are on the meta device until
+    `set_peft_model_state_dict` gives them values. With `state_dict` the modules that its keys name are adapted, whatever
+    the config says; values are not used.
 
     Raises `PeftcError`, with the model unchanged.
     """

@@ -169,7 +169,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.set_requires_grad({*self._active, *names}, False)
+        self.set_requires_grad(self._sites, False)
         self.set_requires_grad(names, not inference_mode)
         self._shared.active = names  # who calls this calls it on every layer
         self.activate(names)

@@ -56,6 +56,8 @@ class Session:
         self.copies: dict[str, ModulesToSaveWrapper] = {}
         self.shared = Shared()
         self.enabled = True
+        #: adapters of which something may require gradients; active ones may as well
+        self.requiring: set[str] = set()
         #: base tensors that an adapter's training or loading changes, as they were before
         self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         #: of a model that was adapted in place, the configs that it shows as `peft_config`
@@ -259,13 +261,11 @@ class Session:
         clashes = tuple(together([self.plans[name] for name in dict.fromkeys(names)]))
         if clashes:
             raise PeftcError(clashes)
-        if self.merged and set(names) != set(self.active):
-            what = f"{', '.join(f'`{name}`' for name in self.merged)} is taken out of the base weights again"
-            fix = "Call `unmerge_adapter()` before others are activated."
-            warn([rules.WHILE_MERGED(what, fix=fix, severity=Severity.WARNING)])
-            self.unmerge()
-        for name in dict.fromkeys((*self.active, *names)):
-            self.set_requires_grad(name, trainable and name in names)
+        self._take_out_merged(names)
+        for name in {*self.requiring, *self.active} & self.plans.keys() - set(names):
+            self.set_requires_grad(name, False)
+        for name in names:
+            self.set_requires_grad(name, trainable)
         self._activate(names)
 
     def _activate(self, names: Sequence[str]) -> None:
@@ -279,13 +279,19 @@ class Session:
                 wrapper.enable_adapters(self.enabled)
         self.active = tuple(names)
 
+    def _take_out_merged(self, names: Sequence[str]) -> None:
+        """Unmerge, with a warning, before others than the active adapters are activated."""
+        if self.merged and set(names) != set(self.active):
+            what = f"{', '.join(f'`{name}`' for name in self.merged)} is taken out of the base weights again"
+            fix = "Call `unmerge_adapter()` before others are activated."
+            warn([rules.WHILE_MERGED(what, fix=fix, severity=Severity.WARNING)])
+            self.unmerge()
+
     def bring_in(self, name: str, trainable: bool = True) -> None:
-        """Activate an adapter in place of those of its own method, beside those of others."""
+        """Activate an adapter in place of those of its own method, beside those of others. What trained before goes on to."""
         own = self.plans[name].peft_type
-        others = [n for n in self.active if self.plans[n].peft_type != own]
-        for old in self.active:
-            if old not in others:
-                self.set_requires_grad(old, False)
+        others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
+        self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
         self._activate([*others, name])
 
@@ -298,6 +304,7 @@ class Session:
 
     def set_requires_grad(self, name: str, required: bool) -> None:
         """Make an adapter's trainable tensors require gradients, or not."""
+        (self.requiring.add if required else self.requiring.discard)(name)
         for layer in self.layers_of(name):
             layer.set_requires_grad(name, required)
         for wrapper in self.modules_of(name):
@@ -406,6 +413,7 @@ class Session:
             _restore(before)
         self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
         self.active = ()
+        self.requiring = set()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""

@@ -97,6 +97,21 @@ def test_unmerging_in_bfloat16_restores_the_weights() -> None:
     assert changed(peftc) == 0
 
 
+def test_merging_one_of_two_active_adapters_leaves_the_other_in_effect() -> None:
+    def difference(library: ModuleType) -> float:
+        options = {"init_lora_weights": False}
+        model = lora(library, **options)
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["a"], **options))
+        model.base_model.model.a.set_adapter(["default", "other"])
+        x = torch.randn(2, 16)
+        before = model(x)
+        model.merge_adapter(["default"])
+        return (model(x) - before).abs().max().item()
+
+    assert difference(peft) > 0.01
+    assert difference(peftc) < 1e-5
+
+
 def test_unmerging_a_scale_of_zero_restores_the_weights() -> None:
     def difference(library: ModuleType) -> float:
         model = library.get_peft_model(Small(), library.IA3Config(target_modules=["a"], feedforward_modules=[]))

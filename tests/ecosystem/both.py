@@ -100,7 +100,8 @@ def differences(real: Any, alias: Any, at: str = "", tolerance: float = TOLERANC
         for i, (one, other) in enumerate(zip(real, alias, strict=True)):
             yield from differences(one, other, f"{at}[{i}]", tolerance)
     elif isinstance(real, float) and isinstance(alias, float):
-        if not math.isclose(real, alias, rel_tol=tolerance, abs_tol=tolerance) and not real != real != alias:
+        near = math.isclose(real, alias, rel_tol=tolerance, abs_tol=tolerance)
+        if not near and not (math.isnan(real) and math.isnan(alias)):
             yield f"{at}: {real!r}, with the alias {alias!r}"
     elif real != alias:
         yield f"{at}: {real!r}, with the alias {alias!r}"

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
 from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.functional import set_adapter
 from peftc.runtime.apply import apply_plan
+from peftc.runtime.layer import BaseTunerLayer
 from peftc.runtime.snapshot import snapshot
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, prompted, x
 
@@ -304,7 +306,16 @@ def test_injecting_leaves_the_class_and_says_what_is_there() -> None:
     assert sorted(trained(base)) == sorted(factors("default"))
     inject_adapter_in_model(narrow(r=3), base, "other")
     assert list(base.peft_config) == ["default", "other"]
-    assert sorted(trained(base)) == sorted(factors("other")), "the second one is active, as in the reference"
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    assert all(layer.active_adapters == ["other"] for layer in layers), "the second one is active, as in the reference"
+    assert sorted(trained(base)) == sorted([*factors("default"), *factors("other")]), "the first one is left as it is"
+    inject_adapter_in_model(narrow(r=3, inference_mode=True), base, "frozen")
+    assert sorted(trained(base)) == sorted([*factors("default"), *factors("other")])
+    for layer in layers:
+        layer.set_adapter("other")
+    assert sorted(trained(base)) == sorted(factors("other")), "who chooses by hand chooses for all of them"
+    set_adapter(base, "default")
+    assert sorted(trained(base)) == sorted(factors("default"))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers has a newer name for it
