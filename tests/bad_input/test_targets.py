@@ -328,7 +328,7 @@ CASES: dict[str, Case] = {
     ),
     "two methods on one model": Case(
         rules.MIXED_TYPES, together(sample(), PromptConfig(num_virtual_tokens=2)), ("SAMPLE, SAMPLE_PROMPT",),
-        (compiler, "    if len(types) > 1:", "    if False:"),
+        (compiler, "    elif len(types) > 1:", "    elif False:"),
     ),
     "biases that two adapters would share": Case(
         rules.ADAPTERS_CONFLICT,
