@@ -19,7 +19,7 @@ from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
-from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.diagnostics import PeftcError, warn
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import Loadable, LoadOptions, loadable, opened
@@ -56,16 +56,16 @@ def save(
         write_card(facts, root)
 
 
-def pickle_not_written() -> Diagnostic:
-    """What is said of `safe_serialization=False`."""
-    what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
-    return rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")
-
-
-def no_conversion() -> Diagnostic:
-    """What is said of `path_initial_model_for_weight_conversion`."""
-    what = "`path_initial_model_for_weight_conversion` is not available: no method here changes the base when it starts"
-    return rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out.")
+def check_format(safe_serialization: bool, path_of_start: str | None) -> None:
+    """Warn that nothing is pickled if that was asked for. Raises `PeftcError` for a conversion that does not exist here."""
+    if path_of_start is not None:
+        what = (
+            "`path_initial_model_for_weight_conversion` is not available: no method here changes the base at its start"
+        )
+        raise PeftcError(rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out."))
+    if not safe_serialization:
+        what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
+        warn([rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")])
 
 
 def adapter_tensors(

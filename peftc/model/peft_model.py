@@ -412,10 +412,7 @@ class PeftModel(nn.Module):
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
-        if path_initial_model_for_weight_conversion is not None:
-            raise PeftcError(files.no_conversion())
-        if not safe_serialization:
-            warn([files.pickle_not_written()])
+        files.check_format(safe_serialization, path_initial_model_for_weight_conversion)
         if is_main_process:
             files.save(self, save_directory, names, save_embedding_layers, state_dict)
 
@@ -465,25 +462,16 @@ class PeftModel(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        *,
-        torch_device: str | torch.device | int | None = None,
-        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load an adapter onto a base model, in the class of its task. Raises `PeftcError`, with the model as it was.
 
-        `kwargs` are those of the hub's client and `subfolder`; others are ignored. A file is always mapped and nothing is
+        `kwargs`: `torch_device`, `ignore_mismatched_sizes`, `subfolder`, those of the hub's client; others are ignored. A file is always mapped and nothing is
         initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
         """
-        options = LoadOptions(
-            is_trainable,
-            autocast_adapter_dtype,
-            torch_device,
-            key_mapping,
-            ignore_mismatched_sizes,
-            ephemeral_gpu_offload,
-            kwargs,
-        )
+        torch_device = kwargs.pop("torch_device", None)
+        given = (is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ephemeral_gpu_offload)
+        options = LoadOptions.of(*given, kwargs)
         config, file = opened(model_id, config, options)
         found = loadable(model, adapter_name, config, file, options)
         from peftc.model.tasks import task_model_class  # here: the classes of tasks derive from this one
@@ -504,8 +492,6 @@ class PeftModel(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        *,
-        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadReport:
         """Load a further adapter, not activated; one of that name is overwritten. The report names every key.
@@ -513,13 +499,6 @@ class PeftModel(nn.Module):
         Keywords as in `from_pretrained`. Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would
         be loaded, or it is merged.
         """
-        options = LoadOptions(
-            is_trainable,
-            autocast_adapter_dtype,
-            torch_device,
-            key_mapping,
-            ignore_mismatched_sizes,
-            ephemeral_gpu_offload,
-            kwargs,
-        )
+        given = (is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ephemeral_gpu_offload)
+        options = LoadOptions.of(*given, kwargs)
         return files.load(self, model_id, adapter_name, options)

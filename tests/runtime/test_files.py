@@ -26,7 +26,7 @@ from peftc.checkpoint import keys, report
 from peftc.checkpoint import weights as weights_file
 from peftc.config import hub
 from peftc.diagnostics import Rule
-from peftc.model import card, embeddings, files, loading, peft_model
+from peftc.model import card, embeddings, files, loading
 from peftc.runtime import ties
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, x
@@ -422,11 +422,11 @@ CASES = {
     ),
     "a pickle": Case(
         rules.PICKLE_NOT_WRITTEN, net, lambda m, p: m.save_pretrained(p / "new", safe_serialization=False),
-        (peft_model, "if not safe_serialization:", "if False:"), "the weights are in `adapter_model.safetensors`",
+        (files, "if not safe_serialization:", "if False:"), "the weights are in `adapter_model.safetensors`",
     ),
     "a conversion that is not there": Case(
         rules.OPTION_NOT_AVAILABLE, net, lambda m, p: m.save_pretrained(p / "new", path_initial_model_for_weight_conversion="x"),
-        (peft_model, "if path_initial_model_for_weight_conversion is not None:", "if False:"), "is not available",
+        (files, "if path_of_start is not None:", "if False:"), "is not available",
     ),
     "a state dict of something else": Case(
         rules.SAVE_INCOMPLETE, net, lambda m, p: m.save_pretrained(p / "new", state_dict={"a": torch.ones(1)}),
