@@ -19,7 +19,7 @@ from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
-from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.diagnostics import PeftcError, warn
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import Loadable, LoadOptions, loadable, opened
@@ -56,16 +56,16 @@ def save(
         write_card(facts, root)
 
 
-def pickle_not_written() -> Diagnostic:
-    """What is said of `safe_serialization=False`."""
-    what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
-    return rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")
-
-
-def no_conversion() -> Diagnostic:
-    """What is said of `path_initial_model_for_weight_conversion`."""
-    what = "`path_initial_model_for_weight_conversion` is not available: no method here changes the base when it starts"
-    return rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out.")
+def check_format(safe_serialization: bool, path_of_start: str | None) -> None:
+    """Warn that nothing is pickled if that was asked for. Raises `PeftcError` for a conversion that does not exist here."""
+    if path_of_start is not None:
+        what = (
+            "`path_initial_model_for_weight_conversion` is not available: no method here changes the base at its start"
+        )
+        raise PeftcError(rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out."))
+    if not safe_serialization:
+        what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
+        warn([rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")])
 
 
 def adapter_tensors(
@@ -164,10 +164,10 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
             _exchange(model, name, found, options.is_trainable, journal)
         else:
             model._attach(found.plan, found.source, journal)
-            if options.is_trainable:  # the reference makes it so although it is not active
-                for tensor in _own(model, name):
-                    if tensor.is_floating_point():
-                        tensor.requires_grad_(True)
+            if options.is_trainable:  # as in the reference, although it is not active
+                session.set_requires_grad(name, True)
+                if model.prompt_encoder is not None:
+                    model.prompt_encoder[name].requires_grad_(True)
         if same and options.is_trainable and name in session.active:  # loading in place does not end a training
             model.set_adapter(session.active)
     if not options.is_trainable and model.training:

@@ -42,6 +42,20 @@ class LoadOptions:
     ephemeral_gpu_offload: bool = False
     hub: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        device: str | torch.device | int | None,
+        key_mapping: Mapping[str, str] | None,
+        ephemeral_gpu_offload: bool,
+        keywords: dict[str, Any],
+    ) -> LoadOptions:
+        """From the keywords of a call; of the further ones, `ignore_mismatched_sizes` is not the hub's."""
+        ignored = bool(keywords.pop("ignore_mismatched_sizes", False))
+        return cls(is_trainable, autocast_adapter_dtype, device, key_mapping, ignored, ephemeral_gpu_offload, keywords)
+
 
 @dataclass(frozen=True, slots=True)
 class Loadable:

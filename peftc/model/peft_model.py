@@ -407,15 +407,11 @@ class PeftModel(nn.Module):
         """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
-        Files are always safetensors; further keywords of the reference are accepted. Raises `PeftcError` with the folder
-        as it was.
+        Files are always safetensors; further keywords are accepted. Raises `PeftcError` with the folder as it was.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
-        if path_initial_model_for_weight_conversion is not None:
-            raise PeftcError(files.no_conversion())
-        if not safe_serialization:
-            warn([files.pickle_not_written()])
+        files.check_format(safe_serialization, path_initial_model_for_weight_conversion)
         if is_main_process:
             files.save(self, save_directory, names, save_embedding_layers, state_dict)
 
@@ -449,8 +445,7 @@ class PeftModel(nn.Module):
 
         Returns the address of the commit. `max_shard_size` is accepted: an adapter is one file. Raises `PeftcError`.
         """
-        message = commit_message or "Upload model"
-        commit = Commit(message, commit_description, private, token, revision, create_pr)
+        commit = Commit(commit_message or "Upload model", commit_description, private, token, revision, create_pr)
         return push(self, repo_id, DEFAULT, tags or (), commit)
 
     @classmethod
@@ -465,25 +460,15 @@ class PeftModel(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        *,
-        torch_device: str | torch.device | int | None = None,
-        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load an adapter onto a base model, in the class of its task. Raises `PeftcError`, with the model as it was.
-
-        `kwargs` are those of the hub's client and `subfolder`; others are ignored. A file is always mapped and nothing is
-        initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
+        `kwargs`: `torch_device`, `ignore_mismatched_sizes`, `subfolder`, those of the hub's client; others are ignored.
+        A file is mapped and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
         """
-        options = LoadOptions(
-            is_trainable,
-            autocast_adapter_dtype,
-            torch_device,
-            key_mapping,
-            ignore_mismatched_sizes,
-            ephemeral_gpu_offload,
-            kwargs,
-        )
+        device = kwargs.pop("torch_device", None)
+        given = (is_trainable, autocast_adapter_dtype, device, key_mapping, ephemeral_gpu_offload)
+        options = LoadOptions.of(*given, kwargs)
         config, file = opened(model_id, config, options)
         found = loadable(model, adapter_name, config, file, options)
         from peftc.model.tasks import task_model_class  # here: the classes of tasks derive from this one
@@ -504,22 +489,12 @@ class PeftModel(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-        *,
-        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadReport:
         """Load a further adapter, not activated; one of that name is overwritten. The report names every key.
 
-        Keywords as in `from_pretrained`. Raises `PeftcError`, with nothing changed, if a tensor does not fit, nothing would
-        be loaded, or it is merged.
+        Keywords as in `from_pretrained`. Raises `PeftcError`, with nothing changed (`peftc.model.files.load`).
         """
-        options = LoadOptions(
-            is_trainable,
-            autocast_adapter_dtype,
-            torch_device,
-            key_mapping,
-            ignore_mismatched_sizes,
-            ephemeral_gpu_offload,
-            kwargs,
-        )
+        given = (is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ephemeral_gpu_offload)
+        options = LoadOptions.of(*given, kwargs)
         return files.load(self, model_id, adapter_name, options)

@@ -190,7 +190,7 @@ CASES: dict[str, Case] = {
     ),
     "a catastrophic pattern": Case(
         rules.SLOW_PATTERN, plan(target_modules=r"(x|[a-z._0-9]+?)*?([a-z._0-9]+)*(?=.{90})"), ("more than", "nested repetition"),
-        (match, "        except TimeoutError:", "        except KeyError:"),
+        (match, "(path, timeout=self._deadline.left())\n        except TimeoutError:", "(path, timeout=self._deadline.left())\n        except KeyError:"),
     ),
     "an exclusion of nothing": Case(
         rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules=["v_porj"]), ("`v_porj`", "$.adapters.default.exclude_modules.v_porj"),
@@ -328,7 +328,7 @@ CASES: dict[str, Case] = {
     ),
     "two methods on one model": Case(
         rules.MIXED_TYPES, together(sample(), PromptConfig(num_virtual_tokens=2)), ("SAMPLE, SAMPLE_PROMPT",),
-        (compiler, "    if len(types) > 1:", "    if False:"),
+        (compiler, "    elif len(types) > 1:", "    elif False:"),
     ),
     "biases that two adapters would share": Case(
         rules.ADAPTERS_CONFLICT,
