@@ -18,7 +18,7 @@ from peftc.checkpoint.weights import device_of
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
-from peftc.diagnostics import ConfigError
+from peftc.diagnostics import ConfigError, warn
 from peftc.graph.nodes import TensorFacts
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
