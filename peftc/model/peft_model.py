@@ -24,7 +24,6 @@ from peftc.model.embeddings import AUTO
 from peftc.model.loading import LoadOptions, loadable, opened
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
-from peftc.model.weighted import combined, recipe
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, mixed_types, session_of, strip
 from peftc.runtime.classes import model_class
@@ -219,50 +218,6 @@ class PeftModel(nn.Module):
         plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype, mixed=self.mixes)
         with Journal() as journal:
             self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None, journal)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        svd_clamp: float | None = None,
-        svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Add an adapter that is others combined with weights, negative ones included; it is not activated.
-
-        `cat` and `svd` are exact (up to the rank); `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` act on
-        factors, with `_svd` on whole updates. The new scaling is 1. Methods whose updates are not thin have one way of
-        their own, for the default type. Raises `PeftcError`, with nothing changed.
-        """
-        svd = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
-        how = recipe(
-            self.session,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank,
-            svd,
-            density,
-            majority_sign_method,
-        )
-        made = combined(self.session, how, adapter_name)
-        plan = plan_for(
-            self.get_base_model(),
-            {adapter_name: made.config},
-            loading=True,
-            task_heads=False,
-            given=made.paths,
-            mixed=self.mixes,
-        )
-        made.require_shapes(plan.adapters[0])
-        with Journal() as journal:
-            self._attach(plan, made.tensors.get, journal)
 
     def _attach(self, plan: InjectionPlan, source: Source | None, journal: Journal) -> None:
         """Add the plan's one adapter, from a checkpoint or fresh."""

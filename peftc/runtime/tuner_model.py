@@ -19,6 +19,7 @@ from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
+from peftc.runtime.weighted import combined, recipe
 
 #: The config of a model without one.
 NO_CONFIG = {"model_type": "custom"}
@@ -126,6 +127,45 @@ class TunerModel(nn.Module):
         )
         sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
         apply_plan(self.model, plan, sources=sources, mixed=self.mixes)
+        self.peft_config[adapter_name] = plan.adapter(adapter_name).config
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is others combined with weights, negative ones included; it is not activated.
+
+        `cat` and `svd` are exact (up to the rank); `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` act on
+        factors, with `_svd` on whole updates. The new scaling is 1. Methods whose updates are not thin have one way of
+        their own, for the default type. Raises `PeftcError`, with nothing changed.
+        """
+        svd = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
+        how = recipe(
+            self.session,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type,
+            svd_rank,
+            svd,
+            density,
+            majority_sign_method,
+        )
+        made = combined(self.session, how, adapter_name)
+        plan = plan_for(
+            self.model, {adapter_name: made.config}, loading=True, task_heads=False, given=made.paths, mixed=self.mixes
+        )
+        made.require_shapes(plan.adapters[0])
+        apply_plan(self.model, plan, sources={adapter_name: made.tensors.get}, mixed=self.mixes)
         self.peft_config[adapter_name] = plan.adapter(adapter_name).config
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

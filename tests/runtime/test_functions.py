@@ -75,6 +75,13 @@ def test_options_of_a_combination_are_checked(kind: str, options: dict[str, Any]
     assert list(model.peft_config) == ["default", "other"]
 
 
+def test_adapters_of_several_methods_are_not_combined() -> None:
+    model = get_peft_model(Net(), narrow(), mixed=True)
+    model.add_adapter("other", stretch())
+    with pytest.raises(PeftcError, match=r"PC550.*several methods: NARROW, STRETCH"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+
+
 def test_factors_beyond_the_rank_of_a_matrix_are_zero() -> None:
     delta = torch.randn(5, 3)
     A, B = closest_factors(delta, 6)

@@ -32,9 +32,9 @@ from peftc import (
 from peftc.compiler import compile as compiling
 from peftc.compiler import select
 from peftc.diagnostics import Rule
-from peftc.model import base_state, files, hotswap, injected, mapping, mixed, rows, state, weighted
+from peftc.model import base_state, files, hotswap, injected, mapping, mixed, rows, state
 from peftc.model import peft_model as runtime_model
-from peftc.runtime import apply, call, layer, planning, prompt, session
+from peftc.runtime import apply, call, layer, planning, prompt, session, weighted
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.snapshot import snapshot
@@ -233,10 +233,6 @@ CASES = {
         rules.CANNOT_COMBINE, lambda: adapted(narrow(modules_to_save=["head"]), other=narrow(modules_to_save=["head"])),
         lambda m: m.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both"),
         (weighted, "if saved.count(path) > 1", "if False"), "`head` is trained whole",
-    ),
-    "combining a prompt": Case(
-        rules.CANNOT_COMBINE, prompted, lambda m: m.add_weighted_adapter(["default"], [1.0], "both"),
-        (weighted, "is a prompt, which has no layers", "has no layers"), "`default` is a prompt",
     ),
     "a weight for nobody": Case(
         rules.CANNOT_COMBINE, adapted, lambda m: m.add_weighted_adapter(["default"], [1.0, 2.0], "both"),

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from peftc import rules
-from peftc.checkpoint.keys import listed
-from peftc.compiler.draft import option
+from peftc.compiler.draft import listed, option
 from peftc.compiler.match import matches
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
@@ -109,10 +108,12 @@ def recipe(
 def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     """Compute the new adapter. Raises `PeftcError` if these cannot be combined in that way; nothing is changed."""
     plans = [session.plans[name] for name in how.weights]
+    found = Collector()
+    found.add(*_beside_layers(plans))
+    found.raise_errors()
     members = _members(session, plans)
-    problems = [*_beside_layers(plans), *_wrong_way(members, how)]
-    if problems:
-        raise PeftcError(problems)
+    found.add(*_wrong_way(members, how))
+    found.raise_errors()
     tuner = next(iter(members.values())).tuner
     rank = _rank(plans, how) if tuner.is_rankable else 0
     config = plans[0].config.model_copy(update={**_targets(session, plans, members), **_saved(plans)})
@@ -156,6 +157,10 @@ def _members(session: Session, plans: Sequence[AdapterPlan]) -> dict[str, _Membe
 
 def _beside_layers(plans: Sequence[AdapterPlan]) -> list[Diagnostic]:
     """What adapters have beside slots on layers and cannot be weighted."""
+    types = sorted({plan.peft_type for plan in plans})
+    if len(types) > 1:
+        what = f"They are of several methods: {', '.join(types)}"
+        return [rules.CANNOT_COMBINE(what, fix="Combine adapters of one method.")]
     problems = []
     for plan in plans:
         if plan.prompt is not None:
