@@ -161,7 +161,7 @@ class AdapterPlan:
     @property
     def nests(self) -> bool:
         """Whether it acts on single layers alone, so that wrappers of another method can be round its own."""
-        return self.prompt is None
+        return self.prompt is None and not self.modules
 
     def is_like(self, other: AdapterPlan) -> bool:
         """Whether the other plan gives the same tensors the same meaning: only the values may differ."""

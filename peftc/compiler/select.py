@@ -200,6 +200,8 @@ def filter_layers(draft: Draft, context: Context) -> Draft:
 
 def take_given(draft: Draft, context: Context) -> Draft:
     """The paths that are given instead of what the config means; the graph's order, and a warning where the two differ."""
+    if not isinstance(draft.config, TargetsMixin):
+        return draft
     given = context.given or frozenset()
     found = {node.path: (node.path,) for node in context.graph.nodes if node.path in given}
     unknown = sorted(given - found.keys())

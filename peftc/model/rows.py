@@ -51,8 +51,11 @@ def _problems(
     if session.merged:
         what = f"Merged adapters act on every row: {', '.join(f'`{name}`' for name in session.merged)}"
         yield rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first.")
-    for name in session.plans:
-        if name in names and not session.plans[name].nests:
+    for name, plan in session.plans.items():
+        acts = name in names or (
+            name in session.active and bool(plan.modules)
+        )  # a wrapped module sees all rows at once
+        if acts and not plan.nests:
             what = f"`{name}` adapts the whole call, not single rows"
             yield rules.CALL_NOT_POSSIBLE(what, why="Rows share one call.", fix="Call the model without row names.")
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)

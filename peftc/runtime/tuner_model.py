@@ -102,7 +102,7 @@ class TunerModel(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """Paths of all adapted layers, in the order of the adapters."""
         plans = self.session.plans.values()
-        return list(dict.fromkeys(site.path for plan in plans for site in plan.maps))
+        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites))
 
     def inject_adapter(
         self,

@@ -442,6 +442,19 @@ def test_merging_is_refused(merge: str) -> None:
     assert torch.equal(logits(model), y)
 
 
+@pytest.mark.parametrize("names", [["default"] * 3, ["__base__"] * 3])
+def test_rows_of_their_own_are_refused(names: list[str]) -> None:
+    with pytest.raises(PeftcError, match="adapts the whole call"):
+        wrapped(peftc)(**batch(), adapter_names=names)
+
+
+def test_it_does_not_mix_with_methods_on_layers() -> None:
+    model = peftc.get_peft_model(base(), peftc.LoraConfig(target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(PeftcError, match="ADAPTION_PROMPT"):
+        model.add_adapter("other", config(peftc, 1))
+    assert list(model.peft_config) == ["default"]
+
+
 def test_a_plan_shows_the_wrapped_modules() -> None:
     text = render_plan(planned(default=2))
     assert "model.layers.{1..2}.self_attn  ×2  around LlamaAttention  1×4×32 + 1        258" in text

@@ -126,7 +126,11 @@ def generation_without_prompt(patch: Patch) -> None:
 
 def never_aside(patch: Patch) -> None:
     parameters = AdapterPlan.parameters
-    patch.setattr(AdapterPlan, "parameters", lambda plan, trainable=True, active=True: parameters(plan, trainable))
+    patch.setattr(
+        AdapterPlan,
+        "parameters",
+        lambda plan, trainable=True, depth=None, active=True: parameters(plan, trainable, depth),
+    )
 
 
 def always_together(patch: Patch) -> None:

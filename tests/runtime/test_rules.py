@@ -325,7 +325,7 @@ CASES = {
     ),
     "rows with a prompt": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), adapter_names=["default"] * len(ids())),
-        (rows, "if name in names and not session.plans[name].nests:", "if False:"), "adapts the whole call",
+        (rows, "if acts and not plan.nests:", "if False:"), "adapts the whole call",
     ),
     "a prompt that is to be mixed": Case(
         rules.CANNOT_MIX, nested, lambda m: get_peft_model(LANGUAGE_MODEL.build(), preface(), mixed=True),
