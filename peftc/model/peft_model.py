@@ -252,14 +252,8 @@ class PeftModel(nn.Module):
             majority_sign_method,
         )
         made = combined(self.session, how, adapter_name)
-        plan = plan_for(
-            self.get_base_model(),
-            {adapter_name: made.config},
-            loading=True,
-            task_heads=False,
-            given=made.paths,
-            mixed=self.mixes,
-        )
+        base, configs = self.get_base_model(), {adapter_name: made.config}
+        plan = plan_for(base, configs, loading=True, task_heads=False, given=made.paths, mixed=self.mixes)
         made.require_shapes(plan.adapters[0])
         with Journal() as journal:
             self._attach(plan, made.tensors.get, journal)
@@ -285,8 +279,7 @@ class PeftModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the trainable tensors of adapters require gradients, or not, active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        session = self.session
+        session, names = self.session, [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         session.require(names)
         for name in names:
             session.set_requires_grad(name, requires_grad)
@@ -380,8 +373,9 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """One line with both counts and their ratio."""
         trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The status of every wrapped layer. Raises `PeftcError` for an adapter that wraps none."""
