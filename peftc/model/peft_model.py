@@ -33,7 +33,6 @@ from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.prompt import PromptDriver, PromptEncoder
 from peftc.runtime.session import Session, freeze
-from peftc.runtime.ties import refuse_parting
 from peftc.tuner.method import PromptTuner
 
 DEFAULT = files.AT_ROOT
@@ -240,8 +239,7 @@ class PeftModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the trainable tensors of adapters require gradients, or not, active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        session = self.session
+        session, names = self.session, [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         session.require(names)
         for name in names:
             session.set_requires_grad(name, requires_grad)
@@ -303,28 +301,21 @@ class PeftModel(nn.Module):
         Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
         """
         self._refuse_merge()
-        session, model = self.session, self.get_base_model()
-        refuse_parting(session, adapter_names)
-        session.merge(adapter_names, safe_merge)
-        session.keep_trained()
-        self._leave(session)
-        return model
+        merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
+        return merged
 
     def unload(self) -> nn.Module:
         """The base model as it was, with the same module objects. This object has no adapter afterwards."""
         session, model = self.session, self.get_base_model()
         session.unmerge()
-        self._leave(session)
+        strip(model, session)
+        self.peft_config.clear()
         return model
 
     def _refuse_merge(self) -> None:
         if self.prompt_encoder is not None:
             fix = "Keep the adapter beside the model."
             raise PeftcError(rules.CANNOT_MERGE("A prompt changes the input, not the weights", fix=fix))
-
-    def _leave(self, session: Session) -> None:
-        strip(self.get_base_model(), session)
-        self.peft_config.clear()
 
     # counting -----------------------------------------------------------------------------------------------------
 
@@ -335,8 +326,9 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """One line with both counts and their ratio."""
         trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The status of every wrapped layer. Raises `PeftcError` for an adapter that wraps none."""

@@ -335,10 +335,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._choose_path()
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
-        """New base parameters with these adapters folded in; the layer stays as it is."""
+        """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
         base = self.get_base_layer()
+        parts = [wrapper._parts[name] for wrapper in self.chain() for name in names if name in wrapper._parts]
         with torch.no_grad():
-            logical = adapted(self._under, [self._parts[n] for n in names])
+            logical = adapted(self._under, parts)
             before = self.backend.opened(base)
             changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
             if check and not all(torch.isfinite(t).all() for t in changed.values()):

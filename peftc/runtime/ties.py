@@ -51,8 +51,8 @@ def _merged(session: Session, name: str, adapters: Sequence[str]) -> Tensor | No
     path, _, tail = name.rpartition(".")
     layer, module = session.layers.get(path), session.find(path)
     if layer is not None:
-        pending = [name for name in adapters if name in layer.adapters and name not in layer.merged_adapters]
-        changed = layer.merged_parameters(pending) if pending else {}
+        merged = [name for wrapper in layer.chain() for name in wrapper.merged_adapters]
+        changed = layer.merged_parameters([name for name in adapters if name not in merged])
         if tail in changed:
             return changed[tail]
     return module._parameters.get(tail) if module is not None else None

@@ -19,6 +19,7 @@ from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
+from peftc.runtime.ties import refuse_parting
 from peftc.runtime.weighted import combined, recipe
 
 #: The config of a model without one.
@@ -210,8 +211,12 @@ class TunerModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards."""
+        """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
+
+        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        """
         session = self.session
+        refuse_parting(session, adapter_names)
         session.merge(adapter_names, safe_merge)
         session.keep_trained()
         return self._left(session)

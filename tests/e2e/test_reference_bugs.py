@@ -293,3 +293,63 @@ def test_an_adaption_prompt_loaded_for_inference_is_frozen(tmp_path: Path) -> No
     theirs, ours = (library.PeftModel.from_pretrained(tiny_llama(), tmp_path) for library in (peft, peftc))
     assert any(p.requires_grad for p in theirs.parameters())
     assert not any(p.requires_grad for p in ours.parameters())
+
+
+def two_rows(library: ModuleType, train: bool = False) -> Tensor:
+    model = lora(library, modules_to_save=["head"], init_lora_weights=False)
+    model.add_adapter("other", library.LoraConfig(r=4, target_modules=["b"]))
+    with torch.no_grad():
+        return model.train(train)(torch.ones(2, 16), adapter_names=["default", "other"])
+
+
+def test_a_row_whose_adapter_does_not_train_the_module_whole() -> None:
+    with pytest.raises(KeyError):
+        two_rows(peft)
+    torch.testing.assert_close(two_rows(peftc)[1], Small()(torch.ones(16)))
+
+
+def test_rows_in_training_and_of_other_methods() -> None:
+    with pytest.raises(ValueError, match="training mode"):
+        two_rows(peft, train=True)
+    assert two_rows(peftc, train=True).shape == (2, 4)
+
+    def ignored(library: ModuleType) -> bool:
+        config = library.HRAConfig(r=2, target_modules=["a"], init_weights=False)
+        model, x = library.get_peft_model(Small(), config).eval(), torch.ones(1, 16)
+        return torch.equal(model(x, adapter_names=["__base__"]), model(x))
+
+    assert ignored(peft)
+    assert not ignored(peftc)
+
+
+def test_reflections_over_another_method_leave_it_acting() -> None:
+    def effect(library: ModuleType) -> float:
+        model, x = Small(), torch.ones(1, 16)
+        library.inject_adapter_in_model(
+            library.LoraConfig(r=4, target_modules=["a"], init_lora_weights=False), model, "a"
+        )
+        before = model(x)
+        library.inject_adapter_in_model(
+            library.HRAConfig(r=2, target_modules=["a"]), model, "b"
+        )  # the identity at first
+        return (model(x) - before).abs().max().item()
+
+    assert quietly(lambda: effect(peft)) > 0.01
+    assert effect(peftc) < 1e-5
+
+
+def test_a_mixed_model_has_files_and_a_status(tmp_path: Path) -> None:
+    def mixed(library: ModuleType) -> Any:
+        return library.get_peft_model(Small(), library.LoraConfig(r=4, target_modules=["a"]), mixed=True)
+
+    with pytest.raises(NotImplementedError):
+        mixed(peft).save_pretrained(tmp_path)
+    with pytest.raises(TypeError):
+        mixed(peft).get_model_status()
+    with pytest.raises(ValueError, match="not compatible"):
+        mixed(peft).add_adapter("other", peft.IA3Config(target_modules=["a"], feedforward_modules=[]))
+    model = mixed(peftc)
+    model.add_adapter("other", peftc.IA3Config(target_modules=["a"], feedforward_modules=[]))
+    model.save_pretrained(tmp_path)
+    assert peft.PeftModel.from_pretrained(Small(), str(tmp_path / "other")).active_adapter == "default"
+    assert model.get_model_status().num_adapter_layers == 2
