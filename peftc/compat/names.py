@@ -64,7 +64,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.helpers",
     ),
     ("peftc.runtime.layer", "BaseTunerLayer", "peft.tuners.tuners_utils"),
-    ("peftc.runtime.classes", "BaseTuner=TunerModel", "peft.tuners.tuners_utils"),
+    ("peftc.runtime.tuner_model", "BaseTuner=TunerModel", "peft.tuners.tuners_utils"),
     (
         "peftc.runtime.saved_modules",
         "AuxiliaryTrainingWrapper ModulesToSaveWrapper",

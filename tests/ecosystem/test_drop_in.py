@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peftc import compat
 from peftc.compat import names
+from peftc.registry.manager import default_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "examples/drop_in/train.py"
@@ -36,3 +37,71 @@ def test_the_program_of_the_page_does_the_same_with_both(tmp_path: Path) -> None
 
 def test_the_page_names_every_module() -> None:
     assert set(names.table()) <= set(re.findall(r"`(peft[\w.]*)`", PAGE))
+
+
+#: what transformers, accelerate, diffusers, TRL and sentence-transformers import, by module
+IMPORTED = {
+    "peft": "__version__ PeftModel PeftMixedModel PeftConfig PeftType LoraConfig LoKrConfig PrefixTuningConfig "
+    "PromptLearningConfig get_peft_model inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict "
+    "prepare_model_for_kbit_training TaskType PeftModelForCausalLM PeftModelForSeq2SeqLM "
+    "PeftModelForSequenceClassification PeftModelForTokenClassification LoraModel get_peft_config load_peft_weights "
+    "AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM",
+    "peft.config": "PeftConfigMixin",
+    "peft.functional": "delete_adapter",
+    "peft.helpers": "disable_input_dtype_casting",
+    "peft.import_utils": "is_bnb_available is_bnb_4bit_available is_torchao_available",
+    "peft.mapping": "get_peft_model",
+    "peft.mapping_func": "get_peft_model",
+    "peft.peft_model": "PeftModel get_peft_model_state_dict",
+    "peft.tuners.tuners_utils": "BaseTunerLayer BaseTuner cast_adapter_dtype check_adapters_to_merge",
+    "peft.tuners.lora": "LoraLayer LoraModel Linear Embedding Conv2d",
+    "peft.tuners.lora.layer": "LoraLayer Linear",
+    "peft.tuners.lora.model": "LoraModel",
+    "peft.tuners.loha.layer": "LoHaLayer",
+    "peft.tuners.lokr.layer": "LoKrLayer factorization",
+    "peft.utils": "ModulesToSaveWrapper _get_submodules get_peft_model_state_dict WEIGHTS_NAME CONFIG_NAME "
+    "SAFETENSORS_WEIGHTS_NAME load_peft_weights",
+    "peft.utils.constants": "UPCAST_DTYPES DUMMY_TARGET_MODULES",
+    "peft.utils.hotswap": "check_hotswap_configs_compatible hotswap_adapter_from_state_dict "
+    "prepare_model_for_compiled_hotswap",
+    "peft.utils.integrations": "dequantize_module_weight gather_params_ctx get_bnb_param_type init_empty_weights",
+    "peft.utils.other": "AuxiliaryTrainingWrapper fsdp_auto_wrap_policy get_quantization_config transpose "
+    "get_pattern_key",
+    "peft.utils.save_and_load": "get_peft_model_state_dict",
+    "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping get_model_conversion_mapping",
+}
+#: those of methods that are still to come, by the type
+TO_COME = {
+    "LOKR": {"LoKrConfig", "LoKrLayer", "factorization"},
+    "LOHA": {"LoHaLayer"},
+    "PREFIX_TUNING": {"PrefixTuningConfig"},
+}
+
+
+def test_what_other_libraries_import_is_there() -> None:
+    to_come = {
+        name for peft_type, held in TO_COME.items() if peft_type not in default_registry().names for name in held
+    }
+    lines = [f"from {module} import {name}" for module, held in IMPORTED.items() for name in held.split()]
+    tried = [line for line in lines if line.split()[-1] not in to_come]
+    program = f"""
+import peftc.compat
+peftc.compat.install()
+for line in {tried!r}:
+    try:
+        exec(line)
+    except ImportError as error:
+        print(line, error)
+"""
+    assert output("-c", program) == []
+
+
+def test_every_name_of_the_table_has_a_home() -> None:
+    program = """
+from peftc.compat import names
+for module, held in names.table().items():
+    for name, home in held.items():
+        if name not in dir(home.owner()) and getattr(home.owner(), home.name, None) is None:
+            print(module, name, home)
+"""
+    assert output("-c", program) == []
