@@ -233,8 +233,8 @@ def _prompt_from_json(data: Mapping[str, Any]) -> PromptSite:
     read = {
         "slots": tuple(_slot_from_json(item) for item in data["slots"]),
         "shape": tuple(data["shape"]),
-        "place": Place(data["place"]),
-        "extra": tuple((key, tuple(shape)) for key, shape in data["extra"]),
+        "place": Place(data.get("place", Place.INPUT)),  # plans of the first version say neither
+        "extra": tuple((key, tuple(shape)) for key, shape in data.get("extra", ())),
     }
     return PromptSite(**{**data, **read})
 
