@@ -202,9 +202,9 @@ def _name_of_a_method(name: str) -> Any:
         return method.config
     if role == "export":
         return method.exports[name]
-    from peftc.runtime.classes import layer_class, model_class
+    from peftc.runtime.classes import CLASSES
 
-    return model_class(method) if role == "model" else layer_class(method)
+    return CLASSES[role](method)
 
 
 def __dir__() -> list[str]:

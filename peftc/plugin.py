@@ -1,5 +1,11 @@
 """The one module that plugin authors import: the hook marker, configs and mixins, slots, tuners, and the record."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from pydantic import Field, model_validator
 
 from peftc import rules
@@ -11,10 +17,30 @@ from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
-from peftc.tuner.method import MapTuner, PromptTuner, TunerMethod
+from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
+from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import Container, Slot, module_slot, parameter_slot
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
+    """Config and tensors of an adapter's folder, for functions that a method brings. Raises `PeftcError`."""
+    from peftc.checkpoint.load import load_adapter_tensors
+    from peftc.config.files import read_config
+
+    return read_config(folder), load_adapter_tensors(folder)
+
+
+def write_adapter(folder: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Save an adapter that such a function made, whole or not at all. Raises `PeftcError`."""
+    from peftc.checkpoint.save import save_adapter
+
+    save_adapter(folder, tensors, config)
+
 
 __all__ = [
     "CONV_KINDS",
@@ -37,6 +63,7 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "PeftcError",
+    "Place",
     "PromptContext",
     "PromptLearningConfig",
     "PromptTuner",
@@ -57,5 +84,7 @@ __all__ = [
     "model_validator",
     "module_slot",
     "parameter_slot",
+    "read_adapter",
     "rules",
+    "write_adapter",
 ]

@@ -124,7 +124,7 @@ TOWER_ADAPTED = Rule(
 ORIENTATION = Rule(
     "PC418", "Storage order does not apply", "None of the adapted layers stores its weight as (in, out).", WARNING
 )
-PROMPT_SIZE = Rule("PC419", "Size of the prompt is not known", "The virtual tokens' embeddings need a shape.")
+PROMPT_SIZE = Rule("PC419", "Size of the prompt does not fit", "The virtual tokens' table needs the model's shape.")
 NO_EMBEDDINGS = Rule("PC420", "No input embeddings", "Virtual tokens go before embeddings of the input.")
 CANNOT_SAVE = Rule(
     "PC421", "Module cannot be trained whole", "A container has no call of its own that a copy could answer."
@@ -185,6 +185,16 @@ POSITIONS_IGNORED = Rule(
 )
 NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
 NOT_A_MODEL = Rule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
+INPUT_IGNORED = Rule(
+    "PC527", "Part of the call is ignored", "It does not fit an input with virtual tokens in front.", WARNING
+)
+TASKS_NEEDED = Rule("PC528", "Tasks of the rows are not known", "Each task has virtual tokens of its own.")
+CHECKPOINTING_DROPS = Rule(
+    "PC529", "Gradient checkpointing drops the prompt", "Checkpointed layers compute without the cache that it is in."
+)
+NO_CACHE = Rule("PC530", "No cache for the prompt", "The virtual tokens are keys and values of attention layers.")
+ONE_PROMPT = Rule("PC531", "Several prompts at once", "One prompt goes before an input; the others would do nothing.")
+TABLE_REFUSED = Rule("PC532", "Virtual tokens cannot be taken", "They have to be what the adapter stores.")
 MERGE_ORDER = Rule(
     "PC540", "Merge would change the order", "Merged into the base weights an adapter acts before all that are not."
 )

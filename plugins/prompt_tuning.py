@@ -6,9 +6,11 @@ They start at random, at embeddings of sampled tokens, or at those of a text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Self
 
 from peftc.plugin import (
+    Field,
     PeftType,
     PromptContext,
     PromptLearningConfig,
@@ -24,12 +26,22 @@ from peftc.plugin import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from peftc.plugin import Tensors
+
+
+class PromptTuningInit(StrEnum):
+    """How the virtual tokens start."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
 
 class PromptTuningConfig(PromptLearningConfig):
     """Options of a prompt-tuning adapter, named as in the reference."""
 
     peft_type: PeftType | None = PeftType("PROMPT_TUNING")
-    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
+    prompt_tuning_init: PromptTuningInit = Field(default=PromptTuningInit.RANDOM, strict=False)
     """How the virtual tokens start: `RANDOM`, as sampled tokens (`SAMPLE_VOCAB`), or as a text (`TEXT`)."""
     prompt_tuning_init_text: str | None = None
     """The text, for `TEXT`; repeated or cut to the number of virtual tokens."""
@@ -58,25 +70,30 @@ class PromptTuningTuner(PromptTuner[PromptTuningConfig]):
         yield module_slot("embedding", (rows, c.token_dim or 0))
 
     def init(self, c: PromptTuningConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
-        import torch
-
-        table = slots["embedding"]
-        if c.prompt_tuning_init == "RANDOM":
-            context.init.normal(table)
-            return
-        vocabulary = context.embedding_weight
-        if c.prompt_tuning_init == "SAMPLE_VOCAB":
-            ids = torch.randint(0, vocabulary.shape[0], (table.shape[0],))
-        else:
-            tokens = context.tokenize(c.tokenizer_name_or_path or "", c.prompt_tuning_init_text or "")
-            ids = torch.tensor([tokens[i % len(tokens)] for i in range(table.shape[0])])
-        table.copy_(vocabulary[ids.to(vocabulary.device)])
+        start_of_table(c, c.prompt_tuning_init, slots["embedding"], context)
 
     def embeds(self, c: PromptTuningConfig, a: PromptView) -> Tensor:
         return a.embedding
 
-    def restore(self, c: PromptTuningConfig, embeds: Tensor) -> Mapping[str, Tensor]:
-        return {"embedding": embeds}
+    def restore(self, c: PromptTuningConfig, saved: Tensors) -> Mapping[str, Tensor]:
+        return {"embedding": saved["prompt_embeddings"]}
+
+
+def start_of_table(c: PromptTuningConfig, start: PromptTuningInit, table: Tensor, context: PromptContext) -> None:
+    """Fill the table `(rows, width)`: at random, or with embeddings of sampled tokens or of the config's text."""
+    import torch
+
+    if start == PromptTuningInit.RANDOM:
+        context.init.normal(table)
+        return
+    vocabulary = context.embedding_weight
+    if start == PromptTuningInit.SAMPLE_VOCAB:
+        ids = torch.randint(0, vocabulary.shape[0], (table.shape[0],))
+    else:
+        name, text = c.tokenizer_name_or_path or "", c.prompt_tuning_init_text or ""
+        tokens = context.tokenize(name, text, **(c.tokenizer_kwargs or {}))
+        ids = torch.tensor([tokens[i % len(tokens)] for i in range(table.shape[0])])
+    table.copy_(vocabulary[ids.to(vocabulary.device)])
 
 
 @hookimpl
@@ -86,6 +103,8 @@ def peftc_tuner() -> TunerMethod:
         PromptTuningConfig,
         PromptTuningTuner(),
         prefix="prompt_tuning_",
+        encoder_class="PromptEmbedding",
+        exports={"PromptTuningInit": PromptTuningInit},
         summary="Trained embeddings of virtual tokens are put before the input.",
         paper="arXiv:2104.08691",
         examples=({"num_virtual_tokens": 4}, {"num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"}),

@@ -88,7 +88,7 @@ def expected_tensors(plan: AdapterPlan) -> dict[str, TensorFacts]:
     for save in plan.saves:
         expected |= {f"{plan.root}{save.path}.{tail}": facts for tail, facts in save.buffers}
     if plan.prompt is not None:  # what is saved are the embeddings, whatever the encoder's own tensors are
-        expected[plan.prompt.disk] = TensorFacts(plan.prompt.shape, plan.prompt.dtype)
+        expected |= plan.prompt.stored
     return expected
 
 

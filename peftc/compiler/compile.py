@@ -27,6 +27,7 @@ class Options:
     autocast_adapter_dtype: bool = True
     task_heads: bool = True
     given: frozenset[str] | None = None
+    loading: bool = False
 
 
 def compile_plan(
@@ -41,6 +42,7 @@ def compile_plan(
     task_heads: bool = True,
     given: Collection[str] | None = None,
     mixed: bool = False,
+    loading: bool = False,
 ) -> InjectionPlan:
     """Plan the adapters, by name, on a model. Configs are not changed; the plan has validated, resolved copies.
 
@@ -49,14 +51,15 @@ def compile_plan(
     `autocast_adapter_dtype` lifts half-precision slots to float32. Without `task_heads` a task type adds no head to
     `modules_to_save`, as when a model is adapted in place. `given` are the paths to adapt where they are known exactly, for
     example from a checkpoint's keys: they count, and a config that means others is warned of.
-    `mixed` allows adapters of several methods.
+    `mixed` allows adapters of several methods. With `loading` adapters get the storage of what is saved of them, where that
+    is less than what they are trained with.
 
     Raises `PeftcError` with all problems of all adapters; warnings of a plan that was made are in `plan.warnings`.
     """
     found = Collector()
     registry = registry or default_registry()
     exactly = None if given is None else frozenset(given)
-    options = Options(strict, frozenset(allow_dead), autocast_adapter_dtype, task_heads, exactly)
+    options = Options(strict, frozenset(allow_dead), autocast_adapter_dtype, task_heads, exactly, loading)
     plans = []
     for name, config in adapters.items():
         draft = draft_adapter(graph, name, config, registry, options)
@@ -94,11 +97,12 @@ def begin(
         graph,
         method,
         name,
-        options.strict,
-        options.allow_dead,
-        options.autocast_adapter_dtype,
-        options.task_heads,
-        options.given,
+        strict=options.strict,
+        allowed=options.allow_dead,
+        autocast_adapter_dtype=options.autocast_adapter_dtype,
+        task_heads=options.task_heads,
+        given=options.given,
+        loading=options.loading,
     )
     with boundary(method.peft_type, "check", json_path(("adapters", name))):
         said = tuple(method.check(copy))

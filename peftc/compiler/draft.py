@@ -33,6 +33,7 @@ class Context:
     autocast_adapter_dtype: bool = True
     task_heads: bool = True
     given: frozenset[str] | None = None
+    loading: bool = False
 
     def where(self, option: str, entry: str | None = None) -> str:
         """The JSON path of an option of this adapter in a spec, or of an entry of a list or mapping there, by its text."""

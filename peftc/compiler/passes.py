@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftc.compiler import checks, modules, select, sites
+from peftc.compiler import checks, modules, prompts, select, sites
 from peftc.compiler.draft import Context, Draft, option
 from peftc.compiler.match import Names, is_all_linear, matches, shortened
 from peftc.config.mixins import LayersMixin
@@ -60,7 +60,7 @@ PASSES: tuple[Pass, ...] = (
     modules.wrap_modules,
     sites.copy_modules,
     sites.train_biases,
-    sites.add_prompt,
+    prompts.add_prompt,
     checks.check_ties,
     checks.check_router,
     checks.check_experts,

@@ -15,6 +15,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, Role, TensorFacts
+from peftc.tuner.prompt import Place
 from peftc.tuner.slots import Key, Slot
 
 #: What stands before a module path in a wrapped model, in memory and in every checkpoint.
@@ -113,13 +114,31 @@ class TrainSite:
 
 @dataclass(frozen=True, slots=True)
 class PromptSite:
-    """A prompt before the input: slots of the encoder, at the root of the model."""
+    """Virtual tokens: slots of the encoder, at the root of the model, and where they go.
+
+    `disk` is the key of the table that is saved, `shape` its shape; `extra` are shapes of what is saved beside it, by key.
+    `embeddings` is the path of the input embeddings.
+    """
 
     slots: tuple[Slot, ...]
     dtype: str
     disk: str
     shape: tuple[int, ...]
     embeddings: str
+    place: Place = Place.INPUT
+    extra: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def disk_of(self, slot: Slot) -> str | None:
+        """The key that a slot is saved under; None if only what is computed from it and others is."""
+        if slot.name in dict(self.extra):
+            return slot.name
+        others = [other for other in self.slots if other.name not in dict(self.extra)]
+        return self.disk if len(others) == 1 else None
+
+    @property
+    def stored(self) -> dict[str, TensorFacts]:
+        """What a checkpoint holds of it, by key."""
+        return {key: TensorFacts(shape, self.dtype) for key, shape in ((self.disk, self.shape), *self.extra)}
 
 
 @dataclass(frozen=True)
@@ -202,10 +221,8 @@ class AdapterPlan:
         if self.prompt is not None:
             for slot in self.prompt.slots:
                 key = Key("prompt_encoder", "", self.name, f"{slot.name}.{slot.tail}" if slot.tail else slot.name)
-                dtype = slot.dtype or self.prompt.dtype
-                yield PlannedParameter(
-                    key.memory(), self.prompt.disk, slot.shape, dtype, slot.trainable and trainable, self.name
-                )
+                dtype, disk = slot.dtype or self.prompt.dtype, self.prompt.disk_of(slot)
+                yield PlannedParameter(key.memory(), disk, slot.shape, dtype, slot.trainable and trainable, self.name)
 
     def tally(self, active: bool = True) -> Tally:
         """Numbers of parameters by dtype, as `parameters` lists them; layers of one kind are looked at once."""
@@ -242,7 +259,7 @@ class AdapterPlan:
         for train in self.trains:
             yield _base_name(train, self.root), train.tensor
         if self.prompt is not None:
-            yield self.prompt.disk, TensorFacts(self.prompt.shape, self.prompt.dtype)
+            yield from self.prompt.stored.items()
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
         if any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary):
             for layer in vocabulary:

@@ -19,6 +19,7 @@ from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import LayerFacts, ModelFacts, Role, TensorFacts, facts_from_json, facts_to_json
 from peftc.registry.manager import Registry, default_registry
+from peftc.tuner.prompt import Place
 from peftc.tuner.slots import Container, Slot
 
 FORMAT = "peftc.plan"
@@ -219,13 +220,23 @@ def _slot_from_json(data: Mapping[str, Any]) -> Slot:
 
 
 def _prompt_to_json(prompt: PromptSite) -> dict[str, Any]:
-    return {**asdict(prompt), "slots": [_slot_to_json(s) for s in prompt.slots], "shape": list(prompt.shape)}
+    return {
+        **asdict(prompt),
+        "slots": [_slot_to_json(s) for s in prompt.slots],
+        "shape": list(prompt.shape),
+        "place": prompt.place.value,
+        "extra": [[key, list(shape)] for key, shape in prompt.extra],
+    }
 
 
 def _prompt_from_json(data: Mapping[str, Any]) -> PromptSite:
-    return PromptSite(
-        **{**data, "slots": tuple(_slot_from_json(item) for item in data["slots"]), "shape": tuple(data["shape"])}
-    )
+    read = {
+        "slots": tuple(_slot_from_json(item) for item in data["slots"]),
+        "shape": tuple(data["shape"]),
+        "place": Place(data.get("place", Place.INPUT)),  # plans of the first version say neither
+        "extra": tuple((key, tuple(shape)) for key, shape in data.get("extra", ())),
+    }
+    return PromptSite(**{**data, **read})
 
 
 def _tensors(tensors: tuple[tuple[str, TensorFacts], ...]) -> list[list[Any]]:

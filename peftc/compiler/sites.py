@@ -1,31 +1,27 @@
-"""The passes that decide what is added where: slots on layers, modules to save, biases, prompts.
+"""The passes that decide what is added where: slots on layers, modules to save, biases.
 
 Work is done once per kind of layer: layers of equal facts and options share config, slots and problems.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, listed, option
-from peftc.compiler.plan import MapSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
-from peftc.config.prompt import PromptLearningConfig
-from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.registry.boundary import boundary
-from peftc.tuner.method import MapTuner, PromptTuner
+from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot
 
 #: Containers without a call of their own, by class name.
 _CONTAINERS = frozenset({"ModuleList", "ModuleDict", "ParameterList", "ParameterDict"})
-#: Where every prompt's embeddings are in a checkpoint.
-_PROMPT_KEY = "prompt_embeddings"
 
 
 def resolve_orientation(draft: Draft, context: Context) -> Draft:
@@ -302,44 +298,3 @@ def train_biases(draft: Draft, context: Context) -> Draft:
         what = f"`bias: {mode}` trains nothing: {owner} has a bias"
         draft = draft.told(rules.NO_BIAS(what, fix="Set `bias: none`.", where=context.where("bias")))
     return draft.but(trains=tuple(trains))
-
-
-def add_prompt(draft: Draft, context: Context) -> Draft:
-    """The prompt encoder's slots, after dimensions left out were taken from the model."""
-    tuner = context.method.tuner
-    if not isinstance(draft.config, PromptLearningConfig) or not isinstance(tuner, PromptTuner):
-        return draft
-    config = draft.config.model_copy(update=_dimensions(context, draft.config))
-    draft = draft.but(config=config)
-    model = context.graph.model
-    if model.input_embeddings is None:
-        what = f"`{model.cls}` has no input embeddings that prompts could go before"
-        return draft.told(rules.NO_EMBEDDINGS(what, fix="Use a method that adapts layers."))
-    if model.is_encoder_decoder:
-        what = f"`{model.cls}` is an encoder-decoder, which takes no prompts in this version"
-        return draft.told(rules.OPTION_NOT_AVAILABLE(what, fix="Use a method that adapts layers."))
-    tokens, width = config.num_virtual_tokens, config.token_dim
-    if tokens is None or width is None:
-        missing = "num_virtual_tokens" if tokens is None else "token_dim"
-        fix = "Set it, e.g. to 20." if tokens is None else "Set it to the width of the input embeddings."
-        return draft.told(rules.PROMPT_SIZE(f"`{missing}` is not set", fix=fix, where=context.where(missing)))
-    try:
-        with boundary(context.method.peft_type, "slots"):
-            slots = tuple(tuner.slots(config, model.dims))
-        check_slots(slots, context, None)
-    except PeftcError as error:
-        return draft.failed(error)
-    rows = tokens * (config.num_transformer_submodules or 1)
-    return draft.but(prompt=PromptSite(slots, "float32", _PROMPT_KEY, (rows, width), model.input_embeddings))
-
-
-def _dimensions(context: Context, config: PromptLearningConfig) -> Mapping[str, int | None]:
-    """Dimensions that the config leaves out, from the model."""
-    dims = context.graph.model.dims
-    found = {
-        "token_dim": dims.get("hidden_size"),
-        "num_layers": dims.get("num_hidden_layers"),
-        "num_attention_heads": dims.get("num_attention_heads"),
-        "num_transformer_submodules": 2 if config.task_type is TaskType.SEQ_2_SEQ_LM else 1,
-    }
-    return {name: value for name, value in found.items() if option(config, name) is None}

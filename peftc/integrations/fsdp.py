@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-from peftc.runtime.prompt import PromptEncoder
+from peftc.runtime.prompt.encoder import PromptModule
 
 #: names of block classes, separated by commas; accelerate sets it from its own option
 _VARIABLE = "FSDP_TRANSFORMER_CLS_TO_WRAP"
@@ -27,7 +27,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., Any]:
     missing = [name for name in names if name not in classes]
     if missing:
         raise TypeError(f"The model has no module of class {', '.join(missing)} to wrap")
-    wrapped: set[type[nn.Module]] = {PromptEncoder, *(classes[name] for name in names)}
+    wrapped: set[type[nn.Module]] = {PromptModule, *(classes[name] for name in names)}
     leaves = partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
     whole = partial(transformer_auto_wrap_policy, transformer_layer_cls=wrapped)
     return partial(_or_policy, policies=[leaves, whole])

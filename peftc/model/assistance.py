@@ -171,4 +171,4 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     for name in names:
         session.set_requires_grad(name, requires_grad)
         if isinstance(model, PeftModel) and model.prompt_encoder is not None:
-            model.prompt_encoder[name].requires_grad_(requires_grad)
+            model._encoders()[name].set_trainable(requires_grad)

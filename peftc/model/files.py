@@ -25,6 +25,7 @@ from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import Loadable, LoadOptions, loadable, opened
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
+from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session, without_padding
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def tensors_of(
         tensors |= _gathered(model, attached, state_dict)
     encoders = model._modules.get("prompt_encoder")
     if plan.prompt is not None and isinstance(encoders, nn.ModuleDict):
-        tensors[plan.prompt.disk] = _prompt(encoders[name], f"prompt_encoder.{name}.", state_dict)
+        tensors |= _prompt(encoders[name], f"prompt_encoder.{name}.", state_dict)
     return without_padding(plan, tensors)
 
 
@@ -117,14 +118,13 @@ def _gathered(model: nn.Module, attached: Mapping[str, Tensor], state_dict: Mapp
     return {disk: state_dict[found[name]].detach() for disk, name in wanted.items() if name in found}
 
 
-def _prompt(encoder: nn.Module, root: str, state_dict: Mapping[str, Tensor] | None) -> Tensor:
-    """The virtual tokens' embeddings, `(num_virtual_tokens, hidden)`: what the encoder computes is what is saved."""
+def _prompt(encoder: nn.Module, root: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What is saved of virtual tokens: what their encoder computes, of its own tensors or those of the state dict."""
     own = dict(encoder.named_parameters())
     found = assign([root + name for name in own], state_dict or (), "")
-    given = {name: state_dict[found[root + name]] for name in own if root + name in found} if state_dict else {}
-    with torch.no_grad():
-        embeddings: Tensor = functional_call(encoder, given, ())
-    return embeddings.detach()
+    given = {f"encoder.{n}": state_dict[found[root + n]] for n in own if root + n in found} if state_dict else {}
+    tensors: dict[str, Tensor] = functional_call(Exporter(encoder), given, ())
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def _plan_of(model: PeftModel, name: str) -> InjectionPlan:
@@ -199,7 +199,7 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
         own = {key: tensor.detach() for key, tensor in session.tensors(plan.name).items()}
         pairs = [(tensor, found.source(key)) for key, tensor in without_padding(plan, own).items()]
         if model.prompt_encoder is not None:
-            pairs += model.prompt_encoder[plan.name].restored(found.source)
+            pairs += model._encoders()[plan.name].restored(found.source)
         for tensor, stored in pairs:
             if stored is not None:
                 journal.note(tensor.copy_, tensor.clone())

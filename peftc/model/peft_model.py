@@ -22,6 +22,7 @@ from peftc.model import files
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
 from peftc.model.loading import LoadOptions, loadable, opened
+from peftc.model.prompts import PromptsMixin
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
@@ -31,14 +32,12 @@ from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
-from peftc.runtime.prompt import PromptDriver, PromptEncoder
 from peftc.runtime.session import Session, freeze
-from peftc.tuner.method import PromptTuner
 
 DEFAULT = files.AT_ROOT
 
 
-class PeftModel(nn.Module):
+class PeftModel(PromptsMixin, nn.Module):
     """A base model with adapters. Attributes that it does not have itself are those of the base model.
 
     `peft_config` maps adapter names to configs; `base_model` is the level that gives parameters their names.
@@ -75,6 +74,8 @@ class PeftModel(nn.Module):
         checkpointed = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
         first = plan.adapters[0]
         method = registry.get(first.peft_type)
+        if method.is_prompt:
+            self._refuse_several(plan.active)
         self.peft_config: dict[str, PeftConfig] = {}
         self.peft_type = PeftType(first.peft_type)
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
@@ -97,13 +98,7 @@ class PeftModel(nn.Module):
 
     def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
         """What an adapter has beside its layers."""
-        if adapter.prompt is not None:
-            tuner = default_registry().get(adapter.peft_type).tuner
-            assert isinstance(tuner, PromptTuner)
-            assert self.prompt_encoder is not None
-            encoder = PromptEncoder(adapter, tuner)
-            encoder.fill(self.get_base_model().get_input_embeddings(), source)  # type: ignore[operator]
-            self.prompt_encoder[adapter.name] = encoder
+        self._add_encoder(adapter, source)
         adapter.config.base_model_name_or_path = adapter.config.base_model_name_or_path or self._base_name()
         self.peft_config[adapter.name] = adapter.config
 
@@ -135,12 +130,7 @@ class PeftModel(nn.Module):
             with rows_named(self.session, names, args, kwargs):
                 return self.get_base_model()(*args, **kwargs)
         driver = self._driver()
-        if driver is None:
-            return self.get_base_model()(*args, **kwargs)
-        if kwargs.get("position_ids") is not None:
-            what = "`position_ids` are ignored: the virtual tokens move every position"
-            warn([rules.POSITIONS_IGNORED(what, fix="Leave them out.")])
-        return driver.model(**driver.widened(args, kwargs))
+        return self.get_base_model()(*args, **self._plain(kwargs)) if driver is None else driver(args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generation with the active adapters in effect; `adapter_names` as in `forward`."""
@@ -150,17 +140,14 @@ class PeftModel(nn.Module):
             with rows_named(self.session, names, args, kwargs, expansion(base, kwargs)):
                 return base.generate(*args, **kwargs)  # type: ignore[operator]
         driver = self._driver()
-        if driver is None:
-            return base.generate(*args, **kwargs)  # type: ignore[operator]
-        with driver.generating():
-            return base.generate(*args, **kwargs)  # type: ignore[operator]
+        if driver is not None:
+            return driver.generate(args, kwargs)
+        return self.get_base_model().generate(*args, **self._plain(kwargs))  # type: ignore[operator]
 
-    def _driver(self) -> PromptDriver | None:
-        if self.prompt_encoder is None or not self.session.enabled or not self.session.active:
-            return None
-        encoder = self.prompt_encoder[self.session.active[0]]
-        assert isinstance(encoder, PromptEncoder)
-        return PromptDriver(self.get_base_model(), encoder)
+    def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of a call without those that only a prompt understands."""
+        own = self._own_keywords()
+        return {name: value for name, value in kwargs.items() if name not in own} if own else kwargs
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -172,12 +159,14 @@ class PeftModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As the base model's; also makes the inputs require gradients, without which re-entrant checkpointing cuts
-        the path to every adapter."""
+        the path to every adapter. Raises `PeftcError` for a prompt that checkpointing would drop."""
+        self._refuse_checkpointing()
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
         self._require_input_gradients()
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
+        self._refuse_checkpointing()
         self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
         self._require_input_gradients()
 
@@ -233,9 +222,11 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several in order; exactly their tensors become trainable."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if self.prompt_encoder is not None:
+            self._refuse_several(names)
         self.session.set_active(names, trainable=not inference_mode)
-        for name, encoder in (self.prompt_encoder or {}).items():
-            encoder.requires_grad_(name in names and not inference_mode)
+        for name, encoder in self._encoders().items():
+            encoder.set_trainable(name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the trainable tensors of adapters require gradients, or not, active or not."""
@@ -243,8 +234,8 @@ class PeftModel(nn.Module):
         session.require(names)
         for name in names:
             session.set_requires_grad(name, requires_grad)
-            if self.prompt_encoder is not None:
-                self.prompt_encoder[name].requires_grad_(requires_grad)
+            if name in self._encoders():
+                self._encoders()[name].set_trainable(requires_grad)
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -267,7 +258,7 @@ class PeftModel(nn.Module):
         self.session.delete(adapter_name)
         if self.prompt_encoder is not None:
             self.prompt_encoder._modules.pop(adapter_name, None)
-        del self.peft_config[adapter_name]
+        self.peft_config.pop(adapter_name, None)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -22,7 +22,6 @@ from peftc.ops.combine import padded
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
-from peftc.runtime.prompt import PromptEncoder
 from peftc.runtime.session import Session, unpadded
 from peftc.tuner.slots import Slot
 
@@ -158,7 +157,5 @@ def _others(model: nn.Module, session: Session, adapter: str, values: Mapping[st
     own = session.tensors(adapter)
     pairs: list[tuple[Tensor, Any]] = [(own[key].detach(), value) for key, value in values.items() if key in own]
     if isinstance(model, PeftModel) and model.prompt_encoder is not None:
-        encoder = model.prompt_encoder[adapter]
-        assert isinstance(encoder, PromptEncoder)
-        pairs += encoder.restored(values.get)
+        pairs += model._encoders()[adapter].restored(values.get)
     return pairs

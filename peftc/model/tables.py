@@ -10,8 +10,7 @@ from torch import nn
 from peftc.config.base import PeftConfig
 from peftc.config.types import PeftType
 from peftc.registry.manager import default_registry
-from peftc.runtime.classes import model_class
-from peftc.runtime.prompt import PromptEncoder
+from peftc.runtime.classes import encoder_class, model_class
 from peftc.tuner.method import TunerMethod
 
 V = TypeVar("V")
@@ -47,7 +46,7 @@ class MethodTable(Mapping[PeftType, V]):
 
 
 def _tuner(method: TunerMethod) -> type[nn.Module]:
-    return PromptEncoder if method.is_prompt else model_class(method)
+    return encoder_class(method) if method.is_prompt else model_class(method)
 
 
 #: PEFT type -> config class

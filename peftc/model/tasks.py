@@ -74,10 +74,6 @@ class PeftModelForCausalLM(PeftModel):
 
     forward = _forward(*_INPUT, "labels", *_OUTPUT)
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        """The base model's, for libraries that call it themselves. `generate` does not need it."""
-        return _prepared(self, args, task_ids, kwargs)
-
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """An encoder-decoder language model with adapters."""
@@ -86,21 +82,11 @@ class PeftModelForSeq2SeqLM(PeftModel):
         *_INPUT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels", *_OUTPUT
     )
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        """The base model's, for libraries that call it themselves. `generate` does not need it."""
-        return _prepared(self, args, task_ids, kwargs)
-
 
 class PeftModelForFeatureExtraction(PeftModel):
     """A model whose hidden states are wanted, with adapters."""
 
     forward = _forward(*_INPUT, *_OUTPUT)
-
-
-def _prepared(model: PeftModel, args: tuple[Any, ...], task_ids: Any, kwargs: dict[str, Any]) -> Any:
-    base: Any = model.get_base_model()
-    inputs = base.prepare_inputs_for_generation(*args, **kwargs)
-    return inputs if task_ids is None else inputs | {"task_ids": task_ids}
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {

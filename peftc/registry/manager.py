@@ -101,7 +101,7 @@ class Registry:
         self._methods.pop(peft_type, None)
 
     def find_name(self, public_name: str) -> tuple[TunerMethod, str] | None:
-        """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`, `"export"`).
+        """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`, `"encoder"`, `"export"`).
 
         Plugins are tried by likeness of name, so the usual name imports its own plugin and no other.
         """

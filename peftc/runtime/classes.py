@@ -1,7 +1,10 @@
-"""Empty subclasses for `isinstance`: each method's record names a layer class and a model class, made here on demand."""
+"""Empty subclasses for `isinstance`: each method's record names the classes of its layers, model or
+prompt encoders, made here on demand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,6 +14,7 @@ from peftc.graph.targets import all_defaults
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
+from peftc.runtime.prompt.encoder import PromptModule
 from peftc.runtime.session import LayerFactory
 from peftc.tuner.method import TunerMethod
 
@@ -75,6 +79,24 @@ def model_class(method: TunerMethod) -> type[TunerModel]:
     return _model_classes[name]
 
 
+@cache
+def _encoder_class(name: str, summary: str) -> type[PromptModule]:
+    return type(name, (PromptModule,), {"__module__": __name__, "__doc__": summary})
+
+
+def encoder_class(method: TunerMethod) -> type[PromptModule]:
+    """The class of a method's prompt encoders."""
+    return _encoder_class(method.encoder_class, method.summary) if method.encoder_class else PromptModule
+
+
+#: role of a public name -> what makes the class
+CLASSES: Mapping[str, Callable[[TunerMethod], type[nn.Module]]] = {
+    "layer": layer_class,
+    "model": model_class,
+    "encoder": encoder_class,
+}
+
+
 def layer_factory(registry: Registry) -> LayerFactory:
     """What a session makes layers with."""
 
@@ -87,7 +109,7 @@ def layer_factory(registry: Registry) -> LayerFactory:
 def __getattr__(name: str) -> Any:
     """Pickles name these classes by this module: make the one asked for."""
     found = default_registry().find_name(name) if not name.startswith("_") else None
-    if found is None or found[1] not in ("layer", "model"):
+    if found is None or found[1] not in CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     method, role = found
-    return layer_class(method) if role == "layer" else model_class(method)
+    return CLASSES[role](method)

@@ -49,6 +49,7 @@ def plan_for(
         task_heads=task_heads,
         given=given,
         mixed=mixed,
+        loading=loading,
     )
     others = [] if session is None else [p for name, p in session.plans.items() if name not in configs]
     problems = conflicts([*others, *plan.adapters], mixed)

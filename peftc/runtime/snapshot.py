@@ -267,7 +267,10 @@ _DIM_NAMES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
     "num_key_value_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
+    "head_dim": ("head_dim", "d_kv"),
+    "num_decoder_layers": ("num_decoder_layers", "decoder_layers"),
+    "global_head_dim": ("global_head_dim",),
+    "num_global_key_value_heads": ("num_global_key_value_heads",),
     "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "ffn_dim"),
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
@@ -287,4 +290,20 @@ def dims_of(config: Mapping[str, Any], layers: int | None = None) -> dict[str, i
         value = next((source[n] for n in names if isinstance(source.get(n), int)), None)
         if value is not None:
             dims.setdefault(dim, value)
-    return dims
+    if source.get("multi_query") and not source.get("new_decoder_architecture"):
+        dims["num_key_value_heads"] = 1
+    return dims | _widest(source, dims)
+
+
+def _widest(source: Mapping[str, Any], dims: Mapping[str, int]) -> dict[str, int]:
+    """Heads of the layers whose keys are widest, where a config gives sizes of single layers."""
+    layers = source.get("per_layer_config")
+    if not isinstance(layers, Mapping) or "head_dim" not in dims:
+        return {}
+    options = [layer for layer in layers.values() if isinstance(layer, Mapping)]
+    widest = max(options, key=lambda layer: layer.get("head_dim", 0), default={})
+    if widest.get("head_dim", 0) <= dims["head_dim"]:
+        return {}
+    heads = widest.get("num_key_value_heads", dims.get("num_key_value_heads"))
+    found = {"global_head_dim": widest["head_dim"], "num_global_key_value_heads": heads}
+    return {name: value for name, value in found.items() if isinstance(value, int)}

@@ -63,6 +63,10 @@ class Initializer:
         if not tensor.is_meta:
             tensor.normal_(0.0, std)
 
+    def uniform(self, tensor: Tensor, bound: float) -> None:
+        if not tensor.is_meta:
+            tensor.uniform_(-bound, bound)
+
     def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
         """He et al. 2015 with the fan of dimension 1 and up, as torch's own initialiser."""
         if not tensor.is_meta:

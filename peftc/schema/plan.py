@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftc.tuner.prompt import Place
+
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string"}
@@ -100,12 +102,14 @@ def _definitions() -> dict[str, Schema]:
             buffers=_list(_ref("tensor")),
         ),
         "prompt": _object(
-            "Virtual tokens before the input.",
+            "Virtual tokens, before the input or in the cache.",
             slots=_list(_ref("slot")),
             dtype=_TEXT,
             disk=_TEXT,
             shape=_SHAPE,
             embeddings=_TEXT,
+            place={"enum": [place.value for place in Place]},
+            extra=_list(_row("What is saved beside the table.", ("key", _TEXT), ("shape", _SHAPE))),
         ),
         "adapter": _object(
             "All that one adapter does.",

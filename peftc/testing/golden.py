@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.compiler.compile import compile_plan
+from peftc.compiler.plan import PROMPT_ROOT, WRAPPED_ROOT, InjectionPlan
 from peftc.config.base import CONFIG_NAME
+from peftc.config.files import read_config
 from peftc.model.peft_model import PeftModel
+from peftc.runtime.snapshot import snapshot
 from peftc.testing.report import broken
 from peftc.testing.subjects import quiet
 
@@ -28,6 +32,8 @@ from peftc.testing.subjects import quiet
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
 #: Keys of a config that name the version that wrote it.
 _OF_THE_WRITER = {"peft_version"}
+#: Inputs that only a model with an adapter understands.
+_OF_A_PROMPT = ("task_ids",)
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,9 @@ class GoldenCase:
 
     def _differences(self, base: nn.Module) -> Iterator[str]:
         with torch.no_grad():
-            yield from _apart("the bare base model", self._call(base), self.tensors["out.y_base"])
+            yield from _apart("the bare base model", self._call(base, _OF_A_PROMPT), self.tensors["out.y_base"])
         with quiet():
+            fresh = self._fresh(base)
             model = PeftModel.from_pretrained(base, self.folder, is_trainable=True).eval()
         out = self._run(model)
         y = output_of(out)
@@ -75,21 +82,40 @@ class GoldenCase:
         if "out.loss" in self.tensors:
             yield from _apart("the loss", out.loss.reshape(self.tensors["out.loss"].shape), self.tensors["out.loss"])
         (y * self.tensors["grad_seed"]).sum().backward()
-        yield from self._gradients(model)
-        counts = model.get_nb_trainable_parameters()
+        yield from self._gradients(model, fresh)
+        counts = model.get_nb_trainable_parameters() if fresh is None else fresh.counts()
         if counts != (self.info["trainable"], self.info["total"]):
             yield f"trainable and total parameters are {counts}, not {self.info['trainable'], self.info['total']}"
         yield from self._saved(model)
         with torch.no_grad():
-            if "out.y_disabled" in self.tensors:
-                with model.disable_adapter():
-                    yield from _apart("the output while disabled", self._call(model), self.tensors["out.y_disabled"])
+            disabled = self.tensors.get(
+                "out.y_disabled"
+            )  # where the writer could not disable it, the base's output is due
+            with model.disable_adapter():
+                expected = self.tensors["out.y_base"] if disabled is None else disabled
+                yield from _apart("the output while disabled", self._call(model), expected)
             if "out.y_merged" in self.tensors:
                 yield from self._merged(model)
 
-    def _gradients(self, model: nn.Module) -> Iterator[str]:
+    def _fresh(self, base: nn.Module) -> InjectionPlan | None:
+        """The plan of a new adapter, if that has tensors that are not saved: then a loaded one trains others."""
+        config = read_config(self.folder)
+        config.inference_mode = False
+        loaded, fresh = (
+            compile_plan(snapshot(base), {"default": config}, loading=loading) for loading in (True, False)
+        )
+        return None if list(loaded.parameters()) == list(fresh.parameters()) else fresh
+
+    def _gradients(self, model: PeftModel, fresh: InjectionPlan | None) -> Iterator[str]:
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         expected = self.under("grad.")
+        if fresh is not None:
+            planned = {p.name: p for p in fresh.parameters() if p.trainable}
+            yield from (f"`{name}` is planned, or trained, in vain" for name in sorted({*planned} ^ {*expected}))
+            plan = replace(model.session.plans["default"], prompt=None)
+            shared = {f"{PROMPT_ROOT}{p.name.removeprefix(WRAPPED_ROOT)}" for p in plan.parameters()}
+            expected = {name: gradient for name, gradient in expected.items() if name in shared}
+            found = {name: gradient for name, gradient in found.items() if name in shared}
         for name in sorted({*found} ^ {*expected}):
             yield f"`{name}` has {'a' if name in found else 'no'} gradient"
         for name in sorted({*found} & {*expected}):
@@ -119,12 +145,12 @@ class GoldenCase:
             else:
                 yield f"the merged model has no `{name}`"
 
-    def _run(self, model: nn.Module) -> Any:
-        inputs = self.under("in.")
+    def _run(self, model: nn.Module, without: Iterable[str] = ()) -> Any:
+        inputs = {name: tensor for name, tensor in self.under("in.").items() if name not in without}
         return model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
 
-    def _call(self, model: nn.Module) -> Tensor:
-        return output_of(self._run(model))
+    def _call(self, model: nn.Module, without: Iterable[str] = ()) -> Tensor:
+        return output_of(self._run(model, without))
 
 
 def output_of(out: Any) -> Tensor:

@@ -19,6 +19,7 @@ from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report
 from peftc.testing.subjects import Subject, subjects
 from peftc.tuner.method import TunerMethod
+from peftc.tuner.prompt import PromptTuner
 
 When = Callable[[Subject], bool]
 
@@ -73,9 +74,19 @@ def as_prompt(s: Subject) -> bool:
     return s.method.is_prompt
 
 
+def in_cache(s: Subject) -> bool:
+    """Methods that add keys and values."""
+    return isinstance(s.method.tuner, PromptTuner) and s.method.tuner.place.is_cache
+
+
+def with_the_models_loss(s: Subject) -> bool:
+    """Prompt methods that leave the loss to the model."""
+    return isinstance(s.method.tuner, PromptTuner) and type(s.method.tuner).loss is PromptTuner.loss
+
+
 def on_blocks(s: Subject) -> bool:
-    """Models whose blocks can be checkpointed."""
-    return s.model.is_language_model
+    """Models whose blocks can be checkpointed, with what checkpointing does not drop."""
+    return s.model.is_language_model and not in_cache(s)
 
 
 def in_float64(s: Subject) -> bool:
@@ -124,9 +135,10 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (lifecycle.any_adapter_name, once),
     (lifecycle.failed_apply_restores, everywhere),
     (prompts.prompt_goes_before_the_input, as_prompt),
-    (prompts.labels_skip_the_prompt, as_prompt),
+    (prompts.labels_skip_the_prompt, with_the_models_loss),
     (prompts.generation_sees_the_prompt, as_prompt),
     (prompts.merging_is_refused, without_a_merged_form),
+    (prompts.checkpointing_is_refused, in_cache),
     (modules.plan_of_several_equals_model, first_options),
     (modules.one_acts_at_a_time, around_modules),
     (modules.generation_with_a_cache_is_the_same, around_modules_of_blocks),

@@ -23,6 +23,7 @@ from peftc.runtime.layer import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
 from peftc.tuner.method import TunerMethod
+from peftc.tuner.prompt import PromptTuner
 
 #: Kinds of layer that some method may adapt.
 ADAPTABLE = frozenset(Kind) - {Kind.OTHER}
@@ -87,9 +88,18 @@ class Subject:
             model.add_adapter(adapter, self.config())
         randomise(model, adapter)
 
+    def arguments(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Keywords of a call of this model: tasks of the rows too, where an adapter needs them."""
+        given: dict[str, Any] = dict(self.model.arguments(dtype))
+        tuner = self.method.tuner
+        tasks = tuner.tasks(self.config()) if isinstance(tuner, PromptTuner) else None
+        if tasks is not None and isinstance(model, PeftModel):
+            given["task_ids"] = torch.arange(given["input_ids"].shape[0]) % tasks
+        return given
+
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
         """The model's output for the model's inputs, with gradients if they are on."""
-        out = model(**self.model.arguments(dtype), **options)
+        out = model(**self.arguments(model, dtype), **options)
         return out if isinstance(out, Tensor) else out.logits
 
     def rows(self, model: nn.Module, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:

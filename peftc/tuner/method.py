@@ -1,7 +1,8 @@
 """What a method is: a record that names its config, its mathematics and its public names.
 
 Methods subclass `MapTuner` (they change the map of one layer), `ModuleTuner` (they act around whole modules) or
-`PromptTuner` (they change the model's call) and give a `TunerMethod` to the registry. They never see how a layer stores its weight, and the core never asks which method it is.
+`PromptTuner` (they add virtual tokens) and give a `TunerMethod` to the registry. They never see how a layer stores its
+weight, and the core never asks which method it is.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import Kind, LayerFacts, ModuleNode
 from peftc.tuner.modules import ModuleTuner
+from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from peftc.tuner.views import PromptContext, PromptView, SlotInit, View
+    from peftc.tuner.views import SlotInit, View
 
 C = TypeVar("C", bound=PeftConfig)
 
@@ -115,29 +117,6 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
 
-class PromptTuner(ABC, Generic[C]):
-    """A method that puts virtual tokens before the input. The core's one driver widens masks, labels and caches."""
-
-    @abstractmethod
-    def slots(self, c: C, dims: Mapping[str, int]) -> Iterable[Slot]:
-        """Storage of the prompt encoder, by model dimensions (`hidden_size`, …). Runs in `peftc plan`, without torch.
-
-        Names in memory are `prompt_encoder.<adapter>.<slot>.<tail>`.
-        """
-
-    @abstractmethod
-    def init(self, c: C, slots: Mapping[str, Tensor], context: PromptContext) -> None:
-        """Fill the slots, from random numbers, the base model's embeddings, or a text."""
-
-    @abstractmethod
-    def embeds(self, c: C, a: PromptView) -> Tensor:
-        """The virtual tokens' embeddings, `(num_virtual_tokens, hidden_size)`; what is saved as `prompt_embeddings`."""
-
-    @abstractmethod
-    def restore(self, c: C, embeds: Tensor) -> Mapping[str, Tensor]:
-        """Slots from saved `prompt_embeddings`, `(num_virtual_tokens, hidden_size)`."""
-
-
 def no_problems(config: Any) -> Iterable[Diagnostic]:
     """The default `check` of a method."""
     return ()
@@ -160,6 +139,8 @@ class TunerMethod:
     #: public names of the empty model class and layer class, for `isinstance`; left out, those that go with the config's
     model_class: str = ""
     layer_class: str = ""
+    #: public name of the empty class of prompt encoders, likewise
+    encoder_class: str = ""
     #: options that the layer class shows by adapter, as they are in force there: attribute -> option
     layer_options: Mapping[str, str] = field(default_factory=dict)
     #: the attribute that shows what drops inputs, by adapter, for methods that do
@@ -202,8 +183,9 @@ class TunerMethod:
 
     @property
     def public_names(self) -> dict[str, str]:
-        """Public name -> what it is: `"config"`, `"model"`, `"layer"`, or `"export"`."""
+        """Public name -> what it is: `"config"`, `"model"`, `"layer"`, `"encoder"`, or `"export"`."""
         names = {self.config.__name__: "config", self.model_class: "model", self.layer_class: "layer"}
+        names[self.encoder_class] = "encoder"
         return {name: role for name, role in names.items() if name} | dict.fromkeys(self.exports, "export")
 
     def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:

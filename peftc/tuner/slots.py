@@ -7,6 +7,8 @@ nothing searches or replaces in text, so an adapter may be called `weight` or `l
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,6 +51,17 @@ def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainab
 def parameter_slot(name: str, shape: tuple[int, ...], trainable: bool = True, named: bool = True) -> Slot:
     """A bare parameter, as a vector of scales: `P.name.<adapter>`; `P.name` if not `named`."""
     return Slot(name, shape, Container.PARAMETER, "", trainable, named=named)
+
+
+def labelled(slots: Iterable[Slot]) -> dict[str, Slot]:
+    """Slots by label: the name, or `name.tail` where several slots share the name.
+
+    >>> list(labelled([module_slot("table", (2, 3)), module_slot("head", (3, 3)), module_slot("head", (3,), "bias")]))
+    ['table', 'head.weight', 'head.bias']
+    """
+    slots = list(slots)
+    shared = Counter(slot.name for slot in slots)
+    return {slot.name if shared[slot.name] == 1 else f"{slot.name}.{slot.tail}": slot for slot in slots}
 
 
 @dataclass(frozen=True, slots=True)

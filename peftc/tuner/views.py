@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,23 @@ class SlotInit(Protocol):
 
     def normal(self, tensor: Tensor, std: float = 1.0) -> None: ...
 
+    def uniform(self, tensor: Tensor, bound: float) -> None: ...
+
     def kaiming_uniform(self, tensor: Tensor, a: float) -> None: ...
 
 
 class PromptView(Protocol):
-    """One adapter's prompt encoder; slots are attributes."""
+    """One adapter's prompt encoder. Slots are found by label, also as attributes where the label is a name."""
 
-    def __getattr__(self, slot: str) -> Tensor: ...
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+
+    def __contains__(self, label: str) -> bool: ...
+
+    def __getitem__(self, label: str) -> Tensor: ...
+
+    def __getattr__(self, label: str) -> Tensor: ...
 
 
 class PromptContext(Protocol):
@@ -58,8 +68,8 @@ class PromptContext(Protocol):
     def embedding_weight(self) -> Tensor:
         """The base model's input embeddings, `(vocabulary, hidden_size)`."""
 
-    def tokenize(self, name_or_path: str, text: str) -> Sequence[int]:
-        """Token ids of a text. Raises `PeftcError` if there is no such tokenizer here."""
+    def tokenize(self, name_or_path: str, text: str, **kwargs: Any) -> Sequence[int]:
+        """Token ids of a text, `kwargs` going to the tokenizer. Raises `PeftcError` if there is no such tokenizer here."""
 
 
 Tensors = Mapping[str, "Tensor"]

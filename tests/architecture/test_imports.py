@@ -36,6 +36,8 @@ UPWARDS = {
         "peftc.config.types",
         "peftc.registry.manager",
     ): "the reference's API: a type by attribute, out of those installed",
+    ("peftc.plugin", "peftc.checkpoint.load"): "functions that a method brings may read adapters",
+    ("peftc.plugin", "peftc.checkpoint.save"): "and write them",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.
@@ -52,7 +54,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.ops": {"torch"},
     "peftc.model": {"torch"},
     "peftc.runtime": {"torch"},
-    "peftc.runtime.prompt": {"torch", "transformers"},  # the tokenizer of a prompt that starts as a text
+    "peftc.runtime.prompt": {"torch", "transformers"},  # tokenizers, and caches of keys and values
     "peftc.checkpoint": {"torch", "safetensors", "huggingface_hub"},
     "peftc.integrations": {"torch", "transformers", "accelerate", "gguf", "huggingface_hub", "jinja2", "safetensors"},
     "peftc.integrations.packages": {"torch", "packaging", "bitsandbytes", "torch_xla"},
@@ -84,7 +86,7 @@ def third_parties_of(module: str) -> set[str]:
 
 def outside(source: Source) -> list[Import]:
     """Imports of neither this project nor the standard library."""
-    own = {"peftc", "peftc_plugins", "__future__"}
+    own = {"peftc", "peftc_plugins", "plugins", "__future__"}
     return [
         i for i in source.imports if (top := i.module.split(".")[0]) not in own and top not in sys.stdlib_module_names
     ]

@@ -44,10 +44,12 @@ import peftc
 from peftc.registry.manager import default_registry
 module = {next(e.value for e in entry_points(group=GROUP, name=name))!r}
 config = __import__("importlib").import_module(module).peftc_tuner().config.__name__
-for loaded in [m for m in sys.modules if m.startswith("peftc_plugins.")]:
+own = [m for m in sys.modules if m.startswith("peftc_plugins.")]
+for loaded in own:
     del sys.modules[loaded]
 getattr(peftc, config)
-print(*[m for m in sys.modules if m.startswith("peftc_plugins.") and not (m + ".").startswith(module + ".")])
+usual = config.removesuffix("Config").lower() == {name.replace("_", "")!r}  # others are found by trying all
+print(*[m for m in sys.modules if usual and m.startswith("peftc_plugins.") and m not in own])
 """
     run = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import checks, drift, explain, match, of_spec, select, serial, sites
+from peftc.compiler import checks, drift, explain, match, of_spec, prompts, select, serial, sites
 from peftc.compiler import compile as compiler
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
@@ -312,15 +312,15 @@ CASES: dict[str, Case] = {
     ),
     "a prompt without a length": Case(
         rules.PROMPT_SIZE, prompt(num_virtual_tokens=None), ("`num_virtual_tokens` is not set",),
-        (sites, "    if tokens is None or width is None:", "    if False:"),
+        (prompts, "    if missing is not None:", "    if False:"),
     ),
-    "a prompt for a model without width": Case(
-        rules.PROMPT_SIZE, prompt(replace(decoder(), model=replace(decoder().model, dims={}))), ("`token_dim` is not set",),
-        (sites, "    if tokens is None or width is None:", "    if tokens is None:"),
+    "a prompt of another width": Case(
+        rules.PROMPT_SIZE, prompt(token_dim=5), ("`token_dim` is 5, but the model's is",),
+        (prompts, "        if given is not None and given != value:", "        if False:"),
     ),
     "a prompt for a model without embeddings": Case(
         rules.NO_EMBEDDINGS, prompt(replace(decoder(), model=replace(decoder().model, input_embeddings=None))), ("`Decoder`",),
-        (sites, "    if model.input_embeddings is None:", "    if False:"),
+        (prompts, "    if model.input_embeddings is None:", "    if False:"),
     ),
     "a config without a type": Case(
         rules.NO_TYPE, together(PeftConfig()), ("`adapter0`", "SAMPLE"),

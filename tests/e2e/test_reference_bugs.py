@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import PeftcError
+from tests.golden.models import base_model
 
 
 class Small(nn.Module):
@@ -151,16 +152,6 @@ def test_loading_a_file_without_any_key_of_the_adapter_is_an_error(tmp_path: Pat
     with pytest.raises(PeftcError, match=r"x\.base_model"):
         model.load_adapter(tmp_path, "second")
     assert list(model.peft_config) == ["default"]
-
-
-def test_disabling_a_prompt_adapter_of_another_task_fails_in_the_reference() -> None:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = BertForSequenceClassification(BertConfig(vocab_size=20, **sizes))
-    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
-    with pytest.raises(UnboundLocalError), model.disable_adapter():
-        pass
 
 
 def both_ways(action: Callable[[ModuleType], Any]) -> tuple[Any, Any]:
@@ -353,3 +344,118 @@ def test_a_mixed_model_has_files_and_a_status(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert peft.PeftModel.from_pretrained(Small(), str(tmp_path / "other")).active_adapter == "default"
     assert model.get_model_status().num_adapter_layers == 2
+
+
+# prompts --------------------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+
+
+def prompted(library: ModuleType, base: str, config: str, task: str | None = None, **options: Any) -> Any:
+    """A golden base model with a prompt of three tokens."""
+    task = task or {"bert_tok": "TOKEN_CLS", "bert_cls": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}.get(base, "CAUSAL_LM")
+    size = {} if "cpt_token_ids" in options else {"num_virtual_tokens": 3}
+    made = getattr(library, config)(task_type=task, **size, **options)
+    return library.get_peft_model(base_model(base), made).eval()
+
+
+def test_a_prompt_for_another_task_can_be_disabled() -> None:
+    def disabled(library: ModuleType) -> Tensor:
+        model = prompted(library, "bert_cls", "PromptTuningConfig")
+        with model.disable_adapter():
+            return model(input_ids=IDS).logits
+
+    with pytest.raises(UnboundLocalError):
+        disabled(peft)
+    assert torch.equal(disabled(peftc), base_model("bert_cls")(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_token_classification_with_labels(config: str) -> None:
+    labels = torch.tensor([[0, 1, 2, -100], [2, 1, 0, 1]])
+    if config == "PromptTuningConfig":
+        with pytest.raises(ValueError, match="batch_size"):
+            prompted(peft, "bert_tok", config)(input_ids=IDS, labels=labels)
+    out = prompted(peftc, "bert_tok", config)(input_ids=IDS, labels=labels)
+    expected = nn.functional.cross_entropy(out.logits[:, -4:].flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_a_prompt_that_is_loaded_can_be_trained_on(tmp_path: Path) -> None:
+    prompted(peft, "llama", "PromptTuningConfig").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
+        peft.PeftModel.from_pretrained(base_model("llama"), str(tmp_path), is_trainable=True)
+    ours = peftc.PeftModel.from_pretrained(base_model("llama"), str(tmp_path), is_trainable=True)
+    assert ours.get_nb_trainable_parameters()[0] == 96
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("PromptTuningConfig", {"cache_implementation": "static"}),
+        ("PrefixTuningConfig", {"cache_implementation": "static"}),
+        ("PrefixTuningConfig", {"use_cache": False}),
+    ],
+)
+def test_caches_that_the_reference_cannot_use(config: str, options: dict[str, Any]) -> None:
+    call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "pad_token_id": 0}
+    with pytest.raises((KeyError, RuntimeError)):
+        prompted(peft, "llama", config).generate(**call, **options)
+    ours = prompted(peftc, "llama", config)
+    assert torch.equal(ours.generate(**call, **options), ours.generate(**call))
+
+
+def test_checkpointing_that_is_switched_on_later() -> None:
+    theirs = quietly(lambda: prompted(peft, "llama", "PrefixTuningConfig").train())
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        quietly(
+            lambda: (theirs.gradient_checkpointing_enable(), theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)))
+        )
+    ours = prompted(peftc, "llama", "PrefixTuningConfig").train()
+    with pytest.raises(PeftcError, match="PC529"):
+        ours.gradient_checkpointing_enable()
+
+
+def test_a_decoder_generates_with_the_tokens_that_it_was_trained_with() -> None:
+    """Step by step through `forward`, which both do alike."""
+
+    def apart(library: ModuleType) -> bool:
+        torch.manual_seed(1)
+        model = prompted(library, "t5", "MultitaskPromptTuningConfig", num_tasks=2)
+        with torch.no_grad():
+            for p in model.prompt_encoder.parameters():
+                p.normal_()
+        tasks = {"task_ids": torch.tensor([0, 1])}
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        found = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **tasks, **options)
+        seen = torch.zeros(2, 1, dtype=torch.long)
+        for _ in range(6):
+            labels = torch.cat(
+                [seen[:, 1:], torch.zeros(2, 1, dtype=torch.long)], dim=1
+            )  # shifted right they are `seen`
+            logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=labels, **tasks).logits[:, -1]
+            logits[:, model.config.eos_token_id] = -torch.inf
+            seen = torch.cat([seen, logits.argmax(-1, keepdim=True)], dim=1)
+        return not torch.equal(found, seen)
+
+    assert apart(peft)
+    assert not apart(peftc)
+
+
+def test_a_prompt_that_started_from_another_loads_without_it(tmp_path: Path) -> None:
+    prompted(peft, "t5", "MultitaskPromptTuningConfig").save_pretrained(str(tmp_path / "source"))
+    file = tmp_path / "source" / "adapter_model.safetensors"
+    start = {"prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_state_dict_path": str(file)}
+    prompted(peft, "t5", "MultitaskPromptTuningConfig", **start).save_pretrained(str(tmp_path / "target"))
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        peft.PeftModel.from_pretrained(base_model("t5"), str(tmp_path / "target"))
+    peftc.PeftModel.from_pretrained(base_model("t5"), str(tmp_path / "target"))
+
+
+def test_labels_after_a_context_of_one_type() -> None:
+    def loss(library: ModuleType) -> Tensor:
+        return prompted(library, "llama", "CPTConfig", cpt_token_ids=[3, 4])(input_ids=IDS, labels=IDS).loss
+
+    assert loss(peft).isnan()
+    assert loss(peftc).isfinite()

@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peftc import PeftcError, PeftModel, PromptTuningConfig, get_peft_model
 from peftc.diagnostics import ConfigError
-from peftc.testing.golden import GoldenCase
 from peftc.testing.models import MODELS
-from tests.golden.models import DATA, base_model
 
 LLAMA = next(model for model in MODELS if model.name == "llama")
 
@@ -112,12 +110,6 @@ def test_options_that_cannot_be_followed_are_refused(options: dict[str, Any]) ->
 def test_the_number_of_tokens_must_be_said() -> None:
     with pytest.raises(PeftcError, match="PC419"):
         wrapped()
-
-
-def test_an_encoder_decoder_is_refused() -> None:
-    case = GoldenCase(DATA / "PROMPT_TUNING" / "seq_2_seq_lm")
-    with pytest.raises(PeftcError, match="PC103"):
-        get_peft_model(base_model(case.info["model"]), PromptTuningConfig(num_virtual_tokens=2))
 
 
 def test_tokens_start_in_float32_beside_a_half_precision_base() -> None:

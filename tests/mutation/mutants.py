@@ -26,6 +26,7 @@ from peftc.plugin import (
     ModuleView,
     PeftConfig,
     PeftType,
+    Place,
     PromptContext,
     PromptLearningConfig,
     PromptTuner,
@@ -99,8 +100,17 @@ class SoundPrompt(PromptTuner[MutantPromptConfig]):
     def embeds(self, c: MutantPromptConfig, a: PromptView) -> Any:
         return a.rows
 
-    def restore(self, c: MutantPromptConfig, embeds: Any) -> Mapping[str, Any]:
-        return {"rows": embeds}
+    def restore(self, c: MutantPromptConfig, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"rows": saved["prompt_embeddings"]}
+
+
+class SoundCache(SoundPrompt):
+    """Virtual tokens as keys and values."""
+
+    place = Place.CACHE
+
+    def slots(self, c: MutantPromptConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        yield module_slot("rows", (c.num_virtual_tokens or 0, (c.num_layers or 0) * 2 * (c.token_dim or 0)))
 
 
 class MutantAroundConfig(PeftConfig):
@@ -151,6 +161,8 @@ SOUND_PROMPT = TunerMethod(
 SOUND_AROUND = TunerMethod(
     "MUTANT", MutantAroundConfig, SoundAround(), prefix="mut_", layer_names=("mut_shift", "mut_gate")
 )
+
+SOUND_CACHE = replace(SOUND_PROMPT, tuner=SoundCache())
 
 
 @dataclass(frozen=True)
@@ -392,6 +404,7 @@ SOUND_METHODS: dict[str, TunerMethod] = {
     "sound_branch": SOUND_BRANCH,
     "sound_prompt": SOUND_PROMPT,
     "sound_around": SOUND_AROUND,
+    "sound_cache": SOUND_CACHE,
 }
 
 #: Functions of a tuner that the core calls, each replaced by one that raises.

@@ -16,7 +16,7 @@ from peftc.registry.manager import default_registry
 from peftc.runtime import session
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.prompt import PromptDriver
+from peftc.runtime.prompt.driver import PromptDriver
 from peftc.runtime.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
@@ -97,8 +97,8 @@ def never_refused(patch: Patch) -> None:
 def changed_call(patch: Patch, change: Callable[[dict[str, Any]], None]) -> None:
     widened = PromptDriver.widened
 
-    def wrong(driver: PromptDriver, args: Any, kwargs: Any) -> dict[str, Any]:
-        call = widened(driver, args, kwargs)
+    def wrong(driver: PromptDriver, *given: Any) -> dict[str, Any]:
+        call = widened(driver, *given)
         change(call)
         return call
 
@@ -137,6 +137,10 @@ def always_together(patch: Patch) -> None:
     patch.setattr(session, "together", lambda plans: ())
 
 
+def checkpointing_allowed(patch: Patch) -> None:
+    patch.setattr(PeftModel, "_refuse_checkpointing", lambda model: None)
+
+
 CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
@@ -149,6 +153,7 @@ CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "prompt_goes_before_the_input": ("sound_prompt", prompt_at_the_end, "logits"),
     "labels_skip_the_prompt": ("sound_prompt", labels_on_the_prompt, "loss"),
     "generation_sees_the_prompt": ("sound_prompt", generation_without_prompt, "generated"),
+    "checkpointing_is_refused": ("sound_cache", checkpointing_allowed, "not refused"),
 }
 
 

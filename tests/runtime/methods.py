@@ -1,4 +1,4 @@
-"""Three methods made for these tests, one per way to act: a thin update, a scaled output, a prompt; and a model for them."""
+"""Methods made for these tests, one per way to act: a thin update, a scaled output, prompts of four kinds; and a model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from peftc.plugin import (
     ModulesToSaveMixin,
     PeftConfig,
     PeftType,
+    Place,
     PromptContext,
     PromptLearningConfig,
     PromptTuner,
@@ -112,20 +113,78 @@ class PrefaceTuner(PromptTuner[PrefaceConfig]):
     def embeds(self, c: PrefaceConfig, a: PromptView) -> Tensor:
         return a.embedding
 
-    def restore(self, c: PrefaceConfig, embeds: Tensor) -> Mapping[str, Tensor]:
-        return {"embedding": embeds}
+    def restore(self, c: PrefaceConfig, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"embedding": saved["prompt_embeddings"]}
+
+
+class StoredConfig(PrefaceConfig):
+    """Options of keys and values."""
+
+    peft_type: PeftType | None = PeftType("STORED")
+
+
+class StoredTuner(PrefaceTuner):
+    """A table of keys and values."""
+
+    place = Place.CACHE
+
+    def slots(self, c: PrefaceConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        yield module_slot("embedding", (c.num_virtual_tokens or 0, (c.num_layers or 0) * 2 * (c.token_dim or 0)))
+
+
+class SharedConfig(PrefaceConfig):
+    """Options of a prompt for two tasks."""
+
+    peft_type: PeftType | None = PeftType("SHARED")
+
+
+class SharedTuner(PrefaceTuner):
+    """The table, once or twice of it."""
+
+    def tasks(self, c: PrefaceConfig) -> int | None:
+        return 2
+
+    def of_tasks(self, c: PrefaceConfig, a: PromptView, task_ids: Tensor) -> Tensor:
+        return a.embedding * (task_ids + 1).view(-1, 1, 1)
+
+
+class MadeConfig(PrefaceConfig):
+    """Options of a prompt that is made of two tensors."""
+
+    peft_type: PeftType | None = PeftType("MADE")
+
+
+class MadeTuner(PrefaceTuner):
+    """A table times a vector while it is trained; the table alone once it is saved."""
+
+    def slots(self, c: PrefaceConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        yield from self.encoded(c, dims)
+        yield parameter_slot("scale", (c.token_dim or 0,))
+
+    def encoded(self, c: PrefaceConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+        yield from super().slots(c, dims)
+
+    def init(self, c: PrefaceConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+        for tensor in slots.values():
+            context.init.normal(tensor)
+
+    def embeds(self, c: PrefaceConfig, a: PromptView) -> Tensor:
+        return a["embedding"] * a["scale"] if "scale" in a else a["embedding"]
 
 
 METHODS = (
     TunerMethod("NARROW", NarrowConfig, NarrowTuner(), prefix="narrow_", layer_names=("narrow_A", "narrow_B")),
     TunerMethod("STRETCH", StretchConfig, StretchTuner(), prefix="stretch_", layer_names=("stretch_l",)),
     TunerMethod("PREFACE", PrefaceConfig, PrefaceTuner(), prefix=""),
+    TunerMethod("STORED", StoredConfig, StoredTuner(), prefix=""),
+    TunerMethod("SHARED", SharedConfig, SharedTuner(), prefix=""),
+    TunerMethod("MADE", MadeConfig, MadeTuner(), prefix=""),
 )
 
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """The three in the registry of installed methods, which a `PeftModel` asks."""
+    """All of them in the registry of installed methods, which a `PeftModel` asks."""
     registry = default_registry()
     for method in METHODS:
         registry.register(plugin(method), method.peft_type.lower())
@@ -164,8 +223,12 @@ def stretch(**options: Any) -> StretchConfig:
     return StretchConfig(**{"target_modules": ["first"], **options})
 
 
-def preface(**options: Any) -> PrefaceConfig:
-    return PrefaceConfig(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, **options})
+def preface(kind: str = "PREFACE", **options: Any) -> PrefaceConfig:
+    """Options of the prompt, or of another kind of it."""
+    config = next(method.config for method in METHODS if method.peft_type == kind)
+    made = config(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, **options})
+    assert isinstance(made, PrefaceConfig)
+    return made
 
 
 def adapted(config: PeftConfig | None = None, **names: PeftConfig) -> PeftModel:

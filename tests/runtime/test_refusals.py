@@ -16,10 +16,11 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.snapshot import snapshot
 from peftc.testing.models import MODELS
+from peftc.tuner.prompt import Place, PromptTuner
 
 METHODS = [default_registry().get(name) for name in default_registry().names]
 ON_LAYERS = next(method for method in METHODS if method.adapts_layers)
-PROMPT = next(method for method in METHODS if method.is_prompt)
+PROMPT = next(m for m in METHODS if isinstance(m.tuner, PromptTuner) and m.tuner.place is Place.INPUT)
 LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
 
 
@@ -40,7 +41,7 @@ def on_layers() -> PeftConfig:
 
 
 def prompt(**options: Any) -> PeftConfig:
-    return PROMPT.config(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+    return PROMPT.config(task_type="CAUSAL_LM", **PROMPT.examples[0], **options)
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ class SamplePrompt(PromptTuner[PromptConfig]):
     def embeds(self, c: PromptConfig, a: Any) -> Any:
         raise NotImplementedError
 
-    def restore(self, c: PromptConfig, embeds: Any) -> Mapping[str, Any]:
+    def restore(self, c: PromptConfig, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         raise NotImplementedError
 
 

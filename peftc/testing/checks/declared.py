@@ -98,7 +98,7 @@ def keys_follow_the_rule(s: Subject) -> None:
     memory = {key.memory(plan.root) for site in plan.sites for key in (site.key(slot, name) for slot in site.slots)}
     disk = {site.key(slot, name).disk() for site in plan.sites for slot in site.slots if slot.saved}
     if plan.prompt is not None:
-        disk.add(plan.prompt.disk)
+        disk |= set(plan.prompt.stored)
     else:
         new = {n for n, p in model.named_parameters() if id(p) not in old}
         same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,47 +15,72 @@ from peftc.diagnostics import PeftcError
 from peftc.model.peft_model import PeftModel
 from peftc.testing.compare import close, same
 from peftc.testing.report import broken
-from peftc.testing.subjects import Subject
+from peftc.testing.subjects import Subject, quiet
 
-_FIX = "Return `(num_virtual_tokens, hidden_size)` from `embeds`."
+_FIX = "Return the table from `embeds`, in the layout of its `place`."
 
 
 def prompt_goes_before_the_input(s: Subject) -> None:
-    """Logits with a prompt are the base's for the virtual tokens' embeddings put before the input's; masks grow by ones."""
-    model, given = s.trained(), s.model.arguments()
+    """Logits with a prompt are the base's with the virtual tokens put in by hand; masks grow by ones."""
+    model = s.trained()
+    given = s.arguments(model)
     ids = given["input_ids"]
     padded = torch.ones_like(ids)
     padded[0, :2] = 0  # padding on the left
     for mask in (None, torch.ones_like(ids), padded):
         with torch.no_grad():
-            y = model(input_ids=ids, attention_mask=mask).logits
-        close(y, _by_hand(model, ids, mask), "The logits with a prompt", _FIX, tolerance=1e-5)
+            y = model(**{**given, "attention_mask": mask}).logits
+        close(y, _by_hand(model, given, mask), "The logits with a prompt", _FIX, tolerance=1e-5)
 
 
 def labels_skip_the_prompt(s: Subject) -> None:
     """The loss is that of the given labels: virtual tokens have none."""
-    model, given = s.trained(), s.model.arguments()
+    model = s.trained()
+    given = s.arguments(model)
     ids = given["input_ids"]
     with torch.no_grad():
         out = model(**given, labels=ids)
-    logits = out.logits[:, -ids.shape[1] - 1 : -1]  # the last virtual token predicts the first label
-    expected = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), ids.reshape(-1))
+    if out.logits.shape[1] > ids.shape[1]:  # the last virtual token predicts the first label
+        logits, labels = out.logits[:, -ids.shape[1] - 1 : -1], ids
+    else:
+        logits, labels = out.logits[:, :-1], ids[:, 1:]
+    expected = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1))
     close(out.loss, expected, "The loss with a prompt", _FIX, tolerance=1e-5)
 
 
 def generation_sees_the_prompt(s: Subject) -> None:
     """Greedy generation with a cache gives the tokens that whole forward passes give one at a time."""
-    model, given = s.trained(), s.model.arguments()
-    ids, mask = given["input_ids"][:1], given["attention_mask"][:1]
+    model = s.trained()
+    given = {name: tensor[:1] for name, tensor in s.arguments(model).items()}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(input_ids=ids, attention_mask=mask, **options)
-    expected = ids
+    found = model.generate(**given, **options)
+    expected = given["input_ids"]
     for _ in range(6):
+        call = {**given, "input_ids": expected, "attention_mask": torch.ones_like(expected)}
         with torch.no_grad():
-            logits = model(input_ids=expected, use_cache=False).logits[:, -1].clone()
+            logits = model(**call, use_cache=False).logits[:, -1].clone()
         logits[:, 2] = -torch.inf  # `min_new_tokens` keeps the end token away
         expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
     same(found, expected, "What is generated with a cache, compared with step by step,", _FIX)
+
+
+def checkpointing_is_refused(s: Subject) -> None:
+    """Checkpointed layers compute without a cache, so a prompt in it would not be trained: that must be said."""
+    model = s.trained().train()
+    asked = (model.gradient_checkpointing_enable, partial(_checkpointed_call, s, model))
+    for ask in asked:
+        try:
+            ask()
+        except PeftcError as error:
+            if [d.code for d in error.diagnostics] == [rules.CHECKPOINTING_DROPS.code]:
+                continue
+        raise broken("Gradient checkpointing is not refused", "Report this as a bug of peftc.")
+
+
+def _checkpointed_call(s: Subject, model: PeftModel) -> None:
+    with quiet():
+        model.get_base_model().gradient_checkpointing_enable()
+    s.run(model)
 
 
 def merging_is_refused(s: Subject) -> None:
@@ -68,14 +97,30 @@ def merging_is_refused(s: Subject) -> None:
     same(s.output(model), y, "The output after a merge was refused", "Report this as a bug of peftc.")
 
 
-def _by_hand(model: PeftModel, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits for the adapter's saved embeddings put before those of the input."""
-    base = model.get_base_model()
-    (prompt,) = model.adapter_tensors("default").values()
+def _by_hand(model: PeftModel, given: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+    """Logits of the base for the adapter's table, put before the input's embeddings or into a cache."""
+    base, ids = model.get_base_model(), given["input_ids"]
+    encoder = model._encoders()["default"]
     rows = ids.shape[0]
-    with torch.no_grad():
-        embeds = torch.cat([prompt.expand(rows, -1, -1), base.get_input_embeddings()(ids)], dim=1)
+    call: dict[str, Any] = {"attention_mask": mask}
+    with torch.no_grad(), model.disable_adapter():
+        table = encoder.rows(rows, given.get("task_ids"))
         if mask is not None:
-            mask = torch.cat([mask.new_ones(rows, prompt.shape[0]), mask], dim=1)
-        with model.disable_adapter():
-            return base(inputs_embeds=embeds, attention_mask=mask).logits
+            call["attention_mask"] = torch.cat([mask.new_ones(rows, table.shape[1]), mask], dim=1)
+        if encoder.place.is_cache:
+            empty = type(base(input_ids=ids, use_cache=True).past_key_values)()
+            call |= {"input_ids": ids, "past_key_values": _filled(empty, table, encoder.config)}
+        else:
+            call["inputs_embeds"] = torch.cat([table, base.get_input_embeddings()(ids)], dim=1)
+        logits: Tensor = base(**call).logits
+    return logits
+
+
+def _filled(cache: Any, table: Tensor, config: Any) -> Any:
+    """The cache with the table `(batch, tokens, layers · 2 · heads · width)` in it, layer after layer, keys first."""
+    for layer, share in enumerate(table.chunk(config.num_layers, dim=-1)):
+        heads = (
+            half.unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2) for half in share.chunk(2, dim=-1)
+        )
+        cache.update(*heads, layer)
+    return cache

@@ -1,0 +1,279 @@
+"""The module that holds one adapter's virtual tokens: slots under the names that the plan gave them, and the table.
+
+It knows its method by the method's declarations alone; how the table is put into a call is the driver's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.compiler.plan import AdapterPlan, PromptSite
+from peftc.diagnostics import PeftcError
+from peftc.registry.boundary import boundary, guarded
+from peftc.runtime.layer import Source
+from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
+from peftc.tuner.prompt import Place, PromptTuner
+from peftc.tuner.slots import Container, Slot, labelled
+
+
+class PromptModule(nn.Module):
+    """One adapter's virtual tokens. Slots are children or parameters named by the method: `embedding.weight`."""
+
+    def __init__(self, plan: AdapterPlan, tuner: PromptTuner[Any]) -> None:
+        super().__init__()
+        self._plan = plan
+        self._tuner = tuner
+        self.slots = {} if plan.prompt is None else labelled(plan.prompt.slots)
+
+    # what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def site(self) -> PromptSite:
+        """The plan's part about it."""
+        assert self._plan.prompt is not None
+        return self._plan.prompt
+
+    @property
+    def config(self) -> Any:
+        """The adapter's options, sizes resolved."""
+        return self._plan.config
+
+    @property
+    def place(self) -> Place:
+        """Where its tokens go."""
+        return self.site.place
+
+    @property
+    def tokens(self) -> int:
+        """How many positions it adds to an input."""
+        return int(self.config.num_virtual_tokens)
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Keywords of a call that are not the model's."""
+        return (*self._tuner.keywords, "task_ids")
+
+    # storage ------------------------------------------------------------------------------------------------------
+
+    def fill(self, word_embeddings: nn.Embedding, source: Source | None) -> None:
+        """Make the slots: from the checkpoint, or as the method starts them."""
+        device = word_embeddings.weight.device
+        made = {
+            label: allocate(slot.shape, torch_dtype(slot.dtype or self.site.dtype), device)
+            for label, slot in self.slots.items()
+        }
+        saved = self._saved(source)
+        with torch.no_grad():
+            if len(saved) < len(self.site.stored):
+                with boundary(self._plan.peft_type, "init"):
+                    self._tuner.init(self.config, made, Start(word_embeddings))
+            for label, tensor in self._restored(saved).items():
+                made[label].copy_(tensor)
+        for label, slot in self.slots.items():
+            self._hold(slot, nn.Parameter(made[label], requires_grad=False))
+
+    def _saved(self, source: Source | None) -> dict[str, Tensor]:
+        found = {key: source(key) for key in self.site.stored} if source is not None else {}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+    def _restored(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not saved:
+            return {}
+        with boundary(self._plan.peft_type, "restore"):
+            return self._tuner.restore(self.config, saved)
+
+    def _hold(self, slot: Slot, parameter: nn.Parameter) -> None:
+        """Store a tensor under its name; a tail such as `0.weight` is a module in a module.
+
+        Straight into torch's dictionaries: a slot may have the name of an attribute here.
+        """
+        holder: nn.Module = self
+        *path, last = _path(slot)
+        for name in path:
+            holder = holder._modules.get(name) or _put(holder, name)
+        holder._parameters[last] = parameter
+
+    def restored(self, source: Source) -> list[tuple[Tensor, Tensor | None]]:
+        """Each slot's tensor with its value in a checkpoint."""
+        slots = PromptSlots(self)
+        return [(slots[label].data, value) for label, value in self._restored(self._saved(source)).items()]
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Let the slots that train require gradients, or none."""
+        slots = PromptSlots(self)
+        for label, slot in self.slots.items():
+            slots[label].requires_grad_(trainable and slot.trainable)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by key."""
+        with torch.no_grad():
+            table = self()
+            with boundary(self._plan.peft_type, "export"):
+                return {self.site.disk: table, **self._tuner.export(self.config, PromptSlots(self))}
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Take a table as it is saved, in place of what the slots hold. Raises `PeftcError` if it does not fit, or if the
+        slots hold something else that the table is computed from."""
+        expected = tuple(self.site.shape)
+        if tuple(prompt_embeddings.shape) != expected:
+            what = f"The table is {tuple(prompt_embeddings.shape)}, the adapter's is {expected}"
+            raise PeftcError(rules.TABLE_REFUSED(what, fix="Give one row for each virtual token of this model."))
+        values = self._restored({self.site.disk: prompt_embeddings})
+        slots = self.slots
+        strange = [label for label, value in values.items() if label not in slots or value.shape != slots[label].shape]
+        if strange or not self._holds_table(values):
+            what = "The adapter computes its table from other tensors, which cannot be found from it"
+            raise PeftcError(rules.TABLE_REFUSED(what, fix="Use an adapter without projection or reparametrisation."))
+        own = PromptSlots(self)
+        with torch.no_grad():
+            for label, value in values.items():
+                own[label].copy_(value)
+
+    def _holds_table(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether these slots are all that the table is made of."""
+        trained = {label for label, slot in self.slots.items() if slot.trainable}
+        return trained <= set(values)
+
+    # the table ----------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The table, computed anew."""
+        table: Tensor = self()
+        return table
+
+    def forward(self, indices: Tensor | None = None, task_ids: Tensor | None = None) -> Tensor:
+        """The table, `(rows, width)`; with `task_ids` `(batch,)`, one for each of them, `(batch, rows, width)`.
+
+        `indices` are for callers of the reference, whose encoders look their rows up: with `(batch, rows)` of them, the rows.
+        """
+        slots = PromptSlots(self)
+        with torch.no_grad():
+            guarded(self._tuner.constrain, self._plan.peft_type, None)(self.config, slots)
+        if task_ids is not None:
+            return guarded(self._tuner.of_tasks, self._plan.peft_type, None)(self.config, slots, task_ids)
+        table = guarded(self._tuner.embeds, self._plan.peft_type, None)(self.config, slots)
+        return table if indices is None else table[indices]
+
+    def rows(self, batch: int, task_ids: Tensor | None) -> Tensor:
+        """A table for each row of a batch, `(batch, rows, width)`; rows of beams come after each other.
+
+        Raises `PeftcError` if the method needs `task_ids` and they are missing or do not fit.
+        """
+        tasks = self._tuner.tasks(self.config)
+        if tasks is None:
+            table: Tensor = self()
+            return table.unsqueeze(0).expand(batch, -1, -1)
+        found: Tensor = self(task_ids=_checked(task_ids, tasks, batch))
+        return found.repeat_interleave(batch // found.shape[0], dim=0)
+
+    # labels and loss ----------------------------------------------------------------------------------------------
+
+    def labels(self, labels: Tensor, keywords: Mapping[str, Tensor]) -> Tensor | None:
+        """Labels with those of the virtual tokens in front; None if they have none."""
+        return guarded(self._tuner.labels, self._plan.peft_type, None)(self.config, labels, keywords)
+
+    def loss(self, logits: Tensor, labels: Tensor, keywords: Mapping[str, Tensor]) -> Tensor | None:
+        """The loss in place of the model's; None to leave that."""
+        return guarded(self._tuner.loss, self._plan.peft_type, None)(self.config, logits, labels, keywords)
+
+
+class Exporter(nn.Module):
+    """An encoder whose call gives what is saved of it, for `torch.func.functional_call` with other tensors."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by key."""
+        assert isinstance(self.encoder, PromptModule)
+        return self.encoder.tensors()
+
+
+def _checked(task_ids: Tensor | None, tasks: int, batch: int) -> Tensor:
+    ids = None if task_ids is None else torch.as_tensor(task_ids).reshape(-1)
+    if ids is None or ids.numel() == 0 or batch % ids.numel():
+        have = "no `task_ids`" if ids is None else f"{ids.numel()} `task_ids` for {batch} rows"
+        raise PeftcError(rules.TASKS_NEEDED(f"The call has {have}", fix="Give one `task_ids` entry for each row."))
+    wrong = sorted({int(i) for i in ids if not 0 <= int(i) < tasks})
+    if wrong:
+        what = f"`task_ids` names task {wrong[0]}, but there are {tasks}"
+        raise PeftcError(rules.TASKS_NEEDED(what, fix=f"Tasks are numbered from 0 to {tasks - 1}."))
+    return ids
+
+
+def _path(slot: Slot) -> tuple[str, ...]:
+    """The names that lead to a slot's tensor."""
+    return (slot.name,) if slot.container is Container.PARAMETER else (slot.name, *slot.tail.split("."))
+
+
+def _put(holder: nn.Module, name: str) -> nn.Module:
+    module = holder._modules[name] = SlotModule()
+    return module
+
+
+class PromptSlots:
+    """Slots of an encoder by label (`peftc.tuner.views.PromptView`)."""
+
+    __slots__ = ("_encoder",)
+
+    def __init__(self, encoder: PromptModule) -> None:
+        self._encoder = encoder
+
+    @property
+    def training(self) -> bool:
+        return self._encoder.training
+
+    def __contains__(self, label: str) -> bool:
+        return label in self._encoder.slots
+
+    def __getitem__(self, label: str) -> Tensor:
+        holder: Any = self._encoder
+        *path, last = _path(self._encoder.slots[label])
+        for name in path:
+            holder = holder._modules[name]
+        tensor: Tensor = holder._parameters[last]
+        return tensor
+
+    def __getattr__(self, label: str) -> Tensor:
+        try:
+            return self[label]
+        except KeyError:
+            have = sorted(self._encoder.slots)
+            raise AttributeError(f"no slot `{label}`; there are {have}") from None
+
+
+class Start:
+    """What a prompt may start from (`peftc.tuner.views.PromptContext`)."""
+
+    def __init__(self, word_embeddings: nn.Embedding) -> None:
+        self._embeddings = word_embeddings
+
+    @property
+    def init(self) -> Initializer:
+        return INIT
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        return self._embeddings.weight.detach()
+
+    def tokenize(self, name_or_path: str, text: str, **kwargs: Any) -> Sequence[int]:
+        """Token ids of a text. Raises `PeftcError` if the tokenizer cannot be loaded or gives no token."""
+        from transformers import AutoTokenizer
+
+        try:
+            ids = list(AutoTokenizer.from_pretrained(name_or_path, **kwargs)(text)["input_ids"])
+        except (OSError, ValueError) as error:
+            what = f"The tokenizer `{name_or_path}` cannot be loaded: {str(error).splitlines()[0]}"
+            fix = "Give a folder with the tokenizer's files, or a hub id that can be reached."
+            raise PeftcError(rules.TOKENIZER_MISSING(what, fix=fix, where="tokenizer_name_or_path")) from error
+        if not ids:
+            fix = "Give a text that has tokens."
+            raise PeftcError(rules.BAD_VALUE("The text that the prompt starts as gives no tokens", fix=fix))
+        return ids
