@@ -165,9 +165,7 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
         else:
             model._attach(found.plan, found.source, journal)
             if options.is_trainable:  # the reference makes it so although it is not active
-                for tensor in _own(model, name):
-                    if tensor.is_floating_point():
-                        tensor.requires_grad_(True)
+                model.set_requires_grad(name)
         if same and options.is_trainable and name in session.active:  # loading in place does not end a training
             model.set_adapter(session.active)
     if not options.is_trainable and model.training:
