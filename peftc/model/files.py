@@ -164,10 +164,8 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
             _exchange(model, name, found, options.is_trainable, journal)
         else:
             model._attach(found.plan, found.source, journal)
-            if options.is_trainable:  # as in the reference, although it is not active
-                session.set_requires_grad(name, True)
-                if model.prompt_encoder is not None:
-                    model.prompt_encoder[name].requires_grad_(True)
+            if options.is_trainable:  # the reference makes it so although it is not active
+                model.set_requires_grad(name)
         if same and options.is_trainable and name in session.active:  # loading in place does not end a training
             model.set_adapter(session.active)
     if not options.is_trainable and model.training:
