@@ -126,11 +126,7 @@ def generation_without_prompt(patch: Patch) -> None:
 
 def never_aside(patch: Patch) -> None:
     parameters = AdapterPlan.parameters
-    patch.setattr(
-        AdapterPlan,
-        "parameters",
-        lambda plan, trainable=True, depth=None, active=True: parameters(plan, trainable, depth),
-    )
+    patch.setattr(AdapterPlan, "parameters", lambda plan, trainable=True, *others: parameters(plan, trainable))
 
 
 def always_together(patch: Patch) -> None:
