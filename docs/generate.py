@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from blocks import with_output  # beside this file
+from hf_compat import compat_page
 from pydantic.fields import FieldInfo
 
 from peftc import rules
@@ -49,6 +50,7 @@ def pages(examples: bool = True) -> dict[str, str]:
     texts = {
         "diagnostics.md": diagnostics_page(),
         "cli.md": cli_page(),
+        "hf-compat.md": compat_page(registry),
         "methods/README.md": methods_page(methods),
         **{f"methods/{method.peft_type.lower()}.md": method_page(method) for method in methods},
     }

@@ -178,6 +178,9 @@ def peftc_tuner() -> TunerMethod:
         exports={"MultitaskPromptTuningInit": MultitaskPromptTuningInit},
         summary="Virtual tokens before the input, shared by tasks and scaled for each.",
         paper="arXiv:2303.02861",
-        examples=({"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},),
+        examples=(
+            {"num_virtual_tokens": 4, "num_ranks": 2},
+            {"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2},
+        ),
         identity_at_start=lambda c: False,
     )

@@ -33,6 +33,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session, freeze
+from peftc.runtime.tuner_model import TunerModel
 
 DEFAULT = files.AT_ROOT
 
@@ -89,7 +90,7 @@ class PeftModel(PromptsMixin, nn.Module):
                 self._join(adapter, sources.get(adapter.name))
         self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
         if checkpointed:
-            self._require_input_gradients()
+            self.prepare_model_for_gradient_checkpointing(self.get_base_model())
 
     def _level(self, plan: InjectionPlan, session: Session) -> nn.Module:
         """What stands between this object and the base model: nothing, for a method that wraps no layers."""
@@ -162,18 +163,20 @@ class PeftModel(PromptsMixin, nn.Module):
         the path to every adapter. Raises `PeftcError` for a prompt that checkpointing would drop."""
         self._refuse_checkpointing()
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
-        self._require_input_gradients()
+        self.prepare_model_for_gradient_checkpointing(self.get_base_model())
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
         self._refuse_checkpointing()
         self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
-        self._require_input_gradients()
+        self.prepare_model_for_gradient_checkpointing(self.get_base_model())
 
-    def _require_input_gradients(self) -> None:
-        enable = getattr(self.get_base_model(), "enable_input_require_grads", None)
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Have a model's input embeddings require gradients, if it is one of transformers; returns it."""
+        enable: Any = getattr(model, "enable_input_require_grads", None)
         if enable is not None:
             enable()
+        return model
 
     # adapters -----------------------------------------------------------------------------------------------------
 
@@ -307,6 +310,12 @@ class PeftModel(PromptsMixin, nn.Module):
         if self.prompt_encoder is not None:
             fix = "Keep the adapter beside the model."
             raise PeftcError(rules.CANNOT_MERGE("A prompt changes the input, not the weights", fix=fix))
+
+    def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
+        """Whether an adapter adds a matrix to each of its layers' weights that does not depend on the weight."""
+        self.session.require([adapter_name])
+        base = self.base_model
+        return isinstance(base, TunerModel) and base.supports_lora_conversion(adapter_name)
 
     # counting -----------------------------------------------------------------------------------------------------
 

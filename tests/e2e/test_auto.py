@@ -206,3 +206,14 @@ def test_a_config_that_is_used_again_names_the_new_base(tmp_path: Path, monkeypa
     assert "named `first`" in message and "put on `second`" in message
     put_defect(monkeypatch, mapping, "if old is not None:", "if False:")
     assert not renamed_base(tmp_path)  # rules.BASE_RENAMED
+
+
+def test_what_a_model_says_of_itself_is_what_the_reference_says() -> None:
+    for library in (peft, peftc):
+        model = library.get_peft_model(transformers.LlamaForCausalLM(LLAMA), library.LoraConfig(task_type="CAUSAL_LM"))
+        assert model.supports_lora_conversion()
+        assert not model.get_input_embeddings()(IDS).requires_grad
+        model.prepare_model_for_gradient_checkpointing(model.get_base_model())
+        assert model.get_input_embeddings()(IDS).requires_grad
+    prompt = peftc.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert not peftc.get_peft_model(transformers.LlamaForCausalLM(LLAMA), prompt).supports_lora_conversion()

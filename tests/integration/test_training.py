@@ -86,6 +86,7 @@ def test_training_learns_and_changes_only_the_adapter(method: TunerMethod, tmp_p
     assert result.last_loss < result.first_loss
     assert [step.number for step in steps] == list(range(1, 26))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "peftc_plan.json",

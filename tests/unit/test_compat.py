@@ -76,7 +76,7 @@ def test_the_metadata_are_a_distributions(alias: ModuleType) -> None:
     ("statement", "says"),
     [
         ("from peft import PeftConfi", "has no `PeftConfi`. Did you mean `PeftConfig`"),
-        ("from peft import onload_layers", "It has AutoPeftModel, "),
+        ("from peft import onload_layers", " AutoPeftModel, "),
         ("import peft.conf", "`peft` in it has no `conf`. Did you mean `config`?"),
         ("import peft.config.deep", "`peft.config` in it has no `deep`"),
         ("import peft.nothing.deep", "`peft` in it has no `nothing`"),

@@ -271,10 +271,11 @@ def test_an_unknown_keyword_is_a_type_error_as_in_the_reference(method: TunerMet
     for cls in (method.config, reference(method)):
         with pytest.raises(TypeError):
             cls(no_such_option=1)
-    config = method.config()
+    config, theirs = method.config(), reference(method)(task_type="CAUSAL_LM")
     assert isinstance(config, PeftConfig) and isinstance(config, PeftConfigMixin)
-    assert (config.peft_type.value, config.is_adaption_prompt) == (method.peft_type, False)
-    assert config.is_prompt_learning is reference(method)().is_prompt_learning
+    assert config.peft_type.value == theirs.peft_type.value == method.peft_type
+    assert config.is_adaption_prompt is theirs.is_adaption_prompt
+    assert config.is_prompt_learning is theirs.is_prompt_learning
 
 
 def test_the_type_in_the_file_decides_whatever_class_reads_it(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -29,12 +31,14 @@ from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.model.peft_model import PeftModel
+from peftc.model.state import live_names
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
 RUN_NAME = "peftc_training.json"
 STATE_NAME = "trainer_state.json"
-#: Trainer's files that carry on a training; all are archives with checksums.
-ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+#: What carries on a training, the adapter as it lives in the model first: an adapter's own file may hold less, as the
+#: tables that an encoder gives. The others are Trainer's; all are archives with checksums.
+ARCHIVES = ("adapter_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 #: Trainer's name for recomputing activations; older versions have only `gradient_checkpointing`, which newer ones deprecate.
 _RECOMPUTE = min({"activation_checkpointing", "gradient_checkpointing"} & TrainingArguments.__dataclass_fields__.keys())
 
@@ -154,6 +158,7 @@ class AdapterTrainer(Trainer):
             for item in sorted(made.iterdir()):
                 item.rename(stage / item.name)
             made.rmdir()
+            torch.save({name: tensor.detach() for name, tensor in _own(self._adapted).items()}, stage / ARCHIVES[0])
             (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
         try:
@@ -163,8 +168,18 @@ class AdapterTrainer(Trainer):
         remove_checkpoints(self._folder, but=target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        for name in list(self._adapted.peft_config):
-            self._adapted.load_adapter(adapter_folder(Path(resume_from_checkpoint), name), name, is_trainable=True)
+        stored = torch.load(Path(resume_from_checkpoint) / ARCHIVES[0], map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, tensor in _own(self._adapted).items():
+                tensor.copy_(stored[name])
+
+
+def _own(model: PeftModel) -> dict[str, Tensor]:
+    """The tensors of all adapters by their names in the model, those that are not saved with them included."""
+    live = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    plans = model.session.plans.values()
+    names = {name for plan in plans for name in (*live_names(plan).values(), *(p.name for p in plan.parameters()))}
+    return {name: tensor for name, tensor in live.items() if name in names}
 
 
 def _takes_loss_keywords(base: Any) -> bool:

@@ -197,6 +197,8 @@ class Exporter(nn.Module):
 
 
 def _checked(task_ids: Tensor | None, tasks: int, batch: int) -> Tensor:
+    if task_ids is None and tasks == 1:
+        return torch.zeros(batch, dtype=torch.long)
     ids = None if task_ids is None else torch.as_tensor(task_ids).reshape(-1)
     if ids is None or ids.numel() == 0 or batch % ids.numel():
         have = "no `task_ids`" if ids is None else f"{ids.numel()} `task_ids` for {batch} rows"
