@@ -13,6 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# one test process per core, each with one thread
+WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-action ignore -c constraints.txt
@@ -25,7 +27,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/peftc demo $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check -q
