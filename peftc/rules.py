@@ -156,6 +156,9 @@ ADAPTERS_CONFLICT = Rule(
     "PC431", "Adapters get in each other's way", "What one adapter does would depend on the other."
 )
 NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that these layers do not have.", WARNING)
+TASK_MISFIT = Rule(
+    "PC433", "Task does not fit the model", "The virtual tokens would go to inputs that it does not have."
+)
 
 # PC5xx: running models ----------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")

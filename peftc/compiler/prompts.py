@@ -20,6 +20,8 @@ from peftc.tuner.prompt import PromptTuner
 
 #: Where every prompt's table is in a checkpoint.
 PROMPT_KEY = "prompt_embeddings"
+#: Whether the models of a task are encoder-decoders, where it decides that.
+_ENCODER_DECODER = {TaskType.SEQ_2_SEQ_LM: True, TaskType.CAUSAL_LM: False}
 
 
 def add_prompt(draft: Draft, context: Context) -> Draft:
@@ -31,6 +33,12 @@ def add_prompt(draft: Draft, context: Context) -> Draft:
     if model.input_embeddings is None:
         what = f"`{model.cls}` has no input embeddings that prompts could go before"
         return draft.told(rules.NO_EMBEDDINGS(what, fix="Use a method that adapts layers."))
+    task, translates = draft.config.task_type, _translates(draft.config)
+    if translates is not None and translates != model.is_encoder_decoder:
+        right = TaskType.SEQ_2_SEQ_LM if model.is_encoder_decoder else TaskType.CAUSAL_LM
+        what = f"`{model.cls}` is {'an' if model.is_encoder_decoder else 'no'} encoder-decoder; `{task}` is for the other kind"
+        fix = f"Set `task_type` to `{right}`."
+        return draft.told(rules.TASK_MISFIT(what, fix=fix, where=context.where("task_type")))
     given = draft.config
     config = given.model_copy(update=_sizes(given, tuner, context))
     draft = draft.told(*_corrections(given, tuner, context)).but(config=config)
@@ -48,6 +56,11 @@ def add_prompt(draft: Draft, context: Context) -> Draft:
         return draft.failed(error)
     shape = table_shape(config, tuner)
     return draft.but(prompt=PromptSite(slots, "float32", PROMPT_KEY, shape, model.input_embeddings, tuner.place, extra))
+
+
+def _translates(config: PromptLearningConfig) -> bool | None:
+    """Whether the task is one of encoder-decoders; None if any model may have it."""
+    return None if config.task_type is None else _ENCODER_DECODER.get(config.task_type)
 
 
 def table_shape(config: PromptLearningConfig, tuner: PromptTuner[PromptLearningConfig]) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     Targets, ranks, scalings, patterns and initialisation may differ.
     """
     if config0.peft_type != config1.peft_type:
-        what = f"A `{config1.peft_type}` adapter cannot take the place of a `{config0.peft_type}` adapter"
+        what = f"An adapter of {config1.peft_type} cannot take the place of one of {config0.peft_type}"
         raise PeftcError(rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`."))
     method = default_registry().method_of(config0)
     if not method.adapts_layers:

@@ -322,6 +322,10 @@ CASES: dict[str, Case] = {
         rules.NO_EMBEDDINGS, prompt(replace(decoder(), model=replace(decoder().model, input_embeddings=None))), ("`Decoder`",),
         (prompts, "    if model.input_embeddings is None:", "    if False:"),
     ),
+    "a prompt of encoder-decoders for a decoder": Case(
+        rules.TASK_MISFIT, prompt(decoder(), task_type="SEQ_2_SEQ_LM"), ("is no encoder-decoder", "`CAUSAL_LM`"),
+        (prompts, "if translates is not None and", "if False and"),
+    ),
     "a config without a type": Case(
         rules.NO_TYPE, together(PeftConfig()), ("`adapter0`", "SAMPLE"),
         (compiler, "    if not config.peft_type:", "    if False:"),
