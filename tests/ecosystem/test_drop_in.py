@@ -74,7 +74,6 @@ IMPORTED = {
 TO_COME = {
     "LOKR": {"LoKrConfig", "LoKrLayer", "factorization"},
     "LOHA": {"LoHaLayer"},
-    "PREFIX_TUNING": {"PrefixTuningConfig"},
 }
 
 

@@ -502,6 +502,7 @@ def test_the_case_fails_under_a_defect(case: Case, folder: Path, monkeypatch: py
     assert failure(case, folder) != ""
 
 
+@pytest.mark.filterwarnings("ignore::peftc.PeftcWarning")
 @pytest.mark.parametrize(
     "start", [tied(*FACTORS, modules_to_save=["lm_head"]), tied("lm_head")], ids=["copy", "adapted"]
 )
