@@ -180,7 +180,8 @@ def test_heads_of_a_task() -> None:
 @pytest.mark.parametrize(("task", "submodules"), [("CAUSAL_LM", 1), ("SEQ_2_SEQ_LM", 2)])
 def test_a_prompt_takes_its_sizes_from_the_model(task: str, submodules: int) -> None:
     config = PromptConfig(task_type=task, num_virtual_tokens=5)
-    plan = compile_plan(decoder(), {"default": config}, registry=plans.registry())
+    graph = and_modules(decoder(), {}, is_encoder_decoder=submodules == 2)
+    plan = compile_plan(graph, {"default": config}, registry=plans.registry())
     resolved, prompt = plan.adapters[0].config, plan.adapters[0].prompt
     assert isinstance(resolved, PromptConfig)
     assert (resolved.token_dim, resolved.num_layers, resolved.num_attention_heads) == (8, 3, 2)
