@@ -35,14 +35,12 @@ WAITING = {
     "LoraGAConfig": "starts from gradients",
     "MontecloraConfig": "a variant of the method",
     "VeloraConfig": "a variant of the method",
-    "convert_to_lora": "conversion of methods into each other",
     "create_arrow_model": "routing between adapters",
     "find_kappa_target_modules": "choice of targets by weights",
     "get_eva_state_dict": "starts from data",
     "initialize_lora_eva_weights": "starts from data",
     "preprocess_loraga": "starts from gradients",
     "replace_lora_weights_loftq": "starts that quantise",
-    "save_as_lora": "conversion of methods into each other",
 }
 
 #: Why a name is not the same here; `Class.member`, or `*.member` for all classes.

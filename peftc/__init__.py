@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         AutoPeftModelForTokenClassification,
     )
     from peftc.model.base_state import get_base_model_state_dict, set_base_model_state_dict
+    from peftc.model.conversion import convert_adapter
     from peftc.model.hotswap import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
@@ -77,6 +78,7 @@ _HOMES = {
     "cast_mixed_precision_params": "peftc.model.precision",
     "check_hotswap_configs_compatible": "peftc.model.hotswap",
     "compile_plan": "peftc.compiler.compile",
+    "convert_adapter": "peftc.model.conversion",
     "get_base_model_state_dict": "peftc.model.base_state",
     "get_peft_config": "peftc.model.mapping",
     "get_peft_model": "peftc.model.mapping",
@@ -156,6 +158,7 @@ __all__ = [
     "cast_mixed_precision_params",
     "check_hotswap_configs_compatible",
     "compile_plan",
+    "convert_adapter",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",

@@ -14,7 +14,7 @@ from peftc.config.base import ConfigModel, PeftConfig
 from peftc.config.mixins import LayersMixin, ModulesToSaveMixin, NameList, Names, RankMixin, TargetsMixin
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean
+from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.method import MapTuner, TunerMethod
@@ -24,7 +24,7 @@ from peftc.tuner.slots import Container, Slot, module_slot, parameter_slot
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
@@ -40,6 +40,16 @@ def write_adapter(folder: str | Path, config: PeftConfig, tensors: Mapping[str, 
     from peftc.checkpoint.save import save_adapter
 
     save_adapter(folder, tensors, config)
+
+
+def convert_adapter(
+    model: nn.Module, to: str, rank: int | float, adapter_name: str = "default", progressbar: bool = False
+) -> tuple[PeftConfig, Mapping[str, Tensor]]:
+    """Config and tensors of a model's adapter as one of the PEFT type `to`; see `peftc.convert_adapter`."""
+    from peftc.model.conversion import convert_adapter as convert
+
+    made = convert(model, to, rank, adapter_name, progressbar)
+    return made.config, made.tensors
 
 
 __all__ = [
@@ -78,6 +88,7 @@ __all__ = [
     "Tensors",
     "TunerMethod",
     "View",
+    "convert_adapter",
     "did_you_mean",
     "hookimpl",
     "matches",
@@ -86,5 +97,6 @@ __all__ = [
     "parameter_slot",
     "read_adapter",
     "rules",
+    "warn",
     "write_adapter",
 ]

@@ -205,6 +205,12 @@ ROWS_DIFFER = Rule(
     "PC541", "Adapter names do not fit the batch", "Each row is computed with the adapter that is named for it."
 )
 CANNOT_MIX = Rule("PC542", "Method cannot be mixed", "Methods are mixed on one model by nesting wrappers of layers.")
+CANNOT_CONVERT = Rule(
+    "PC543", "Adapter cannot be converted", "Thin factors beside the weights must be able to do what the adapter does."
+)
+CONVERSION_LOSES = Rule(
+    "PC544", "Conversion is not exact", "What the rank leaves out of the adapter's changes is lost.", WARNING
+)
 CANNOT_COMBINE = Rule(
     "PC550", "Adapters cannot be combined", "A new adapter has to be able to hold what the others come to."
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftc.plugin import (
@@ -29,14 +30,17 @@ from peftc.plugin import (
     TargetsMixin,
     TunerMethod,
     View,
+    convert_adapter,
     hookimpl,
     module_slot,
     parameter_slot,
     rules,
+    warn,
+    write_adapter,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 #: Options that files of the reference may carry and this version cannot act on, with the value that means "off".
 NOT_YET: Mapping[str, Any] = {
@@ -212,6 +216,38 @@ def check(c: LoraConfig) -> Iterable[Diagnostic]:
         )
 
 
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[PeftConfig, Mapping[str, Tensor]]:
+    """An adapter of any method that changes weights as a LoRA: its config, and its tensors by checkpoint key.
+
+    Each layer's change is replaced by the closest one of the rank, or of the smallest rank that keeps a share of the squared
+    singular values, if `rank` is a fraction. Warns of the error; `peftc.convert_adapter` gives it layer by layer.
+    `compile_kwargs` is accepted and not needed. Raises `PeftcError`, also a `ValueError` and `TypeError`, for what cannot be
+    converted.
+    """
+    if compile_kwargs is not None:
+        warn([rules.WITHOUT_EFFECT("`compile_kwargs` compiles nothing here", fix="Leave it out.")])
+    return convert_adapter(model, "LORA", rank, adapter_name, progressbar)
+
+
+def save_as_lora(
+    path: str | PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Save what `convert_to_lora` gives, whole or not at all, into a folder that is made if needed."""
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    write_adapter(fspath(path), config, tensors)
+
+
 @hookimpl
 def peftc_tuner() -> TunerMethod:
     return TunerMethod(
@@ -224,7 +260,11 @@ def peftc_tuner() -> TunerMethod:
         layer_dropout="lora_dropout",
         model_class="LoraModel",
         layer_class="LoraLayer",
-        exports={"LoraRuntimeConfig": LoraRuntimeConfig},
+        exports={
+            "LoraRuntimeConfig": LoraRuntimeConfig,
+            "convert_to_lora": convert_to_lora,
+            "save_as_lora": save_as_lora,
+        },
         default_targets={"target_modules": "lora"},
         summary="A low-rank update beside each frozen weight.",
         paper="arXiv:2106.09685",

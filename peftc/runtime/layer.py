@@ -312,7 +312,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Merged, these act before what is pending below: only sums may change places."""
         below = self._under.between()
         own = [self._parts[name] for name in names]
-        if not below or all("thin" in part.tuner.lowerings for part in (*below, *own)):
+        if not below or all(part.tuner.additive for part in (*below, *own)):
             return
         where, first = own[0].path, ", ".join(f"`{part.view.adapter}`" for part in below)
         what = f"Merging {', '.join(f'`{name}`' for name in names)} alone would change places with {first}"
@@ -359,20 +359,24 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             if layer.merged_adapters:
                 layer.restore_merge(([], {}, dict(layer._pristine)))
 
+    def changes(self, adapter: str) -> dict[str, Tensor]:
+        """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
+        with torch.no_grad():
+            before = self.backend.opened(self.get_base_layer())
+            after = adapted(self._under, [self._parts[adapter]])
+            return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
-        with torch.no_grad():
-            base = self.get_base_layer()
-            weight = self.backend.opened(base)["weight"]
-            changed = adapted(self._under, [self._parts[adapter]])["weight"]
-            like = base._parameters["weight"]
-            assert like is not None
-            return self.backend.to_stored("weight", changed - weight.to(changed.dtype), like)
+        like = self.get_base_layer()._parameters["weight"]
+        assert like is not None
+        return self.backend.to_stored("weight", self.changes(adapter)["weight"], like)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight."""
+        """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight.
+        Others that change weights alone are converted as well (`peftc.convert_adapter`), if with a larger error."""
         part = self._parts.get(adapter_name)
-        return all("thin" in p.tuner.lowerings for p in ([part] if part is not None else self._parts.values()))
+        return all(p.tuner.additive for p in ([part] if part is not None else self._parts.values()))
 
     # scaling ------------------------------------------------------------------------------------------------------
 

@@ -41,12 +41,15 @@ class MapTuner(ABC, Generic[C]):
     supports: ClassVar[frozenset[Kind]]
     #: what `input` acts on: the layer's `"features"`, or the flattened `"patches"` that a convolution multiplies
     input_space: ClassVar[str] = "features"
+    #: whether the change of the weight does not depend on the weight (`W' = W + ΔW`); thin updates are always so
+    additive: ClassVar[bool] = False
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.lowerings = frozenset(name for name in LOWERINGS if getattr(cls, name) is not getattr(MapTuner, name))
+        cls.additive = cls.additive or "thin" in cls.lowerings
 
     @abstractmethod
     def slots(self, c: C, layer: LayerFacts) -> Iterable[Slot]:

@@ -38,6 +38,7 @@ UPWARDS = {
     ): "the reference's API: a type by attribute, out of those installed",
     ("peftc.plugin", "peftc.checkpoint.load"): "functions that a method brings may read adapters",
     ("peftc.plugin", "peftc.checkpoint.save"): "and write them",
+    ("peftc.plugin", "peftc.model.conversion"): "and turn adapters of a model into others",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.

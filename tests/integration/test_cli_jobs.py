@@ -15,7 +15,7 @@ from peftc import rules
 from peftc.cli import demo
 from peftc.cli.main import main
 from peftc.registry.manager import default_registry
-from peftc.tuner.method import TunerMethod
+from peftc.tuner.method import MapTuner, TunerMethod
 from tests.integration import tiny
 
 METHODS = [default_registry().get(name) for name in default_registry().names]
@@ -96,6 +96,26 @@ def test_train_generate_inspect_merge(
     plain = transformers.AutoModelForCausalLM.from_pretrained(merged)
     _assert_same_outputs(plain, folder / "base", adapter)
     assert (merged / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_convert_says_the_error_of_each_layer(
+    as_json: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rankable = next(method for method in METHODS if isinstance(method.tuner, MapTuner) and method.tuner.is_rankable)
+    adapter, out = tmp_path / "adapter", tmp_path / "converted"
+    run(capsys, "train", write_spec(folder, rankable), "-o", adapter, "-q")
+    words = ["convert", "--adapter", adapter, "--to", rankable.peft_type.lower(), "--rank", 0.9, "-o", out]
+    code, told, err = run(capsys, *words, *["--json"] * as_json, "-q")
+    assert code == 0 and f"[{rules.CONVERSION_LOSES.code}]" in err
+    if as_json:
+        found = json.loads(told)
+        assert 0 < found["error"] < 0.4
+        assert all(layer["rank"] >= 1 and layer["error"] < 0.4 for layer in found["layers"].values())
+    else:
+        assert "relative error" in told and "RANK" in told
+    code, told, _ = run(capsys, "inspect", out, "--json")
+    assert (code, json.loads(told)["config"]["peft_type"]) == (0, rankable.peft_type)
 
 
 def _assert_same_outputs(merged: Any, base: Path, adapter: Path) -> None:

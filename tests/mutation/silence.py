@@ -23,6 +23,7 @@ _MISSING = f"{_JOBS}test_what_is_not_there_ends_in_a_diagnostic"
 _UNTRAINABLE = f"{_JOBS}test_what_cannot_be_trained_ends_in_a_diagnostic"
 _TRAINING = "tests/integration/test_training.py::"
 _DATA = "tests/unit/test_data.py::"
+_CONVERSION = "tests/e2e/test_conversion.py::"
 _LOCATE = "tests/unit/test_graph_locate.py::"
 
 PROVOKED = {
@@ -30,6 +31,8 @@ PROVOKED = {
         "tests/methods/test_refused_options.py::test_an_option_of_the_reference_that_is_not_there_yet[layer_replication]"
     ),
     "NOT_IDENTITY": "tests/methods/test_hra.py::test_a_start_that_is_not_the_identity_is_warned_of[options0]",
+    "CANNOT_CONVERT": f"{_CONVERSION}test_a_changed_bias_is_not_lost",
+    "CONVERSION_LOSES": f"{_CONVERSION}test_the_error_is_warned_of",
     "NOT_CONFORMANT": "tests/mutation/test_kit.py::test_check_raises_everything_or_returns_the_report",
     "LAZY_LAYER": "tests/unit/test_snapshot.py::test_lazy_layers_are_all_named",
     "BASE_MISSING": f"{_LOCATE}test_nothing_named",
