@@ -64,7 +64,9 @@ def _print_one(method: TunerMethod, as_json: bool) -> None:
         console.out_json({**_facts(method), "options": schema["properties"]})
         return
     facts = [("type", method.peft_type), ("config", method.config.__name__), ("kind", _kind(method))]
-    facts += [("layers", ", ".join(_supported(method)) or "decided by its options")] if method.adapts_layers else []
+    facts += (
+        [("layers", ", ".join(sorted(method.supports)) or "decided by its options")] if method.adapts_layers else []
+    )
     facts += [("paper", method.paper)] if method.paper else []
     console.out(f"{method.summary}\n\n{console.table(facts)}\n")
     definitions = schema.get("$defs", {})
@@ -106,7 +108,7 @@ def _facts(method: TunerMethod) -> dict[str, Any]:
         "peft_type": method.peft_type,
         "config": method.config.__name__,
         "kind": _kind(method),
-        "layers": _supported(method),
+        "layers": sorted(method.supports),
         "summary": method.summary,
         "paper": method.paper,
     }
@@ -114,13 +116,6 @@ def _facts(method: TunerMethod) -> dict[str, Any]:
 
 def _kind(method: TunerMethod) -> str:
     return "prompt" if method.is_prompt else "layers" if method.adapts_layers else "modules"
-
-
-def _supported(method: TunerMethod) -> list[str]:
-    """Kinds of layer that the method adapts; none if a function chooses the mathematics."""
-    from peftc.tuner.method import MapTuner
-
-    return sorted(method.tuner.supports) if isinstance(method.tuner, MapTuner) else []
 
 
 def type_of(option: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:

@@ -190,9 +190,10 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> 
 
 
 def _unsupported(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> Diagnostic:
-    kinds = ", ".join(sorted(kind.value for kind in tuner.supports))
+    supported = context.method.supports or tuner.supports
+    kinds = ", ".join(sorted(kind.value for kind in supported))
     note = f" ({node.facts.note})" if node.facts.note else ""
-    below = [n for n in context.graph.nodes if n.path.startswith(node.path + ".") and n.facts.kind in tuner.supports]
+    below = [n for n in context.graph.nodes if n.path.startswith(node.path + ".") and n.facts.kind in supported]
     names = list(dict.fromkeys(n.name for n in below if not n.name.isdigit()))
     fix = (
         f"Name the layers in it: {listed(names, 8)}."

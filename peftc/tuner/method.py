@@ -43,6 +43,8 @@ class MapTuner(ABC, Generic[C]):
     input_space: ClassVar[str] = "features"
     #: whether the change of the weight does not depend on the weight (`W' = W + ΔW`); thin updates are always so
     additive: ClassVar[bool] = False
+    #: whether `output` acts on `W x` alone, and the layer's bias is added afterwards as it is
+    spares_bias: ClassVar[bool] = False
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
 
@@ -112,7 +114,7 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def output(self, a: View, y: Tensor) -> Tensor:
-        """A linear map of the layer's output, features in the last dimension. It acts on the bias as well."""
+        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`."""
         raise NotImplementedError
 
     def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -129,12 +131,19 @@ def no_problems(config: Any) -> Iterable[Diagnostic]:
 class TunerMethod:
     """A method's record: all that the core knows of it.
 
-    `tuner` is the mathematics, or a function that chooses one by config and node when a method has several.
+    `tuner` is the mathematics; or several for different kinds of layer, of which the first that supports a layer's kind is
+    taken; or a function that chooses one by config and node.
     """
 
     peft_type: str
     config: type[PeftConfig]
-    tuner: MapTuner[Any] | ModuleTuner[Any] | PromptTuner[Any] | Callable[[Any, ModuleNode], MapTuner[Any]]
+    tuner: (
+        MapTuner[Any]
+        | tuple[MapTuner[Any], ...]
+        | ModuleTuner[Any]
+        | PromptTuner[Any]
+        | Callable[[Any, ModuleNode], MapTuner[Any]]
+    )
     #: what every slot's name begins with (`"lora_"`); empty for prompts
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
@@ -185,6 +194,12 @@ class TunerMethod:
         return not isinstance(self.tuner, (ModuleTuner, PromptTuner))
 
     @property
+    def supports(self) -> frozenset[Kind]:
+        """Kinds of layer that the method can adapt; none are known where a function chooses the mathematics."""
+        given = self.tuner if isinstance(self.tuner, tuple) else (self.tuner,)
+        return frozenset(kind for tuner in given if isinstance(tuner, MapTuner) for kind in tuner.supports)
+
+    @property
     def public_names(self) -> dict[str, str]:
         """Public name -> what it is: `"config"`, `"model"`, `"layer"`, `"encoder"`, or `"export"`."""
         names = {self.config.__name__: "config", self.model_class: "model", self.layer_class: "layer"}
@@ -197,4 +212,6 @@ class TunerMethod:
             return self.tuner
         if isinstance(self.tuner, (ModuleTuner, PromptTuner)):
             raise TypeError(f"{self.peft_type} has no map sites")
+        if isinstance(self.tuner, tuple):
+            return next((tuner for tuner in self.tuner if node.facts.kind in tuner.supports), self.tuner[0])
         return self.tuner(config, node)

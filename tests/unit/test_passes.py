@@ -215,6 +215,24 @@ def test_a_choice_of_mathematics_may_depend_on_the_path() -> None:
     assert [len(site.slots) for site in plan.adapters[0].maps] == [2, 1, 1]
 
 
+def test_kinds_of_layer_may_have_mathematics_of_their_own() -> None:
+    class Lookup(SampleTuner):
+        supports = frozenset({Kind.EMBEDDING})
+
+        def slots(self, c: SampleConfig, layer: Any) -> Any:
+            yield Slot("sample_v", (layer.out_features,))
+
+    registry = plans.registry((Lookup(), SampleTuner()))
+    plan = planned(None, {"registry": registry}, target_modules=["q_proj", "embed_tokens"])
+    assert {len(site.slots): site.layer.kind for site in plan.adapters[0].maps} == {
+        2: Kind.LINEAR,
+        1: Kind.EMBEDDING,
+    }
+    assert registry.get("SAMPLE").supports == LINEAR_KINDS | {Kind.EMBEDDING}
+    with pytest.raises(PeftcError, match=r"conv1d_transposed.*embedding.*linear"):
+        planned(None, {"registry": registry}, target_modules=["norm"])
+
+
 def test_a_choice_that_raises_is_told_with_the_module() -> None:
     def choose(config: SampleConfig, node: ModuleNode) -> MapTuner[Any]:
         raise LookupError("nothing fits")
