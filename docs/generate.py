@@ -24,6 +24,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.diagnostics import Rule
 from peftc.registry.manager import Registry, installed
+from peftc.tuner.features import MATRIX, features_of
 from peftc.tuner.method import TunerMethod
 
 DOCS = Path(__file__).resolve().parent
@@ -106,7 +107,28 @@ def methods_page(methods: list[TunerMethod]) -> str:
         for m in methods
     ]
     table = "\n".join(["| type | config | what it does | paper |", "| --- | --- | --- | --- |", *rows])
-    return f"# Methods\n\nThe methods that come with peftc. `peftc methods` lists those of other packages too.\n\n{table}\n"
+    blocks = [
+        "# Methods",
+        "The methods that come with peftc. `peftc methods` lists those of other packages too.",
+        table,
+    ]
+    return "\n\n".join([*blocks, *_matrix(methods)]) + "\n"
+
+
+def _matrix(methods: list[TunerMethod]) -> Iterator[str]:
+    """What can be done with each method: a table and its legend for each group of features."""
+    yield "## What they can do"
+    yield "`peftc methods --matrix` prints the same, computed from what each method declares. The conformance kit holds it."
+    rows = {method.peft_type: features_of(method) for method in methods}
+    for group, columns in MATRIX.items():
+        shown = [feature for feature in columns if any(row[group][feature.name] for row in rows.values())]
+        head = [f"| {group} | {' | '.join(f.name for f in shown)} |", f"| --- |{' --- |' * len(shown)}"]
+        body = [
+            f"| {name} | {' | '.join('yes' if row[group][f.name] else '' for f in shown)} |"
+            for name, row in rows.items()
+        ]
+        yield "\n".join([*head, *body])
+        yield "\n".join(f"- {feature.name}: {feature.meaning}" for feature in shown)
 
 
 def method_page(method: TunerMethod) -> str:

@@ -112,6 +112,7 @@ def peftc_tuner() -> TunerMethod:
         "IA3",
         IA3Config,
         tuner_for,
+        choices=(OUTPUT, INPUT),
         prefix="ia3_",
         layer_names=("ia3_l",),
         model_class="IA3Model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftc.cli import console
@@ -23,6 +23,9 @@ HELP = "List the methods, or the options of one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a PEFT type, in any case; left out: list all")
+    parser.add_argument(
+        "--matrix", action="store_true", help="show what can be done with each method, and on which layers"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -31,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from peftc.registry.manager import default_registry
 
     registry = default_registry()
+    if args.matrix:
+        return _print_matrix([args.name.upper()] if args.name else registry.names, registry, args.json)
     if args.name:
         method = registry.get(args.name.upper())
         _print_one(method, args.json)
@@ -38,14 +43,38 @@ def run(args: argparse.Namespace) -> int:
     return _print_all(registry, args.json)
 
 
-def _print_all(registry: Registry, as_json: bool) -> int:
+def _loaded(names: Iterable[str], registry: Registry) -> tuple[list[TunerMethod], list[Diagnostic]]:
+    """The methods of those names, and what is wrong with those that cannot be loaded."""
     found: list[TunerMethod] = []
     broken: list[Diagnostic] = []
-    for name in registry.names:
+    for name in names:
         try:
             found.append(registry.get(name))
         except PeftcError as error:
             broken.extend(error.diagnostics)
+    return found, broken
+
+
+def _print_matrix(names: Iterable[str], registry: Registry, as_json: bool) -> int:
+    """A table for each group of features: a row for each method."""
+    from peftc.tuner.features import MATRIX, features_of
+
+    found, broken = _loaded(names, registry)
+    rows = {method.peft_type: features_of(method) for method in found}
+    if as_json:
+        console.out_json({"ok": not broken, "methods": rows, "diagnostics": [d.to_dict() for d in broken]})
+        return int(bool(broken))
+    for group, columns in MATRIX.items():
+        shown = [f for f in columns if any(row[group][f.name] for row in rows.values())]
+        body = [(name, *("yes" if row[group][f.name] else "-" for f in shown)) for name, row in rows.items()]
+        console.out(console.table(body, (group.upper(), *(f.name for f in shown))))
+        console.out("")
+    console.show(broken)
+    return int(bool(broken))
+
+
+def _print_all(registry: Registry, as_json: bool) -> int:
+    found, broken = _loaded(registry.names, registry)
     if as_json:
         problems = [d.to_dict() for d in broken]
         console.out_json({"ok": not broken, "methods": [_facts(m) for m in found], "diagnostics": problems})

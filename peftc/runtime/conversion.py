@@ -24,7 +24,7 @@ from peftc.ops.factors import Factors, of_dense, of_thin
 from peftc.registry.manager import default_registry
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import Session
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.method import TunerMethod
 
 #: options of the old adapter that say which modules it is about, and of what model; the new one gets them where it has them
 _CARRIED = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
@@ -94,9 +94,9 @@ def _of_rank(rank: Any) -> Iterable[Diagnostic]:
 
 
 def _of_target(target: TunerMethod) -> Iterable[Diagnostic]:
-    if not (isinstance(target.tuner, MapTuner) and target.tuner.is_rankable):
+    if not target.is_rankable:
         registry = default_registry()
-        able = [n for n in registry.names if isinstance(t := registry.get(n).tuner, MapTuner) and t.is_rankable]
+        able = [name for name in registry.names if registry.get(name).is_rankable]
         what = f"{target.peft_type} does not make adapters of thin factors"
         yield rules.CANNOT_CONVERT(what, fix=f"Convert to {' or '.join(able)}.")
 
@@ -149,12 +149,12 @@ def _chosen(config: PeftConfig, target: TunerMethod, names: Iterable[str]) -> di
 
 def _ranked(config: PeftConfig, target: TunerMethod, ranks: Mapping[str, int]) -> PeftConfig:
     """The config with these ranks and a scaling of 1: the most frequent one in general, others by pattern."""
-    assert isinstance(target.tuner, MapTuner)
+    tuner = target.map_tuners[0]
     common = max(ranks.values(), key=list(ranks.values()).count)
-    general = target.tuner.of_rank(config, common)
+    general = tuner.of_rank(config, common)
     patterns: dict[str, dict[str, Any]] = {}
     for path, rank in sorted(ranks.items(), key=lambda item: -len(item[0])):  # the longest first: it is the most exact
-        own = target.tuner.of_rank(config, rank)
+        own = tuner.of_rank(config, rank)
         for pattern, option in config.pattern_options.items() if rank != common else ():
             key = f"^{path}" if any(other.endswith(f".{path}") for other in ranks) else path
             patterns.setdefault(pattern, {})[key] = getattr(own, option)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
 
+from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import PeftcError
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.testing.checks import declared, effect, gradients, lifecycle, modules, planning, prompts
+from peftc.testing.checks import declared, effect, features, gradients, lifecycle, modules, planning, prompts
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report
 from peftc.testing.subjects import Subject, subjects
@@ -62,6 +63,16 @@ def first_options(s: Subject) -> bool:
 def once(s: Subject) -> bool:
     """The first options on one model: what depends on the method alone."""
     return s.foremost
+
+
+def once_with_targets(s: Subject) -> bool:
+    """The same, of methods that are told which modules to adapt."""
+    return once(s) and on_layers(s) and issubclass(s.method.config, TargetsMixin)
+
+
+def on_few_layers(s: Subject) -> bool:
+    """The first options of methods that change layers, on small models."""
+    return s.first and on_layers(s) and not s.model.is_language_model
 
 
 def from_graphs(s: Subject) -> bool:
@@ -134,6 +145,14 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (lifecycle.injected_equals_wrapped, in_the_model),
     (lifecycle.any_adapter_name, once),
     (lifecycle.failed_apply_restores, everywhere),
+    (features.what_is_not_declared_is_refused, once),
+    (features.other_kinds_are_refused, once_with_targets),
+    (features.excluded_modules_are_left_alone, once),
+    (features.patterns_reach_their_layer, once),
+    (features.saved_modules_ride_along, once),
+    (features.swapping_exchanges_values, on_few_layers),
+    (features.conversion_is_exact_at_full_rank, on_few_layers),
+    (features.additive_changes_do_not_read_the_weight, on_few_layers),
     (prompts.prompt_goes_before_the_input, as_prompt),
     (prompts.labels_skip_the_prompt, with_the_models_loss),
     (prompts.generation_sees_the_prompt, as_prompt),

@@ -95,6 +95,11 @@ class MapTuner(ABC, Generic[C]):
         return given and "thin" in self.lowerings
 
     @property
+    def is_mergeable(self) -> bool:
+        """Whether the method says how the layer's parameters change, and not only its output."""
+        return bool(self.lowerings - {"branch"})
+
+    @property
     def is_combinable(self) -> bool:
         """Whether the method combines slots in a way of its own."""
         return type(self).combine is not MapTuner.combine
@@ -132,7 +137,7 @@ class TunerMethod:
     """A method's record: all that the core knows of it.
 
     `tuner` is the mathematics; or several for different kinds of layer, of which the first that supports a layer's kind is
-    taken; or a function that chooses one by config and node.
+    taken; or a function that chooses one of `choices` by config and node.
     """
 
     peft_type: str
@@ -144,6 +149,8 @@ class TunerMethod:
         | PromptTuner[Any]
         | Callable[[Any, ModuleNode], MapTuner[Any]]
     )
+    #: all that a function in `tuner` may choose
+    choices: tuple[MapTuner[Any], ...] = field(default=(), kw_only=True)
     #: what every slot's name begins with (`"lora_"`); empty for prompts
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
@@ -194,10 +201,20 @@ class TunerMethod:
         return not isinstance(self.tuner, (ModuleTuner, PromptTuner))
 
     @property
-    def supports(self) -> frozenset[Kind]:
-        """Kinds of layer that the method can adapt; none are known where a function chooses the mathematics."""
+    def map_tuners(self) -> tuple[MapTuner[Any], ...]:
+        """All mathematics on layers that the method has."""
         given = self.tuner if isinstance(self.tuner, tuple) else (self.tuner,)
-        return frozenset(kind for tuner in given if isinstance(tuner, MapTuner) for kind in tuner.supports)
+        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices)
+
+    @property
+    def is_rankable(self) -> bool:
+        """Whether adapters of the method can be made of thin factors, on every layer."""
+        return bool(self.map_tuners) and all(tuner.is_rankable for tuner in self.map_tuners)
+
+    @property
+    def supports(self) -> frozenset[Kind]:
+        """Kinds of layer that the method can adapt."""
+        return frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
 
     @property
     def public_names(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from peftc import rules
 from peftc.cli import demo
 from peftc.cli.main import main
 from peftc.registry.manager import default_registry
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.method import TunerMethod
 from tests.integration import tiny
 
 METHODS = [default_registry().get(name) for name in default_registry().names]
@@ -102,7 +102,7 @@ def test_train_generate_inspect_merge(
 def test_convert_says_the_error_of_each_layer(
     as_json: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rankable = next(method for method in METHODS if isinstance(method.tuner, MapTuner) and method.tuner.is_rankable)
+    rankable = next(method for method in METHODS if method.is_rankable)
     adapter, out = tmp_path / "adapter", tmp_path / "converted"
     run(capsys, "train", write_spec(folder, rankable), "-o", adapter, "-q")
     words = ["convert", "--adapter", adapter, "--to", rankable.peft_type.lower(), "--rank", 0.9, "-o", out]

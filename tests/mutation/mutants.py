@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 
@@ -22,6 +22,7 @@ from peftc.plugin import (
     MapTuner,
     ModuleGraph,
     ModuleNode,
+    ModulesToSaveMixin,
     ModuleTuner,
     ModuleView,
     PeftConfig,
@@ -44,9 +45,12 @@ from peftc.plugin import (
 CHOICE = "PEFTC_TEST_MUTANT"
 
 
-class MutantConfig(TargetsMixin, PeftConfig):
+class MutantConfig(TargetsMixin, ModulesToSaveMixin, PeftConfig):
     peft_type: PeftType | None = PeftType("MUTANT")
     r: int = 2
+    r_pattern: dict[str, int] = pydantic.Field(default_factory=dict)
+
+    pattern_options: ClassVar[Mapping[str, str]] = {"r_pattern": "r"}
 
 
 class Sound(MapTuner[MutantConfig]):
@@ -264,6 +268,13 @@ class MergesPristine(Sound):
         return {**p, "weight": p0["weight"] + a.mut_up @ a.mut_down}
 
 
+class ClaimsToAdd(Sound):
+    additive, thin, branch = True, MapTuner.thin, MapTuner.branch
+
+    def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**p, "weight": p["weight"] * (1 + a.mut_up @ a.mut_down)}
+
+
 class BranchOfItsOwn(Sound):
     def branch(self, a: View, x: Any, y0: Any) -> Any:
         return 3 * super().branch(a, x, y0)
@@ -373,6 +384,7 @@ MUTANTS: dict[str, Mutant] = {
     "merges_in_place_too": Mutant(record(MergesInPlace()), "merging_leaves_tensors_alone", "in place"),
     "merges_pristine": Mutant(record(MergesPristine()), "several_active_merge_alike", "both merged"),
     "combines_twice": Mutant(record(CombinesTwice()), "combining_adds_updates", "compared with their sum"),
+    "claims_to_add": Mutant(record(ClaimsToAdd()), "additive_changes_do_not_read_the_weight", "was moved"),
     "branch_of_its_own": Mutant(record(BranchOfItsOwn()), "lowerings_agree", "`branch`"),
     "three_dimensions_only": Mutant(record(ThreeDimensionsOnly()), "any_leading_shape", "not enough values"),
     "looks_at_values": Mutant(record(LooksAtValues()), "compiles", "raised"),

@@ -9,18 +9,24 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from peftc.compiler import passes, select
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import Kind
+from peftc.model import hotswap, rows
 from peftc.model.peft_model import PeftModel
+from peftc.ops.factors import of_thin
 from peftc.registry.manager import default_registry
-from peftc.runtime import session
+from peftc.runtime import conversion, session
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.prompt.driver import PromptDriver
+from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
 from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
+from peftc.tuner.method import TunerMethod
 from tests.mutation import imports_torch, mutants
 from tests.mutation.mutants import CHOICE, FUNCTIONS, MUTANTS, SOUND_METHODS
 
@@ -137,12 +143,48 @@ def checkpointing_allowed(patch: Patch) -> None:
     patch.setattr(PeftModel, "_refuse_checkpointing", lambda model: None)
 
 
+def rows_allowed(patch: Patch) -> None:
+    patch.setattr(rows, "_problems", lambda *args: iter(()))
+
+
+def any_kind(patch: Patch) -> None:
+    patch.setattr(mutants.Sound, "supports", frozenset(Kind))
+    patch.setattr(TunerMethod, "supports", frozenset())
+
+
+def none_excluded(patch: Patch) -> None:
+    patch.setattr(passes, "PASSES", tuple(step for step in passes.PASSES if step is not select.exclude))
+
+
+def never_overridden(patch: Patch) -> None:
+    patch.setattr(passes, "PASSES", tuple(step for step in passes.PASSES if step is not select.apply_patterns))
+
+
+def frozen_copies(patch: Patch) -> None:
+    patch.setattr(ModulesToSaveWrapper, "activate", lambda wrapper, names: None)
+
+
+def never_swapped(patch: Patch) -> None:
+    patch.setattr(hotswap, "_swap", lambda *args: None)
+
+
+def half_converted(patch: Patch) -> None:
+    patch.setattr(conversion, "of_thin", lambda A, B, rank: of_thin(A / 2, B, rank))
+
+
 CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
     "unloading_restores": ("sound", never_unloaded, "Unloading leaves"),
     "injected_equals_wrapped": ("sound", never_injected, "lacks"),
     "failed_apply_restores": ("sound", never_undone, "are changed"),
+    "what_is_not_declared_is_refused": ("sound_prompt", rows_allowed, "`rows`"),
+    "other_kinds_are_refused": ("sound", any_kind, "does not declare"),
+    "excluded_modules_are_left_alone": ("sound", none_excluded, "one is excluded"),
+    "patterns_reach_their_layer": ("sound", never_overridden, "`r_pattern`"),
+    "saved_modules_ride_along": ("sound", frozen_copies, "does not train"),
+    "swapping_exchanges_values": ("sound", never_swapped, "swapped in"),
+    "conversion_is_exact_at_full_rank": ("sound", half_converted, "converted"),
     "merging_is_refused": ("sound_prompt", never_refused, "not refused"),
     "plan_of_several_equals_model": ("sound_around", never_aside, "of one name twice"),
     "one_acts_at_a_time": ("sound_around", always_together, "active together"),
