@@ -17,14 +17,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from peftc.ops.lowrank import add_update, down, factor_gradients, is_traced
 
 
-def is_bare(base: nn.Linear, x: Tensor, A: Tensor) -> bool:
+def is_bare(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether reading the weight equals calling the layer: frozen plain parameters of one dtype, no hook, no patch."""
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and x.dtype == weight.dtype == A.dtype
+        and x.dtype == weight.dtype == dtype
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and "forward" not in base.__dict__
         and not _has_any_global_hook()

@@ -45,6 +45,10 @@ class Backend(ABC):
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
         """The second thin factor."""
 
+    def scaled(self, base: nn.Module, delta: Tensor) -> Tensor:
+        """An update of the output by the parameters alone, as the layer would have it after its own arithmetic."""
+        return delta
+
     def opened(self, base: nn.Module) -> dict[str, Tensor]:
         """The layer's own parameters by name, logical."""
         return {n: self.to_logical(n, p.detach()) for n, p in base._parameters.items() if p is not None}
@@ -109,9 +113,11 @@ class EmbeddingBackend(Backend):
         return F.embedding(x, A.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
 
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
-        y = F.linear(h, B)
+        return self.scaled(base, F.linear(h, B))
+
+    def scaled(self, base: nn.Module, delta: Tensor) -> Tensor:
         scale = getattr(base, "embed_scale", None)  # transformers' scaled embeddings multiply their output
-        return y if scale is None else y * scale
+        return delta if scale is None else delta * scale
 
 
 class ConvBackend(Backend):

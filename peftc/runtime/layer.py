@@ -21,7 +21,7 @@ from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
-from peftc.runtime.paths import Part, Path, Under, adapted, compose
+from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import INIT, drop, filled, find, put, view_class
 from peftc.tuner.method import MapTuner
@@ -95,7 +95,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         slots = {slot.name: find(self, slot, adapter) for slot in site.slots}
         dropout = _Dropout(self, p) if p > 0 else None
         self._parts[adapter] = Part(
-            tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling), site.path, dropout
+            tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling, self), site.path, dropout
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -208,6 +208,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base._aside() if isinstance(base, TunerLayer) else {})}
+
+    def pristine(self) -> Mapping[str, Tensor]:
+        """The base layer's parameters as they were before anything was merged into them, logical and frozen."""
+        return opened(self._under)[1]
 
     def in_effect(self) -> list[Part]:
         """What acts beside the base layer here and in wrappers below, first to last."""
@@ -337,7 +341,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
         base = self.get_base_layer()
-        parts = [wrapper._parts[name] for wrapper in self.chain() for name in names if name in wrapper._parts]
+        chain = self.chain()
+        parts = [
+            wrapper._parts[name].fixed(training=False) for wrapper in chain for name in names if name in wrapper._parts
+        ]
         with torch.no_grad():
             logical = adapted(self._under, parts)
             before = self.backend.opened(base)
@@ -363,7 +370,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
         with torch.no_grad():
             before = self.backend.opened(self.get_base_layer())
-            after = adapted(self._under, [self._parts[adapter]])
+            after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
             return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.registry.boundary import guarded
@@ -39,6 +40,14 @@ class Part:
         self.view = view
         self.path = path
         self.dropout = dropout
+
+    def fixed(self, training: bool) -> Part:
+        """The same with this mode and the scaling of now. What is merged or combined must not depend on chance."""
+        return Part(self.tuner, self.view.fixed(training), self.path, self.dropout if training else None)
+
+    def over(self, tensors: dict[str, Tensor]) -> Part:
+        """The same with other tensors in its slots, by name."""
+        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout)
 
     def lowering(self, name: str) -> Callable[..., Any]:
         """One of the method's functions; what it raises names the plugin and the layer."""
@@ -90,7 +99,7 @@ def _step(path: Path, under: Under, part: Part) -> Path:
         fresh = under.base is under.inner  # else another method made the output, and may need it
         return _fused(path, under.base, part) if fresh and under.backend.is_plain_linear else _thin(path, under, part)
     if "branch" in given:
-        return _branch(path, part)
+        return _branch(path, under, part)
     if "input" in given:
         path = _input(path, change_of_input(under, part))
     return _output(path, change_of_output(under, part)) if "output" in given else path
@@ -111,7 +120,7 @@ def _fused(path: Path, base: nn.Module, part: Part) -> Path:
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B, scale = thin(view)
-        if linear is not None and torch.is_grad_enabled() and type(scale) is float and is_bare(linear, x, A):
+        if linear is not None and torch.is_grad_enabled() and type(scale) is float and is_bare(linear, x, A.dtype):
             return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
         y = path(x, *args, **kwargs)
         if forward or backward or backward_pre or _GLOBAL[0] or _GLOBAL[1] or _GLOBAL[2]:
@@ -145,8 +154,8 @@ def update_of_thin(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
     return update
 
 
-def _branch(path: Path, part: Part) -> Path:
-    update = update_of_branch(part)
+def _branch(path: Path, under: Under, part: Part) -> Path:
+    update = update_of_branch(under, part)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = path(x, *args, **kwargs)
@@ -155,15 +164,15 @@ def _branch(path: Path, part: Part) -> Path:
     return run
 
 
-def update_of_branch(part: Part) -> Callable[[Tensor, Tensor], Tensor]:
-    """`x, y0 -> Δy`."""
+def update_of_branch(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    """`x, y0 -> Δy`; ids go in as they are."""
     branch, view, dropout = part.lowering("branch"), part.view, part.dropout
+    backend, inner = under.backend, under.inner
 
     def update(x: Tensor, y: Tensor) -> Tensor:
-        if dropout is not None:
-            x = dropout(x)
-        delta: Tensor = branch(view, x.to(view.dtype()), y)
-        return delta
+        if x.is_floating_point():
+            x = (x if dropout is None else dropout(x)).to(view.dtype())
+        return backend.scaled(inner, branch(view, x, y))
 
     return update
 
@@ -234,16 +243,49 @@ def _through_parameters(under: Under, parts: Sequence[Part]) -> Path:
 
 
 def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: Any) -> Tensor:
-    """The base layer's own forward with the adapters folded into its parameters."""
+    """The base layer's own forward with the adapters folded into its parameters.
+
+    Plain linear layers do not keep what was folded for backward, but fold again.
+    """
+    if under.backend.is_plain_linear and torch.is_grad_enabled() and len(args) == 1 and not kwargs:
+        (x,), base = args, under.inner
+        if is_bare(base, x, x.dtype):
+            return _linear_folded(under, parts, x)
     return under.backend.run(under.inner, adapted(under, parts), args, kwargs)
+
+
+def _linear_folded(under: Under, parts: Sequence[Part], x: Tensor) -> Tensor:
+    running, pristine = opened(under)
+    slots = [part.view.tensors() for part in parts]
+    parts = [part.fixed(part.view.training) for part in parts]  # backward folds as forward did
+
+    def fold(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        rest = iter(tensors)
+        over = [part.over({name: next(rest) for name in own}) for part, own in zip(parts, slots, strict=True)]
+        folded = _folded(under, over, running, pristine)
+        weight, bias = folded["weight"], folded.get("bias")
+        return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+    return linear_folded(x, fold, [tensor for own in slots for tensor in own.values()])
+
+
+def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The base layer's logical parameters: as they are, and as they were before any merge."""
+    running = under.backend.opened(under.inner)
+    aside = {name: under.backend.to_logical(name, own.detach()) for name, own in under.aside().items()}
+    return running, {**running, **aside}
 
 
 def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
     """The base layer's logical parameters with the adapters folded in, in activation order; the first change of each to
     the running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
+    return _folded(under, parts, *opened(under))
+
+
+def _folded(
+    under: Under, parts: Sequence[Part], running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     base, backend = under.inner, under.backend
-    running: Mapping[str, Tensor] = backend.opened(base)
-    pristine = {**running, **{name: backend.to_logical(name, own.detach()) for name, own in under.aside().items()}}
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
         p = {name: tensor.to(dtype) for name, tensor in running.items()}

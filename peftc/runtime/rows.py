@@ -55,7 +55,7 @@ def _grouped(
         y = _fused(call, y, x, thin) if under.backend.is_plain_linear else _each_thin(y, x, under, thin)
     for part, index in beside:
         if _by_branch(part):
-            y = _added(y, index, update_of_branch(part)(x[index], y[index]))
+            y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
     y = _mapped(y, beside, "output", lambda part: change_of_output(under, part))
     for part, index in groups:
         if not has_functional_form(part.tuner, under.backend):

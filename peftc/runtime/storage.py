@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -148,10 +148,18 @@ def filled(
     return made
 
 
+class Owner(Protocol):
+    """What a view asks of its layer."""
+
+    training: bool
+
+    def pristine(self) -> Mapping[str, Tensor]: ...
+
+
 class LayerView:
     """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
 
-    __slots__ = ("_scalings", "_slots", "adapter", "config", "layer")
+    __slots__ = ("_mode", "_owner", "_scalings", "_slots", "adapter", "config", "layer")
 
     def __init__(
         self,
@@ -159,12 +167,46 @@ class LayerView:
         site: MapSite,
         slots: Mapping[str, tuple[dict[str, Any], str]],
         scalings: dict[str, float],
+        owner: Owner,
     ) -> None:
         self.adapter = adapter
         self.config: PeftConfig = site.config
         self.layer: LayerFacts = site.layer
         self._slots = slots
         self._scalings = scalings
+        self._owner = owner
+        self._mode: bool | None = None
+
+    def fixed(self, training: bool) -> LayerView:
+        """The same in training or not, whatever the layer's mode is or becomes, and with the scaling of now."""
+        view = self._copy()
+        view._mode = training
+        view._scalings = {self.adapter: self.scaling}
+        return view
+
+    def over(self, tensors: dict[str, Tensor]) -> LayerView:
+        """The same with other tensors, by slot name."""
+        view = self._copy()
+        view._slots = {name: (tensors, name) for name in tensors}
+        return view
+
+    def _copy(self) -> LayerView:
+        view = object.__new__(type(self))
+        for name in LayerView.__slots__:
+            setattr(view, name, getattr(self, name))
+        return view
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The slots' tensors as they are now, by name."""
+        return {name: container[key] for name, (container, key) in self._slots.items()}
+
+    @property
+    def training(self) -> bool:
+        return self._owner.training if self._mode is None else self._mode
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        return self._owner.pristine()
 
     @property
     def scaling(self) -> float:

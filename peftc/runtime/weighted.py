@@ -253,7 +253,7 @@ def _factors(member: _Member, how: Recipe, rank: int) -> tuple[Tensor, Tensor]:
         parts = []
         for name in member.names:
             part = member.layer.part(name)
-            A, B, scale = part.lowering("thin")(part.view)
+            A, B, scale = part.lowering("thin")(part.view.fixed(training=False))
             parts.append((A.flatten(1), B.flatten(1), float(scale), how.weights[name]))
         if how.kind == "cat":
             A = torch.cat([A * weight * scale for A, _, scale, weight in parts])

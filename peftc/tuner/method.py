@@ -111,7 +111,7 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
-        """`Δy` to add to the layer's output, from its input and its output so far."""
+        """`Δy` to add to the layer's output, from its input (ids, of an embedding) and its output so far."""
         raise NotImplementedError
 
     def input(self, a: View, x: Tensor) -> Tensor:

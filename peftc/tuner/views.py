@@ -27,6 +27,18 @@ class View(Protocol):
     def scaling(self) -> float:
         """The current factor."""
 
+    @property
+    def training(self) -> bool:
+        """Whether to drop what the method drops in training: the layer's mode in a forward, never where adapters are
+        folded into the weight or combined. Draw from torch; what is repeated for backward draws the same again."""
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The base layer's own parameters, frozen, in logical order, as they were before anything was merged into them.
+
+        For a `branch` that needs them. They are read for this; what a branch can do without is not read.
+        """
+
     def __getattr__(self, slot: str) -> Tensor: ...
 
 

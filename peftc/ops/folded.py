@@ -1,0 +1,86 @@
+"""A frozen linear layer with adapters folded into its weight, for training, without keeping what was folded.
+
+Backward folds once more from the slots: that costs little beside the layer's products, and saves a tensor as large as the
+weight per layer between forward and backward. Random numbers that folding drew are drawn again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: slots -> weight `(out, in)` and bias `(out,)`
+Fold = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
+
+
+def linear_folded(x: Tensor, fold: Fold, slots: Sequence[Tensor]) -> Tensor:
+    """`x W'^T + b'` with `W', b' = fold(slots)`, for x `(..., in)`. Differentiable once, in x and the slots."""
+    y: Tensor = _LinearFolded.apply(x, fold, *slots)
+    return y
+
+
+class _LinearFolded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fold: Fold, *slots: Tensor) -> Tensor:
+        ctx.drawn = _Generators(x.device)
+        weight, bias = fold(slots)
+        ctx.drawn.forget_unless_used()
+        ctx.fold = fold
+        ctx.save_for_backward(x, *slots)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *slots = ctx.saved_tensors
+        need_x, _, *need = ctx.needs_input_grad
+        with torch.enable_grad(), ctx.drawn.again():
+            own = [slot.detach().requires_grad_(wanted) for slot, wanted in zip(slots, need, strict=True)]
+            weight, bias = ctx.fold(own)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = torch.mm(rows, weight.detach()).view(x.shape) if need_x else None
+        folded, grown = [], []
+        if weight.requires_grad:
+            folded.append(weight)
+            grown.append(torch.mm(rows.t(), x.reshape(-1, x.shape[-1])))
+        if bias is not None and bias.requires_grad:
+            folded.append(bias)
+            grown.append(rows.sum(dim=0))
+        trained = [slot for slot in own if slot.requires_grad]
+        found = iter(torch.autograd.grad(folded, trained, grown, allow_unused=True) if folded and trained else ())
+        return grad_x, None, *(next(found, None) if wanted else None for wanted in need)
+
+
+class _Generators:
+    """Where the default random generators stood, on the CPU and on the device of the tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = [device] if device.type == "cuda" else []
+        self._states: list[Tensor] | None = self._now()
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
+
+    def forget_unless_used(self) -> None:
+        """Compare with where they stand now."""
+        states = self._states
+        if states is not None and all(map(torch.equal, states, self._now())):
+            self._states = None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw inside what was drawn after this was made, and go on outside as if nothing had been."""
+        if self._states is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=self._cuda):
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._cuda, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
