@@ -17,10 +17,11 @@ from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
+from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
-from peftc.tuner.slots import Container, Slot, module_slot, parameter_slot
+from peftc.tuner.slots import Container, Slot, labelled, module_slot, parameter_slot
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
 
 if TYPE_CHECKING:
@@ -91,12 +92,15 @@ __all__ = [
     "convert_adapter",
     "did_you_mean",
     "hookimpl",
+    "labelled",
     "matches",
     "model_validator",
     "module_slot",
     "parameter_slot",
     "read_adapter",
     "rules",
+    "to_logical",
+    "to_stored",
     "warn",
     "write_adapter",
 ]

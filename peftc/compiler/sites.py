@@ -15,7 +15,7 @@ from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
-from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot
@@ -128,10 +128,12 @@ class _Declarer:
     def _declare(self, tuner: MapTuner[Any], node: ModuleNode, overrides: Overrides) -> _Kind:
         method, path = self._context.method, node.path
         kind = _Kind(self._draft.config, overrides, (), self._dtype(node.facts), (), fails=True)
-        if node.facts.kind not in tuner.supports:
+        if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):
             kind.problems = (_unsupported(tuner, node, self._context),)
             return kind
         try:
+            if node.facts.kind in OPAQUE_KINDS:
+                _check_params(tuner, self._context, path)
             kind.config = self._config(overrides)
             with boundary(method.peft_type, "slots", path):
                 kind.slots = tuple(tuner.slots(kind.config, node.facts))
@@ -189,10 +191,29 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> 
         )
 
 
+def _check_params(tuner: MapTuner[Any], context: Context, path: str) -> None:
+    """Raise `PeftcError` if the method cannot change parameters, all that is known of such a layer."""
+    if "params" not in tuner.lowerings:
+        name, kinds = context.method.peft_type, "norms and layers of no known kind"
+        what = f"{name} says that it adapts {kinds}, but has no `params`"
+        fix = "Give `params`, or leave these kinds out of `supports`."
+        raise PeftcError(rules.PLUGIN_INVALID(what, fix=fix, where=path))
+
+
+def _is_in_the_way(node: ModuleNode, context: Context) -> str:
+    """Why a module of no known kind cannot be run with other parameters in place; empty if it can."""
+    if node.facts.kind not in OPAQUE_KINDS:
+        return ""
+    if any(n.path.startswith(node.path + ".") and n.facts.params for n in context.graph.nodes):
+        return "with layers in it, which have parameters too"
+    return "" if node.facts.params else "without parameters of its own"
+
+
 def _unsupported(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> Diagnostic:
     supported = context.method.supports or tuner.supports
     kinds = ", ".join(sorted(kind.value for kind in supported))
-    note = f" ({node.facts.note})" if node.facts.note else ""
+    obstacle = _is_in_the_way(node, context) if node.facts.kind in supported else ""
+    note = f" {obstacle}" if obstacle else f" ({node.facts.note})" if node.facts.note else ""
     below = [n for n in context.graph.nodes if n.path.startswith(node.path + ".") and n.facts.kind in supported]
     names = list(dict.fromkeys(n.name for n in below if not n.name.isdigit()))
     fix = (

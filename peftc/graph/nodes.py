@@ -35,6 +35,8 @@ class Kind(StrEnum):
 #: Kinds that `all-linear` means.
 LINEAR_KINDS = frozenset({Kind.LINEAR, Kind.CONV1D_TRANSPOSED})
 CONV_KINDS = frozenset({Kind.CONV1D, Kind.CONV2D, Kind.CONV3D})
+#: Kinds of which only the parameters are known, not what the layer computes from them.
+OPAQUE_KINDS = frozenset({Kind.NORM, Kind.OTHER})
 
 
 class Role(StrEnum):

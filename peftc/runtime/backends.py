@@ -28,6 +28,8 @@ class Backend(ABC):
     patches_are_features: bool = True
     #: whether `y += B A x` may be fused: input and output are plain rows of features
     is_plain_linear: bool = False
+    #: whether the layer is `W x + b`; else its input and output are unknown, and only its parameters can be changed
+    is_map: bool = True
 
     @abstractmethod
     def to_logical(self, name: str, tensor: Tensor) -> Tensor:
@@ -169,6 +171,13 @@ class ConvBackend(Backend):
         return split.reshape(weight.shape)
 
 
+class OpaqueBackend(LinearBackend):
+    """Norms, and modules of which nothing is known but their parameters: stored as they are, run with others in place."""
+
+    is_plain_linear = False
+    is_map = False
+
+
 def _groups(base: nn.Module) -> int:
     assert isinstance(base, nn.modules.conv._ConvNd)
     return base.groups
@@ -186,4 +195,6 @@ BACKENDS: Mapping[Kind, Backend] = {
     Kind.CONV1D: ConvBackend(),
     Kind.CONV2D: ConvBackend(),
     Kind.CONV3D: ConvBackend(),
+    Kind.NORM: OpaqueBackend(),
+    Kind.OTHER: OpaqueBackend(),
 }

@@ -6,8 +6,9 @@ adapters' tensors; the mathematics is the method's. Live names are the ecosystem
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +24,9 @@ from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import INIT, drop, filled, find, put, view_class
+from peftc.runtime.storage import Initializer, drop, filled, find, put, view_class
 from peftc.tuner.method import MapTuner
-from peftc.tuner.slots import Slot
+from peftc.tuner.slots import Slot, labelled
 
 #: finds a slot's tensor by its disk key, or says None: then the method initialises it
 Source = Callable[[str], Tensor | None]
@@ -66,6 +67,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
+        self._first = _first_argument(type(self.get_base_layer()).forward)
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
@@ -82,17 +84,17 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init = call(tuner.init)
-        made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, site.layer, fresh, INIT))
-        for slot in site.slots:
-            put(self, slot, adapter, nn.Parameter(made[slot.name], requires_grad=False))
+        init, helper = call(tuner.init), Initializer(self.pristine)
+        made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, site.layer, fresh, helper))
+        for label, slot in labelled(site.slots).items():
+            put(self, slot, adapter, nn.Parameter(made[label], requires_grad=False))
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
 
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
-        slots = {slot.name: find(self, slot, adapter) for slot in site.slots}
+        slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
         dropout = _Dropout(self, p) if p > 0 else None
         self._parts[adapter] = Part(
             tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling, self), site.path, dropout
@@ -240,10 +242,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     # the layer ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if x is None:  # by keyword, and torch's layers call it `input`
-            x = kwargs.pop("input")
-        return self._path(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and self._first in kwargs:
+            args = (kwargs.pop(self._first),)
+        return self._path(*args, **kwargs)
 
     def get_base_layer(self) -> nn.Module:
         """The layer under all wrappers."""
@@ -426,6 +428,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"
+
+
+@cache
+def _first_argument(forward: Callable[..., Any]) -> str:
+    """What a class of layers calls its input, for calls by keyword."""
+    names = iter(inspect.signature(forward).parameters)
+    next(names)
+    return next(names, "")
 
 
 class _Dropout:

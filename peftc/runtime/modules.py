@@ -19,7 +19,7 @@ from peftc.runtime.layer import Source
 from peftc.runtime.storage import INIT, SlotModule, drop, filled, find, put
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
-from peftc.tuner.slots import Container, Slot
+from peftc.tuner.slots import Container, Slot, labelled
 
 #: Where pickles look the classes of wrappers up.
 _HOME = "peftc.runtime.classes"
@@ -59,8 +59,8 @@ class ModuleWrapper(nn.Module):
         init = guarded(tuner.init, str(site.config.peft_type), site.path)
         made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, fresh, INIT))
         shelf = nn.Module()
-        for slot in site.slots:
-            parameter = nn.Parameter(made[slot.name], requires_grad=False)
+        for label, slot in labelled(site.slots).items():
+            parameter = nn.Parameter(made[label], requires_grad=False)
             if slot.named:
                 put(self, slot, adapter, parameter)
             else:
@@ -205,7 +205,7 @@ class View:
 
     def __init__(self, wrapper: ModuleWrapper, adapter: str) -> None:
         self._wrapper = wrapper
-        self._slots = {slot.name: slot for slot in wrapper.site(adapter).slots}
+        self._slots = labelled(wrapper.site(adapter).slots)
         self.adapter = adapter
 
     @property

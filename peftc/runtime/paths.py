@@ -83,6 +83,8 @@ def compose(under: Under, parts: Sequence[Part]) -> Path:
 
 def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:
     """Whether the method can act beside the base layer, rather than only through its parameters."""
+    if not backend.is_map:
+        return False
     given = tuner.lowerings
     if "thin" in given or "branch" in given:
         return True

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftc import rules
+from peftc.diagnostics import PeftcError
 from peftc.ops.grouped import grouped_low_rank
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.paths import (
@@ -48,6 +50,8 @@ def _grouped(
     x = call.widened(x)
     rows = call.rows(x.shape[0], x.device)
     groups = [(parts[name], index) for name, index in rows.items() if name in parts]
+    if not under.backend.is_map:
+        return _each_whole(under, groups, (x, *args), kwargs)
     beside = [group for group in groups if has_functional_form(group[0].tuner, under.backend)]
     thin = [group for group in beside if "thin" in group[0].tuner.lowerings]
     y: Tensor = under.base(_mapped(x, beside, "input", lambda part: change_of_input(under, part)), *args, **kwargs)
@@ -60,6 +64,17 @@ def _grouped(
     for part, index in groups:
         if not has_functional_form(part.tuner, under.backend):
             y = y.index_copy(0, index, through_parameters(under, [part], (x[index], *args), kwargs))
+    return y
+
+
+def _each_whole(under: Under, groups: Sequence[Group], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """A layer of no known kind gets the whole batch for each adapter: other arguments, and layers in it, go by rows too."""
+    y: Tensor = under.base(*args, **kwargs)
+    if not isinstance(y, Tensor):
+        what = f"A {type(under.inner).__name__} returns a {type(y).__name__}, whose rows cannot be put together"
+        raise PeftcError(rules.ROWS_DIFFER(what, fix="Call the model once for each adapter.", where=groups[0][0].path))
+    for part, index in groups:
+        y = y.index_copy(0, index, through_parameters(under, [part], args, kwargs)[index])
     return y
 
 

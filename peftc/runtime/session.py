@@ -159,14 +159,14 @@ class Session:
     def _drift(self, plan: AdapterPlan) -> Iterator[Diagnostic]:
         for site in plan.maps:
             module = self.find(site.path)
-            weight = site.layer.weight
-            if module is None or weight is None:
+            if module is None:
                 yield self._gone(site.path)
                 continue
-            own = module._parameters.get("weight")
-            if own is not None and tuple(own.shape) != weight.shape:
-                what = f"`{site.path}.weight` is {tuple(own.shape)}, the plan was made for {weight.shape}"
-                yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
+            for name, planned in site.layer.params:
+                own = module._parameters.get(name)
+                if own is not None and tuple(own.shape) != planned.shape:
+                    what = f"`{site.path}.{name}` is {tuple(own.shape)}, the plan was made for {planned.shape}"
+                    yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
         for path in (*(site.path for site in plan.modules), *(save.path for save in plan.saves)):
             if self.find(path) is None:
                 yield self._gone(path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.graph.nodes import LayerFacts
-from peftc.tuner.slots import Container, Slot
+from peftc.tuner.slots import Container, Slot, labelled
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -52,6 +52,15 @@ _PLAIN = {key: value for key, value in _TEMPLATE.items() if not isinstance(value
 
 class Initializer:
     """`SlotInit` on tensors. Runs under `no_grad`; tensors without data are left alone."""
+
+    __slots__ = ("_opened",)
+
+    def __init__(self, opened: Callable[[], Mapping[str, Tensor]] = dict) -> None:
+        self._opened = opened
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        return self._opened()
 
     def zeros(self, tensor: Tensor) -> None:
         tensor.zero_()
@@ -134,15 +143,16 @@ def filled(
     source: Callable[[str], Tensor | None] | None,
     init: Callable[[dict[str, Tensor]], object],
 ) -> dict[str, Tensor]:
-    """Tensors for a site's slots, by name: from `source` by their disk keys, the rest as the method starts them."""
-    dtypes = {slot.name: torch_dtype(slot.dtype or site.dtype) for slot in site.slots}
+    """Tensors for a site's slots, by label: from `source` by their disk keys, the rest as the method starts them."""
+    slots = labelled(site.slots)
+    dtypes = {label: torch_dtype(slot.dtype or site.dtype) for label, slot in slots.items()}
     made: dict[str, Tensor] = {}
-    for slot in site.slots:
+    for label, slot in slots.items():
         found = None if source is None else source(site.key(slot, adapter).disk())
         if found is not None:
-            made[slot.name] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[slot.name])
-    if len(made) < len(site.slots):  # what was found stays; the method fills a whole set, of which the rest is taken
-        fresh = {slot.name: allocate(slot.shape, dtypes[slot.name], device) for slot in site.slots}
+            made[label] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[label])
+    if len(made) < len(slots):  # what was found stays; the method fills a whole set, of which the rest is taken
+        fresh = {label: allocate(slot.shape, dtypes[label], device) for label, slot in slots.items()}
         init(fresh)
         made = {**fresh, **made}
     return made
@@ -211,6 +221,11 @@ class LayerView:
     @property
     def scaling(self) -> float:
         return self._scalings[self.adapter]
+
+    def __getitem__(self, label: str) -> Tensor:
+        container, key = self._slots[label]
+        tensor: Tensor = container[key]
+        return tensor
 
     def __getattr__(self, name: str) -> Tensor:
         """Slots are properties of the class that `view_class` makes; here comes what is none."""

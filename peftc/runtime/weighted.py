@@ -26,6 +26,7 @@ from peftc.runtime.apply import name_taken
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import Session
 from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import labelled
 
 #: ways to combine: those of thin factors, `cat`, and those of whole updates, whose closest thin factors are taken
 TYPES = (*COMBINATIONS, "cat", "svd", *(f"{name}_svd" for name in COMBINATIONS if name != "linear"))
@@ -121,7 +122,7 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     for member in members.values():
         site = member.site
         slots = _of_factors(member, how, rank) if rank else _own_way(member, how)
-        tensors |= {site.key(slot, adapter_name).disk(): slots[slot.name] for slot in site.slots}
+        tensors |= {site.key(slot, adapter_name).disk(): slots[label] for label, slot in labelled(site.slots).items()}
     for plan in plans:
         copied = tuple(f"{plan.root}{save.path}." for save in plan.saves)
         tensors |= {
@@ -290,7 +291,7 @@ def _entrywise(parts: Sequence[tuple[Tensor, Tensor, float, float]], how: Recipe
 def _own_way(member: _Member, how: Recipe) -> Mapping[str, Tensor]:
     site, part = member.site, member.layer.part(member.names[0])
     views = [member.layer.part(name).view for name in member.names]
-    slots = {slot.name: [getattr(view, slot.name).detach() for view in views] for slot in site.slots}
+    slots = {label: [view[label].detach() for view in views] for label in labelled(site.slots)}
     weights = [how.weights[name] for name in member.names]
     with torch.no_grad():
         result: Mapping[str, Tensor] = part.lowering("combine")(site.config, slots, weights)

@@ -56,7 +56,7 @@ class Subject:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
         if self.targets is None and self.method.adapts_layers:
             options = f"{options},defaults" if options else "defaults"
-        return f"{options or 'defaults'}-{self.model.name}"
+        return f"{options or ('defaults' if self.targets is None else 'no-options')}-{self.model.name}"
 
     def config(self, **changes: Any) -> PeftConfig:
         """A fresh config, with these options changed."""

@@ -59,7 +59,7 @@ class MapTuner(ABC, Generic[C]):
 
     @abstractmethod
     def init(self, c: C, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        """Fill freshly made slots (by slot name) in place; each is uninitialised memory."""
+        """Fill freshly made slots (by label: the name, or `name.tail` where several share it) in place."""
 
     def scaling(self, c: C, layer: LayerFacts) -> float:
         """The factor that users can change at run time (`set_scale`); the lowerings find it as `a.scaling`."""
@@ -81,11 +81,11 @@ class MapTuner(ABC, Generic[C]):
         return None
 
     def of_thin(self, c: C, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
-        """The inverse of `thin` at a scaling of 1: slots, by name, from A `(r, in · kernel)` and B `(out, r)`."""
+        """The inverse of `thin` at a scaling of 1: slots, by label, from A `(r, in · kernel)` and B `(out, r)`."""
         raise NotImplementedError
 
     def combine(self, c: C, slots: Mapping[str, Sequence[Tensor]], weights: Sequence[float]) -> Mapping[str, Tensor]:
-        """One adapter's slots from those of several, `(slot name -> one tensor per adapter)`, with their weights."""
+        """One adapter's slots from those of several, `(label -> one tensor per adapter)`, with their weights."""
         raise NotImplementedError
 
     @property

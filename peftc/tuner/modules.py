@@ -64,7 +64,7 @@ class ModuleTuner(ABC, Generic[C]):
 
     @abstractmethod
     def init(self, c: C, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        """Fill freshly made slots (by slot name) in place; each is uninitialised memory."""
+        """Fill freshly made slots (by label) in place; each is uninitialised memory."""
 
     @abstractmethod
     def forward(self, a: ModuleView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

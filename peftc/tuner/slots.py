@@ -60,6 +60,9 @@ def labelled(slots: Iterable[Slot]) -> dict[str, Slot]:
     ['table', 'head.weight', 'head.bias']
     """
     slots = list(slots)
+    alone = {slot.name: slot for slot in slots}
+    if len(alone) == len(slots):  # as nearly always, and asked for every layer
+        return alone
     shared = Counter(slot.name for slot in slots)
     return {slot.name if shared[slot.name] == 1 else f"{slot.name}.{slot.tail}": slot for slot in slots}
 

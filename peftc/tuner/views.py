@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class View(Protocol):
-    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use."""
+    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use.
+
+    Where several slots share a name they are found by label: `a["layers.weight"]`.
+    """
 
     @property
     def config(self) -> PeftConfig:
@@ -39,6 +42,8 @@ class View(Protocol):
         For a `branch` that needs them. They are read for this; what a branch can do without is not read.
         """
 
+    def __getitem__(self, label: str) -> Tensor: ...
+
     def __getattr__(self, slot: str) -> Tensor: ...
 
 
@@ -54,6 +59,11 @@ class SlotInit(Protocol):
     def uniform(self, tensor: Tensor, bound: float) -> None: ...
 
     def kaiming_uniform(self, tensor: Tensor, a: float) -> None: ...
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The base layer's own parameters by name, in logical order, without what is merged into them. Not to be written
+        to. Read at each use, so that adapters that start otherwise never touch them; nothing around whole modules."""
 
 
 class PromptView(Protocol):
