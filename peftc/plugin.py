@@ -21,7 +21,7 @@ from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
-from peftc.tuner.slots import Container, Slot, labelled, module_slot, parameter_slot
+from peftc.tuner.slots import Container, Share, Slot, derived_slot, labelled, module_slot, parameter_slot
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ __all__ = [
     "RankMixin",
     "Rule",
     "Severity",
+    "Share",
     "Slot",
     "SlotInit",
     "TargetsMixin",
@@ -90,6 +91,7 @@ __all__ = [
     "TunerMethod",
     "View",
     "convert_adapter",
+    "derived_slot",
     "did_you_mean",
     "hookimpl",
     "labelled",

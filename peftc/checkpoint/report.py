@@ -82,7 +82,7 @@ def expected_tensors(plan: AdapterPlan) -> dict[str, TensorFacts]:
     """Every tensor that the adapter's checkpoint holds, by key."""
     expected = {
         parameter.disk: TensorFacts(parameter.shape, parameter.dtype)
-        for parameter in plan.parameters()
+        for parameter in (*plan.parameters(), *plan.buffers())
         if parameter.disk is not None
     }
     for save in plan.saves:

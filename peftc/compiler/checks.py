@@ -13,6 +13,7 @@ from peftc.compiler.match import ALL_LINEAR
 from peftc.compiler.plan import MapSite
 from peftc.config.mixins import LayersMixin
 from peftc.graph.nodes import LINEAR_KINDS, ModuleNode, Role
+from peftc.tuner.slots import Share
 
 #: Model types whose fused kernels take these weights past the module, as the reference's list says.
 _STATE_SPACE = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
@@ -28,7 +29,9 @@ def check_ties(draft: Draft, context: Context) -> Draft:
     if not partners:
         return draft
     problems = []
-    tied = {site.path: partners[f"{site.path}.weight"] for site in draft.maps if f"{site.path}.weight" in partners}
+    as_one = {f"{s.path}.weight" for s in draft.maps if all(slot.share == Share.WEIGHT for slot in s.slots)}
+    apart = {name: group for name, group in partners.items() if not as_one.issuperset(group)}
+    tied = {site.path: apart[f"{site.path}.weight"] for site in draft.maps if f"{site.path}.weight" in apart}
     if tied:
         path, group = next(iter(tied.items()))
         others = listed(owner for name in group if (owner := name.rpartition(".")[0]) != path)

@@ -30,8 +30,8 @@ VOCABULARY_NAMES = frozenset({"embed_tokens", "lm_head"})
 class PlannedParameter:
     """A parameter that the applied model has and its base has not, or that changes its trainability.
 
-    `name` is as in `named_parameters` of the wrapped model; `disk` the checkpoint's key, None if it is not saved;
-    `base` says that the parameter exists without the adapter.
+    `name` is as in `named_parameters` of the wrapped model, `aliases` further names there of the same tensor; `disk` the
+    checkpoint's key, None if it is not saved; `base` says that the parameter exists without the adapter.
     """
 
     name: str
@@ -41,6 +41,7 @@ class PlannedParameter:
     trainable: bool
     adapter: str
     base: bool = False
+    aliases: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -65,7 +66,7 @@ class MapSite:
     role: Role | None = None
 
     def key(self, slot: Slot, adapter: str) -> Key:
-        return Key(self.path, slot.name, adapter, slot.tail)
+        return Key(self.path, slot.name, adapter, slot.tail, slot.home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,32 +189,22 @@ class AdapterPlan:
         options, others = (
             {key: value for key, value in plan.config.to_dict().items() if key not in about} for plan in (self, other)
         )
-        return options == others and list(self.parameters()) == list(other.parameters())
+        mine, theirs = ([*plan.parameters(), *plan.buffers()] for plan in (self, other))
+        return options == others and mine == theirs
 
     def parameters(
         self, trainable: bool = True, active: bool = True, depth: Mapping[str, int] | None = None
     ) -> Iterator[PlannedParameter]:
-        """Every parameter that this adapter adds or trains; `trainable=False` for one that is loaded frozen.
+        """Every parameter that this adapter adds or trains, once; `trainable=False` for one that is loaded frozen.
 
         With `active=False`, those that it has in the model while it is not active: slots that are not `named` are missing.
         `depth` counts wrappers of other methods round its own, by path.
         """
         root = self.root
-        for site in self.sites:
-            owner = site.path + ".base_layer" * (depth or {}).get(site.path, 0)
-            for slot in site.slots:
-                if not (slot.named or active):
-                    continue
-                key = replace(site.key(slot, self.name), owner=owner)
-                disk = site.key(slot, self.name).disk(WRAPPED_ROOT) if slot.saved else None
-                dtype = slot.dtype or site.dtype
-                yield PlannedParameter(
-                    key.memory(root), disk, slot.shape, dtype, slot.trainable and trainable, self.name
-                )
+        yield from self._of_slots(False, trainable, active, depth)
         for save in self.saves:
             for tail, tensor in save.tensors:
-                name = save.key(tail, self.name).memory(root)
-                disk = f"{root}{save.path}.{tail}"
+                name, disk = save.key(tail, self.name).memory(root), f"{root}{save.path}.{tail}"
                 yield PlannedParameter(name, disk, tensor.shape, tensor.dtype, trainable, self.name)
         for train in self.trains:
             name = _base_name(train, root)
@@ -221,18 +212,66 @@ class AdapterPlan:
         if self.prompt is not None:
             for slot in self.prompt.slots:
                 key = Key("prompt_encoder", "", self.name, f"{slot.name}.{slot.tail}" if slot.tail else slot.name)
-                dtype, disk = slot.dtype or self.prompt.dtype, self.prompt.disk_of(slot)
-                yield PlannedParameter(key.memory(), disk, slot.shape, dtype, slot.trainable and trainable, self.name)
+                dtype, table = slot.dtype or self.prompt.dtype, self.prompt.disk_of(slot)
+                yield PlannedParameter(key.memory(), table, slot.shape, dtype, slot.trainable and trainable, self.name)
+
+    def buffers(self, depth: Mapping[str, int] | None = None) -> Iterator[PlannedParameter]:
+        """Every derived tensor that this adapter adds, once, as `parameters` lists those that are parameters."""
+        return self._of_slots(True, False, True, depth)
+
+    def _of_slots(
+        self, derived: bool, trainable: bool, active: bool, depth: Mapping[str, int] | None
+    ) -> Iterator[PlannedParameter]:
+        aliases = self._aliases(depth or {})
+        for site, slot in self.slots():
+            if slot.derived is not derived or not (slot.named or active):
+                continue
+            key = site.key(slot, self.name)
+            disk = key.disk(WRAPPED_ROOT) if slot.saved else None
+            others = () if slot.home is None else tuple(aliases[slot.label][1:])
+            name = replace(key, owner=_wrapped_owner(site.path, depth or {})).memory(self.root)
+            dtype = slot.dtype or site.dtype
+            yield PlannedParameter(
+                name, disk, slot.shape, dtype, slot.trainable and trainable, self.name, aliases=others
+            )
+
+    def slots(self) -> Iterator[tuple[MapSite | ModuleSite, Slot]]:
+        """Every tensor of a slot once: a shared one at the first site that has it."""
+        seen: set[object] = set()
+        for site in self.sites:
+            for slot in site.slots:
+                if slot.home is not None:
+                    if slot.label in seen:
+                        continue
+                    seen.add(slot.label)
+                yield site, slot
+
+    def _aliases(self, depth: Mapping[str, int]) -> dict[tuple[str, str, str | None], list[str]]:
+        """Names in memory of each shared tensor, in the order of the model; its own level comes last."""
+        names: dict[tuple[str, str, str | None], list[str]] = {}
+        for site in self.maps:
+            for slot in site.slots:
+                if slot.home is not None:
+                    key = replace(site.key(slot, self.name), owner=_wrapped_owner(site.path, depth))
+                    names.setdefault(slot.label, []).append(key.memory(self.root))
+        for (slot_name, tail, home), found in names.items():
+            if home == "":
+                found.append(Key("", slot_name, self.name, tail).memory(PROMPT_ROOT))
+        return names
 
     def tally(self, active: bool = True) -> Tally:
         """Numbers of parameters by dtype, as `parameters` lists them; layers of one kind are looked at once."""
         tally = Tally(Counter(), Counter())
         kinds = Counter((id(site.slots), site.dtype) for site in self.sites)
+        seen: set[object] = set()
         for site in {(id(site.slots), site.dtype): site for site in self.sites}.values():
             for slot in site.slots:
-                if not (slot.named or active):
+                if slot.derived or slot.label in seen or not (slot.named or active):
                     continue
-                tally.count(slot.dtype or site.dtype, slot.numel * kinds[id(site.slots), site.dtype], slot.trainable)
+                shared = slot.home is not None
+                seen |= {slot.label} if shared else set()
+                times = 1 if shared else kinds[id(site.slots), site.dtype]
+                tally.count(slot.dtype or site.dtype, slot.numel * times, slot.trainable)
         for save in self.saves:
             for _, tensor in save.tensors:
                 tally.count(tensor.dtype, tensor.numel)
@@ -246,12 +285,17 @@ class AdapterPlan:
     def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:
         """Every tensor of the checkpoint: its key and facts. `model` tells which of the layers are embeddings."""
         known: dict[tuple[int, str], list[tuple[Slot, TensorFacts]]] = {}
+        seen: set[object] = set()
         for site in self.sites:
             slots = known.get((id(site.slots), site.dtype))
             if slots is None:
                 facts_of = [(slot, TensorFacts(slot.shape, slot.dtype or site.dtype)) for slot in site.slots]
                 slots = known[id(site.slots), site.dtype] = [(slot, facts) for slot, facts in facts_of if slot.saved]
             for slot, facts in slots:
+                if slot.home is not None:
+                    if slot.label in seen:
+                        continue
+                    seen.add(slot.label)
                 yield site.key(slot, self.name).disk(WRAPPED_ROOT), facts
         for save in self.saves:
             for tail, facts in (*save.tensors, *save.buffers):
@@ -342,6 +386,11 @@ def nesting(adapters: Sequence[AdapterPlan]) -> dict[str, dict[str, int]]:
                 types.append(adapter.peft_type)
             level_of[adapter.name][site.path] = len(types)
     return {name: {path: len(levels[path]) - level for path, level in own.items()} for name, own in level_of.items()}
+
+
+def _wrapped_owner(path: str, depth: Mapping[str, int]) -> str:
+    """Where a slot's layer is, under wrappers of other methods."""
+    return path + ".base_layer" * depth.get(path, 0)
 
 
 def _base_name(train: TrainSite, root: str) -> str:

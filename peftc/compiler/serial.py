@@ -208,11 +208,13 @@ def _modules_from_json(data: Mapping[str, Any], config: PeftConfig) -> list[Modu
     return [ModuleSite(path, *facts) for path in data["paths"]]
 
 
+#: What nearly all slots have and a file leaves out.
+_USUAL = {"named": True, "derived": False, "share": "", "home": None}
+
+
 def _slot_to_json(slot: Slot) -> dict[str, Any]:
     data = {**asdict(slot), "shape": list(slot.shape), "container": slot.container.value}
-    if slot.named:  # as nearly all are
-        del data["named"]
-    return data
+    return {key: value for key, value in data.items() if key not in _USUAL or value != _USUAL[key]}
 
 
 def _slot_from_json(data: Mapping[str, Any]) -> Slot:

@@ -5,12 +5,13 @@ Work is done once per kind of layer: layers of equal facts and options share con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.homes import Homes
 from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
@@ -52,6 +53,10 @@ class _Kind:
     dtype: str
     problems: tuple[Diagnostic, ...]
     fails: bool
+    tuner: MapTuner[Any]
+    #: the first module of the kind
+    node: ModuleNode
+    shares: bool = False
     count: int = 0
 
 
@@ -61,17 +66,20 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
     declarer = _Declarer(draft, context)
     reasons: dict[str, str] = {}
     maps: list[MapSite] = []
-    for path, entries in draft.targets.items():
-        node = nodes[path]
-        try:
-            kind = declarer.kind_of(node)
-        except PeftcError as error:
-            return draft.failed(error)  # it would raise for every other module as well
-        kind.count += 1
-        if kind.fails:
-            continue
-        reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
-        maps.append(MapSite(path, node.facts, kind.config, kind.slots, kind.dtype, reason, kind.overrides, node.role))
+    try:
+        kinds = {path: declarer.kind_of(nodes[path]) for path in draft.targets}
+        declarer.declare()
+        homes = Homes(context)
+        for path, entries in draft.targets.items():
+            node, kind = nodes[path], kinds[path]
+            kind.count += 1
+            if kind.fails:
+                continue
+            slots = homes.found(path, kind.slots) if kind.shares else kind.slots
+            reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
+            maps.append(MapSite(path, node.facts, kind.config, slots, kind.dtype, reason, kind.overrides, node.role))
+    except PeftcError as error:
+        return draft.failed(error)  # it would raise for every other module as well
     problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
     return draft.but(maps=tuple(maps)).told(*problems)
 
@@ -126,8 +134,8 @@ class _Declarer:
         return tuple((config.pattern_options[name], option(config, name)[key]) for name, key in chosen)
 
     def _declare(self, tuner: MapTuner[Any], node: ModuleNode, overrides: Overrides) -> _Kind:
-        method, path = self._context.method, node.path
-        kind = _Kind(self._draft.config, overrides, (), self._dtype(node.facts), (), fails=True)
+        path, dtype = node.path, self._dtype(node.facts)
+        kind = _Kind(self._draft.config, overrides, (), dtype, (), fails=True, tuner=tuner, node=node)
         if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):
             kind.problems = (_unsupported(tuner, node, self._context),)
             return kind
@@ -135,15 +143,40 @@ class _Declarer:
             if node.facts.kind in OPAQUE_KINDS:
                 _check_params(tuner, self._context, path)
             kind.config = self._config(overrides)
-            with boundary(method.peft_type, "slots", path):
-                kind.slots = tuple(tuner.slots(kind.config, node.facts))
-            check_slots(kind.slots, self._context, path)
-            with boundary(method.peft_type, "check", path):
-                kind.problems = tuple(tuner.check(kind.config, node.facts, path))
             kind.fails = False
         except PeftcError as error:
             kind.problems = error.diagnostics
         return kind
+
+    def declare(self) -> None:
+        """Ask for the slots of all kinds that were found, and for problems of the options there.
+
+        Raises `PeftcError` if the method cannot say what the kinds need together.
+        """
+        able = [kind for kind in self._kinds.values() if not kind.fails]
+        for tuner in {id(kind.tuner): kind.tuner for kind in able}.values():
+            own = [kind for kind in able if kind.tuner is tuner]
+            for kind, declared in zip(own, self._declared(tuner, own), strict=True):
+                self._finish(kind, declared)
+
+    def _declared(self, tuner: MapTuner[Any], kinds: Sequence[_Kind]) -> Sequence[Iterable[Slot] | None]:
+        if type(tuner).declare is MapTuner.declare:  # each by itself, so that a problem is that of one kind
+            return [None] * len(kinds)
+        with boundary(self._context.method.peft_type, "declare", kinds[0].node.path):
+            return [tuple(slots) for slots in tuner.declare([(kind.config, kind.node.facts) for kind in kinds])]
+
+    def _finish(self, kind: _Kind, declared: Iterable[Slot] | None) -> None:
+        method, node = self._context.method.peft_type, kind.node
+        try:
+            with boundary(method, "slots", node.path):
+                slots = kind.tuner.slots(kind.config, node.facts) if declared is None else declared
+                kind.slots = tuple(slots)
+            check_slots(kind.slots, self._context, node.path)
+            kind.shares = any(slot.share for slot in kind.slots)
+            with boundary(method, "check", node.path):
+                kind.problems = tuple(kind.tuner.check(kind.config, node.facts, node.path))
+        except PeftcError as error:
+            kind.problems, kind.fails = error.diagnostics, True
 
     def _config(self, overrides: Overrides) -> PeftConfig:
         if not overrides:
@@ -179,6 +212,9 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> 
         wrong += [f"`{slot}` does not begin with `{context.method.prefix}`" for slot in stray]
     if context.method.module_tuner is None:
         wrong += [f"`{s.name}` is not named by its adapter, and is not around a module" for s in slots if not s.named]
+    wrong += [f"`{s.name}` is derived and trainable" for s in slots if s.derived and s.trainable]
+    if not context.method.adapts_layers:
+        wrong += [f"`{s.name}` is shared or derived, and is not on a layer" for s in slots if s.share or s.derived]
     if len({(s.name, s.tail) for s in slots}) < len(slots):
         wrong.append("two slots have the same name")
     if not slots:

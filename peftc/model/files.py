@@ -104,7 +104,7 @@ def tensors_of(
 
 def _gathered(model: nn.Module, attached: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as the state dict has them. Raises `PeftcError` if trained ones are not in it."""
-    live = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    live = (*model.named_parameters(), *model.named_buffers())  # the first of several names, which every state dict has
     names = {id(tensor): name for name, tensor in live}
     wanted = {
         disk: names[id(tensor)] for disk, tensor in attached.items() if id(tensor) in names

@@ -111,9 +111,10 @@ def hotswap_adapter_from_state_dict(
     if problems:
         raise PeftcError(problems)
     with torch.no_grad(), Journal() as journal:
+        swapped: set[str] = set()
         for site, layer in zip(plan.maps, session.layers_of(adapter_name), strict=True):
-            _swap(layer, site, adapter_name, given, journal)
-        slots = {site.key(slot, adapter_name).disk() for site in plan.maps for slot in site.slots}
+            _swap(layer, site, adapter_name, given, swapped, journal)
+        slots = {site.key(slot, adapter_name).disk() for site, slot in plan.slots()}
         for key, own in session.tensors(adapter_name).items():
             if key in given and key not in slots:
                 journal.note(own.copy_, own.clone())
@@ -155,7 +156,7 @@ def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -
             what = f"By the new config `{site.path}` is computed in another way"
             yield rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`.", where=site.path)
             continue
-        keys = {site.key(slot, plan.name).disk(): slot for slot in site.slots}
+        keys = {site.key(slot, plan.name).disk(): slot for slot in site.slots if slot.saved}
         lacking = [key for key in keys if key not in given]
         if lacking and (len(lacking) < len(keys) or not tuner.is_rankable):
             what = f"`{site.path}` gets nothing for {listed(lacking)}"
@@ -167,12 +168,26 @@ def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -
                 yield rules.CANNOT_SWAP(what, fix=fix, where=site.path)
 
 
-def _swap(layer: TunerLayer, site: MapSite, adapter: str, given: Mapping[str, Tensor], journal: Journal) -> None:
+def _swap(
+    layer: TunerLayer,
+    site: MapSite,
+    adapter: str,
+    given: Mapping[str, Tensor],
+    swapped: set[str],
+    journal: Journal,
+) -> None:
+    """Give a layer the new values. `swapped` are keys of shared tensors that another layer has brought already."""
     part = layer.part(adapter)
     for slot in site.slots:
         container, name = find(layer, slot, adapter)
         own: Tensor = container[name]
-        value = given.get(site.key(slot, adapter).disk())
+        key = site.key(slot, adapter).disk()
+        if key in swapped:
+            continue
+        swapped |= {key} if slot.home is not None else set()
+        value = given.get(key)
+        if value is None and slot.derived:
+            value = layer.derived(adapter, site)[slot.name]
         value = own.new_zeros(slot.shape) if value is None else value.to(own.device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
         if fits and (value.shape == own.shape or part.tuner.is_rankable):

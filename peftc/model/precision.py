@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
@@ -92,8 +92,12 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     session.require([adapter_name])
     if not autocast_adapter_dtype:
         return
+    lifted: dict[Tensor, Tensor] = {}  # what layers share stays one tensor
     for _, layer, slot in slots_of(session, adapter_name):
         container, key = find(layer, slot, adapter_name)
-        own = container[key]
+        own: Tensor = container[key]
         if own.is_floating_point() and own.dtype.itemsize < 4:
-            put(layer, slot, adapter_name, nn.Parameter(own.detach().float(), requires_grad=own.requires_grad))
+            if own not in lifted:
+                wide = own.detach().float()
+                lifted[own] = wide if slot.derived else nn.Parameter(wide, requires_grad=own.requires_grad)
+            put(layer, slot, adapter_name, lifted[own])

@@ -62,7 +62,7 @@ def get_peft_model_state_dict(
 
 def live_names(plan: AdapterPlan) -> dict[str, str]:
     """Checkpoint key -> name in the wrapped model, for an adapter's tensors of its own."""
-    names = {p.disk: p.name for p in plan.parameters() if p.disk is not None}
+    names = {p.disk: p.name for p in (*plan.parameters(), *plan.buffers()) if p.disk is not None}
     for save in plan.saves:
         for tail, _ in save.buffers:
             names[f"{plan.root}{save.path}.{tail}"] = save.key(tail, plan.name).memory(plan.root)
@@ -104,9 +104,12 @@ def set_peft_model_state_dict(
     values = {key: peft_model_state_dict[origin[source]] for key, source in report.sources.items()}
     with torch.no_grad(), Journal() as journal:
         rest = dict(values)
+        filled: dict[str, Tensor] = {}
         for disk, owner, slot in slots_of(session, adapter_name):
             if disk in values:
-                _fill(owner, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage, journal)
+                if disk in rest:
+                    filled[disk] = _fill(owner, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage, journal)
+                _hold(owner, slot, adapter_name, filled[disk], journal)  # or another layer has filled it
         for tensor, value in _others(model, session, adapter_name, rest):
             journal.note(tensor.copy_, tensor.clone())
             tensor.copy_(value)
@@ -136,7 +139,8 @@ def slots_of(session: Session, adapter: str) -> Iterator[tuple[str, TunerLayer |
 
 def _fill(
     owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Tensor, assign: bool, journal: Journal
-) -> None:
+) -> Tensor:
+    """Give a slot its value; returns the tensor that it has then."""
     container, key = owner.where(adapter, slot)
     own: Tensor = container[key]
     if not assign:
@@ -145,11 +149,20 @@ def _fill(
             raise PeftcError(rules.SHAPES_DIFFER(what, fix="Pass `low_cpu_mem_usage=True` here as well."))
         journal.note(own.copy_, own.clone())
         unpadded(own, slot.shape).copy_(value)
-        return
+        return own
     base = next((p for p in owner.parameters() if not p.is_meta), value)
-    fresh = nn.Parameter(padded(value.detach().to(base.device), own.shape), requires_grad=own.requires_grad)
-    journal.note(container.__setitem__, key, own)
-    container[key] = fresh
+    fresh = padded(value.detach().to(base.device), own.shape)
+    held = fresh if slot.derived else nn.Parameter(fresh, requires_grad=own.requires_grad)
+    _hold(owner, slot, adapter, held, journal)
+    return held
+
+
+def _hold(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, tensor: Tensor, journal: Journal) -> None:
+    """Let a slot have this very tensor."""
+    container, key = owner.where(adapter, slot)
+    if container[key] is not tensor:
+        journal.note(container.__setitem__, key, container[key])
+        container[key] = tensor
 
 
 def _others(model: nn.Module, session: Session, adapter: str, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Any]]:

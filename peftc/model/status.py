@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
@@ -133,7 +133,7 @@ def _status(name: str, module: TunerLayer | ModulesToSaveWrapper) -> TunerLayerS
     )
 
 
-def _tensors(module: TunerLayer | ModulesToSaveWrapper) -> Iterator[tuple[str, nn.Parameter]]:
+def _tensors(module: TunerLayer | ModulesToSaveWrapper) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a wrapper that belongs to an adapter, trainable or not, with the adapter's name."""
     if isinstance(module, TunerLayer):
         for adapter in module.adapters:

@@ -24,7 +24,8 @@ from peftc.runtime.call import Shared
 from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, drop, filled, find, put, view_class
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.stores import Stock
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -76,21 +77,45 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     # adapters -----------------------------------------------------------------------------------------------------
 
-    def add(self, adapter: str, site: MapSite, tuner: MapTuner[Any], source: Source | None = None) -> None:
-        """Give the layer an adapter: slots from `source` where it has them, else initialised by the method.
+    def add(
+        self,
+        adapter: str,
+        site: MapSite,
+        tuner: MapTuner[Any],
+        source: Source | None = None,
+        stock: Stock | None = None,
+    ) -> None:
+        """Give the layer an adapter: slots from `source` where it has them, else initialised or derived by the method.
 
-        To be called under `no_grad`.
+        To be called under `no_grad`. `stock` has what layers of the adapter share.
         """
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
         init, helper = call(tuner.init), Initializer(self.pristine)
-        made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, site.layer, fresh, helper))
+        stock = stock or Stock()
+        shared = stock.found(site.slots)
+        made = filled(
+            site,
+            adapter,
+            self._device(),
+            source,
+            lambda fresh: init(site.config, site.layer, fresh, helper),
+            shared,
+            partial(call(tuner.derive), site.config, site.layer),
+        )
         for label, slot in labelled(site.slots).items():
-            put(self, slot, adapter, nn.Parameter(made[label], requires_grad=False))
+            value = made[label]
+            as_it_is = slot.derived or label in shared
+            stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
+
+    def derived(self, adapter: str, site: MapSite) -> Mapping[str, Tensor]:
+        """What an adapter's method derives for its slots here by another plan, by name."""
+        derive = guarded(self._sites[adapter][1].derive, str(site.config.peft_type), site.path)
+        return derived(site, self._device(), partial(derive, site.config, site.layer))
 
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
@@ -122,8 +147,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         if shared.by_rows:
             self._choose_path()
 
-    def parameters_of(self, adapter: str) -> Iterable[tuple[bool, nn.Parameter]]:
-        """The adapter's tensors, each with whether its slot is trainable."""
+    def parameters_of(self, adapter: str) -> Iterable[tuple[bool, Tensor]]:
+        """The adapter's tensors, derived ones included, each with whether its slot is trainable."""
         if adapter in self._sites:
             for slot in self._sites[adapter][0].slots:
                 container, key = find(self, slot, adapter)

@@ -241,4 +241,4 @@ def _lay(shelf: nn.Module, slot: Slot, parameter: nn.Parameter) -> None:
     elif slot.name in shelf._modules:
         shelf._modules[slot.name]._parameters[slot.tail] = parameter  # type: ignore[union-attr]  # just put there
     else:
-        shelf._modules[slot.name] = SlotModule.holding(slot.tail, parameter)
+        shelf._modules[slot.name] = SlotModule.holding(**{slot.tail: parameter})

@@ -81,8 +81,8 @@ def hollow(plan: AdapterPlan) -> Source:
     """Slots without memory, on the meta device, for an adapter whose values come later."""
     facts = {
         site.key(slot, plan.name).disk(): (slot.shape, torch_dtype(slot.dtype or site.dtype))
-        for site in plan.sites
-        for slot in site.slots
+        for site, slot in plan.slots()
+        if not slot.derived
     }
 
     def find(key: str) -> Tensor | None:

@@ -26,6 +26,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.stores import Stock, Stores
 from peftc.tuner.method import TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -55,6 +56,7 @@ class Session:
         self.modules: dict[str, ModuleWrapper] = {}
         self.copies: dict[str, ModulesToSaveWrapper] = {}
         self.shared = Shared()
+        self.stores = Stores()
         self.enabled = True
         #: adapters of which something may require gradients; active ones may as well
         self.requiring: set[str] = set()
@@ -81,6 +83,7 @@ class Session:
             raise PeftcError(problems)
         method = registry.get(plan.peft_type)
         nodes = self.graph.by_path
+        stock = Stock(self.stores)
         with Journal() as journal, torch.no_grad():
             for site in plan.maps:
                 layer = self.layers.get(site.path)
@@ -89,7 +92,8 @@ class Session:
                     self._remember(self.layers, site.path, layer, journal)
                     layer.join(self.shared)
                 journal.note(layer.delete_adapter, plan.name)
-                layer.add(plan.name, site, method.tuner_for(plan.config, nodes[site.path]), source)
+                layer.add(plan.name, site, method.tuner_for(plan.config, nodes[site.path]), source, stock)
+            self.stores.show()
             self._add_around(plan, method, source, journal)
             for save in plan.saves:
                 copy = self.copies.get(save.path)
@@ -190,6 +194,7 @@ class Session:
             del self.modules[path]  # it has left the model already
         for path in [path for path, copy in self.copies.items() if not copy.modules_to_save]:
             self._put_back(path, self.copies.pop(path).original_module)
+        self.stores.prune()
 
     # finding ------------------------------------------------------------------------------------------------------
 
@@ -411,6 +416,7 @@ class Session:
             self._put_back(path, copy.original_module)
         for before in self.base_before.values():
             _restore(before)
+        self.stores.clear()
         self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
         self.active = ()
         self.requiring = set()
@@ -436,10 +442,11 @@ class Session:
         tensors: dict[str, Tensor] = {}
         for site in plan.sites:
             layer = self.layer_of(name, site.path) if isinstance(site, MapSite) else self.modules[site.path]
-            stored = [] if layer is None else [p for _, p in layer.parameters_of(name)]
-            for slot, parameter in zip(site.slots, stored, strict=True):
+            if layer is None:
+                continue
+            for slot, (_, tensor) in zip(site.slots, layer.parameters_of(name), strict=True):
                 if slot.saved:
-                    tensors[site.key(slot, name).disk()] = parameter
+                    tensors[site.key(slot, name).disk()] = tensor
         for save in plan.saves:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict(keep_vars=True).items():
@@ -474,7 +481,7 @@ def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by checkpoint key, as large as planned."""
-    shapes = {site.key(slot, plan.name).disk(): slot.shape for site in plan.maps for slot in site.slots}
+    shapes = {site.key(slot, plan.name).disk(): slot.shape for site, slot in plan.slots()}
     return {key: unpadded(tensor, shapes[key]) if key in shapes else tensor for key, tensor in tensors.items()}
 
 

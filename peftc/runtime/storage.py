@@ -7,15 +7,19 @@ underneath, and a cached tensor would be stale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from peftc import rules
 from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
 from peftc.tuner.slots import Container, Slot, labelled
 
@@ -31,14 +35,14 @@ class SlotModule(nn.Module):
     """Holds one adapter's tensor of a slot under the slot's tail: `lora_A.default` with its `weight`."""
 
     @classmethod
-    def holding(cls, tail: str, parameter: nn.Parameter) -> SlotModule:
-        """One with this tensor. Made from a template: `nn.Module.__init__` would be most of the cost of an adapter."""
+    def holding(cls, **parameters: nn.Parameter) -> SlotModule:
+        """One with these tensors. Made from a template: `nn.Module.__init__` would be most of the cost of an adapter."""
         module = cls.__new__(cls)
         state = module.__dict__
         state.update(_PLAIN)
         for key, make in _FRESH:
             state[key] = make()
-        state["_parameters"][tail] = parameter
+        state["_parameters"].update(parameters)
         return module
 
     def extra_repr(self) -> str:
@@ -86,28 +90,75 @@ class Initializer:
 INIT = Initializer()
 
 
+#: Where a container that all layers hold counts, by adapter, the layers that have its tensor.
+HOLDERS = "_holders"
+
+
+class SlotBuffers(nn.Module):
+    """Derived tensors of a slot by adapter; to be read like a dict, as those of parameters are."""
+
+    def __getitem__(self, adapter: str) -> Tensor:
+        tensor = self._buffers[adapter]
+        assert tensor is not None
+        return tensor
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> Iterable[str]:
+        """Names of the adapters."""
+        return self._buffers.keys()
+
+    def items(self) -> Iterable[tuple[str, Tensor | None]]:
+        """Names of the adapters, each with its tensor."""
+        return self._buffers.items()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(b.shape)}" for name, b in self._buffers.items() if b is not None)
+
+
+def container_for(slot: Slot) -> nn.Module:
+    """An empty dict of adapters for a slot."""
+    if slot.container is Container.MODULE:
+        return nn.ModuleDict()
+    return SlotBuffers() if slot.derived else nn.ParameterDict()
+
+
 def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
     """The dict of adapters for a slot on a layer, made on first use."""
     container = owner._modules.get(slot.name)
     if container is None:
-        container = nn.ModuleDict() if slot.container is Container.MODULE else nn.ParameterDict()
-        owner._modules[slot.name] = container
+        container = owner._modules[slot.name] = container_for(slot)
     return container
 
 
-def put(owner: nn.Module, slot: Slot, adapter: str, parameter: nn.Parameter) -> tuple[dict[str, Any], str]:
-    """Store a tensor; returns the dict and key where it can be looked up."""
+def put(owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> tuple[dict[str, Any], str]:
+    """Store a tensor, a parameter unless the slot is derived; returns the dict and key where it can be looked up."""
     container = container_of(owner, slot)
     if slot.container is Container.PARAMETER:
-        assert isinstance(container, nn.ParameterDict)
-        container[adapter] = parameter
-        return container._parameters, adapter
+        if isinstance(container, nn.ParameterDict):
+            container[adapter] = tensor
+        else:
+            container.register_buffer(adapter, tensor, persistent=slot.saved)
+        return _tensors(container, slot), adapter
     holder = container._modules.get(adapter)
     if holder is None:
-        holder = container._modules[adapter] = SlotModule.holding(slot.tail, parameter)
+        holder = container._modules[adapter] = SlotModule.holding()
+    if slot.derived:
+        holder.register_buffer(slot.tail, tensor, persistent=slot.saved)
     else:
-        holder._parameters[slot.tail] = parameter
-    return holder._parameters, slot.tail
+        holder._parameters[slot.tail] = cast(nn.Parameter, tensor)
+    return _tensors(holder, slot), slot.tail
+
+
+def _tensors(holder: nn.Module, slot: Slot) -> dict[str, Any]:
+    return holder._buffers if slot.derived else holder._parameters
 
 
 def find(owner: nn.Module, slot: Slot, adapter: str) -> tuple[dict[str, Any], str]:
@@ -115,12 +166,13 @@ def find(owner: nn.Module, slot: Slot, adapter: str) -> tuple[dict[str, Any], st
     container = owner._modules[slot.name]
     assert container is not None
     if slot.container is Container.PARAMETER:
-        if adapter not in container._parameters:
+        tensors = _tensors(container, slot)
+        if adapter not in tensors:
             raise KeyError(adapter)
-        return container._parameters, adapter
+        return tensors, adapter
     holder = container._modules[adapter]
     assert holder is not None
-    return holder._parameters, slot.tail
+    return _tensors(holder, slot), slot.tail
 
 
 def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
@@ -128,12 +180,19 @@ def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
     container = owner._modules.get(slot.name)
     if container is None:
         return
-    if slot.container is Container.PARAMETER:
-        assert isinstance(container, nn.ParameterDict)
+    if slot.home == "":
+        holders: Counter[str] = container.__dict__[HOLDERS]
+        holders[adapter] -= 1
+        if holders[adapter] > 0:  # other layers hold it as well
+            return
+    if slot.container is Container.MODULE:
+        container._modules.pop(adapter, None)
+    elif isinstance(container, nn.ParameterDict):
         if adapter in container:
             del container[adapter]
     else:
-        container._modules.pop(adapter, None)
+        container._buffers.pop(adapter, None)
+        container._non_persistent_buffers_set.discard(adapter)
 
 
 def filled(
@@ -142,17 +201,29 @@ def filled(
     device: torch.device,
     source: Callable[[str], Tensor | None] | None,
     init: Callable[[dict[str, Tensor]], object],
+    shared: Mapping[str, Tensor] = MappingProxyType({}),
+    derive: Callable[[dict[str, Slot]], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors for a site's slots, by label: from `source` by their disk keys, the rest as the method starts them."""
+    """Tensors for a site's slots, by label: `shared` ones, from `source` by their disk keys, the rest as the method derives
+    or starts them. Raises `PeftcError` for derived values of another shape than declared."""
     slots = labelled(site.slots)
     dtypes = {label: torch_dtype(slot.dtype or site.dtype) for label, slot in slots.items()}
-    made: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = dict(shared)
     for label, slot in slots.items():
+        if label in made:
+            continue
         found = None if source is None else source(site.key(slot, adapter).disk())
         if found is not None:
             made[label] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[label])
-    if len(made) < len(slots):  # what was found stays; the method fills a whole set, of which the rest is taken
-        fresh = {label: allocate(slot.shape, dtypes[label], device) for label, slot in slots.items()}
+    lacking = [slot for label, slot in slots.items() if label not in made]
+    if derive is not None and any(slot.derived for slot in lacking):
+        made = {**derived(site, device, derive), **made}
+    if any(not slot.derived for slot in lacking):  # the method fills a whole set, of which the rest is taken
+        fresh = {
+            label: allocate(slot.shape, dtypes[label], device)
+            for label, slot in slots.items()
+            if label not in shared and not slot.derived
+        }
         init(fresh)
         made = {**fresh, **made}
     return made
@@ -164,6 +235,26 @@ class Owner(Protocol):
     training: bool
 
     def pristine(self) -> Mapping[str, Tensor]: ...
+
+
+def derived(
+    site: MapSite | ModuleSite, device: torch.device, derive: Callable[[dict[str, Slot]], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """A site's derived tensors, by label. They have values even where a layer has no memory yet.
+
+    Raises `PeftcError` for values of another shape than declared.
+    """
+    slots = {label: slot for label, slot in labelled(site.slots).items() if slot.derived}
+    values = derive(slots)
+    wrong = [name for name, slot in slots.items() if name not in values or tuple(values[name].shape) != slot.shape]
+    if wrong:
+        what = f"`derive` of {site.config.peft_type} gives nothing of the declared shape for `{wrong[0]}`"
+        raise PeftcError(rules.PLUGIN_INVALID(what, fix="Correct the plugin's `derive`.", where=site.path))
+    device = torch.device("cpu") if device.type == "meta" else device
+    return {
+        name: values[name].detach().to(device=device, dtype=torch_dtype(slot.dtype or site.dtype))
+        for name, slot in slots.items()
+    }
 
 
 class LayerView:

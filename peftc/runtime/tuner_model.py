@@ -59,6 +59,7 @@ class TunerModel(nn.Module):
         self.model = model
         self.peft_config = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        self.session.stores.show_at(self)
 
     @classmethod
     def around(cls, session: Session, configs: dict[str, PeftConfig]) -> Self:
@@ -67,6 +68,7 @@ class TunerModel(nn.Module):
         nn.Module.__init__(self)
         self.model = session.model
         self.peft_config = configs
+        session.stores.show_at(self)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

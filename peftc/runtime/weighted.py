@@ -60,7 +60,8 @@ class Combined:
 
     def require_shapes(self, plan: AdapterPlan) -> None:
         """Raise `PeftcError` if the compiled adapter has slots of other shapes: its config could not say what it is."""
-        shapes = {site.key(slot, plan.name).disk(): slot.shape for site in plan.maps for slot in site.slots}
+        slots = [(site.key(slot, plan.name).disk(), slot) for site, slot in plan.slots()]
+        shapes = {key: slot.shape for key, slot in slots if not slot.derived}
         wrong = [key for key, shape in shapes.items() if tuple(self.tensors[key].shape) != shape]
         if wrong:
             what = f"No config describes the combination: {listed(wrong)} would have another shape"
@@ -122,7 +123,8 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     for member in members.values():
         site = member.site
         slots = _of_factors(member, how, rank) if rank else _own_way(member, how)
-        tensors |= {site.key(slot, adapter_name).disk(): slots[label] for label, slot in labelled(site.slots).items()}
+        named = labelled(site.slots).items()
+        tensors |= {site.key(slot, adapter_name).disk(): slots[label] for label, slot in named if not slot.derived}
     for plan in plans:
         copied = tuple(f"{plan.root}{save.path}." for save in plan.saves)
         tensors |= {

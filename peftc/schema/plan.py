@@ -155,7 +155,7 @@ def _layer_definitions() -> dict[str, Schema]:
         ),
         "slot": _object(
             "A tensor that the adapter adds to a layer.",
-            optional=("named",),
+            optional=("named", "derived", "share", "home"),
             name=_TEXT,
             shape=_SHAPE,
             container={"enum": ["module", "parameter"]},
@@ -164,6 +164,12 @@ def _layer_definitions() -> dict[str, Schema]:
             saved=_FLAG,
             dtype=_or_null(_TEXT, "Null: as the site's."),
             named={"const": False, "description": "The adapter's name is no part of the tensor's; missing if it is."},
+            derived={
+                "const": True,
+                "description": "A frozen buffer that the method computes; missing for a parameter.",
+            },
+            share={**_TEXT, "description": "Layers with the same key have one tensor; missing if each has its own."},
+            home={**_TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
         ),
         "kind": _object(
             "What adapted modules of one kind have in common.",

@@ -59,7 +59,18 @@ class MapTuner(ABC, Generic[C]):
 
     @abstractmethod
     def init(self, c: C, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        """Fill freshly made slots (by label: the name, or `name.tail` where several share it) in place."""
+        """Fill freshly made slots (by label: the name, or `name.tail` where several share it) in place. Derived ones are not
+        among them."""
+
+    def declare(self, kinds: Sequence[tuple[C, LayerFacts]]) -> Sequence[Iterable[Slot]]:
+        """The storage of all kinds of layer that an adapter is on, each with the options in force there, where it depends
+        on all of them, as a shape that must hold the largest. Layers that are alike come once."""
+        return [self.slots(c, layer) for c, layer in kinds]
+
+    def derive(self, c: C, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
+        """Values of the derived slots, by label, on the CPU. Random ones come from a generator of the method's own with a
+        seed of the options, never from the global one: they are computed again at each load."""
+        raise NotImplementedError
 
     def scaling(self, c: C, layer: LayerFacts) -> float:
         """The factor that users can change at run time (`set_scale`); the lowerings find it as `a.scaling`."""

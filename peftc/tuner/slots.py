@@ -20,6 +20,17 @@ class Container(StrEnum):
     PARAMETER = "parameter"
 
 
+class Share(StrEnum):
+    """Which layers of an adapter have one tensor together, where a slot's `share` is none of the method's own keys.
+
+    `MODEL`: all that have the slot; the tensor also shows at the model's own level and is saved under that,
+    `base_model.<slot>`. `WEIGHT`: those whose base weights are one tensor, such as tied embeddings.
+    """
+
+    MODEL = "model"
+    WEIGHT = "weight"
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One named tensor of an adapter at one site.
@@ -27,6 +38,10 @@ class Slot:
     `tail` names the tensor inside a module container. `dtype` is usually left to the core: the base layer's, with half
     precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded. One that is
     not `named` has no adapter's name in memory, so only the active adapter's tensor can be in the model; around modules only.
+
+    A `derived` slot is a frozen buffer that the method computes again wherever it was not saved (`MapTuner.derive`).
+    Layers whose slots of one name have the same `share` (a `Share` or any other key) have one tensor. `home` is filled in
+    by the compiler: the path of the layer that it is saved under, empty for the model itself.
     """
 
     name: str
@@ -37,6 +52,14 @@ class Slot:
     saved: bool = True
     dtype: str | None = None
     named: bool = True
+    derived: bool = False
+    share: str = ""
+    home: str | None = None
+
+    @property
+    def label(self) -> tuple[str, str, str | None]:
+        """What tells a tensor from others of an adapter, if the slot is shared."""
+        return self.name, self.tail, self.home
 
     @property
     def numel(self) -> int:
@@ -51,6 +74,13 @@ def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainab
 def parameter_slot(name: str, shape: tuple[int, ...], trainable: bool = True, named: bool = True) -> Slot:
     """A bare parameter, as a vector of scales: `P.name.<adapter>`; `P.name` if not `named`."""
     return Slot(name, shape, Container.PARAMETER, "", trainable, named=named)
+
+
+def derived_slot(
+    name: str, shape: tuple[int, ...], saved: bool = False, share: str = "", dtype: str | None = None
+) -> Slot:
+    """A frozen buffer that the method derives, such as seeded projections or positions: `P.name.<adapter>`."""
+    return Slot(name, shape, trainable=False, saved=saved, dtype=dtype, derived=True, share=share)
 
 
 def labelled(slots: Iterable[Slot]) -> dict[str, Slot]:
@@ -72,13 +102,15 @@ class Key:
     """The name of a stored tensor: `owner.slot.adapter.tail` in memory, `owner.slot.tail` on disk.
 
     `owner` is the module path inside the base model; `root` what stands before it (`base_model.model.` for a wrapped
-    model, nothing for an injected one). `adapter` and `tail` may be empty: then the name does without.
+    model, nothing for an injected one). `adapter` and `tail` may be empty: then the name does without. On disk a shared
+    tensor is under its `home` instead, another module's path, or empty for the level of the model.
     """
 
     owner: str
     slot: str
     adapter: str
     tail: str = ""
+    home: str | None = None
 
     def memory(self, root: str = "") -> str:
         """Name among the live model's parameters."""
@@ -86,4 +118,6 @@ class Key:
 
     def disk(self, root: str = "base_model.model.") -> str:
         """Name in the checkpoint."""
-        return root + ".".join(part for part in (self.owner, self.slot, self.tail) if part)
+        owner = self.owner if self.home is None else self.home
+        root = root.removesuffix("model.") if self.home == "" else root
+        return root + ".".join(part for part in (owner, self.slot, self.tail) if part)

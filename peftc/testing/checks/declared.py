@@ -96,7 +96,7 @@ def keys_follow_the_rule(s: Subject) -> None:
         model = PeftModel(base, s.config(), name)
     session: Session = model.session
     plan = session.plans[name]
-    memory = {key.memory(plan.root) for site in plan.sites for key in (site.key(slot, name) for slot in site.slots)}
+    memory = {site.key(slot, name).memory(plan.root) for site, slot in plan.slots() if not slot.derived}
     disk = {site.key(slot, name).disk() for site in plan.sites for slot in site.slots if slot.saved}
     if plan.prompt is not None:
         disk |= set(plan.prompt.stored)
