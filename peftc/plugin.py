@@ -11,7 +11,15 @@ from pydantic import Field, model_validator
 from peftc import rules
 from peftc.compiler.match import matches
 from peftc.config.base import ConfigModel, PeftConfig
-from peftc.config.mixins import LayersMixin, ModulesToSaveMixin, NameList, Names, RankMixin, TargetsMixin
+from peftc.config.mixins import (
+    LayersMixin,
+    ModulesToSaveMixin,
+    NameList,
+    Names,
+    RankMixin,
+    TargetNamesMixin,
+    TargetsMixin,
+)
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
@@ -85,6 +93,7 @@ __all__ = [
     "Share",
     "Slot",
     "SlotInit",
+    "TargetNamesMixin",
     "TargetsMixin",
     "TaskType",
     "Tensors",

@@ -68,7 +68,13 @@ def compile_plan(
     found.add(*conflicts(plans, mixed))
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
-    found.add(*together([plan for plan in plans if plan.name in chosen]))
+    nodes = graph.by_path
+    found.add(
+        *together(
+            [plan for plan in plans if plan.name in chosen],
+            lambda plan, path: registry.get(plan.peft_type).tuner_for(plan.config, nodes[path]),
+        )
+    )
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
     found.raise_errors(NoMatchingPeftModuleError if nothing else PeftcError)
     return InjectionPlan(graph.model, tuple(plans), chosen, graph.numel, found.warnings, graph)

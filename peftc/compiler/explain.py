@@ -14,7 +14,7 @@ from peftc.compiler.passes import PASSES
 from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.compiler.render import shape_of
 from peftc.config.base import PeftConfig
-from peftc.config.mixins import TargetsMixin
+from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, nearest
 from peftc.graph.nodes import ModuleGraph, ModuleNode
 from peftc.registry.manager import Registry, default_registry
@@ -131,7 +131,7 @@ def _why_not(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
     config = draft.config
     if draft.modules:
         return f"{config.peft_type} wraps {listed([site.path for site in draft.modules])}."
-    if not isinstance(config, TargetsMixin):
+    if not isinstance(config, TargetNamesMixin):
         return f"{config.peft_type} changes the model's input, not its layers."
     if draft.source == "all-linear" or is_all_linear(config.target_modules):
         if node.path == graph.model.output_embeddings:

@@ -5,7 +5,9 @@ The method chooses the modules, from its options and the graph; what is equal of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, listed, placed
@@ -14,6 +16,7 @@ from peftc.compiler.sites import below, check_slots, slot_dtype
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
+from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot
 
 
@@ -64,8 +67,16 @@ def _weight_dtype(graph: ModuleGraph, position: int) -> str:
     return next((tensor.dtype for node in below(graph, position) for _, tensor in node.facts.params), "float32")
 
 
-def together(active: Sequence[AdapterPlan]) -> Iterable[Diagnostic]:
-    """What keeps these adapters from acting at the same time: modules that more than one of them wraps."""
+#: the mathematics of an adapter on the layer of a path
+TunerOf = Callable[[AdapterPlan, str], MapTuner[Any]]
+
+
+def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagnostic]:
+    """What keeps these adapters from acting at the same time: modules that more than one of them wraps, and what their
+    method says of two on one layer."""
+    for first, second in combinations(active, 2):
+        if first.peft_type == second.peft_type:
+            yield from _clashes(first, second, tuner_of)
     wraps: dict[str, list[str]] = {}
     for plan in active:
         for site in plan.modules:
@@ -75,3 +86,18 @@ def together(active: Sequence[AdapterPlan]) -> Iterable[Diagnostic]:
         names = dict.fromkeys(name for found in twice.values() for name in found)
         what = f"{listed(names)} cannot act together: each takes the place of {listed(twice)}"
         yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=next(iter(twice)))
+
+
+def _clashes(first: AdapterPlan, second: AdapterPlan, tuner_of: TunerOf) -> Iterator[Diagnostic]:
+    """Layers on which the method does not let two adapters act, by the reason."""
+    found: dict[str, list[str]] = {}
+    others = {site.path: site.config for site in second.maps}
+    for site in first.maps:
+        if site.path in others:
+            with boundary(first.peft_type, "clash", site.path):
+                reason = tuner_of(first, site.path).clash(site.config, others[site.path])
+            found.setdefault(reason, []).append(site.path)
+    for reason, paths in found.items():
+        if reason:
+            what = f"`{first.name}` and `{second.name}` cannot act together on {listed(paths)}: {reason}"
+            yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=paths[0])

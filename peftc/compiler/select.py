@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.draft import Context, Draft, listed, option, placed
 from peftc.compiler.match import ALL_LINEAR, Deadline, Layers, Names, Pattern, PatternKeys, is_all_linear
-from peftc.config.mixins import LayersMixin, TargetsMixin
+from peftc.config.mixins import LayersMixin, TargetNamesMixin
 from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.nodes import LINEAR_KINDS, Kind, ModuleGraph, suffixes
 from peftc.graph.targets import default_targets
+from peftc.registry.boundary import boundary
 
 #: Heads that a task trains along, those of them that the model has. The reference's lists.
 TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
@@ -27,8 +28,16 @@ TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
 
 
 def resolve_defaults(draft: Draft, context: Context) -> Draft:
-    """Options with a table of defaults by model type, where the config leaves them out."""
+    """Options that the config leaves out: as the method takes them from the model, or with a table by model type."""
     model_type = context.graph.model.model_type
+    try:
+        with boundary(context.method.peft_type, "resolve"):
+            found_out = dict(context.method.resolve(draft.config, context.graph))
+    except PeftcError as error:
+        return draft.told(*(placed(problem, context, draft.config) for problem in error.diagnostics))
+    if found_out:
+        draft = draft.configured(**found_out)
+        draft = draft.but(source="default") if "target_modules" in found_out else draft
     for name, table in context.method.default_targets.items():
         if option(draft.config, name) is not None:
             continue
@@ -71,7 +80,7 @@ def add_task_heads(draft: Draft, context: Context) -> Draft:
 
 def match_targets(draft: Draft, context: Context) -> Draft:
     """Every module that `target_modules` means."""
-    if not isinstance(draft.config, TargetsMixin):
+    if not isinstance(draft.config, TargetNamesMixin):
         return draft
     targets = draft.config.target_modules
     if targets is None or (not targets and not isinstance(targets, str)):
@@ -200,7 +209,7 @@ def filter_layers(draft: Draft, context: Context) -> Draft:
 
 def take_given(draft: Draft, context: Context) -> Draft:
     """The paths that are given instead of what the config means; the graph's order, and a warning where the two differ."""
-    if not isinstance(draft.config, TargetsMixin):
+    if not isinstance(draft.config, TargetNamesMixin):
         return draft
     given = context.given or frozenset()
     found = {node.path: (node.path,) for node in context.graph.nodes if node.path in given}
@@ -270,7 +279,7 @@ def _dead_key(key: str, name: str, draft: Draft, context: Context) -> Diagnostic
 def find_dead_targets(draft: Draft, context: Context) -> Draft:
     """Entries of `target_modules` that mean nothing, and adapters without any target."""
     config = draft.config
-    if not isinstance(config, TargetsMixin) or config.target_modules is None:
+    if not isinstance(config, TargetNamesMixin) or config.target_modules is None:
         return draft
     if any(problem.code in _PATTERN_CODES for problem in draft.problems):
         return draft  # what a broken pattern would have matched is not known

@@ -36,12 +36,17 @@ Names = Annotated[
 NameList = Annotated[list[str] | None, BeforeValidator(_as_list)]
 
 
-class TargetsMixin(ConfigModel):
+class TargetNamesMixin(ConfigModel):
     """Which modules are adapted."""
 
     target_modules: Names = None
     """Names (a module matches by its full path or by a suffix at a dot), one regular expression over the full path, or
     `all-linear`. Left out: the default for the model's type."""
+
+
+class TargetsMixin(TargetNamesMixin):
+    """Which modules are adapted, and which of those are not."""
+
     exclude_modules: Names = None
     """Names or one regular expression of modules that are left alone although they match."""
 

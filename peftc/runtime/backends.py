@@ -31,6 +31,9 @@ class Backend(ABC):
     #: whether the layer is `W x + b`; else its input and output are unknown, and only its parameters can be changed
     is_map: bool = True
 
+    #: dimension of the logical weight along which its vectors lie (`MapTuner.vectors`); None where there are none
+    vector_axis: int | None = None
+
     @abstractmethod
     def to_logical(self, name: str, tensor: Tensor) -> Tensor:
         """A stored parameter in logical order; a view where possible."""
@@ -62,6 +65,11 @@ class Backend(ABC):
         out: Tensor = functional_call(base, stored, args, kwargs)
         return out
 
+    def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The output for input `x` with some vectors of the weight exchanged, `y` being the one without, which may be
+        written to. The values are rounded as the weight is."""
+        raise TypeError(f"a {type(base).__name__} has no vectors")
+
     def input_rows(self, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:
         """The logical weight as rows over what `input` acts on: `(rows, features)`."""
         return weight
@@ -75,6 +83,7 @@ class LinearBackend(Backend):
     """`nn.Linear`: stored as it is."""
 
     is_plain_linear = True
+    vector_axis = 0
 
     def to_logical(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
@@ -87,6 +96,12 @@ class LinearBackend(Backend):
 
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
         return F.linear(h, B)
+
+    def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        bias, weight = base._parameters.get("bias"), base._parameters["weight"]
+        assert weight is not None
+        own = F.linear(x, values.to(weight.dtype), None if bias is None else bias[index])
+        return y.index_copy_(-1, index, own.to(y.dtype))
 
 
 class TransposedLinearBackend(LinearBackend):
@@ -103,6 +118,7 @@ class EmbeddingBackend(Backend):
     """`nn.Embedding`: the weight `(num, dim)` is the transposed map from one-hot vectors."""
 
     input_axis = None
+    vector_axis = 1
 
     def to_logical(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.t() if name == "weight" else tensor
@@ -120,6 +136,14 @@ class EmbeddingBackend(Backend):
     def scaled(self, base: nn.Module, delta: Tensor) -> Tensor:
         scale = getattr(base, "embed_scale", None)  # transformers' scaled embeddings multiply their output
         return delta if scale is None else delta * scale
+
+    def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        weight = base._parameters["weight"]
+        assert weight is not None
+        ids, order = index.sort()
+        place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+        own = self.scaled(base, F.embedding(order[place], values.to(weight.dtype)))
+        return torch.where((ids[place] == x).unsqueeze(-1), own.to(y.dtype), y)
 
 
 class ConvBackend(Backend):
@@ -176,6 +200,7 @@ class OpaqueBackend(LinearBackend):
 
     is_plain_linear = False
     is_map = False
+    vector_axis = None
 
 
 def _groups(base: nn.Module) -> int:

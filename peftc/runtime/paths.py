@@ -88,6 +88,8 @@ def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:
     given = tuner.lowerings
     if "thin" in given or "branch" in given:
         return True
+    if "vectors" in given:
+        return backend.vector_axis is not None
     if "input" in given:
         patches = tuner.input_space == "patches" and not backend.patches_are_features
         if backend.input_axis is None or patches:
@@ -102,6 +104,8 @@ def _step(path: Path, under: Under, part: Part) -> Path:
         return _fused(path, under.base, part) if fresh and under.backend.is_plain_linear else _thin(path, under, part)
     if "branch" in given:
         return _branch(path, under, part)
+    if "vectors" in given:
+        return _vectors(path, under, part)
     if "input" in given:
         path = _input(path, change_of_input(under, part))
     return _output(path, change_of_output(under, part)) if "output" in given else path
@@ -177,6 +181,34 @@ def update_of_branch(under: Under, part: Part) -> Callable[[Tensor, Tensor], Ten
         return backend.scaled(inner, branch(view, x, y))
 
     return update
+
+
+def _vectors(path: Path, under: Under, part: Part) -> Path:
+    exchange, base = exchange_of_vectors(under, part), under.base
+    fresh = base is under.inner
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = path(x, *args, **kwargs)
+        return exchange(x, y if fresh and not _is_hooked(base) else y.clone())
+
+    return run
+
+
+def _is_hooked(base: nn.Module) -> bool:
+    """Whether anybody but the caller may have the layer's output."""
+    own = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+    return bool(own or _GLOBAL[0] or _GLOBAL[1] or _GLOBAL[2])
+
+
+def exchange_of_vectors(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    """`x, y -> y` with the method's vectors in place; `y` may be written to."""
+    vectors, view, backend, inner = part.lowering("vectors"), part.view, under.backend, under.inner
+
+    def exchange(x: Tensor, y: Tensor) -> Tensor:
+        index, values = vectors(view)
+        return backend.exchanged(inner, index, values, x, y)
+
+    return exchange
 
 
 def _input(path: Path, change: Callable[[Tensor], Tensor]) -> Path:
@@ -305,6 +337,10 @@ def _changed(
     if "thin" in tuner.lowerings:
         A, B, scale = part.lowering("thin")(view)
         return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
+    if "vectors" in tuner.lowerings and backend.vector_axis is not None:
+        index, values = part.lowering("vectors")(view)
+        rows = values if backend.vector_axis == 0 else values.t()
+        return {**p, "weight": p["weight"].index_copy(backend.vector_axis, index, rows.to(p["weight"].dtype))}
     if not tuner.lowerings & {"input", "output"}:
         what = f"{view.config.peft_type} says what it adds to an output, not how it changes the weight"
         fix = "Keep it beside the model, alone on its layer; the plugin would have to give `params` or `thin`."

@@ -12,7 +12,7 @@ from peftc.checkpoint.keys import unwrapped as segments_of
 from peftc.compiler.compile import compile_plan, conflicts
 from peftc.compiler.plan import WRAPPED_ROOT, AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
-from peftc.config.mixins import TargetsMixin
+from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
@@ -72,7 +72,7 @@ def paths_in(keys: Iterable[str], prefix: str) -> frozenset[str]:
 
 def targeted(config: PeftConfig, paths: Collection[str]) -> PeftConfig:
     """The config, saying which modules it adapts if it does not: what is saved has to be found again."""
-    if isinstance(config, TargetsMixin) and config.target_modules is None:
+    if isinstance(config, TargetNamesMixin) and config.target_modules is None:
         return config.model_copy(update={"target_modules": set(paths)})
     return config
 

@@ -22,6 +22,7 @@ from peftc.runtime.paths import (
     Under,
     change_of_input,
     change_of_output,
+    exchange_of_vectors,
     has_functional_form,
     through_parameters,
     update_of_branch,
@@ -60,6 +61,8 @@ def _grouped(
     for part, index in beside:
         if _by_branch(part):
             y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
+        elif "vectors" in part.tuner.lowerings:
+            y = y.index_copy(0, index, exchange_of_vectors(under, part)(x[index], y[index]))
     y = _mapped(y, beside, "output", lambda part: change_of_output(under, part))
     for part, index in groups:
         if not has_functional_form(part.tuner, under.backend):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.stores import Stock, Stores
-from peftc.tuner.method import TunerMethod
+from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
 
@@ -263,15 +263,24 @@ class Session:
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
         self.require(names)
-        clashes = tuple(together([self.plans[name] for name in dict.fromkeys(names)]))
-        if clashes:
-            raise PeftcError(clashes)
+        self.refuse_clashes(names)
         self._take_out_merged(names)
         for name in {*self.requiring, *self.active} & self.plans.keys() - set(names):
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, trainable)
         self._activate(names)
+
+    def refuse_clashes(self, names: Iterable[str]) -> None:
+        """Raise `PeftcError` if these adapters cannot act at the same time."""
+        clashes = tuple(together([self.plans[name] for name in dict.fromkeys(names)], self._tuner))
+        if clashes:
+            raise PeftcError(clashes)
+
+    def _tuner(self, plan: AdapterPlan, path: str) -> MapTuner[Any]:
+        layer = self.layer_of(plan.name, path)
+        assert layer is not None
+        return layer.part(plan.name).tuner
 
     def _activate(self, names: Sequence[str]) -> None:
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
@@ -372,6 +381,7 @@ class Session:
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
             )
         self._refuse_around(names)
+        self.refuse_clashes([*self.merged, *names])
         with Journal() as journal:
             for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
                 for layer in self.layers[path].chain():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.config.base import PeftConfig
-from peftc.config.mixins import TargetsMixin
+from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
 from peftc.graph.nodes import Kind, ModuleNode
 from peftc.model.mapping import get_peft_model
@@ -198,7 +198,7 @@ def _has_place(
 
 def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> tuple[str, ...] | None:
     """Layers of the model that the method can adapt; None if the options choose them, or the method has no targets."""
-    if not issubclass(method.config, TargetsMixin) or "target_modules" in options:
+    if not issubclass(method.config, TargetNamesMixin) or "target_modules" in options:
         return None
     config = method.config(**options)
     nodes = (node for node in model.graph.nodes if node.facts.kind in ADAPTABLE)

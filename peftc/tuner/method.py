@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
-from peftc.graph.nodes import Kind, LayerFacts, ModuleNode
+from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=PeftConfig)
 
-LOWERINGS = ("thin", "branch", "input", "output", "params")
+LOWERINGS = ("thin", "branch", "input", "output", "vectors", "params")
 
 
 class MapTuner(ABC, Generic[C]):
@@ -84,6 +84,10 @@ class MapTuner(ABC, Generic[C]):
         """Problems of the options on this layer, e.g. a rank beyond its size."""
         return ()
 
+    def clash(self, c: C, other: C) -> str:
+        """What keeps two adapters with these options from acting on one layer at once; empty if nothing does."""
+        return ""
+
     # combining ----------------------------------------------------------------------------------------------------
 
     def of_rank(self, c: C, rank: int) -> C | None:
@@ -133,6 +137,11 @@ class MapTuner(ABC, Generic[C]):
         """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`."""
         raise NotImplementedError
 
+    def vectors(self, a: View) -> tuple[Tensor, Tensor]:
+        """`(index, values)`: the layer's vectors at `index` `(n,)` are `values` `(n, size)` instead of its own. Those of an
+        embedding belong to its ids, those of a linear layer are the rows of W, one for each output. Indices differ."""
+        raise NotImplementedError
+
     def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The layer's parameters `p` (running) and `p0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`."""
         raise NotImplementedError
@@ -141,6 +150,11 @@ class MapTuner(ABC, Generic[C]):
 def no_problems(config: Any) -> Iterable[Diagnostic]:
     """The default `check` of a method."""
     return ()
+
+
+def nothing_left_out(config: Any, graph: ModuleGraph) -> Mapping[str, Any]:
+    """The default `resolve` of a method."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -187,6 +201,9 @@ class TunerMethod:
     examples: tuple[Mapping[str, Any], ...] = ()
     #: problems of the options that need no model: contradictions, options this version does not have
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
+    #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises
+    #: `PeftcError` where the model does not tell
+    resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out
     #: whether a fresh adapter with this config leaves the model's output as it was
     identity_at_start: Callable[[Any], bool] = field(default=lambda config: True)
 

@@ -18,7 +18,7 @@ from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, layers_of, quiet, slots_of
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
-_WORDINGS = (("thin",), ("branch",), ("params",), ("input", "output"))
+_WORDINGS = (("thin",), ("branch",), ("vectors",), ("params",), ("input", "output"))
 
 
 def starts_as_declared(s: Subject) -> None:
