@@ -67,8 +67,8 @@ def _weight_dtype(graph: ModuleGraph, position: int) -> str:
     return next((tensor.dtype for node in below(graph, position) for _, tensor in node.facts.params), "float32")
 
 
-#: the mathematics of an adapter on the layer of a path
-TunerOf = Callable[[AdapterPlan, str], MapTuner[Any]]
+#: the mathematics of an adapter on the layer of a path; None where it was taken off
+TunerOf = Callable[[AdapterPlan, str], MapTuner[Any] | None]
 
 
 def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagnostic]:
@@ -93,9 +93,10 @@ def _clashes(first: AdapterPlan, second: AdapterPlan, tuner_of: TunerOf) -> Iter
     found: dict[str, list[str]] = {}
     others = {site.path: site.config for site in second.maps}
     for site in first.maps:
-        if site.path in others:
+        tuner = tuner_of(first, site.path) if site.path in others else None
+        if tuner is not None:
             with boundary(first.peft_type, "clash", site.path):
-                reason = tuner_of(first, site.path).clash(site.config, others[site.path])
+                reason = tuner.clash(site.config, others[site.path])
             found.setdefault(reason, []).append(site.path)
     for reason, paths in found.items():
         if reason:

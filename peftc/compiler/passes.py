@@ -55,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     select.apply_patterns,
     select.find_dead_targets,
     record_targets,
+    select.follow_ties,
     sites.resolve_orientation,
     sites.declare_slots,
     modules.wrap_modules,

@@ -24,6 +24,13 @@ WRAPPED_ROOT = "base_model.model."
 PROMPT_ROOT = "base_model."
 #: An adapter that adapts an embedding of one of these names has its embeddings saved whole: the reference goes by the name.
 VOCABULARY_NAMES = frozenset({"embed_tokens", "lm_head"})
+#: Options that train single rows of an embedding, so that the whole of it need not be saved.
+_ROW_OPTIONS = ("trainable_token_indices", "token_indices")
+
+
+def trains_rows(config: PeftConfig) -> bool:
+    """Whether single rows of embeddings are trained."""
+    return any(getattr(config, option, None) is not None for option in _ROW_OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +312,8 @@ class AdapterPlan:
         if self.prompt is not None:
             yield from self.prompt.stored.items()
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
-        if any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary):
+        by_name = any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary)
+        if by_name and not trains_rows(self.config):
             for layer in vocabulary:
                 for name, facts in layer.layer.params:
                     yield f"{self.root}{layer.path}.base_layer.{name}", facts

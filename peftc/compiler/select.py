@@ -300,6 +300,20 @@ def find_dead_targets(draft: Draft, context: Context) -> Draft:
 _PATTERN_CODES = {rules.BAD_PATTERN.code, rules.LONG_PATTERN.code, rules.SLOW_PATTERN.code}
 
 
+def follow_ties(draft: Draft, context: Context) -> Draft:
+    """Layers that share their weight with a target, for methods that act on all uses of a weight. The config stays."""
+    if not context.method.follows_ties:
+        return draft
+    tied: dict[str, tuple[str, ...]] = {}
+    for group in context.graph.ties:
+        owners = [name.removesuffix(".weight") for name in group if name.endswith(".weight")]
+        target = next((path for path in owners if path in draft.targets), None)
+        if target is not None:
+            tied |= dict.fromkeys(owners, (f"tied to {target}",))
+    targets = {**tied, **draft.targets}
+    return draft.but(targets={node.path: targets[node.path] for node in context.graph.nodes if node.path in targets})
+
+
 def _dead_target(entry: str, draft: Draft, context: Context) -> Diagnostic:
     where = context.where("target_modules", entry)
     names = Names([entry])

@@ -15,15 +15,13 @@ from typing import Any
 from torch import nn
 
 from peftc import rules
-from peftc.compiler.plan import VOCABULARY_NAMES, AdapterPlan
+from peftc.compiler.plan import VOCABULARY_NAMES, AdapterPlan, trains_rows
 from peftc.config.base import PeftConfig
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import ConfigError, PeftcError, warn
 from peftc.runtime.session import Session
 
 AUTO = "auto"
-#: Options that train single rows of an embedding, so that the whole of it need not be saved.
-_ROW_OPTIONS = ("trainable_token_indices", "token_indices")
 _FILE = "config.json"
 
 
@@ -40,17 +38,13 @@ def embeddings_to_save(session: Session, plan: AdapterPlan, choice: str | bool) 
         return {}
     found = session.vocabulary(plan)
     by_name = any(tensor.adapted and tensor.path.rpartition(".")[2] in VOCABULARY_NAMES for tensor in found)
-    if choice == AUTO and not (by_name and not _trains_rows(plan.config)) and not _resized(session.model, plan.config):
+    if choice == AUTO and not (by_name and not trains_rows(plan.config)) and not _resized(session.model, plan.config):
         return {}
     if not found and choice is True and session.graph.model.input_embeddings is None:
         what = "The embeddings of this model are not known, so they are not in the checkpoint"
         fix = "Leave `save_embedding_layers` out, or name the embedding in `modules_to_save`."
         warn([rules.EMBEDDINGS_UNKNOWN(what, fix=fix)])
     return {tensor.disk: tensor.tensor for tensor in found if tensor.adapted or not by_name}
-
-
-def _trains_rows(config: PeftConfig) -> bool:
-    return any(getattr(config, option, None) is not None for option in _ROW_OPTIONS)
 
 
 def _resized(model: nn.Module, config: PeftConfig) -> bool:

@@ -26,13 +26,13 @@ from peftc.model.prompts import PromptsMixin
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan, mixed_types, session_of, strip
+from peftc.runtime.apply import apply_plan, freeze, mixed_types, session_of, strip
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
-from peftc.runtime.session import Session, freeze
+from peftc.runtime.session import Session
 from peftc.runtime.tuner_model import TunerModel
 
 DEFAULT = files.AT_ROOT

@@ -15,7 +15,7 @@ from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.classes import layer_factory
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
-from peftc.runtime.session import Session, freeze
+from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
 
 SESSION = "_peftc_session"
@@ -100,3 +100,11 @@ def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:
     what = f"The model is adapted by {', '.join(sorted(types))}; `{config.peft_type}` cannot join"
     fix = "Begin with `get_peft_model(model, config, mixed=True)`, or merge the first adapter."
     return rules.MIXED_TYPES(what, fix=fix)
+
+
+def freeze(model: nn.Module, journal: Journal) -> None:
+    """Stop every parameter of the model from requiring gradients."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            journal.note(parameter.requires_grad_, True)
+            parameter.requires_grad_(False)

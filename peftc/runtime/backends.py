@@ -83,7 +83,7 @@ class LinearBackend(Backend):
     """`nn.Linear`: stored as it is."""
 
     is_plain_linear = True
-    vector_axis = 0
+    vector_axis: int | None = 0
 
     def to_logical(self, name: str, tensor: Tensor) -> Tensor:
         return tensor

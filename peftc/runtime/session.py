@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler.modules import together
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
@@ -27,6 +26,7 @@ from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.stores import Stock, Stores
+from peftc.runtime.together import keep_ties, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -273,14 +273,11 @@ class Session:
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if these adapters cannot act at the same time."""
-        clashes = tuple(together([self.plans[name] for name in dict.fromkeys(names)], self._tuner))
-        if clashes:
-            raise PeftcError(clashes)
+        refuse_clashes([self.plans[name] for name in dict.fromkeys(names)], self._tuner)
 
-    def _tuner(self, plan: AdapterPlan, path: str) -> MapTuner[Any]:
+    def _tuner(self, plan: AdapterPlan, path: str) -> MapTuner[Any] | None:
         layer = self.layer_of(plan.name, path)
-        assert layer is not None
-        return layer.part(plan.name).tuner
+        return None if layer is None else layer.part(plan.name).tuner
 
     def _activate(self, names: Sequence[str]) -> None:
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
@@ -387,6 +384,7 @@ class Session:
                 for layer in self.layers[path].chain():
                     journal.note(layer.restore_merge, layer.merge_state())
                 self.layers[path].merge(safe, names)
+            keep_ties(self.graph, self.layers)
 
     def _refuse_around(self, names: Iterable[str]) -> None:
         around = [name for name in names if self.plans[name].modules]
@@ -498,11 +496,3 @@ def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[st
 def _restore(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     for parameter, data in before:
         parameter.data = data
-
-
-def freeze(model: nn.Module, journal: Journal) -> None:
-    """Stop every parameter of the model from requiring gradients."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            journal.note(parameter.requires_grad_, True)
-            parameter.requires_grad_(False)

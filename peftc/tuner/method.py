@@ -204,6 +204,8 @@ class TunerMethod:
     #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises
     #: `PeftcError` where the model does not tell
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out
+    #: whether layers that share their weight with an adapted one are adapted along; for slots with `Share.WEIGHT`
+    follows_ties: bool = False
     #: whether a fresh adapter with this config leaves the model's output as it was
     identity_at_start: Callable[[Any], bool] = field(default=lambda config: True)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftc.checkpoint.load import open_adapter
 from peftc.checkpoint.report import expected_tensors
 from peftc.compiler.compile import compile_plan
-from peftc.diagnostics import PeftcWarning
+from peftc.diagnostics import PeftcError, PeftcWarning
 from peftc.graph.nodes import TensorFacts
 from peftc.model.mapping import inject_adapter_in_model
 from peftc.model.peft_model import PeftModel
@@ -26,7 +26,7 @@ from peftc.runtime.call import BASE
 from peftc.testing.compare import close, different, objects_of, same, same_names, same_tensors, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken
-from peftc.testing.subjects import Subject, quiet, slots_of
+from peftc.testing.subjects import Subject, layers_of, quiet, slots_of
 
 
 def saving_and_loading_is_exact(s: Subject) -> None:
@@ -92,6 +92,9 @@ def several_active_merge_alike(s: Subject) -> None:
     """Adapters active together act one after the other, merged or not, merged at once or in turn."""
     model = s.trained("first", dtype=torch.float64)
     s.join(model, "second")
+    if _clash(model):
+        _refuses_both(model)
+        return
     model.set_adapter(["first", "second"])
     y = s.output(model, torch.float64)
     fix = "Let `params` start from the running parameters `p` as the other lowerings do."
@@ -102,6 +105,21 @@ def several_active_merge_alike(s: Subject) -> None:
     tolerance = s.model.tolerance
     close(s.output(together, torch.float64), y, "The output with both merged", fix, tolerance=tolerance)
     close(s.output(in_turn, torch.float64), y, "The output with both merged in turn", fix, tolerance=tolerance)
+
+
+def _clash(model: PeftModel) -> bool:
+    """Whether the method says that two adapters with these options cannot act on a layer at once."""
+    parts = [layer.part("first") for layer in layers_of(model, "first").values()]
+    return any(part.tuner.clash(part.view.config, part.view.config) for part in parts)
+
+
+def _refuses_both(model: PeftModel) -> None:
+    try:
+        model.set_adapter(["first", "second"])
+    except PeftcError:
+        if model.active_adapters == ["first"]:
+            return
+    raise broken("Two adapters that clash on a layer are active together", "Report this as a bug of peftc.")
 
 
 def deleting_leaves_nothing(s: Subject) -> None:

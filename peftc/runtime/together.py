@@ -1,0 +1,37 @@
+"""What acts on one weight together: adapters that cannot, and layers that have one weight and keep it when they are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from peftc.compiler.modules import TunerOf, together
+from peftc.compiler.plan import AdapterPlan
+from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import ModuleGraph
+from peftc.runtime.layer import TunerLayer
+
+
+def refuse_clashes(plans: Sequence[AdapterPlan], tuner_of: TunerOf) -> None:
+    """Raise `PeftcError` if these adapters cannot act at the same time."""
+    clashes = tuple(together(plans, tuner_of))
+    if clashes:
+        raise PeftcError(clashes)
+
+
+def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:
+    """Make one of merged weights that are tied in the base model and came out alike, so that they stay tied."""
+    for group in graph.ties:
+        owners = [layers[path].get_base_layer() for name in group if (path := name.rpartition(".")[0]) in layers]
+        tails = {name.rpartition(".")[2] for name in group}
+        if len(owners) < len(group) or len(tails) > 1:
+            continue
+        (tail,) = tails
+        first, *others = (owner._parameters[tail] for owner in owners)
+        apart = [other for other in others if other is not first]
+        if first is None or not apart or any(other is None or other.is_meta for other in (first, *apart)):
+            continue
+        if all(other is not None and torch.equal(first, other) for other in apart):
+            for owner in owners:
+                owner._parameters[tail] = first
