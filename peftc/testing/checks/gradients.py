@@ -62,7 +62,8 @@ def a_step_changes_slots_only(s: Subject) -> None:
     for _ in range(2):  # slots behind a factor that starts at zero move in the second step
         s.grown(model)
         optimiser.step()
-    own = slots_of(model, "default")
+    shared = (alias for p in model.session.plans["default"].parameters() for alias in p.aliases)
+    own = {*slots_of(model, "default"), *shared}
     for name, tensor in model.state_dict().items():
         if name not in own:
             same(tensor, before[name], f"`{name}` after two steps", "Train slots only.", name)
