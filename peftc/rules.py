@@ -297,6 +297,15 @@ TIE_BROKEN = Rule(
     "Merge would lose a trained weight",
     "Who loads the merged model goes by its config and ties the two again.",
 )
+PLUGIN_MISSING = Rule(
+    "PC651", "Adapter of a plugin that is not installed", "Only the plugin knows what the adapter's tensors mean."
+)
+PLUGIN_OUTDATED = Rule(
+    "PC652",
+    "Adapter of another version of its plugin",
+    "What the tensors mean, and which options there are, may have changed.",
+    WARNING,
+)
 
 # PC7xx: commands and training ---------------------------------------------------------------------------------------
 SYSTEM_REFUSED = Rule(

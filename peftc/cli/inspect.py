@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peftc import rules
 from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import match_file
 from peftc.checkpoint.save import PLAN_NAME
@@ -21,8 +23,8 @@ from peftc.cli.generate import adapter_named
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.render import percent, size
 from peftc.compiler.serial import plan_from_text
-from peftc.config.base import PeftConfig
-from peftc.config.files import read_config
+from peftc.config.base import CONFIG_NAME, PeftConfig
+from peftc.config.files import plugin_named, read_config
 from peftc.diagnostics import Collector, PeftcError, Where
 from peftc.graph.groups import grouped
 
@@ -46,6 +48,8 @@ class Findings:
     """What could be read of a folder; a part is None if it is missing or wrong, and `problems` say why."""
 
     config: PeftConfig | None = None
+    #: what must be installed for the method, where that is not peftc itself
+    plugin: str | None = None
     weights: AdapterFile | None = None
     plan: InjectionPlan | None = None
     problems: Collector = field(default_factory=Collector)
@@ -89,9 +93,12 @@ def look(folder: str, values: bool) -> Findings:
     """Read a folder, part by part."""
     found = Findings()
     found.config = found.attempt(lambda: read_config(folder))
+    with suppress(PeftcError):  # told already
+        found.plugin = plugin_named(Path(folder, CONFIG_NAME))
+    has_method = all(problem.code != rules.PLUGIN_MISSING.code for problem in found.problems)
     found.weights = found.attempt(lambda: open_adapter(folder))
     plan_file = Path(folder, PLAN_NAME)
-    if plan_file.is_file():
+    if plan_file.is_file() and has_method:
         found.plan = found.attempt(
             lambda: plan_from_text(plan_file.read_text(encoding="utf-8"), Where(file=str(plan_file)))
         )
@@ -128,6 +135,8 @@ def _told(found: Findings) -> list[str]:
         lines += [
             f"{'Options' if not i else '':<10}{k} = {_value(v)}" for i, (k, v) in enumerate(options(config).items())
         ]
+    if found.plugin is not None:
+        lines.append(f"Plugin    {found.plugin}")
     if found.weights is not None:
         rows = _tensor_rows(found.weights)
         lines.append(f"Tensors   {_totals(found.weights)}")
@@ -176,6 +185,8 @@ def _plain(found: Findings) -> dict[str, Any]:
             "options": options(config),
         }
         data["config"] |= {"task_type": config.task_type, "peft_version": config.peft_version}
+    if found.plugin is not None:
+        data["plugin"] = found.plugin
     if weights is not None:
         numbers = sum(facts.numel for facts in weights.tensors.values())
         tensors = {key: {"shape": list(facts.shape), "dtype": facts.dtype} for key, facts in weights.tensors.items()}

@@ -25,6 +25,7 @@ from peftc.config.places import Document, Location, json_path
 from peftc.config.problems import ModelsAt, Problem, models_below, problems, shorten
 from peftc.config.reader import MAX_JSON, read_text
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Where, did_you_mean, nearest, warn
+from peftc.registry import origin
 from peftc.registry.manager import Registry, default_registry
 
 if TYPE_CHECKING:
@@ -55,9 +56,16 @@ def read_options(file: str | os.PathLike[str]) -> dict[str, Any]:
         what = f"`{path}` holds no object of options"
         fix = "Name the `adapter_config.json` of an adapter."
         raise ConfigError(rules.WRONG_DOCUMENT(what, fix=fix, where=Where(file=path)))
+    document.data.pop(origin.PLUGIN_KEY, None)
     if document.data.pop(_RUN_KEY, None) is not None:
         warn([place(document, _run_key())])
     return document.data
+
+
+def plugin_named(file: str | os.PathLike[str]) -> str | None:
+    """The distribution and version that a config file says its method comes from. Raises `PeftcError`."""
+    data = parse_json(read_text(os.fspath(file), MAX_JSON), os.fspath(file)).data
+    return origin.named_in(data) if isinstance(data, dict) else None
 
 
 def push_config(config: PeftConfigMixin, repository: str, tags: Iterable[str], commit: Commit) -> Any:
@@ -122,6 +130,9 @@ def config_text(config: PeftConfigMixin) -> str:
     data = config.revalidated().to_json()
     data.pop(_RUN_KEY, None)
     data["peft_version"] = data["peft_version"] or FILE_VERSION
+    plugin = origin.requirement_of(str(config.peft_type), default_registry())
+    if plugin is not None:
+        data[origin.PLUGIN_KEY] = plugin
     return json.dumps(data, indent=2, sort_keys=True)
 
 
@@ -185,13 +196,16 @@ def check_config(
     data: Any, *, lenient: bool, registry: Registry | None = None
 ) -> tuple[PeftConfig | None, list[Problem]]:
     """The config, or None if there is an error among the problems."""
-    model = class_for(data, registry or default_registry())
+    registry = registry or default_registry()
+    model = class_for(data, registry)
     if isinstance(model, Problem):
         return None, [model]
     warnings: list[Problem] = []
     if lenient:
-        data = model.check_kwargs(**data)
+        told = _version_told(data, registry)
+        data = model.check_kwargs(**{key: value for key, value in data.items() if key != origin.PLUGIN_KEY})
         data, warnings = _without_unknown(model, data)
+        warnings += told
     elif stray := not_stored(model, data):
         return None, stray
     try:
@@ -216,7 +230,17 @@ def class_for(data: Any, registry: Registry) -> type[PeftConfig] | Problem:
     try:
         return registry.get(name).config
     except PeftcError as error:
-        return Problem(("peft_type",), error.diagnostics[0])
+        found, plugin = error.diagnostics[0], origin.named_in(data)
+        if found.code == rules.UNKNOWN_TYPE.code and plugin is not None:
+            found = origin.missing(name, plugin)
+        return Problem(("peft_type",), found)
+
+
+def _version_told(data: Mapping[str, Any], registry: Registry) -> list[Problem]:
+    """A warning if the file's plugin is a later one than is installed."""
+    plugin = origin.named_in(data)
+    found = None if plugin is None else origin.outdated(data["peft_type"], plugin, registry)
+    return [] if found is None else [Problem((origin.PLUGIN_KEY,), found)]
 
 
 def not_stored(model: type[PeftConfig], data: Mapping[str, Any]) -> list[Problem]:

@@ -47,6 +47,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.config.hub": {"huggingface_hub", "yaml"},  # the client reads cards with it, and lets its errors out
     "peftc.graph": {"huggingface_hub"},
     "peftc.registry": {"pluggy"},
+    "peftc.registry.origin": {"packaging"},  # versions
     "peftc.schema": {"pydantic", "jsonschema"},
     "peftc.compiler": {"regex"},
     "peftc.plugin": {"pydantic"},
