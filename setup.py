@@ -16,7 +16,7 @@ setup(
     ],
     package_dir=RENAMED,
     package_data={
-        "peftc": ["py.typed", "**/*.json"],
+        "peftc": ["py.typed", "**/*.json", "**/*.template"],
         "peftc_plugins": ["py.typed", "**/*.json"],
         "peftc.schemas": ["*.json"],
         "peftc.examples": ["**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.py", "**/*.md"],

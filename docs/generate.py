@@ -84,14 +84,25 @@ def cli_page() -> str:
     ]
     for name, line in COMMANDS.items():
         parser = parser_for(name, importlib.import_module(f"peftc.cli.{name}"))
-        rows = [f"| {left} | {right} |" for left, right in _arguments(parser)]
-        blocks += [f"## peftc {name}", f"{line}.", "\n".join(["| argument | meaning |", "| --- | --- |", *rows])]
+        parsers = {name: (f"{line}.", parser)} | {
+            f"{name} {word}": (str(below.description), below) for word, below in _below(parser).items()
+        }
+        for words, (text, one) in parsers.items():
+            rows = [f"| {left} | {right} |" for left, right in _arguments(one)]
+            table = "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
+            blocks += [f"{'###' if ' ' in words else '##'} peftc {words}", text, table]
     return "\n\n".join(blocks) + "\n"
+
+
+def _below(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """The parsers of a command's own commands."""
+    found = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0]) if found else {}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+        if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
         value = "" if action.nargs == 0 else f" {'|'.join(map(str, action.choices)) if action.choices else metavar}"

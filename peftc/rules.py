@@ -336,6 +336,9 @@ DEMO_FAILED = Rule("PC725", "The demo did not hold", "What it shows is what the 
 NOT_A_LANGUAGE_MODEL = Rule(
     "PC726", "Not a causal language model", "`peftc train` and `peftc generate` are for models that write text."
 )
+PLUGIN_NAME = Rule("PC727", "Not a name for a plugin", "Type, package and classes of the plugin are named after it.")
+TYPE_TAKEN = Rule("PC728", "PEFT type is taken", "Of two plugins that claim one type, neither can be used.")
+UNKNOWN_CHECK = Rule("PC729", "No such check", "Nothing would be checked, and nothing found.")
 SCRIPT_MISSING = Rule("PC730", "No such script", "There is nothing to run.")
 
 # PC8xx: the alias `peft` --------------------------------------------------------------------------------------------

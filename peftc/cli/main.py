@@ -34,7 +34,7 @@ COMMANDS = {
     "demo": "Plan, train, evaluate and merge the quickstart adapter",
     "schema": "Print, write or check the JSON Schemas",
     "methods": "List the methods, or the options of one",
-    "plugins": "List installed plugins and whether they load",
+    "plugins": "List installed plugins, begin a new one, or check one",
     "graph": "Write a model's module graph to a file",
     "cache": "Show or clear the cache of module graphs",
 }

@@ -6,13 +6,17 @@ process are shared, for all methods of a run are planned by one.
 
 from __future__ import annotations
 
+import inspect
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
 
+from peftc import rules
 from peftc.config.mixins import TargetsMixin
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.testing.checks import declared, effect, features, gradients, lifecycle, modules, planning, prompts
@@ -200,6 +204,8 @@ class Case:
     check: str
     subject: Subject
     call: Callable[[], None]
+    #: what the check is for, in one sentence
+    promise: str = ""
 
     def __str__(self) -> str:
         return f"{self.subject.method.peft_type}-{self.check}-{self.subject}"
@@ -230,10 +236,11 @@ def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
     for s in found:
         for check, when in CHECKS:
             if when(s):
-                yield Case(check.__name__, s, partial(check, s))
+                yield Case(check.__name__, s, partial(check, s), inspect.getdoc(check) or "")
         for of_plan, when in CHECKS_OF_PLANS:
             if when(s):
-                yield Case(of_plan.__name__, s, partial(_check_plan, of_plan, s, elsewhere))
+                call = partial(_check_plan, of_plan, s, elsewhere)
+                yield Case(of_plan.__name__, s, call, inspect.getdoc(of_plan) or "")
 
 
 def _check_plan(check: Callable[[Subject, Planned], None], s: Subject, elsewhere: Elsewhere) -> None:
@@ -242,19 +249,57 @@ def _check_plan(check: Callable[[Subject, Planned], None], s: Subject, elsewhere
 
 def _entry_name(plugin: ModuleType) -> str:
     """The entry-point name that the plugin's record asks for."""
-    return str(plugin.peftc_tuner().peft_type).lower()
+    hook = getattr(plugin, "peftc_tuner", None)
+    if hook is None:
+        return plugin.__name__  # the registry says what is missing
+    with boundary(plugin.__name__, "peftc_tuner"):
+        return str(hook().peft_type).lower()
+
+
+def chosen(plugin: str | ModuleType, only: Sequence[str] = ()) -> list[Case]:
+    """The cases of one method; with `only`, of the checks of that name.
+
+    Raises `PeftcError` for a plugin that cannot be loaded, and for names of checks that this method has no case of.
+    """
+    found = cases(plugin)
+    there = list(dict.fromkeys(case.check for case in found))
+    if unknown := [name for name in only if name not in there]:
+        raise PeftcError([_unknown(name, there) for name in unknown])
+    return [case for case in found if not only or case.check in only]
+
+
+def _unknown(name: str, there: Sequence[str]) -> Diagnostic:
+    known = {function.__name__ for function, _ in (*CHECKS, *CHECKS_OF_PLANS)}
+    what = f"`{name}` is for methods of another sort" if name in known else f"There is no check `{name}`"
+    return rules.UNKNOWN_CHECK(what, fix=did_you_mean(name, there) or f"Use one of {', '.join(there)}.")
 
 
 def examine(plugin: str | ModuleType, only: Sequence[str] = ()) -> Report:
-    """Run the checks on a method; with `only`, those of that name."""
-    chosen = [case for case in cases(plugin) if not only or case.check in only]
-    findings = tuple(finding for case in chosen if (finding := _finding(case)) is not None)
-    return Report(chosen[0].subject.method.peft_type, len(chosen), findings)
+    """Run the checks on a method; with `only`, those of that name. Raises as `chosen` does."""
+    return report_of(chosen(plugin, only))
 
 
-def _finding(case: Case) -> Finding | None:
+def report_of(found: Sequence[Case], at: Callable[[int, str], None] = lambda done, case: None) -> Report:
+    """Run cases of one method; `at` is told how many are done, and the name of the last."""
+    findings = []
+    for number, case in enumerate(found, start=1):
+        findings += _findings(case)
+        at(number, str(case))
+    return Report(found[0].subject.method.peft_type, len(found), tuple(findings))
+
+
+def _findings(case: Case) -> Iterator[Finding]:
     try:
         case.run()
     except PeftcError as error:
-        return Finding(case.check, str(case.subject), error.diagnostics)
-    return None
+        yield Finding(case.check, str(case.subject), error.diagnostics, case.promise, _line(case, error.__cause__))
+
+
+def _line(case: Case, raised: BaseException | None) -> str:
+    """The line of the plugin's own file that raised."""
+    if raised is None:
+        return ""
+    method = case.subject.method
+    own = {getattr(sys.modules.get(part.__module__), "__file__", None) for part in (method.config, type(method.tuner))}
+    frames = [frame for frame in traceback.extract_tb(raised.__traceback__) if frame.filename in own]
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""

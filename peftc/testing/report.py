@@ -10,15 +10,20 @@ from peftc.diagnostics import Diagnostic, PeftcError
 
 @dataclass(frozen=True)
 class Finding:
-    """A check that failed: its name, with which options on which model, and what was wrong."""
+    """A check that failed: its name, with which options on which model, and what was wrong.
+
+    `promise` says what the check is for, `line` which line of the plugin raised, if one did.
+    """
 
     check: str
     subject: str
     diagnostics: tuple[Diagnostic, ...]
+    promise: str = ""
+    line: str = ""
 
     def __str__(self) -> str:
-        told = "\n".join(str(diagnostic) for diagnostic in self.diagnostics)
-        return f"{self.check}, {self.subject}\n{told}"
+        told = [str(diagnostic) for diagnostic in self.diagnostics]
+        return "\n".join([*told, f"  line:  {self.line}"] if self.line else told)
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,19 @@ class Report:
         return tuple(dict.fromkeys(finding.check for finding in self.findings))
 
     def __str__(self) -> str:
+        """One paragraph for each check that failed: on what it failed, and the first problem of each kind."""
         if not self.findings:
             return f"{self.peft_type} passes all {self.ran} conformance checks."
-        head = (
-            f"{self.peft_type} fails {len(self.findings)} of {self.ran} conformance checks: {', '.join(self.failed)}."
-        )
-        return "\n\n".join([head, *map(str, self.findings)])
+        head = f"{self.peft_type} fails {len(self.findings)} of {self.ran} conformance checks."
+        return "\n\n".join([head, *map(self._paragraph, self.failed)])
+
+    def _paragraph(self, check: str) -> str:
+        findings = [finding for finding in self.findings if finding.check == check]
+        kinds = {tuple((d.code, d.fix) for d in finding.diagnostics): finding for finding in reversed(findings)}
+        subjects = [finding.subject for finding in findings]
+        more = f" and {len(subjects) - 3} more" if len(subjects) > 3 else ""
+        head = [f"{check}, on {', '.join(subjects[:3])}{more}", findings[0].promise]
+        return "\n".join([*filter(None, head), *map(str, reversed(kinds.values()))])
 
     def require(self) -> Report:
         """Raise `PeftcError` with every finding, or return the report if there is none."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from peftc import rules
 from peftc.compiler import passes, select
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
@@ -238,8 +239,22 @@ def test_the_report_names_method_check_options_and_model(choose: Choose) -> None
     assert report.failed == ("starts_as_declared",)
     text = str(report)
     assert "MUTANT fails" in text
-    assert "starts_as_declared, defaults-mlp" in text
-    assert "identity_at_start" in text
+    assert "starts_as_declared, on defaults-mlp" in text
+    assert "Training should begin from the base model" in text
+    assert text.count("identity_at_start") == 1, "the same problem on another model is not told again"
+
+
+def test_the_report_shows_the_line_that_raised(choose: Choose) -> None:
+    choose("three_dimensions_only")
+    text = str(examine(mutants, "any_leading_shape"))
+    assert "mutants.py" in text and "in branch: batch, length, _ = x.shape" in text
+
+
+def test_a_check_that_is_not_there_is_named(choose: Choose) -> None:
+    choose("sound")
+    with pytest.raises(PeftcError, match="Did you mean `starts_as_declared`") as caught:
+        examine(mutants, "starts_as_declare", "merging_is_refused")
+    assert [d.code for d in caught.value.diagnostics] == [rules.UNKNOWN_CHECK.code] * 2
 
 
 def test_check_raises_everything_or_returns_the_report(choose: Choose) -> None:
