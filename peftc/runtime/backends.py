@@ -166,13 +166,16 @@ class ConvBackend(Backend):
             padding: Any = 0
         else:
             padding = base.padding
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[A.dim() - 3]
-        h: Tensor = convolve(x, A, None, base.stride, padding, base.dilation)
+        kernel = base.kernel_size
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+        factor = A.reshape(A.shape[0], -1, *kernel)  # factors may be flat, as the contract has them, or as stored
+        h: Tensor = convolve(x, factor, None, base.stride, padding, base.dilation)
         return h
 
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[B.dim() - 3]
-        y: Tensor = convolve(h, B)
+        kernel = _kernel_size(base)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+        y: Tensor = convolve(h, B.reshape(*B.shape[:2], *(1 for _ in kernel)))
         return y
 
     def input_rows(self, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:
@@ -211,6 +214,11 @@ def _groups(base: nn.Module) -> int:
 def _in_channels(base: nn.Module) -> int:
     assert isinstance(base, nn.modules.conv._ConvNd)
     return base.in_channels
+
+
+def _kernel_size(base: nn.Module) -> tuple[int, ...]:
+    assert isinstance(base, nn.modules.conv._ConvNd)
+    return base.kernel_size
 
 
 BACKENDS: Mapping[Kind, Backend] = {
