@@ -19,7 +19,7 @@ from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.testing.checks import declared, effect, features, gradients, lifecycle, modules, planning, prompts
+from peftc.testing.checks import calls, declared, effect, features, gradients, lifecycle, modules, planning, prompts
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report
 from peftc.testing.subjects import Subject, subjects
@@ -121,11 +121,14 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (declared.compiling_leaves_the_config_alone, everywhere),
     (declared.method_is_stateless, everywhere),
     (declared.keys_follow_the_rule, everywhere),
+    (calls.lowerings_have_their_shapes, on_layers),
+    (calls.starting_leaves_the_config_alone, everywhere),
     (planning.plan_survives_json, everywhere),
     (planning.works_without_storage, everywhere),
     (effect.starts_as_declared, everywhere),
     (effect.acts_when_trained, everywhere),
     (effect.starts_from_the_seed, everywhere),
+    (calls.calls_change_nothing, everywhere),
     (effect.disabled_is_base, everywhere),
     (effect.merged_equals_unmerged, on_layers),
     (effect.unmerging_restores, on_layers),

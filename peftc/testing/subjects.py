@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,6 +160,22 @@ def layers_of(model: PeftModel, adapter: str = "default") -> dict[str, TunerLaye
     """The adapter's layers by path."""
     session = model.session
     return {site.path: session.layers[site.path] for site in session.plans[adapter].maps}
+
+
+def calls_of(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Tensor, ...]]:
+    """What each module is called with, last, while `run` runs; those that are not called are left out."""
+    calls: dict[str, tuple[Tensor, ...]] = {}
+    handles = []
+    for path, module in modules.items():
+
+        def keep(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            calls[path] = args
+
+        handles.append(module.register_forward_pre_hook(keep))
+    run()
+    for handle in handles:
+        handle.remove()
+    return calls
 
 
 def subjects(method: TunerMethod) -> tuple[Subject, ...]:

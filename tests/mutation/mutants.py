@@ -42,6 +42,7 @@ from peftc.plugin import (
     parameter_slot,
 )
 
+LOWERINGS = ("thin", "branch", "input", "output", "params")
 CHOICE = "PEFTC_TEST_MUTANT"
 
 
@@ -86,6 +87,34 @@ class SoundBranch(Sound):
     """The same without the lowering that the core prefers, so that `branch` is what runs."""
 
     thin = MapTuner.thin
+
+
+class SoundScale(Sound):
+    """Scales of what goes in and what comes out, told as linear maps."""
+
+    thin, branch, params = MapTuner.thin, MapTuner.branch, MapTuner.params
+    of_rank, of_thin = MapTuner.of_rank, MapTuner.of_thin
+
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield parameter_slot("mut_down", (layer.in_features,))
+        yield parameter_slot("mut_up", (layer.out_features,))
+
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        for tensor in slots.values():
+            init.ones(tensor)
+
+    def input(self, a: View, x: Any) -> Any:
+        return x * a.mut_down
+
+    def output(self, a: View, y: Any) -> Any:
+        return y * a.mut_up
+
+
+class SoundParams(Sound):
+    """A change of the weight, told in no other way."""
+
+    thin, branch = MapTuner.thin, MapTuner.branch
+    of_rank, of_thin = MapTuner.of_rank, MapTuner.of_thin
 
 
 class MutantPromptConfig(PromptLearningConfig):
@@ -154,6 +183,8 @@ def record(tuner: MapTuner[Any], **changes: Any) -> TunerMethod:
 
 SOUND = record(Sound())
 SOUND_BRANCH = record(SoundBranch())
+SOUND_SCALE = record(SoundScale())
+SOUND_PARAMS = record(SoundParams())
 SOUND_PROMPT = TunerMethod(
     "MUTANT",
     MutantPromptConfig,
@@ -176,6 +207,8 @@ class Mutant:
     method: TunerMethod
     check: str
     says: str
+    #: the sound method that it is but for the one mistake: that one passes the check
+    twin: str = "sound"
 
 
 class CombinesTwice(Sound):
@@ -342,6 +375,99 @@ class SearchesInNames(SoundBranch):
         return super().branch(a, x, y0) * (0.0 if name.startswith("mut_") else 1.0)
 
 
+class FactorsTurned(Sound):
+    def thin(self, a: View) -> tuple[Any, Any, float]:
+        return a.mut_down.T, a.mut_up.T, a.scaling
+
+
+class BranchOfAnotherWidth(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return super().branch(a, x, y0)[..., :1]
+
+
+class ScaleOfAnotherWidth(SoundScale):
+    def output(self, a: View, y: Any) -> Any:
+        return y.sum(-1, keepdim=True) * a.mut_up[:1]
+
+
+class ForgetsTheBias(SoundParams):
+    def params(self, a: View, p: Mapping[str, Any], p0: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"weight": super().params(a, p, p0)["weight"]}
+
+
+class CutsTheLayerOff(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return super().branch(a, x, y0) + (y0.detach() - y0)
+
+
+class FrozenOnTheQuiet(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        super().init(c, layer, slots, init)
+        slots["mut_down"].add_(1.0)
+
+    def thin(self, a: View) -> tuple[Any, Any, float]:
+        return a.mut_down.data, a.mut_up, 1.0
+
+
+class DrawsInEveryCall(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        return super().branch(a, x, y0) * (1 + 0.01 * x.new_empty(1).normal_())
+
+
+class CountsInItsModule(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        _SEEN.append(1)
+        return super().branch(a, x, y0) * (1 + 0.01 * len(_SEEN))
+
+
+_SEEN: list[int] = []
+
+
+class ScalesItsInput(SoundScale):
+    def input(self, a: View, x: Any) -> Any:
+        return x.mul_(a.mut_down)
+
+
+class AddsIntoTheOutput(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        x.add_(1e-3)
+        return super().branch(a, x, y0)
+
+
+class WritesIntoASlot(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        a.mut_up.data.add_(1e-2)
+        return super().branch(a, x, y0)
+
+
+class ChangesOptionsAtStart(Sound):
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        super().init(c, layer, slots, init)
+        c.r = 99
+
+
+class ChangesOptionsInPlans(Sound):
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        c.inference_mode = True
+        return super().slots(c, layer)
+
+
+class ChangesOptionsInCalls(SoundBranch):
+    def branch(self, a: View, x: Any, y0: Any) -> Any:
+        a.config.inference_mode = True
+        return super().branch(a, x, y0)
+
+
+class SlotOutsideThePrefix(Sound):
+    def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield from super().slots(c, layer)
+        yield parameter_slot("other_scale", (1,), trainable=False)
+
+    def init(self, c: MutantConfig, layer: LayerFacts, slots: Mapping[str, Any], init: SlotInit) -> None:
+        super().init(c, layer, slots, init)
+        init.ones(slots["other_scale"])
+
+
 class KeysThatJsonLacks(MutantConfig):
     table: dict[int, str] = pydantic.Field(default_factory=dict)
 
@@ -360,6 +486,12 @@ class KeepsTheView(SoundAround):
     def shift(self, a: ModuleView, y: Any) -> Any:
         first = self.__dict__.setdefault("first", a)
         return super().shift(first, y)
+
+
+class UnfreezesTheModule(SoundAround):
+    def forward(self, a: ModuleView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        a.module.requires_grad_(True)
+        return super().forward(a, args, kwargs)
 
 
 class OneSlotShort(SoundAround):
@@ -386,41 +518,92 @@ MUTANTS: dict[str, Mutant] = {
     "combines_twice": Mutant(record(CombinesTwice()), "combining_adds_updates", "compared with their sum"),
     "claims_to_add": Mutant(record(ClaimsToAdd()), "additive_changes_do_not_read_the_weight", "was moved"),
     "branch_of_its_own": Mutant(record(BranchOfItsOwn()), "lowerings_agree", "`branch`"),
-    "three_dimensions_only": Mutant(record(ThreeDimensionsOnly()), "any_leading_shape", "not enough values"),
-    "looks_at_values": Mutant(record(LooksAtValues()), "compiles", "raised"),
-    "couples_rows": Mutant(record(CouplesRows()), "rows_are_as_alone", "adapter for each row"),
+    "three_dimensions_only": Mutant(
+        record(ThreeDimensionsOnly()), "any_leading_shape", "not enough values", "sound_branch"
+    ),
+    "looks_at_values": Mutant(record(LooksAtValues()), "compiles", "raised", "sound_branch"),
+    "couples_rows": Mutant(record(CouplesRows()), "rows_are_as_alone", "adapter for each row", "sound_branch"),
     "detached": Mutant(record(Detached()), "gradients_in_slots_only", "lacks"),
     "half_detached": Mutant(record(HalfDetached()), "gradients_are_true", "slope"),
-    "counts_calls": Mutant(record(CountsCalls()), "checkpointing_reaches_every_slot", "checkpointing"),
-    "keeps_the_input": Mutant(record(KeepsTheInput()), "method_is_stateless", "changed its attributes"),
-    "keeps_the_first": Mutant(record(KeepsTheFirst()), "adapters_do_not_leak", "same output"),
-    "keeps_all": Mutant(record(KeepsAll()), "deleting_leaves_nothing", "still in memory"),
+    "counts_calls": Mutant(record(CountsCalls()), "checkpointing_reaches_every_slot", "checkpointing", "sound_branch"),
+    "keeps_the_input": Mutant(record(KeepsTheInput()), "method_is_stateless", "changed its attributes", "sound_branch"),
+    "keeps_the_first": Mutant(record(KeepsTheFirst()), "adapters_do_not_leak", "same output", "sound_branch"),
+    "keeps_all": Mutant(record(KeepsAll()), "deleting_leaves_nothing", "still in memory", "sound_branch"),
     "holds_a_lock": Mutant(record(HoldsALock()), "copies_are_equal_and_apart", "pickle"),
-    "searches_in_names": Mutant(record(SearchesInNames()), "any_adapter_name", "called `mut_down`"),
+    "searches_in_names": Mutant(record(SearchesInNames()), "any_adapter_name", "called `mut_down`", "sound_branch"),
+    "factors_turned": Mutant(record(FactorsTurned()), "lowerings_have_their_shapes", "`thin's A` gives"),
+    "branch_of_another_width": Mutant(
+        record(BranchOfAnotherWidth()), "lowerings_have_their_shapes", "`branch` gives (2, 3, 1)", "sound_branch"
+    ),
+    "scale_of_another_width": Mutant(
+        record(ScaleOfAnotherWidth()), "lowerings_have_their_shapes", "`output` gives (3, 1)", "sound_scale"
+    ),
+    "forgets_the_bias": Mutant(
+        record(ForgetsTheBias()), "lowerings_have_their_shapes", "`params' bias` gives ()", "sound_params"
+    ),
+    "cuts_the_layer_off": Mutant(record(CutsTheLayerOff()), "gradients_are_true", "slope", "sound_branch"),
+    "frozen_on_the_quiet": Mutant(record(FrozenOnTheQuiet()), "gradients_in_slots_only", "without detaching it"),
+    "draws_in_every_call": Mutant(
+        record(DrawsInEveryCall()), "calls_change_nothing", "draws from torch's random numbers", "sound_branch"
+    ),
+    "counts_in_its_module": Mutant(
+        record(CountsInItsModule()), "calls_change_nothing", "Keep no state between calls", "sound_branch"
+    ),
+    "scales_its_input": Mutant(record(ScalesItsInput()), "calls_change_nothing", "The input of", "sound_scale"),
+    "adds_into_its_input": Mutant(record(AddsIntoTheOutput()), "calls_change_nothing", "in place", "sound_branch"),
+    "writes_into_a_slot": Mutant(record(WritesIntoASlot()), "calls_change_nothing", "state between", "sound_branch"),
+    "changes_options_at_start": Mutant(
+        record(ChangesOptionsAtStart()), "starting_leaves_the_config_alone", "changed its options ['r']"
+    ),
+    "changes_options_in_plans": Mutant(
+        record(ChangesOptionsInPlans()), "compiling_leaves_the_config_alone", "other options ['inference_mode']"
+    ),
+    "changes_options_in_calls": Mutant(
+        record(ChangesOptionsInCalls()), "calls_change_nothing", "changed the config", "sound_branch"
+    ),
+    "slot_outside_the_prefix": Mutant(
+        record(SlotOutsideThePrefix()), "record_names_its_slots", "does not begin with `mut_`"
+    ),
     "unnamed_slot": Mutant(record(Sound(), layer_names=("mut_down",)), "record_names_its_slots", "mut_up"),
     "keys_that_json_lacks": Mutant(
         record(Sound(), config=KeysThatJsonLacks, examples=({"table": {1: "a"}},)), "config_survives_files", "table"
     ),
     "by_length": Mutant(
-        replace(SOUND_AROUND, tuner=ByLength()), "generation_with_a_cache_is_the_same", "generated with a cache"
+        replace(SOUND_AROUND, tuner=ByLength()),
+        "generation_with_a_cache_is_the_same",
+        "generated with a cache",
+        "sound_around",
     ),
     "keeps_the_view": Mutant(
-        replace(SOUND_AROUND, tuner=KeepsTheView()), "method_is_stateless", "changed its attributes"
+        replace(SOUND_AROUND, tuner=KeepsTheView()), "method_is_stateless", "changed its attributes", "sound_around"
     ),
-    "one_slot_short": Mutant(replace(SOUND_AROUND, tuner=OneSlotShort()), "gradients_in_slots_only", "lacks"),
-    "short_prompt": Mutant(replace(SOUND_PROMPT, tuner=ShortPrompt()), "saving_and_loading_is_exact", "another shape"),
+    "unfreezes_the_module": Mutant(
+        replace(SOUND_AROUND, tuner=UnfreezesTheModule()), "gradients_in_slots_only", "too much", "sound_around"
+    ),
+    "one_slot_short": Mutant(
+        replace(SOUND_AROUND, tuner=OneSlotShort()), "gradients_in_slots_only", "lacks", "sound_around"
+    ),
+    "short_prompt": Mutant(
+        replace(SOUND_PROMPT, tuner=ShortPrompt()), "saving_and_loading_is_exact", "another shape", "sound_prompt"
+    ),
 }
 
 SOUND_METHODS: dict[str, TunerMethod] = {
     "sound": SOUND,
     "sound_branch": SOUND_BRANCH,
+    "sound_scale": SOUND_SCALE,
+    "sound_params": SOUND_PARAMS,
     "sound_prompt": SOUND_PROMPT,
     "sound_around": SOUND_AROUND,
     "sound_cache": SOUND_CACHE,
 }
 
 #: Functions of a tuner that the core calls, each replaced by one that raises.
-FUNCTIONS: tuple[str, ...] = ("slots", "init", "scaling", "dropout", "check", "thin")
+FUNCTIONS: tuple[str, ...] = ("slots", "init", "scaling", "dropout", "check", *LOWERINGS)
+#: The sound method that has a lowering, and none that the core would rather use.
+_WITH: dict[str, type[Sound]] = {
+    "branch": SoundBranch, "input": SoundScale, "output": SoundScale, "params": SoundParams,
+}  # fmt: skip
 
 
 def raising(function: str) -> TunerMethod:
@@ -430,7 +613,7 @@ def raising(function: str) -> TunerMethod:
         raise ZeroDivisionError("on purpose")
 
     fail.__name__ = function
-    cls: Callable[[], MapTuner[Any]] = type("Raising", (Sound,), {function: fail})
+    cls: Callable[[], MapTuner[Any]] = type("Raising", (_WITH.get(function, Sound),), {function: fail})
     return record(cls())
 
 

@@ -29,7 +29,7 @@ from peftc.testing.checks import lifecycle
 from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
 from peftc.tuner.method import TunerMethod
 from tests.mutation import imports_torch, mutants
-from tests.mutation.mutants import CHOICE, FUNCTIONS, MUTANTS, SOUND_METHODS
+from tests.mutation.mutants import CHOICE, FUNCTIONS, LOWERINGS, MUTANTS, SOUND_METHODS
 
 Choose = Callable[[str], None]
 Patch = pytest.MonkeyPatch
@@ -62,6 +62,15 @@ def test_a_mutant_is_caught(name: str, choose: Choose) -> None:
     with pytest.raises(PeftcError) as caught:
         case_of(mutant.check).run()
     assert mutant.says in str(caught.value)
+    assert all(problem.fix for problem in caught.value.diagnostics)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_its_sound_twin_passes_the_check(name: str, choose: Choose) -> None:
+    twin = SOUND_METHODS[MUTANTS[name].twin]
+    assert isinstance(MUTANTS[name].method.tuner, type(twin.tuner))
+    choose(MUTANTS[name].twin)
+    case_of(MUTANTS[name].check).run()
 
 
 def test_a_plugin_that_imports_torch_is_caught(choose: Choose) -> None:
@@ -225,9 +234,18 @@ def test_a_function_that_raises_is_named_and_leaves_the_model_alone(function: st
         subject.run(PeftModel(base, subject.config()))
     (problem, *_) = caught.value.diagnostics
     assert (problem.code, f"`{function}` of MUTANT raised ZeroDivisionError" in problem.what) == ("PC205", True)
-    if function != "thin":  # that one is first called in forward, when the adapter is on
+    if function not in LOWERINGS:  # those are first called in forward, when the adapter is on
         assert {name: (id(module), module.training) for name, module in base.named_modules()} == before
         assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_kit_names_a_function_that_raises_and_its_line(function: str, choose: Choose) -> None:
+    choose(f"raising_{function}")
+    report = examine(mutants, "acts_when_trained")
+    assert report.failed == ("acts_when_trained",)
+    assert f"`{function}` of MUTANT raised ZeroDivisionError: on purpose" in str(report)
+    assert 'raise ZeroDivisionError("on purpose")' in str(report)
 
 
 # the report -------------------------------------------------------------------------------------------------------------

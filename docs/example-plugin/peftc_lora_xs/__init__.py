@@ -29,7 +29,7 @@ class LoraXsConfig(api.TargetsMixin, api.LayersMixin, api.RankMixin, api.Modules
 class LoraXs(api.MapTuner[LoraXsConfig]):
     """The outer factors are saved too: an SVD made again on another device may have other signs."""
 
-    supports = api.LINEAR_KINDS | api.CONV_KINDS
+    supports = api.LINEAR_KINDS | api.CONV_KINDS | {api.Kind.EMBEDDING}
 
     def slots(self, c: LoraXsConfig, layer: LayerFacts) -> Iterable[Slot]:
         yield module_slot("lora_xs_A", (c.r, layer.in_features * math.prod(layer.kernel)), trainable=False)

@@ -50,6 +50,10 @@ def compiling_leaves_the_config_alone(s: Subject) -> None:
     first = compile_plan(s.model.graph, {"default": config})
     if config.to_dict() != before:
         raise broken("Planning changed the config that it was given", "Work on values, not on the config.")
+    planned = first.adapters[0].config.to_dict()
+    changed = [name for name, value in before.items() if value is not None and planned[name] != value]
+    if changed:
+        raise broken(f"The plan is for other options {changed} than were given", "Only read the config.")
     second = compile_plan(s.model.graph, {"default": config})
     if first != second:
         raise broken("Planning twice gives two plans", "Let `slots` depend on its arguments only.")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftc.graph.nodes import LINEAR_KINDS, Kind
 from peftc.model.peft_model import PeftModel
@@ -15,7 +14,7 @@ from peftc.runtime.layer import TunerLayer
 from peftc.runtime.paths import Part, Under, adapted, compose, has_functional_form
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken
-from peftc.testing.subjects import Subject, layers_of, quiet, slots_of
+from peftc.testing.subjects import Subject, calls_of, layers_of, quiet, slots_of
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
 _WORDINGS = (("thin",), ("branch",), ("vectors",), ("params",), ("input", "output"))
@@ -179,18 +178,9 @@ def compiles(s: Subject) -> None:
 
 def _layer_calls(s: Subject, model: PeftModel) -> Iterator[tuple[str, TunerLayer, tuple[Tensor, ...]]]:
     """Each adapted layer with the arguments that the model calls it with."""
-    calls: dict[str, tuple[Tensor, ...]] = {}
-    handles = []
-    for path, layer in layers_of(model).items():
-
-        def keep(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-            calls[path] = args
-
-        handles.append(layer.register_forward_pre_hook(keep))
-    s.output(model, torch.float64)
-    for handle in handles:
-        handle.remove()
-    yield from ((path, layer, calls[path]) for path, layer in layers_of(model).items())
+    layers = layers_of(model)
+    calls = calls_of(layers, lambda: s.output(model, torch.float64))
+    yield from ((path, layer, calls[path]) for path, layer in layers.items())
 
 
 def _each_way(layer: TunerLayer, args: tuple[Tensor, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,126 @@
+"""Plugins in distributions of their own: the example and a new one are installed beside peftc's wheel and do the main job."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.tree import ROOT
+from tests.packaging.fresh import build_wheel, install, peftc, pip, ran, write_small_job
+
+EXAMPLE = ROOT / "docs" / "example-plugin"
+SOURCE = EXAMPLE / "peftc_lora_xs" / "__init__.py"
+
+#: The library's ways to load an adapter; each prints how it ended.
+LOADING = """
+import torch, transformers
+from peftc import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peftc.registry.manager import default_registry
+
+def base():
+    return transformers.AutoModelForCausalLM.from_pretrained("base")
+
+def beside():
+    method = next(m for m in map(default_registry().get, default_registry().names) if m.adapts_layers and m.peft_type != "LORA_XS")
+    model = get_peft_model(base(), method.config(target_modules=["q_proj"]), "other")
+    model.load_adapter("out", "default")
+
+for way in (lambda: PeftConfig.from_pretrained("out"), lambda: PeftModel.from_pretrained(base(), "out"), beside,
+            lambda: AutoPeftModelForCausalLM.from_pretrained("out")):
+    try:
+        way()
+        print("loaded")
+    except ValueError as error:
+        print("pip install peftc-lora-xs==0.1.0" in str(error))
+"""
+
+#: By type alone: trained, saved and loaded are the same, merged too.
+ROUND_TRIP = """
+import torch, transformers
+from peftc import PeftModel, get_peft_config, get_peft_model
+
+base = transformers.AutoModelForCausalLM.from_pretrained("base")
+ids = torch.arange(5)[None]
+model = PeftModel.from_pretrained(base, "out").eval()
+y = model(input_ids=ids).logits
+model.save_pretrained("again")
+again = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("base"), "again").eval()
+assert torch.equal(again(input_ids=ids).logits, y)
+merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+assert torch.allclose(merged(input_ids=ids).logits, y, atol=1e-5)
+fresh = get_peft_model(model.unload(), get_peft_config({"peft_type": "LORA_XS", "r": 2, "target_modules": ["o_proj"]}))
+print(fresh.get_nb_trainable_parameters()[0])
+"""
+
+
+def lines_of_code(source: Path) -> int:
+    """Lines with code on them: neither blank, nor comments, nor docstrings."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    texts = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(source.read_text(encoding="utf-8").splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for n, line in lines if n not in texts)
+
+
+def test_the_example_is_short() -> None:
+    assert lines_of_code(SOURCE) <= 60
+    assert "conformance(" in (EXAMPLE / "tests" / "test_conformance.py").read_text(encoding="utf-8")
+
+
+def built(source: Path, place: Path) -> Path:
+    """The wheel of a plugin, from a copy, as building leaves files behind."""
+    copy = shutil.copytree(
+        source, place / "source", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    )
+    return build_wheel(copy, place / "dist")
+
+
+@pytest.fixture
+def with_example(installed: Path, tmp_path: Path) -> Iterator[Path]:
+    """The environment with the example's wheel beside peftc's."""
+    install(built(EXAMPLE, tmp_path / "example"), installed)
+    yield installed
+    pip(sys.executable, "--python", str(installed / "python"), "uninstall", "--yes", "peftc-lora-xs")
+
+
+def test_the_example_does_the_main_job_by_its_type(with_example: Path, tmp_path: Path) -> None:
+    plugins = json.loads(peftc(with_example, tmp_path, "plugins", "--check", "--json"))["plugins"]
+    (ours,) = [plugin for plugin in plugins if plugin["peft_type"] == "LORA_XS"]
+    assert (ours["distribution"], ours["state"]) == ("peftc-lora-xs 0.1.0", "loads")
+    spec = write_small_job(tmp_path, "LORA_XS")
+    peftc(with_example, tmp_path, "validate", str(spec))
+    plan = json.loads(peftc(with_example, tmp_path, "plan", str(spec), "--json"))
+    assert plan["trainable"] == 2 * 2 * 8 * 8
+    peftc(with_example, tmp_path, "train", str(spec), "--device", "cpu")
+    peftc(with_example, tmp_path, "merge", "--adapter", "out", "--out", "merged")
+    assert "Plugin    peftc-lora-xs==0.1.0" in peftc(with_example, tmp_path, "inspect", "out")
+    python = with_example / "python"
+    assert ran(python, "-c", ROUND_TRIP, folder=tmp_path).split() == ["8"]
+    assert ran(python, "-c", LOADING, folder=tmp_path).split() == ["loaded"] * 4
+    pip(sys.executable, "--python", str(python), "uninstall", "--yes", "peftc-lora-xs")
+    assert ran(python, "-c", LOADING, folder=tmp_path).split() == ["True"] * 4
+
+
+def test_the_example_passes_its_tests(with_example: Path, tmp_path: Path) -> None:
+    tests = shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
+    assert " passed" in ran(with_example / "python", "-m", "pytest", "-p", "no:cacheprovider", tests, folder=tmp_path)
+
+
+def test_a_new_plugin_passes_its_tests_at_once(installed: Path, tmp_path: Path) -> None:
+    peftc(installed, tmp_path, "plugins", "new", "noisy-scale")
+    folder = tmp_path / "peftc-noisy-scale"
+    install(built(folder, tmp_path / "new"), installed)
+    try:
+        ran(installed / "python", "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests", folder=folder)
+    finally:
+        pip(sys.executable, "--python", str(installed / "python"), "uninstall", "--yes", "peftc-noisy-scale")
