@@ -6,6 +6,7 @@ and which module, and a caller can collect the problem like any other.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -53,8 +54,16 @@ def guarded(function: Callable[P, R], peft_type: str, path: str | None) -> Calla
 
 def _raised(peft_type: str, function: str, path: str | None, error: Exception) -> PeftcError:
     what = f"`{function}` of {peft_type} raised {type(error).__name__}: {error}"
-    fix = "Report it to the plugin's authors; the traceback above this error shows the line."
+    line = _line(function, error)
+    told = f"with the line that raised: {line}" if line else "with the traceback above this error"
+    fix = f"Report it to the plugin's authors, {told}"
     return PeftcError(rules.PLUGIN_RAISED(what, fix=fix, where=path))
+
+
+def _line(function: str, error: Exception) -> str:
+    """Where in the plugin's function it was raised; a collected problem is shown without a traceback."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == function]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _out_of_memory(error: Exception) -> bool:

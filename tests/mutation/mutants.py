@@ -613,6 +613,7 @@ def raising(function: str) -> TunerMethod:
         raise ZeroDivisionError("on purpose")
 
     fail.__name__ = function
+    fail.__code__ = fail.__code__.replace(co_name=function)
     cls: Callable[[], MapTuner[Any]] = type("Raising", (_WITH.get(function, Sound),), {function: fail})
     return record(cls())
 
