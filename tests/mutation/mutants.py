@@ -92,6 +92,7 @@ class SoundBranch(Sound):
 class SoundScale(Sound):
     """Scales of what goes in and what comes out, told as linear maps."""
 
+    additive = False
     thin, branch, params = MapTuner.thin, MapTuner.branch, MapTuner.params
     of_rank, of_thin = MapTuner.of_rank, MapTuner.of_thin
 
