@@ -30,7 +30,7 @@ def test_one_call_is_a_whole_test_file(tmp_path: Path) -> None:
     assert run.returncode == 1, run.stdout + run.stderr
     assert "1 failed, 1 passed" in run.stdout
     assert "The output of a fresh adapter is not the base's" in run.stdout
-    assert "test_conformance[MUTANT-starts_as_declared-defaults-mlp]" in run.stdout
+    assert "test_conformance[MUTANT-starts_as_declared-no-options-mlp]" in run.stdout
 
 
 def test_a_plugin_that_cannot_be_loaded_is_an_error_of_collection(tmp_path: Path) -> None:

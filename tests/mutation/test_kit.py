@@ -257,7 +257,7 @@ def test_the_report_names_method_check_options_and_model(choose: Choose) -> None
     assert report.failed == ("starts_as_declared",)
     text = str(report)
     assert "MUTANT fails" in text
-    assert "starts_as_declared, on defaults-mlp" in text
+    assert "starts_as_declared, on no-options-mlp" in text
     assert "Training should begin from the base model" in text
     assert text.count("identity_at_start") == 1, "the same problem on another model is not told again"
 

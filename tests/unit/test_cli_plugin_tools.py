@@ -170,7 +170,7 @@ def test_check_tells_a_failing_plugin_what_is_wrong(careless: str, capsys: Captu
     assert main(["plugins", "check", careless, "--only", "starts_as_declared", "--only", "acts_when_trained"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("CARELESS fails ")
-    assert "starts_as_declared, on defaults-mlp" in out
+    assert "starts_as_declared, on no-options-mlp" in out
     assert "identity_at_start" in out
     assert "acts_when_trained" not in out
     assert "Checking CARELESS" in err
