@@ -47,7 +47,7 @@ WAITING = {
 REASONS: dict[str, str] = {
     "AdaptionPromptModel": "made from one config and a name, as every other model class",
     "AdaptionPromptModel.add_adapter": "`PeftModel.add_adapter`, or `inject_adapter` as of every other model class",
-    "LoraModel.subtract_mutated_init": "belongs to starts that change the base weights, which are to come",
+    "*.subtract_mutated_init": "belongs to starts that change the base weights, which are to come",
     "NoMatchingPeftModuleError": "an error carries its diagnostics",
     "PeftMixedModel.load_adapter": "the arguments are those of `PeftModel`, by name",
     "PeftMixedModel.merge_and_unload": "the arguments are those of `PeftModel`, by name",

@@ -29,7 +29,17 @@ from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
-from peftc.tuner.slots import Container, Share, Slot, derived_slot, labelled, module_slot, parameter_slot
+from peftc.tuner.slots import (
+    Container,
+    Share,
+    Slot,
+    constant_slot,
+    derived_slot,
+    labelled,
+    module_slot,
+    parameter_slot,
+)
+from peftc.tuner.steps import Changes
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
 
 if TYPE_CHECKING:
@@ -64,6 +74,7 @@ def convert_adapter(
 __all__ = [
     "CONV_KINDS",
     "LINEAR_KINDS",
+    "Changes",
     "ConfigModel",
     "Container",
     "Diagnostic",
@@ -99,6 +110,7 @@ __all__ = [
     "Tensors",
     "TunerMethod",
     "View",
+    "constant_slot",
     "convert_adapter",
     "derived_slot",
     "did_you_mean",

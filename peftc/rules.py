@@ -188,6 +188,19 @@ POSITIONS_IGNORED = Rule(
 )
 NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
 NOT_A_MODEL = Rule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
+STEPS_MISSED = Rule(
+    "PC516",
+    "Adapter trains without its steps",
+    "Its method changes the adapter after each optimiser step; without that it trains like a plainer one.",
+    WARNING,
+)
+STEP_WITHOUT_GRADIENTS = Rule(
+    "PC517", "Step without gradients", "What a step changes is decided by the gradients of the last backward."
+)
+NO_STEPS = Rule("PC518", "Nothing takes steps", "The call would do nothing.")
+SCHEDULE = Rule(
+    "PC519", "Schedule does not fit the training", "What is due at a step that never comes does not happen.", WARNING
+)
 INPUT_IGNORED = Rule(
     "PC527", "Part of the call is ignored", "It does not fit an input with virtual tokens in front.", WARNING
 )

@@ -48,7 +48,8 @@ def save_adapter(
     """
     folder = Path(folder)
     problems = Collector()
-    problems.add(*content_problems(tensors))
+    planned = () if plan is None else plan.parameters()
+    problems.add(*content_problems(tensors, {p.disk for p in planned if p.disk is not None and p.numel == 0}))
     problems.raise_errors()
     texts = {CONFIG_NAME: config_text(stored(config)), **(extra or {})}
     if plan is not None:

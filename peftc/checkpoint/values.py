@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from peftc import rules
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from peftc.checkpoint.load import AdapterFile
 
 
-def content_problems(tensors: Mapping[str, Tensor]) -> Iterable[Diagnostic]:
-    """Before a save: an error for tensors that hold nothing or cannot be stored, a warning for those that hold NaN or infinity."""
-    hollow = [key for key, tensor in tensors.items() if tensor.is_meta or tensor.numel() == 0]
+def content_problems(tensors: Mapping[str, Tensor], empty: Container[str] = ()) -> Iterable[Diagnostic]:
+    """Before a save: an error for tensors that hold nothing or cannot be stored, a warning for those that hold NaN or infinity.
+
+    `empty` are keys of tensors that are meant to have no element.
+    """
+    hollow = [key for key, t in tensors.items() if t.is_meta or (t.numel() == 0 and key not in empty)]
     if hollow or not tensors:
         what = f"Nothing is stored in {listed(hollow)}" if hollow else "There is no tensor to save"
         fix = "Gather the parameters first: with ZeRO-3 or FSDP, save from inside the context that gathers full parameters."

@@ -7,7 +7,7 @@ base parameters that become trainable (`bias`), and prompts. `parameters()` name
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,9 +190,9 @@ class AdapterPlan:
         """Whether it acts on single layers alone, so that wrappers of another method can be round its own."""
         return self.prompt is None and not self.modules
 
-    def is_like(self, other: AdapterPlan) -> bool:
-        """Whether the other plan gives the same tensors the same meaning: only the values may differ."""
-        about = {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"}
+    def is_like(self, other: AdapterPlan, free: Collection[str] = ()) -> bool:
+        """Whether the other plan gives the same tensors the same meaning: only the values, and `free` options, may differ."""
+        about = {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", *free}
         options, others = (
             {key: value for key, value in plan.config.to_dict().items() if key not in about} for plan in (self, other)
         )

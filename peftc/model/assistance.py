@@ -17,7 +17,21 @@ from peftc.diagnostics import ConfigError, PeftcError
 from peftc.model.injected import adapters_of, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer import BaseTunerLayer, TunerLayer
+from peftc.runtime.steps import take
 from peftc.tuner.method import MapTuner
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+def take_step(model: nn.Module, step: int) -> tuple[str, ...]:
+    """Let the methods of adapters that train act, as those that allocate ranks do: after the backward of optimiser step
+    `step`, counted from 1, and before gradients are zeroed. Returns the adapters that took it.
+
+    Works on a `PeftModel` and on a model adapted in place. Raises `PeftcError`, with the adapters as they were: none takes
+    steps, one is merged, or no gradient is there.
+    """
+    return take(adapters_of(model), step)
+
 
 # signatures -----------------------------------------------------------------------------------------------------------
 

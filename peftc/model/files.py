@@ -16,10 +16,12 @@ from peftc import rules
 from peftc.checkpoint.keys import assign, listed
 from peftc.checkpoint.report import LoadReport
 from peftc.checkpoint.save import save_adapter
+from peftc.checkpoint.values import dtype_name
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
 from peftc.diagnostics import PeftcError, warn
+from peftc.graph.nodes import TensorFacts
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import Loadable, LoadOptions, loadable, opened
@@ -27,6 +29,8 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session, without_padding
+from peftc.runtime.steps import patch
+from peftc.runtime.stored import can_take, differing, exported, fitted, restored
 
 if TYPE_CHECKING:
     from peftc.model.peft_model import PeftModel
@@ -52,7 +56,8 @@ def save(
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
         config = _with_mapping(model, model.peft_config[name])
-        save_adapter(place, tensors, config, _plan_of(model, name), {CARD: card} if card is not None else None)
+        plan = _saved_as(_plan_of(model, name), tensors)
+        save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None)
     if AT_ROOT not in names:
         write_card(facts, root)
 
@@ -91,6 +96,17 @@ def tensors_of(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """`adapter_tensors` of any model with adapters; keys are those of a wrapped one."""
+    return exported(session, name, _live_tensors(model, session, name, save_embedding_layers, state_dict))
+
+
+def _live_tensors(
+    model: nn.Module,
+    session: Session,
+    name: str,
+    save_embedding_layers: str | bool,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The same as they are in memory."""
     plan = session.plans[name]
     attached = {**session.tensors(name), **embeddings_to_save(session, plan, save_embedding_layers)}
     tensors = {disk: tensor.detach() for disk, tensor in attached.items()}
@@ -133,6 +149,14 @@ def _plan_of(model: PeftModel, name: str) -> InjectionPlan:
     return InjectionPlan(graph.model, (session.plans[name],), (name,), graph.numel, graph=graph)
 
 
+def _saved_as(plan: InjectionPlan, tensors: Mapping[str, Tensor]) -> InjectionPlan:
+    """The plan of one adapter with the shapes that are saved of it."""
+    (adapter,) = plan.adapters
+    assert plan.graph is not None
+    facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in tensors.items()}
+    return replace(plan, adapters=(fitted(adapter, plan.graph, facts),))
+
+
 def _with_mapping(model: PeftModel, config: PeftConfig) -> PeftConfig:
     """Without a task type, a file names the base model's class, for information."""
     if config.task_type is not None or config.auto_mapping is not None:
@@ -156,7 +180,9 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     config, file = opened(model_id, None, options)
     model._refuse_type(config)
     found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
-    same = name in session.plans and session.plans[name].is_like(found.adapter)
+    same = name in session.plans and (
+        session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted)
+    )
     with Journal() as journal:
         if same:
             _overwrite(model, found, journal)
@@ -195,7 +221,8 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
     session, plan = model.session, found.adapter
     with torch.no_grad():
         own = {key: tensor.detach() for key, tensor in session.tensors(plan.name).items()}
-        pairs = [(tensor, found.source(key)) for key, tensor in without_padding(plan, own).items()]
+        values = restored(session, plan, {key: found.source(key) for key in own})
+        pairs = [(tensor, values[key]) for key, tensor in without_padding(session.plans[plan.name], own).items()]
         if model.prompt_encoder is not None:
             pairs += model._encoders()[plan.name].restored(found.source)
         for tensor, stored in pairs:
@@ -203,12 +230,13 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
                 journal.note(tensor.copy_, tensor.clone())
                 tensor.copy_(stored)
         session.carry(plan, found.source, journal)
+        patch(session, plan.name, differing(session, plan), journal)
 
 
 def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
     """All that loading an adapter may have brought, to be put back."""
     vocabulary = model.session.vocabulary(model.session.plans[name])
-    return {**adapter_tensors(model, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
+    return {**_live_tensors(model, model.session, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
 
 
 def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:

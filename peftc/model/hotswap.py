@@ -188,7 +188,7 @@ def _swap(
         value = given.get(key)
         if value is None and slot.derived:
             value = layer.derived(adapter, site)[slot.name]
-        value = own.new_zeros(slot.shape) if value is None else value.to(own.device, own.dtype)
+        value = own.new_full(slot.shape, slot.value or 0.0) if value is None else value.to(own.device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
         if fits and (value.shape == own.shape or part.tuner.is_rankable):
             journal.note(own.copy_, own.clone())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from typing import Any
 
@@ -25,6 +25,7 @@ from peftc.runtime.layer import Source
 from peftc.runtime.planning import plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
+from peftc.runtime.stored import fitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Loadable:
     plan: InjectionPlan
     source: Source
     report: LoadReport
+    #: the adapter by its options alone, where its shapes in `plan` are those of the file
+    unfitted: AdapterPlan
 
     @property
     def adapter(self) -> AdapterPlan:
@@ -104,6 +107,8 @@ def loadable(
     if mapping:
         file = file.mapped(mapping)
     session = session_of(model) or Session(model, plan.graph or snapshot(model))
+    unfitted = plan.adapters[0]
+    plan = replace(plan, adapters=(fitted(unfitted, session.graph, file.tensors),))
     vocabulary = vocabulary_facts(session, plan.adapters[0])
     ignored = options.ignore_mismatched_sizes
     report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored).require()
@@ -114,7 +119,7 @@ def loadable(
         tensor = None if stored is None else file.tensor(stored)
         return tensor if tensor is None or device is None else tensor.to(device)
 
-    return Loadable(plan, find, report)
+    return Loadable(plan, find, report, unfitted)
 
 
 def vocabulary_facts(session: Session, plan: AdapterPlan) -> dict[str, TensorFacts]:

@@ -33,6 +33,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session
+from peftc.runtime.steps import finished
 from peftc.runtime.tuner_model import TunerModel
 
 DEFAULT = files.AT_ROOT
@@ -131,7 +132,8 @@ class PeftModel(PromptsMixin, nn.Module):
             with rows_named(self.session, names, args, kwargs):
                 return self.get_base_model()(*args, **kwargs)
         driver = self._driver()
-        return self.get_base_model()(*args, **self._plain(kwargs)) if driver is None else driver(args, kwargs)
+        outputs = self.get_base_model()(*args, **self._plain(kwargs)) if driver is None else driver(args, kwargs)
+        return finished(self.__dict__.get("_session"), outputs) if self.training else outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generation with the active adapters in effect; `adapter_names` as in `forward`."""

@@ -23,6 +23,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.session import Session, unpadded
+from peftc.runtime.stored import fitted, restored
 from peftc.tuner.slots import Slot
 
 
@@ -95,15 +96,17 @@ def set_peft_model_state_dict(
     origin = origin_of(peft_model_state_dict, names, plan.root)
     given = {key: peft_model_state_dict[source] for key, source in origin.items()}
     facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in given.items()}
+    fit = fitted(plan, session.graph, facts)
     report = match(
-        plan,
+        fit,
         facts,
         vocabulary=vocabulary_facts(session, plan),
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     ).require()
     values = {key: peft_model_state_dict[origin[source]] for key, source in report.sources.items()}
     with torch.no_grad(), Journal() as journal:
-        rest = dict(values)
+        rest = restored(session, fit, values)
+        values = dict(rest)
         filled: dict[str, Tensor] = {}
         for disk, owner, slot in slots_of(session, adapter_name):
             if disk in values:

@@ -69,6 +69,7 @@ def model_class(method: TunerMethod) -> type[TunerModel]:
             name,
             (TunerModel,),
             {
+                **method.model_methods,
                 "prefix": method.prefix,
                 "tuner_layer_cls": layer_class(method),
                 "target_module_mapping": all_defaults(table) if table is not None else {},

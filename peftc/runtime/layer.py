@@ -65,6 +65,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         #: numbers, or tensors where something compiled reads them
         self.scaling: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
+        #: slots that a step of training stopped from training on, by adapter
+        self.held: dict[str, set[str]] = {}
         self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
@@ -137,6 +139,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             drop(self, slot, adapter_name)
         self._parts.pop(adapter_name)
         self.scaling.pop(adapter_name)
+        self.held.pop(adapter_name, None)
         self._active = tuple(name for name in self._active if name != adapter_name)
         self._shared.active = tuple(name for name in self._shared.active if name != adapter_name)
         self._choose_path()
@@ -150,9 +153,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def parameters_of(self, adapter: str) -> Iterable[tuple[bool, Tensor]]:
         """The adapter's tensors, derived ones included, each with whether its slot is trainable."""
         if adapter in self._sites:
-            for slot in self._sites[adapter][0].slots:
+            held = self.held.get(adapter, ())
+            for label, slot in labelled(self._sites[adapter][0].slots).items():
                 container, key = find(self, slot, adapter)
-                yield slot.trainable, container[key]
+                yield slot.trainable and label not in held, container[key]
 
     def exchange(self, adapter: str, site: MapSite, journal: Journal) -> None:
         """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a

@@ -82,7 +82,7 @@ def hollow(plan: AdapterPlan) -> Source:
     facts = {
         site.key(slot, plan.name).disk(): (slot.shape, torch_dtype(slot.dtype or site.dtype))
         for site, slot in plan.slots()
-        if not slot.derived
+        if not slot.derived and slot.value is None
     }
 
     def find(key: str) -> Tensor | None:

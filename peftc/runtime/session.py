@@ -25,6 +25,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
 from peftc.runtime.together import keep_ties, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
@@ -60,6 +61,9 @@ class Session:
         self.enabled = True
         #: adapters of which something may require gradients; active ones may as well
         self.requiring: set[str] = set()
+        #: what methods of adapters give beside their mathematics, and what steps of training left behind
+        self.seams: dict[str, frozenset[str]] = {}
+        self.steps: dict[str, StepState] = {}
         #: base tensors that an adapter's training or loading changes, as they were before
         self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         #: of a model that was adapted in place, the configs that it shows as `peft_config`
@@ -84,6 +88,7 @@ class Session:
         method = registry.get(plan.peft_type)
         nodes = self.graph.by_path
         stock = Stock(self.stores)
+        tuners = {site.path: method.tuner_for(plan.config, nodes[site.path]) for site in plan.maps}
         with Journal() as journal, torch.no_grad():
             for site in plan.maps:
                 layer = self.layers.get(site.path)
@@ -92,7 +97,7 @@ class Session:
                     self._remember(self.layers, site.path, layer, journal)
                     layer.join(self.shared)
                 journal.note(layer.delete_adapter, plan.name)
-                layer.add(plan.name, site, method.tuner_for(plan.config, nodes[site.path]), source, stock)
+                layer.add(plan.name, site, tuners[site.path], source, stock)
             self.stores.show()
             self._add_around(plan, method, source, journal)
             for save in plan.saves:
@@ -104,6 +109,7 @@ class Session:
                 journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
             self._change_base(plan, source, journal)
+            self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
 
     def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
@@ -363,7 +369,8 @@ class Session:
             layer.delete_adapter(name)
         for copy in self.copies_of(name):
             copy.delete_adapter(name)
-        del self.plans[name]
+        del self.plans[name], self.seams[name]
+        self.steps.pop(name, None)
         _restore(self.base_before.pop(name))
         self._activate([n for n in self.active if n != name])
 
@@ -426,8 +433,7 @@ class Session:
             _restore(before)
         self.stores.clear()
         self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
-        self.active = ()
-        self.requiring = set()
+        self.seams, self.steps, self.requiring, self.active = {}, {}, set(), ()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""

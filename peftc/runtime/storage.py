@@ -215,6 +215,8 @@ def filled(
         found = None if source is None else source(site.key(slot, adapter).disk())
         if found is not None:
             made[label] = found.to(device=found.device if found.is_meta else device, dtype=dtypes[label])
+        elif slot.value is not None:
+            made[label] = torch.full(slot.shape, slot.value, dtype=dtypes[label], device=device)
     lacking = [slot for label, slot in slots.items() if label not in made]
     if derive is not None and any(slot.derived for slot in lacking):
         made = {**derived(site, device, derive), **made}

@@ -19,6 +19,8 @@ from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
+from peftc.runtime.steps import finished, take
+from peftc.runtime.stored import take_saved_form
 from peftc.runtime.ties import refuse_parting
 from peftc.runtime.weighted import combined, recipe
 
@@ -72,8 +74,22 @@ class TunerModel(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's."""
-        return self.model(*args, **kwargs)
+        """The base model's; in training the loss has what methods add to it."""
+        outputs = self.model(*args, **kwargs)
+        return finished(session_of(self.model), outputs) if self.training else outputs
+
+    def take_step(self, step: int) -> tuple[str, ...]:
+        """Let methods that act after steps of training do so: call it after the backward of optimiser step `step`, counted
+        from 1, and before gradients are zeroed. Returns the adapters that took it. Raises `PeftcError`, with them unchanged,
+        if there is none, no gradient, or one is merged.
+        """
+        return take(self.session, step)
+
+    def take_saved_form(self, adapter_name: str, **options: Any) -> None:
+        """Give an adapter the tensors that a checkpoint would hold of it, with options that training comes to changed.
+        Optimisers do not know the new tensors. Raises `PeftcError`, with nothing changed.
+        """
+        take_saved_form(self.session, adapter_name, options)
 
     def __getattr__(self, name: str) -> Any:
         try:

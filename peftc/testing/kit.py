@@ -284,7 +284,7 @@ def examine(plugin: str | ModuleType, only: Sequence[str] = ()) -> Report:
 
 def report_of(found: Sequence[Case], at: Callable[[int, str], None] = lambda done, case: None) -> Report:
     """Run cases of one method; `at` is told how many are done, and the name of the last."""
-    findings = []
+    findings: list[Finding] = []
     for number, case in enumerate(found, start=1):
         findings += _findings(case)
         at(number, str(case))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,9 +191,19 @@ def subjects(method: TunerMethod) -> tuple[Subject, ...]:
                 first or not method.adapts_layers or not model.is_language_model
             ):
                 found.append(Subject(method, options, model, targets, first, not found))
-    if method.default_targets:
-        found += [Subject(method, {}, model) for model in MODELS if model.is_language_model]
+    if method.default_targets:  # with the options of an example, if there are some that must be given
+        options = {} if _is_complete(method, {}) else next(filter(partial(_is_complete, method), method.examples), {})
+        found += [Subject(method, options, model) for model in MODELS if model.is_language_model]
     return tuple(found)
+
+
+def _is_complete(method: TunerMethod, options: Mapping[str, Any]) -> bool:
+    """Whether the method is content with these options. One that raises is asked again by the checks."""
+    try:
+        with boundary(method.peft_type, "check"):
+            return not any(problem.severity is Severity.ERROR for problem in method.check(method.config(**options)))
+    except PeftcError:
+        return True
 
 
 def _has_place(

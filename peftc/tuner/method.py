@@ -18,6 +18,7 @@ from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
+from peftc.tuner.steps import Changes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=PeftConfig)
 
 LOWERINGS = ("thin", "branch", "input", "output", "vectors", "params")
+#: what a method may have to say beside its mathematics
+SEAMS = ("on_step", "loss", "fitted", "export", "restore")
 
 
 class MapTuner(ABC, Generic[C]):
@@ -47,11 +50,16 @@ class MapTuner(ABC, Generic[C]):
     spares_bias: ClassVar[bool] = False
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
+    #: names of the further seams that it gives, likewise
+    seams: ClassVar[frozenset[str]] = frozenset()
+    #: options that `on_step` may change: they describe what training came to
+    step_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.lowerings = frozenset(name for name in LOWERINGS if getattr(cls, name) is not getattr(MapTuner, name))
         cls.additive = cls.additive or "thin" in cls.lowerings
+        cls.seams = frozenset(name for name in SEAMS if getattr(cls, name) is not getattr(MapTuner, name))
 
     @abstractmethod
     def slots(self, c: C, layer: LayerFacts) -> Iterable[Slot]:
@@ -118,6 +126,44 @@ class MapTuner(ABC, Generic[C]):
     def is_combinable(self) -> bool:
         """Whether the method combines slots in a way of its own."""
         return type(self).combine is not MapTuner.combine
+
+    # training -----------------------------------------------------------------------------------------------------
+
+    def on_step(self, c: C, step: int, sites: Mapping[str, View], state: dict[str, Tensor]) -> Changes:
+        """What is to change after the backward of optimiser step `step`, counted from 1, before gradients are zeroed.
+
+        `sites` are the adapter's views by path; their slots have gradients. `state` is the method's own from step to step:
+        the core keeps it, in checkpoints of a training too. Runs under `no_grad`; change nothing but `state` here.
+        """
+        return Changes()
+
+    def loss(self, c: C, sites: Mapping[str, View], outputs: Any) -> Tensor | None:
+        """A scalar to add to the model's own loss, in training; `outputs` is what the model returned."""
+        return None
+
+    def schedule(self, c: C, steps: int) -> Iterable[Diagnostic]:
+        """Problems of the options in a training of so many optimiser steps."""
+        return ()
+
+    # checkpoints --------------------------------------------------------------------------------------------------
+
+    def fitted(self, c: C, layer: LayerFacts, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Slot]:
+        """The slots of an adapter whose checkpoint has these shapes, by label: for methods whose `slots` are a bound.
+        Shapes that do not belong together are for `slots`, so that the difference is reported. No tensor is read."""
+        return self.slots(c, layer)
+
+    def export(self, c: C, path: str, layer: LayerFacts, slots: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The values that a checkpoint holds, from those of the saved slots, both by label."""
+        return slots
+
+    def restore(
+        self, c: C, path: str, layer: LayerFacts, saved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Tensor]:
+        """The way back: values for slots of these shapes, from a checkpoint whose options are `c` and whose shapes differ.
+
+        Raises `PeftcError` if the slots cannot hold them.
+        """
+        return saved
 
     # lowerings ----------------------------------------------------------------------------------------------------
 
@@ -189,6 +235,8 @@ class TunerMethod:
     layer_options: Mapping[str, str] = field(default_factory=dict)
     #: the attribute that shows what drops inputs, by adapter, for methods that do
     layer_dropout: str = ""
+    #: methods of the model class beyond those that all have: name -> a function whose first argument is the model
+    model_methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     #: further public names of the method, e.g. its enums and helper functions, and what they stand for
     exports: Mapping[str, Any] = field(default_factory=dict)
     #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`

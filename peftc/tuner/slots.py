@@ -36,8 +36,9 @@ class Slot:
     """One named tensor of an adapter at one site.
 
     `tail` names the tensor inside a module container. `dtype` is usually left to the core: the base layer's, with half
-    precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded. One that is
-    not `named` has no adapter's name in memory, so only the active adapter's tensor can be in the model; around modules only.
+    precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded. One with a
+    `value` is a constant: the core fills it, saved or not, and the method's `init` need not. One that is not `named` has no
+    adapter's name in memory, so only the active adapter's tensor can be in the model; around modules only.
 
     A `derived` slot is a frozen buffer that the method computes again wherever it was not saved (`MapTuner.derive`).
     Layers whose slots of one name have the same `share` (a `Share` or any other key) have one tensor. `home` is filled in
@@ -52,6 +53,7 @@ class Slot:
     saved: bool = True
     dtype: str | None = None
     named: bool = True
+    value: float | None = None
     derived: bool = False
     share: str = ""
     home: str | None = None
@@ -95,6 +97,11 @@ def labelled(slots: Iterable[Slot]) -> dict[str, Slot]:
         return alone
     shared = Counter(slot.name for slot in slots)
     return {slot.name if shared[slot.name] == 1 else f"{slot.name}.{slot.tail}": slot for slot in slots}
+
+
+def constant_slot(name: str, shape: tuple[int, ...], value: float) -> Slot:
+    """A bare parameter that is neither trained nor saved: the options say what is in it."""
+    return Slot(name, shape, trainable=False, saved=False, value=value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,10 @@ from peftc.checkpoint.atomic import replace_files
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.integrations.transformers.data import Collator, Encoded
+from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import live_names
+from peftc.runtime.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
 RUN_NAME = "peftc_training.json"
@@ -112,7 +114,7 @@ def fit(
         args=_arguments(how, folder),
         train_dataset=_Rows(rows),
         data_collator=Collator(pad),
-        callbacks=[watcher],
+        callbacks=[watcher, AdapterSteps()],
     )
     trainer.remove_callback(PrinterCallback)  # prints each log record to stdout, where results go
     try:
@@ -158,7 +160,8 @@ class AdapterTrainer(Trainer):
             for item in sorted(made.iterdir()):
                 item.rename(stage / item.name)
             made.rmdir()
-            torch.save({name: tensor.detach() for name, tensor in _own(self._adapted).items()}, stage / ARCHIVES[0])
+            own = {name: tensor.detach() for name, tensor in _own(self._adapted).items()}
+            torch.save({"tensors": own, "steps": step_states(self._adapted.session)}, stage / ARCHIVES[0])
             (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
         try:
@@ -171,7 +174,8 @@ class AdapterTrainer(Trainer):
         stored = torch.load(Path(resume_from_checkpoint) / ARCHIVES[0], map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, tensor in _own(self._adapted).items():
-                tensor.copy_(stored[name])
+                tensor.copy_(stored["tensors"][name])
+        restore_step_states(self._adapted.session, stored["steps"])
 
 
 def _own(model: PeftModel) -> dict[str, Tensor]:
