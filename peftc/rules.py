@@ -159,6 +159,12 @@ NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that
 TASK_MISFIT = Rule(
     "PC433", "Task does not fit the model", "The virtual tokens would go to inputs that it does not have."
 )
+BLOCKS_ADJUSTED = Rule(
+    "PC446",
+    "Size of blocks adjusted",
+    "Blocks have to divide the features of each layer, so the nearest size that does is taken.",
+    WARNING,
+)
 
 # PC5xx: running models ----------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")

@@ -242,6 +242,10 @@ CASES: dict[str, Case] = {
         rules.RANK_BEYOND_LAYER, plan(r=9), ("rank 9", "2 more layers like it"),
         (sites, "kind.problems = tuple(tuner.check(", "kind.problems = () and tuple(tuner.check("),
     ),
+    "blocks that do not divide": warned(
+        rules.BLOCKS_ADJUSTED, plan(fail="blocks"), ("blocks of 4", "2 more layers like it"),
+        (sites, "kind.problems = tuple(tuner.check(", "kind.problems = () and tuple(tuner.check("),
+    ),
     "slots that raise": Case(
         rules.PLUGIN_RAISED, plan(fail="slots"), ("`slots` of SAMPLE raised ZeroDivisionError: no slots today", "model.layers.0"),
         (boundary, "        raise _raised(peft_type, function, path, error) from error", "        pass"),

@@ -153,6 +153,8 @@ class SampleTuner(MapTuner[SampleConfig]):
     def check(self, c: SampleConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
         if c.r > layer.out_features:
             yield rules.RANK_BEYOND_LAYER(f"rank {c.r} at `{path}`", fix="less", where=path)
+        if c.fail == "blocks":
+            yield rules.BLOCKS_ADJUSTED(f"blocks of 4 at `{path}`", fix="another size", where=path)
 
     def branch(self, a: View, x: Any, y0: Any) -> Any:
         raise NotImplementedError
