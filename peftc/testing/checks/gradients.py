@@ -40,7 +40,7 @@ def gradients_are_true(s: Subject) -> None:
             raise broken(what, "Do not detach; give a custom backward its exact derivative.", name)
 
 
-def _slope(s: Subject, model: PeftModel, slot: torch.nn.Parameter, way: Tensor, step: float = 1e-5) -> float:
+def _slope(s: Subject, model: PeftModel, slot: torch.nn.Parameter, way: Tensor, step: float = 1e-6) -> float:
     """Central difference of the functional that `Subject.grown` derives."""
     values = []
     for sign in (1.0, -1.0):
