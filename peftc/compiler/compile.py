@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc import rules
@@ -65,7 +65,7 @@ def compile_plan(
         draft = draft_adapter(graph, name, config, registry, options)
         found.add(*draft.problems)
         plans.append(frozen(name, draft))
-    found.add(*conflicts(plans, mixed))
+    found.add(*conflicts(plans, mixed, registry))
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
     nodes = graph.by_path
@@ -122,7 +122,9 @@ def frozen(name: str, draft: Draft) -> AdapterPlan:
     return AdapterPlan(name, str(config.peft_type), config, *sites)
 
 
-def conflicts(plans: Sequence[AdapterPlan], mixed: bool = False) -> tuple[Diagnostic, ...]:
+def conflicts(
+    plans: Sequence[AdapterPlan], mixed: bool = False, registry: Registry | None = None
+) -> tuple[Diagnostic, ...]:
     """What keeps these adapters from being on one model together; `mixed` lets methods that act on layers nest."""
     problems: list[Diagnostic] = []
     types = sorted({plan.peft_type for plan in plans})
@@ -131,6 +133,7 @@ def conflicts(plans: Sequence[AdapterPlan], mixed: bool = False) -> tuple[Diagno
     elif len(types) > 1:
         what = f"The adapters are of several methods: {', '.join(types)}"
         problems.append(rules.MIXED_TYPES(what, fix="Give each method a model, and a spec, of its own."))
+    problems += _unlike(plans, registry or default_registry())
     training = [plan.name for plan in plans if plan.trains]
     if training and len(plans) > 1:
         what = f"{listed(training)} trains biases of the base model, which all {len(plans)} adapters would see"
@@ -145,6 +148,20 @@ def conflicts(plans: Sequence[AdapterPlan], mixed: bool = False) -> tuple[Diagno
                 fix = "Adapt it, or train it whole, in both."
                 problems.append(rules.ADAPTERS_CONFLICT(what, fix=fix, where=hit))
     return tuple(problems)
+
+
+def _unlike(plans: Sequence[AdapterPlan], registry: Registry) -> Iterator[Diagnostic]:
+    """Options that a method's adapters on one model must have in common, and have not."""
+    first: dict[str, AdapterPlan] = {}
+    for plan in plans:
+        other = first.setdefault(plan.peft_type, plan)
+        for name in registry.get(plan.peft_type).alike if other is not plan else ():
+            own, others = getattr(plan.config, name), getattr(other.config, name)
+            if own != others:
+                what = f"`{name}` is `{own}` for `{plan.name}` and `{others}` for `{other.name}`"
+                why = f"All adapters of {plan.peft_type} on a model have it alike, here and in other libraries."
+                fix = f"Give both the same `{name}`, or each a model of its own."
+                yield rules.ADAPTERS_CONFLICT(what, why=why, fix=fix, where=f"$.adapters.{plan.name}.{name}")
 
 
 def cannot_mix(peft_type: str) -> Diagnostic:

@@ -208,7 +208,8 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> 
     name = context.method.peft_type
     wrong = [f"`{s.name}` has the shape {list(s.shape)}" for s in slots if any(size < 1 for size in s.shape)]
     if not context.method.is_prompt:
-        stray = [s.name for s in slots if s.saved and not s.name.startswith(context.method.prefix)]
+        named = [slot for slot in slots if slot.saved and not slot.derived]
+        stray = [slot.name for slot in named if not slot.name.startswith(context.method.prefix)]
         wrong += [f"`{slot}` does not begin with `{context.method.prefix}`" for slot in stray]
     if context.method.module_tuner is None:
         wrong += [f"`{s.name}` is not named by its adapter, and is not around a module" for s in slots if not s.named]

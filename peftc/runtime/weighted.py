@@ -294,7 +294,8 @@ def _own_way(member: _Member, how: Recipe) -> Mapping[str, Tensor]:
     site, part = member.site, member.layer.part(member.names[0])
     views = [member.layer.part(name).view for name in member.names]
     slots = {label: [view[label].detach() for view in views] for label in labelled(site.slots)}
-    weights = [how.weights[name] for name in member.names]
+    own = member.tuner.scaling(site.config, site.layer)  # the new adapter's; those of others count with their weights
+    weights = [how.weights[view.adapter] * float(view.scaling) / own for view in views]
     with torch.no_grad():
         result: Mapping[str, Tensor] = part.lowering("combine")(site.config, slots, weights)
     return result

@@ -222,7 +222,7 @@ class TunerMethod:
     )
     #: all that a function in `tuner` may choose
     choices: tuple[MapTuner[Any], ...] = field(default=(), kw_only=True)
-    #: what every slot's name begins with (`"lora_"`); empty for prompts
+    #: what the name of every slot that is a parameter begins with (`"lora_"`); empty for prompts
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
     layer_names: tuple[str, ...] = ()
@@ -241,6 +241,8 @@ class TunerMethod:
     exports: Mapping[str, Any] = field(default_factory=dict)
     #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`
     default_targets: Mapping[str, str] = field(default_factory=dict)
+    #: options that all adapters of the method on one model must have alike
+    alike: tuple[str, ...] = ()
     summary: str = ""
     paper: str = ""
     #: tags that the hub knows the method by; they go into the model card

@@ -93,7 +93,9 @@ class TwinTuner(MapTuner[TwinConfig]):
 
 
 METHODS = (
-    TunerMethod("COMMON", CommonConfig, CommonTuner(), prefix="common_", layer_names=("common_d", "common_B")),
+    TunerMethod(
+        "COMMON", CommonConfig, CommonTuner(), prefix="common_", layer_names=("common_d", "common_B"), alike=("seed",)
+    ),
     TunerMethod("TWIN", TwinConfig, TwinTuner(), prefix="twin_", layer_names=("twin_delta",)),
 )
 

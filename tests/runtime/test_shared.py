@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from peftc import (
     PeftcError,
     PeftModel,
+    compile_plan,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peftc.compiler import compile as compiling
 from peftc.compiler.cost import file_bytes
 from peftc.compiler.serial import plan_from_text, plan_to_text
 from peftc.model.hotswap import hotswap_adapter
 from peftc.runtime.apply import session_of
 from peftc.runtime.planning import plan_for
+from peftc.runtime.snapshot import snapshot
+from tests.defects import put_defect
 from tests.runtime import methods
 from tests.runtime.methods import Net, x
 from tests.runtime.shared import CommonConfig, Tied, common, registered, twin
@@ -289,6 +293,18 @@ def test_tied_slots_load_and_copy(tmp_path: Path) -> None:
     set_peft_model_state_dict(hollow, get_peft_model_state_dict(model), low_cpu_mem_usage=True)
     assert hollow.table.twin_delta["default"] is hollow.head.twin_delta["default"]
     assert not hollow.table.twin_delta["default"].is_meta
+
+
+def test_options_that_all_adapters_must_have_alike(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(net, common())
+    names = set(model.state_dict())
+    with pytest.raises(PeftcError, match=r"(?s)PC431.*`seed` is `1` for `other` and `0` for `default`"):
+        model.add_adapter("other", common(seed=1))
+    assert set(model.state_dict()) == names
+    with pytest.raises(PeftcError, match="PC431"):
+        compile_plan(snapshot(Net()), {"a": common(), "b": common(seed=1)})
+    put_defect(monkeypatch, compiling, "            if own != others:", "            if False:")
+    model.add_adapter("other", common(seed=1))
 
 
 def test_a_key_of_the_methods_own_shares_and_shapes_must_agree() -> None:
