@@ -78,7 +78,26 @@ def compose(under: Under, parts: Sequence[Part]) -> Path:
     path: Path = under.base
     for part in parts:
         path = _step(path, under, part)
+    if under.base is under.inner and all(_is_dense(part) for part in parts):
+        return _where_precise(under, _through_parameters(under, parts), path)
     return path
+
+
+def _is_dense(part: Part) -> bool:
+    """Whether changed parameters cost less than the update beside the layer, and do the same."""
+    return part.tuner.branch_is_dense and "params" in part.tuner.lowerings and part.dropout is None
+
+
+def _where_precise(under: Under, through: Path, beside: Path) -> Path:
+    """Changed parameters where the base weight has at least single precision now, updates beside the base elsewhere."""
+    parameters = under.inner._parameters
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        weight = parameters["weight"]
+        precise = weight is not None and weight.is_floating_point() and weight.dtype.itemsize >= 4
+        return (through if precise else beside)(*args, **kwargs)
+
+    return run
 
 
 def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:

@@ -48,6 +48,9 @@ class MapTuner(ABC, Generic[C]):
     additive: ClassVar[bool] = False
     #: whether `output` acts on `W x` alone, and the layer's bias is added afterwards as it is
     spares_bias: ClassVar[bool] = False
+    #: whether `branch` costs as much as the layer itself: then `params` serves where the base is not in half precision,
+    #: in which small changes of a weight would be rounded away
+    branch_is_dense: ClassVar[bool] = False
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
     #: names of the further seams that it gives, likewise
