@@ -207,6 +207,9 @@ NO_STEPS = Rule("PC518", "Nothing takes steps", "The call would do nothing.")
 SCHEDULE = Rule(
     "PC519", "Schedule does not fit the training", "What is due at a step that never comes does not happen.", WARNING
 )
+ROW_VALUES = Rule(
+    "PC520", "Call does not give what an adapter reads", "It computes each row by a value that the call gives for it."
+)
 INPUT_IGNORED = Rule(
     "PC527", "Part of the call is ignored", "It does not fit an input with virtual tokens in front.", WARNING
 )

@@ -18,6 +18,7 @@ from peftc.model.injected import adapters_of, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer import BaseTunerLayer, TunerLayer
 from peftc.runtime.steps import take
+from peftc.runtime.values import taken, values_given
 from peftc.tuner.method import MapTuner
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -133,6 +134,23 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.cast_input_dtype_enabled = enabled
+
+
+@contextmanager
+def row_values(model: nn.Module, **values: Any) -> Iterator[None]:
+    """Within the block calls of a model that was adapted in place, or of any of its parts, have these values for the rows
+    of their batch, such as `task_ids=[0, 2]`. Calls of a `PeftModel` can take them as keywords.
+
+    Raises `PeftcError` for values that no adapter of the model reads, or that do not fit.
+    """
+    session = adapters_of(model)
+    given = dict(values)
+    found = taken(session, given)
+    if given:
+        what = f"No adapter of the model reads `{next(iter(given))}`"
+        raise PeftcError(rules.ROW_VALUES(what, fix="Leave it out."))
+    with values_given(session, found, (), {}):
+        yield
 
 
 # adapters of any model ------------------------------------------------------------------------------------------------

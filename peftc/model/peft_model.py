@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -35,6 +35,7 @@ from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished
 from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.values import taken, values_given
 
 DEFAULT = files.AT_ROOT
 
@@ -125,11 +126,12 @@ class PeftModel(PromptsMixin, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters in effect.
 
-        `adapter_names` names an adapter for each row instead, active or not, or `"__base__"` for the base model.
+        `adapter_names` names an adapter for each row instead, active or not, or `"__base__"` for the base model. Keywords
+        that an adapter reads (`task_ids`) are not passed on.
         """
-        names = kwargs.pop(ADAPTER_NAMES, None)
-        if names is not None:
-            with rows_named(self.session, names, args, kwargs):
+        opened = self._opened(args, kwargs)
+        if opened is not None:
+            with opened:
                 return self.get_base_model()(*args, **kwargs)
         driver = self._driver()
         outputs = self.get_base_model()(*args, **self._plain(kwargs)) if driver is None else driver(args, kwargs)
@@ -138,14 +140,26 @@ class PeftModel(PromptsMixin, nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generation with the active adapters in effect; `adapter_names` as in `forward`."""
         base = self.get_base_model()
-        names = kwargs.pop(ADAPTER_NAMES, None)
-        if names is not None:
-            with rows_named(self.session, names, args, kwargs, expansion(base, kwargs)):
+        opened = self._opened(args, kwargs, expansion(base, kwargs))
+        if opened is not None:
+            with opened:
                 return base.generate(*args, **kwargs)  # type: ignore[operator]
         driver = self._driver()
         if driver is not None:
             return driver.generate(args, kwargs)
         return self.get_base_model().generate(*args, **self._plain(kwargs))  # type: ignore[operator]
+
+    def _opened(
+        self, args: Sequence[Any], kwargs: dict[str, Any], expand: int = 1
+    ) -> AbstractContextManager[None] | None:
+        """What the call is made in, if rows differ in it; keywords that say how are taken off. Raises `PeftcError`."""
+        names = kwargs.pop(ADAPTER_NAMES, None)
+        session: Session | None = self.__dict__.get("_session")
+        values = taken(session, kwargs) if session is not None and session.readers else {}
+        if names is not None:
+            return rows_named(self.session, names, args, kwargs, expand, values)
+        reads = session is not None and session.readers
+        return values_given(self.session, values, args, kwargs, expand) if reads else None
 
     def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords of a call without those that only a prompt understands."""

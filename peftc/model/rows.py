@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,28 +13,38 @@ from peftc import rules
 from peftc.diagnostics import Collector, Diagnostic, PeftcError
 from peftc.runtime.call import BASE, Call, rows_differ
 from peftc.runtime.session import Session
+from peftc.runtime.values import problems as of_values
+from peftc.runtime.values import rows_of
 
 #: the keyword that names adapters by row
 ADAPTER_NAMES = "adapter_names"
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @contextmanager
 def rows_named(
-    session: Session, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], expand: int = 1
+    session: Session,
+    names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    expand: int = 1,
+    values: Mapping[str, Tensor] = NONE,
 ) -> Iterator[None]:
     """Within, row `i` of a batch is computed with the adapter `names[i]`, or with the base model for `"__base__"`.
 
-    Adapters need not be active; while all are disabled, every row is the base model's. `args` and `kwargs` are the call's; `expand` is how often generation repeats each row.
+    Adapters need not be active; while all are disabled, every row is the base model's. `args` and `kwargs` are the call's; `expand` is
+    how often generation repeats each row; `values` are what adapters read of the call.
     Raises `PeftcError` with every problem: names that are not there, too many or too few, merged adapters, prompts.
     """
     problems = Collector()
     problems.add(*_problems(session, names, args, kwargs))
+    problems.add(*of_values(session, values, names if session.enabled else (), args, kwargs))
     problems.raise_errors()
     session.let_rows_differ()
     if not session.enabled:
         yield
         return
-    with session.shared.opened(Call(tuple(names), expand)):
+    with session.shared.opened(Call(tuple(names), expand, values)):
         yield
 
 
@@ -58,9 +69,9 @@ def _problems(
         if acts and not plan.nests:
             what = f"`{name}` adapts the whole call, not single rows"
             yield rules.CALL_NOT_POSSIBLE(what, why="Rows share one call.", fix="Call the model without row names.")
-    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
-    if first is not None and first.shape[0] != len(names):
-        yield rows_differ(len(names), first.shape[0], "the batch has")
+    rows = rows_of(args, kwargs)
+    if rows is not None and rows != len(names):
+        yield rows_differ(len(names), rows, "the batch has")
 
 
 def expansion(model: nn.Module, kwargs: Mapping[str, Any]) -> int:

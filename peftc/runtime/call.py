@@ -1,4 +1,4 @@
-"""What one call of an adapted model knows: which adapter each row is for. Layers read it where they need it.
+"""What one call of an adapted model knows: which adapter each row is for, and values by row that methods read.
 
 A call is open in the thread that runs it. Activation checkpointing repeats part of it later, during backward and perhaps
 in another thread: what is repeated sees the calls that were open when it ran first.
@@ -6,7 +6,7 @@ in another thread: what is repeated sees the calls that were open when it ran fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,11 +26,13 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Call:
-    """One call. `adapters` names the adapter of each row, `BASE` for none; `expand` is how often generation repeats each
-    row (beams, several answers): what comes before the repetition, as an encoder, still has the rows as they were."""
+    """One call. `adapters` names the adapter of each row, `BASE` for none; without any, the active ones are for all rows.
+    `expand` is how often generation repeats each row (beams, several answers): what comes before the repetition, as an
+    encoder, still has the rows as they were. `values` are what methods read of the call: keyword -> one value per row."""
 
-    adapters: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
     expand: int = 1
+    values: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     _indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     _orders: dict[tuple[tuple[str, ...], int, torch.device], Tensor | None] = field(
         default_factory=dict, compare=False, repr=False
@@ -60,6 +62,23 @@ class Call:
             self._orders[key] = None if stands else together
         return self._orders[key]
 
+    def value(self, name: str, count: int, device: torch.device) -> Tensor | None:
+        """A value for each row of a batch of `count`, or None if the call does not give it. Raises `PeftcError` if it
+        gives another number of them."""
+        given = self.values.get(name)
+        if given is None:
+            return None
+        times = count // max(1, given.shape[0])
+        if times not in (1, self.expand) or times * given.shape[0] != count:
+            raise PeftcError(values_differ(name, given.shape[0], count, "a layer gets"))
+        given = given.to(device)
+        return given if times == 1 else given.repeat_interleave(times, dim=0)
+
+    def only(self, rows: Tensor, count: int) -> Call:
+        """What the call gives for some rows of a batch of `count`."""
+        own = {name: self.value(name, count, rows.device) for name in self.values}
+        return Call(values={name: value[rows] for name, value in own.items() if value is not None})
+
     def _places(self, count: int) -> dict[str, list[int]]:
         times = count // max(1, len(self.adapters))
         if times not in (1, self.expand) or times * len(self.adapters) != count:
@@ -76,6 +95,12 @@ def rows_differ(names: int, rows: int, who: str) -> Any:
     return rules.ROWS_DIFFER(what, fix=f"Name one adapter for each row, or `{BASE}` for the base model.")
 
 
+def values_differ(name: str, values: int, rows: int, who: str) -> Any:
+    """The diagnostic for a batch of another size than the values that were given for its rows."""
+    what = f"`{name}` has {values} value{'s' * (values != 1)}, but {who} {rows} row{'s' * (rows != 1)}"
+    return rules.ROW_VALUES(what, fix=f"Give `{name}` one value for each row of the batch.")
+
+
 class Shared:
     """What the layers of one model have in common: which adapters are active, and the open call."""
 
@@ -85,15 +110,26 @@ class Shared:
         self.by_rows = False
         #: whether any layer has merged since all were unmerged
         self.merges = False
+        #: the open call while a graph is traced, which is done in one thread and cannot look at context variables
+        self._traced: Call | None = None
 
     @property
     def call(self) -> Call | None:
         """The call of this model that is open here, the innermost one."""
+        if self._traced is not None and torch.compiler.is_compiling():
+            return self._traced
         return next((call for shared, call in reversed(_OPEN.get()) if shared is self), None)
 
     @contextmanager
     def opened(self, call: Call) -> Iterator[None]:
         """Have a call open in this thread."""
+        if torch.compiler.is_compiling():
+            before, self._traced = self._traced, call
+            try:
+                yield
+            finally:
+                self._traced = before
+            return
         _let_checkpoints_rebind()
         token = _OPEN.set((*_OPEN.get(), (self, call)))
         try:

@@ -20,7 +20,7 @@ from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
-from peftc.runtime.call import Shared
+from peftc.runtime.call import Call, Shared
 from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
@@ -149,6 +149,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.__dict__["_shared"] = shared
         if shared.by_rows:
             self._choose_path()
+
+    @property
+    def call(self) -> Call | None:
+        """The call of the model that is open here."""
+        return self._shared.call
 
     def parameters_of(self, adapter: str) -> Iterable[tuple[bool, Tensor]]:
         """The adapter's tensors, derived ones included, each with whether its slot is trainable."""

@@ -7,6 +7,8 @@ Only a method that can do nothing but change parameters has the base layer run a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,13 +40,21 @@ def by_rows(plain: Path, shared: Shared, under: Under, parts: Mapping[str, Part]
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = shared.call
-        return plain(x, *args, **kwargs) if call is None else _grouped(call, under, parts, x, args, kwargs)
+        if call is None or not call.adapters:
+            return plain(x, *args, **kwargs)
+        return _grouped(shared, call, under, parts, x, args, kwargs)
 
     return run
 
 
 def _grouped(
-    call: Call, under: Under, parts: Mapping[str, Part], x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    shared: Shared,
+    call: Call,
+    under: Under,
+    parts: Mapping[str, Part],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Tensor:
     if parts.keys().isdisjoint(call.adapters):
         return under.base(x, *args, **kwargs)  # type: ignore[no-any-return]  # as every layer's
@@ -55,15 +65,17 @@ def _grouped(
         return _each_whole(under, groups, (x, *args), kwargs)
     beside = [group for group in groups if has_functional_form(group[0].tuner, under.backend)]
     thin = [group for group in beside if "thin" in group[0].tuner.lowerings]
-    y: Tensor = under.base(_mapped(x, beside, "input", lambda part: change_of_input(under, part)), *args, **kwargs)
+    own = partial(_rows_only, shared, call, x.shape[0])
+    y: Tensor = under.base(_mapped(x, beside, "input", lambda part: change_of_input(under, part), own), *args, **kwargs)
     if thin:
         y = _fused(call, y, x, thin) if under.backend.is_plain_linear else _each_thin(y, x, under, thin)
     for part, index in beside:
         if _by_branch(part):
-            y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
+            with own(part, index):
+                y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
         elif "vectors" in part.tuner.lowerings:
             y = y.index_copy(0, index, exchange_of_vectors(under, part)(x[index], y[index]))
-    y = _mapped(y, beside, "output", lambda part: change_of_output(under, part))
+    y = _mapped(y, beside, "output", lambda part: change_of_output(under, part), own)
     for part, index in groups:
         if not has_functional_form(part.tuner, under.backend):
             y = y.index_copy(0, index, through_parameters(under, [part], (x[index], *args), kwargs))
@@ -81,14 +93,24 @@ def _each_whole(under: Under, groups: Sequence[Group], args: tuple[Any, ...], kw
     return y
 
 
+def _rows_only(shared: Shared, call: Call, count: int, part: Part, index: Tensor) -> AbstractContextManager[None]:
+    """Where a method that reads values of the call finds those of its rows."""
+    return shared.opened(call.only(index, count)) if part.tuner.keywords else nullcontext()
+
+
 def _mapped(
-    x: Tensor, groups: Sequence[Group], name: str, change_of: Callable[[Part], Callable[[Tensor], Tensor]]
+    x: Tensor,
+    groups: Sequence[Group],
+    name: str,
+    change_of: Callable[[Part], Callable[[Tensor], Tensor]],
+    own: Callable[[Part, Tensor], AbstractContextManager[None]],
 ) -> Tensor:
     """The rows of methods that act by a map of the input, or of the output, mapped."""
     for part, index in groups:
         given = part.tuner.lowerings
         if name in given and not given & {"thin", "branch"}:
-            x = x.index_copy(0, index, change_of(part)(x[index]))
+            with own(part, index):
+                x = x.index_copy(0, index, change_of(part)(x[index]))
     return x
 
 

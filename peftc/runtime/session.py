@@ -64,6 +64,8 @@ class Session:
         #: what methods of adapters give beside their mathematics, and what steps of training left behind
         self.seams: dict[str, frozenset[str]] = {}
         self.steps: dict[str, StepState] = {}
+        #: adapters that read values of calls by row, with the mathematics that says which
+        self.readers: dict[str, MapTuner[Any]] = {}
         #: base tensors that an adapter's training or loading changes, as they were before
         self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         #: of a model that was adapted in place, the configs that it shows as `peft_config`
@@ -109,6 +111,9 @@ class Session:
                 journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
             self._change_base(plan, source, journal)
+            readers = [tuner for tuner in tuners.values() if tuner.keywords]
+            if readers:
+                self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
 
@@ -371,6 +376,7 @@ class Session:
             copy.delete_adapter(name)
         del self.plans[name], self.seams[name]
         self.steps.pop(name, None)
+        self.readers.pop(name, None)
         _restore(self.base_before.pop(name))
         self._activate([n for n in self.active if n != name])
 
@@ -433,7 +439,7 @@ class Session:
             _restore(before)
         self.stores.clear()
         self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
-        self.seams, self.steps, self.requiring, self.active = {}, {}, set(), ()
+        self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""

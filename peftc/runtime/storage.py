@@ -21,6 +21,7 @@ from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
+from peftc.runtime.call import Call
 from peftc.tuner.slots import Container, Slot, labelled
 
 
@@ -238,6 +239,9 @@ class Owner(Protocol):
 
     def pristine(self) -> Mapping[str, Tensor]: ...
 
+    @property
+    def call(self) -> Call | None: ...
+
 
 def derived(
     site: MapSite | ModuleSite, device: torch.device, derive: Callable[[dict[str, Slot]], Mapping[str, Tensor]]
@@ -319,6 +323,18 @@ class LayerView:
         container, key = self._slots[label]
         tensor: Tensor = container[key]
         return tensor
+
+    def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
+        """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""
+        call = self._owner.call
+        given = None if call is None else call.value(name, x.shape[0], x.device)
+        if given is not None:
+            return given
+        if default is None:
+            what = f"`{self.adapter}` reads `{name}`, which the call does not give"
+            fix = f"Call the model with `{name}`, one value for each row."
+            raise PeftcError(rules.ROW_VALUES(what, fix=fix))
+        return torch.full((x.shape[0],), default, device=x.device)
 
     def __getattr__(self, name: str) -> Tensor:
         """Slots are properties of the class that `view_class` makes; here comes what is none."""

@@ -22,6 +22,7 @@ from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
 from peftc.runtime.ties import refuse_parting
+from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
 
 #: The config of a model without one.
@@ -74,9 +75,14 @@ class TunerModel(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's; in training the loss has what methods add to it."""
-        outputs = self.model(*args, **kwargs)
-        return finished(session_of(self.model), outputs) if self.training else outputs
+        """The base model's, without keywords that an adapter reads; in training the loss has what methods add to it."""
+        session = session_of(self.model)
+        if session is not None and session.readers:
+            with values_given(session, taken(session, kwargs), args, kwargs):
+                outputs = self.model(*args, **kwargs)
+        else:
+            outputs = self.model(*args, **kwargs)
+        return finished(session, outputs) if self.training else outputs
 
     def take_step(self, step: int) -> tuple[str, ...]:
         """Let methods that act after steps of training do so: call it after the backward of optimiser step `step`, counted

@@ -39,6 +39,16 @@ def on_layers(s: Subject) -> bool:
     return s.method.adapts_layers
 
 
+def in_weights(s: Subject) -> bool:
+    """Methods that can be folded into weights."""
+    return s.merges
+
+
+def on_features(s: Subject) -> bool:
+    """Methods that act on each token by itself."""
+    return s.method.adapts_layers and not s.values
+
+
 def in_the_model(s: Subject) -> bool:
     """Methods that need no wrapper round the model."""
     return not s.method.is_prompt
@@ -56,7 +66,7 @@ def around_modules_of_blocks(s: Subject) -> bool:
 
 def without_a_merged_form(s: Subject) -> bool:
     """Methods that do not change weights."""
-    return not s.method.adapts_layers
+    return not s.merges
 
 
 def first_options(s: Subject) -> bool:
@@ -130,12 +140,12 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (effect.starts_from_the_seed, everywhere),
     (calls.calls_change_nothing, everywhere),
     (effect.disabled_is_base, everywhere),
-    (effect.merged_equals_unmerged, on_layers),
-    (effect.unmerging_restores, on_layers),
-    (effect.merging_leaves_tensors_alone, on_layers),
+    (effect.merged_equals_unmerged, in_weights),
+    (effect.unmerging_restores, in_weights),
+    (effect.merging_leaves_tensors_alone, in_weights),
     (effect.lowerings_agree, on_layers),
     (effect.combining_adds_updates, on_layers),
-    (effect.any_leading_shape, on_layers),
+    (effect.any_leading_shape, on_features),
     (effect.half_precision_bases, everywhere),
     (effect.compiles, quick_to_compile),
     (gradients.gradients_in_slots_only, everywhere),
@@ -145,7 +155,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (lifecycle.saving_and_loading_is_exact, everywhere),
     (lifecycle.adapters_do_not_leak, everywhere),
     (lifecycle.rows_are_as_alone, on_layers),
-    (lifecycle.several_active_merge_alike, on_layers),
+    (lifecycle.several_active_merge_alike, in_weights),
     (lifecycle.deleting_leaves_nothing, everywhere),
     (lifecycle.unloading_restores, everywhere),
     (lifecycle.copies_are_equal_and_apart, everywhere),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
 from peftc.graph.nodes import Kind, ModuleNode
+from peftc.model.assistance import row_values
 from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
+from peftc.runtime.apply import session_of
 from peftc.runtime.layer import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
@@ -96,11 +98,35 @@ class Subject:
         tasks = tuner.tasks(self.config()) if isinstance(tuner, PromptTuner) else None
         if tasks is not None and isinstance(model, PeftModel):
             given["task_ids"] = torch.arange(given["input_ids"].shape[0]) % tasks
-        return given
+        return given | (self.values if isinstance(model, PeftModel) else {})
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """What the method reads of a call, for the rows of the model's inputs."""
+        rows = next(iter(self.model.arguments().values())).shape[0]
+        values = self.method.example_values(self.config(), rows)
+        return {name: torch.tensor(value) for name, value in values.items()}
+
+    @property
+    def merges(self) -> bool:
+        """Whether adapters can be folded into weights."""
+        if not self.method.adapts_layers:
+            return False
+        config = self.config()
+        nodes = [node for node in self.model.graph.nodes if self.targets is None or node.path in self.targets]
+        return any(
+            self.method.tuner_for(config, node).is_mergeable for node in nodes if _fits(self.method, config, node)
+        )
+
+    def calling(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Where layers of the model, or a model adapted in place, can be called by themselves."""
+        return row_values(model, **self.values) if self.values else nullcontext()
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
         """The model's output for the model's inputs, with gradients if they are on."""
-        out = model(**self.arguments(model, dtype), **options)
+        in_place = not isinstance(model, PeftModel) and session_of(model) is not None
+        with self.calling(model) if in_place else nullcontext():
+            out = model(**self.arguments(model, dtype), **options)
         return out if isinstance(out, Tensor) else out.logits
 
     def rows(self, model: nn.Module, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:

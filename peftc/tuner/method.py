@@ -51,6 +51,9 @@ class MapTuner(ABC, Generic[C]):
     #: whether `branch` costs as much as the layer itself: then `params` serves where the base is not in half precision,
     #: in which small changes of a weight would be rounded away
     branch_is_dense: ClassVar[bool] = False
+    #: keywords of a call, with one value per row, that are for the method alone: `branch`, `input` and `output` read them
+    #: by `a.of_rows`
+    keywords: ClassVar[tuple[str, ...]] = ()
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
     #: names of the further seams that it gives, likewise
@@ -98,6 +101,10 @@ class MapTuner(ABC, Generic[C]):
     def clash(self, c: C, other: C) -> str:
         """What keeps two adapters with these options from acting on one layer at once; empty if nothing does."""
         return ""
+
+    def check_call(self, c: C, values: Mapping[str, Tensor]) -> Iterable[Diagnostic]:
+        """Problems of what a call gives for the `keywords`, which may be nothing. Values are integers `(rows,)`."""
+        return ()
 
     # combining ----------------------------------------------------------------------------------------------------
 
@@ -206,6 +213,11 @@ def nothing_left_out(config: Any, graph: ModuleGraph) -> Mapping[str, Any]:
     return {}
 
 
+def no_values(config: Any, rows: int) -> Mapping[str, Sequence[int]]:
+    """The default of methods that read nothing of a call."""
+    return {}
+
+
 @dataclass(frozen=True)
 class TunerMethod:
     """A method's record: all that the core knows of it.
@@ -252,6 +264,8 @@ class TunerMethod:
     tags: tuple[str, ...] = ()
     #: configs that the conformance kit uses besides its own
     examples: tuple[Mapping[str, Any], ...] = ()
+    #: what the kit's calls give for the mathematics' `keywords`: options and number of rows -> values by keyword
+    example_values: Callable[[Any, int], Mapping[str, Sequence[int]]] = no_values
     #: problems of the options that need no model: contradictions, options this version does not have
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
     #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises

@@ -44,6 +44,12 @@ class View(Protocol):
 
     def __getitem__(self, label: str) -> Tensor: ...
 
+    def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
+        """What the call gives for each row of `x`, by one of the method's `keywords`: `(rows,)`, on the device of `x`.
+
+        Raises `PeftcError` if the call gives none and there is no default, or another number of them.
+        """
+
     def __getattr__(self, slot: str) -> Tensor: ...
 
 

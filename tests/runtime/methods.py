@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftc import PeftModel, get_peft_model
 from peftc.plugin import (
     LINEAR_KINDS,
+    Diagnostic,
     LayerFacts,
     MapTuner,
     ModulesToSaveMixin,
@@ -30,6 +31,7 @@ from peftc.plugin import (
     View,
     module_slot,
     parameter_slot,
+    rules,
 )
 from peftc.registry.manager import default_registry
 from peftc.testing.models import MODELS
@@ -90,6 +92,34 @@ class StretchTuner(MapTuner[StretchConfig]):
 
     def output(self, a: View, y: Tensor) -> Tensor:
         return y * a.stretch_l
+
+
+class TintConfig(TargetsMixin, PeftConfig):
+    """Options of an output that depends on what the call gives."""
+
+    peft_type: PeftType | None = PeftType("TINT")
+    colours: int = 3
+
+
+class TintTuner(MapTuner[TintConfig]):
+    """`y = W x + b + t_c`, with the row's colour c; twice as much in training."""
+
+    supports = LINEAR_KINDS
+    keywords = ("colours",)
+
+    def slots(self, c: TintConfig, layer: LayerFacts) -> Iterable[Slot]:
+        yield parameter_slot("tint_t", (c.colours, layer.out_features))
+
+    def check_call(self, c: TintConfig, values: Mapping[str, Tensor]) -> Iterable[Diagnostic]:
+        if "colours" in values and int(values["colours"].max()) >= c.colours:
+            yield rules.ROW_VALUES("There is no such colour", fix="Use another.")
+
+    def init(self, c: TintConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        init.normal(slots["tint_t"])
+
+    def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
+        tints = a.tint_t[a.of_rows("colours", x)] * (2.0 if a.training else 1.0)
+        return tints.view(len(x), *[1] * (y0.dim() - 2), -1)
 
 
 class PrefaceConfig(PromptLearningConfig):
@@ -175,6 +205,7 @@ class MadeTuner(PrefaceTuner):
 METHODS = (
     TunerMethod("NARROW", NarrowConfig, NarrowTuner(), prefix="narrow_", layer_names=("narrow_A", "narrow_B")),
     TunerMethod("STRETCH", StretchConfig, StretchTuner(), prefix="stretch_", layer_names=("stretch_l",)),
+    TunerMethod("TINT", TintConfig, TintTuner(), prefix="tint_", layer_names=("tint_t",)),
     TunerMethod("PREFACE", PrefaceConfig, PrefaceTuner(), prefix=""),
     TunerMethod("STORED", StoredConfig, StoredTuner(), prefix=""),
     TunerMethod("SHARED", SharedConfig, SharedTuner(), prefix=""),
@@ -221,6 +252,10 @@ def narrow(**options: Any) -> NarrowConfig:
 
 def stretch(**options: Any) -> StretchConfig:
     return StretchConfig(**{"target_modules": ["first"], **options})
+
+
+def tint(**options: Any) -> TintConfig:
+    return TintConfig(**{"target_modules": ["first", "head"], **options})
 
 
 def preface(kind: str = "PREFACE", **options: Any) -> PrefaceConfig:

@@ -34,15 +34,16 @@ from peftc import (
 from peftc.compiler import compile as compiling
 from peftc.compiler import select
 from peftc.diagnostics import Rule
-from peftc.model import base_state, files, hotswap, injected, mapping, mixed, prompts, rows, state
+from peftc.model import assistance, base_state, files, hotswap, injected, mapping, mixed, prompts, rows, state
 from peftc.model import peft_model as runtime_model
-from peftc.runtime import apply, call, layer, planning, session, weighted
+from peftc.model.assistance import row_values
+from peftc.runtime import apply, call, layer, planning, session, storage, values, weighted
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.prompt import cache, driver, encoder
 from peftc.runtime.snapshot import snapshot
 from tests.defects import put_defect
-from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, x
+from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, tint, x
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def nested() -> PeftModel:
     model.add_adapter("other", stretch())
     model.set_adapter(["default", "other"])
     return model
+
+
+def two_colours_of_a_layer(model: PeftModel) -> Tensor:
+    with model.session.shared.opened(Call(values={"colours": torch.tensor([0, 1])})):
+        return model.get_base_model()(x())
 
 
 def two_rows_of_a_layer(model: PeftModel) -> Tensor:
@@ -385,11 +391,35 @@ CASES = {
     ),
     "fewer names than rows": Case(
         rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names=["default"]),
-        (rows, "if first is not None and first.shape[0] != len(names):", "if False:"), "1 adapter names, but the batch has 5 rows",
+        (rows, "if rows is not None and rows != len(names):", "if False:"), "1 adapter names, but the batch has 5 rows",
     ),
     "fewer names than rows, as a layer sees it": Case(
         rules.ROWS_DIFFER, adapted, two_rows_of_a_layer,
         (call, "if times not in (1, self.expand) or times * len(self.adapters) != count:", "if False:"), "2 adapter names, but a layer gets 5 rows",
+    ),
+    "a value by row that is missing": Case(
+        rules.ROW_VALUES, lambda: adapted(tint()), lambda m: m(x()),
+        (storage, "if default is None:", "if False:"), "`default` reads `colours`, which the call does not give",
+    ),
+    "fewer values than rows": Case(
+        rules.ROW_VALUES, lambda: adapted(tint()), lambda m: m(x(), colours=[0, 1]),
+        (values, "if rows is not None and value.shape[0] != rows:", "if False:"), "`colours` has 2 values, but the batch has 5 rows",
+    ),
+    "fewer values than rows, as a layer sees it": Case(
+        rules.ROW_VALUES, lambda: adapted(tint()), two_colours_of_a_layer,
+        (call, "if times not in (1, self.expand) or times * given.shape[0] != count:", "if False:"), "`colours` has 2 values, but a layer gets 5 rows",
+    ),
+    "values that are no whole numbers": Case(
+        rules.ROW_VALUES, lambda: adapted(tint()), lambda m: m(x(), colours=[0.5] * 5),
+        (values, "found.is_floating_point()", "False"), "`colours` is not a list of whole numbers",
+    ),
+    "a value that the method refuses": Case(
+        rules.ROW_VALUES, lambda: adapted(tint()), lambda m: m(x(), colours=[0, 1, 2, 3, 0]),
+        (values, "if tuner is not None:", "if False:"), "There is no such colour",
+    ),
+    "a value that nothing reads": Case(
+        rules.ROW_VALUES, lambda: adapted(tint()), lambda m: row_values(m, hues=[0] * 5).__enter__(),
+        (assistance, "if given:", "if False:"), "No adapter of the model reads `hues`",
     ),
     "names that are none": Case(
         rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names="defau"),

@@ -96,7 +96,7 @@ def lowerings_agree(s: Subject) -> None:
     """The core picks the cheapest lowering that fits; which one it is must not matter."""
     model = s.trained(dtype=torch.float64)
     for path, layer, args in _layer_calls(s, model):
-        with torch.no_grad():
+        with torch.no_grad(), s.calling(model):
             results = dict(_each_way(layer, args))
             results["the layer"] = layer(*args)
         first, *others = results
