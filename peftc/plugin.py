@@ -25,6 +25,7 @@ from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
+from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
@@ -74,6 +75,8 @@ def convert_adapter(
 __all__ = [
     "CONV_KINDS",
     "LINEAR_KINDS",
+    "CallTuner",
+    "CallView",
     "Changes",
     "ConfigModel",
     "Container",
@@ -100,6 +103,7 @@ __all__ = [
     "PromptView",
     "RankMixin",
     "Rule",
+    "Run",
     "Severity",
     "Share",
     "Slot",

@@ -210,6 +210,12 @@ SCHEDULE = Rule(
 ROW_VALUES = Rule(
     "PC520", "Call does not give what an adapter reads", "It computes each row by a value that the call gives for it."
 )
+CALL_AROUND = Rule(
+    "PC521", "Call not possible with this adapter", "The model is run more than once to weigh what it is adapted by."
+)
+CANNOT_GATE = Rule(
+    "PC522", "Adapter cannot be weighed", "Its update is multiplied by a coefficient for each token of the call."
+)
 INPUT_IGNORED = Rule(
     "PC527", "Part of the call is ignored", "It does not fit an input with virtual tokens in front.", WARNING
 )

@@ -144,6 +144,8 @@ def _facts(method: TunerMethod) -> dict[str, Any]:
 
 
 def _kind(method: TunerMethod) -> str:
+    if method.call_tuner is not None:
+        return "calls"
     return "prompt" if method.is_prompt else "layers" if method.adapts_layers else "modules"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from peftc import rules
+from peftc.compiler.calls import weighed
 from peftc.compiler.draft import Context, Draft, listed, placed
 from peftc.compiler.modules import together
 from peftc.compiler.passes import run_passes
@@ -63,11 +65,14 @@ def compile_plan(
     plans = []
     for name, config in adapters.items():
         draft = draft_adapter(graph, name, config, registry, options)
+        drafting = partial(draft_adapter, graph, registry=registry, options=replace(options, loading=True, given=None))
+        draft, needed = weighed(graph, name, draft, registry, autocast_adapter_dtype, drafting)
         found.add(*draft.problems)
-        plans.append(frozen(name, draft))
+        plans += [frozen(name, draft), *needed]
     found.add(*conflicts(plans, mixed, registry))
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
+    chosen += tuple(plan.name for plan in plans if plan.needed_by in chosen and plan.needed_by)
     nodes = graph.by_path
     found.add(
         *together(
@@ -118,7 +123,7 @@ def begin(
 def frozen(name: str, draft: Draft) -> AdapterPlan:
     """The adapter's part of the plan."""
     config = draft.config
-    sites = (draft.maps, draft.saves, draft.trains, draft.prompt, draft.modules)
+    sites = (draft.maps, draft.saves, draft.trains, draft.prompt, draft.modules, draft.call)
     return AdapterPlan(name, str(config.peft_type), config, *sites)
 
 
@@ -127,7 +132,7 @@ def conflicts(
 ) -> tuple[Diagnostic, ...]:
     """What keeps these adapters from being on one model together; `mixed` lets methods that act on layers nest."""
     problems: list[Diagnostic] = []
-    types = sorted({plan.peft_type for plan in plans})
+    types = sorted({plan.peft_type for plan in plans if not plan.needed_by})
     if len(types) > 1 and mixed:
         problems += [cannot_mix(plan.peft_type) for plan in plans if not plan.nests]
     elif len(types) > 1:

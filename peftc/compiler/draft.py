@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftc.compiler.plan import MapSite, ModuleSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.plan import CallSite, MapSite, ModuleSite, PromptSite, SaveSite, TrainSite
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
@@ -64,6 +64,7 @@ class Draft:
     trains: tuple[TrainSite, ...] = ()
     prompt: PromptSite | None = None
     modules: tuple[ModuleSite, ...] = ()
+    call: CallSite | None = None
     problems: tuple[Diagnostic, ...] = ()
 
     def but(self, **changes: Any) -> Draft:

@@ -81,6 +81,10 @@ def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagn
     for plan in active:
         for site in plan.modules:
             wraps.setdefault(site.path, []).append(plan.name)
+    around = [plan.name for plan in active if plan.call is not None]
+    if len(around) > 1:
+        what = f"{listed(around)} cannot act together: each weighs its adapters in every call"
+        yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=around[0])
     twice = {path: names for path, names in wraps.items() if len(names) > 1}
     if twice:
         names = dict.fromkeys(name for found in twice.values() for name in found)

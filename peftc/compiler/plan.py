@@ -149,6 +149,28 @@ class PromptSite:
         return {key: TensorFacts(shape, self.dtype) for key, shape in ((self.disk, self.shape), *self.extra)}
 
 
+@dataclass(frozen=True, slots=True)
+class CallSite:
+    """Storage of an adapter that acts around calls, at the root of the model as `owner`.
+
+    `needs` are the adapters that it weighs, `layers` the paths of those layers that they change, in the model's order.
+    """
+
+    owner: str
+    slots: tuple[Slot, ...]
+    dtype: str
+    needs: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    def memory(self, label: str, adapter: str) -> str:
+        """The name of a slot in the wrapped model."""
+        return f"{PROMPT_ROOT}{self.owner}.{adapter}.{label}"
+
+    def disk(self, label: str) -> str:
+        """The key of a slot in a checkpoint."""
+        return f"{PROMPT_ROOT}{self.owner}.{label}"
+
+
 @dataclass(frozen=True)
 class Tally:
     """Numbers of parameters by dtype: those that an adapter adds to the model, and those that it trains."""
@@ -164,7 +186,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved."""
+    """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved.
+
+    One that another adapter weighs is `needed_by` that, and read from `origin`; it comes and goes with it.
+    """
 
     name: str
     peft_type: str
@@ -174,6 +199,9 @@ class AdapterPlan:
     trains: tuple[TrainSite, ...] = ()
     prompt: PromptSite | None = None
     modules: tuple[ModuleSite, ...] = ()
+    call: CallSite | None = None
+    needed_by: str = ""
+    origin: str = ""
 
     @property
     def sites(self) -> tuple[MapSite | ModuleSite, ...]:
@@ -183,12 +211,12 @@ class AdapterPlan:
     @property
     def root(self) -> str:
         """What stands before module paths in the wrapped model."""
-        return PROMPT_ROOT if self.prompt is not None else WRAPPED_ROOT
+        return PROMPT_ROOT if self.prompt is not None or self.call is not None else WRAPPED_ROOT
 
     @property
     def nests(self) -> bool:
         """Whether it acts on single layers alone, so that wrappers of another method can be round its own."""
-        return self.prompt is None and not self.modules
+        return self.prompt is None and not self.modules and self.call is None
 
     def is_like(self, other: AdapterPlan, free: Collection[str] = ()) -> bool:
         """Whether the other plan gives the same tensors the same meaning: only the values, and `free` options, may differ."""
@@ -221,6 +249,13 @@ class AdapterPlan:
                 key = Key("prompt_encoder", "", self.name, f"{slot.name}.{slot.tail}" if slot.tail else slot.name)
                 dtype, table = slot.dtype or self.prompt.dtype, self.prompt.disk_of(slot)
                 yield PlannedParameter(key.memory(), table, slot.shape, dtype, slot.trainable and trainable, self.name)
+
+        for slot in () if self.call is None else self.call.slots:
+            assert self.call is not None
+            place = self.call.memory(slot.dotted, self.name)
+            key_on_disk = self.call.disk(slot.dotted) if slot.saved else None
+            dtype = slot.dtype or self.call.dtype
+            yield PlannedParameter(place, key_on_disk, slot.shape, dtype, slot.trainable and trainable, self.name)
 
     def buffers(self, depth: Mapping[str, int] | None = None) -> Iterator[PlannedParameter]:
         """Every derived tensor that this adapter adds, once, as `parameters` lists those that are parameters."""
@@ -287,6 +322,9 @@ class AdapterPlan:
         if self.prompt is not None:
             for slot in self.prompt.slots:
                 tally.count(slot.dtype or self.prompt.dtype, slot.numel, slot.trainable)
+        for slot in () if self.call is None else self.call.slots:
+            assert self.call is not None
+            tally.count(slot.dtype or self.call.dtype, slot.numel, slot.trainable)
         return tally
 
     def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:
@@ -311,6 +349,10 @@ class AdapterPlan:
             yield _base_name(train, self.root), train.tensor
         if self.prompt is not None:
             yield from self.prompt.stored.items()
+        for slot in () if self.call is None else self.call.slots:
+            assert self.call is not None
+            if slot.saved:
+                yield self.call.disk(slot.dotted), TensorFacts(slot.shape, slot.dtype or self.call.dtype)
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
         by_name = any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary)
         if by_name and not trains_rows(self.config):

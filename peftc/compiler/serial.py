@@ -13,7 +13,16 @@ from dataclasses import asdict
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite, ModuleSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.plan import (
+    AdapterPlan,
+    CallSite,
+    InjectionPlan,
+    MapSite,
+    ModuleSite,
+    PromptSite,
+    SaveSite,
+    TrainSite,
+)
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
@@ -135,6 +144,8 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         "trains": [[t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason] for t in adapter.trains],
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
         **({"modules": _modules_to_json(adapter.modules)} if adapter.modules else {}),
+        **({"call": _call_to_json(adapter.call)} if adapter.call is not None else {}),
+        **({"needed_by": adapter.needed_by, "origin": adapter.origin} if adapter.needed_by else {}),
     }
 
 
@@ -157,6 +168,9 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         ),
         prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
         modules=tuple(site for item in data.get("modules", ()) for site in _modules_from_json(item, config)),
+        call=None if "call" not in data else _call_from_json(data["call"]),
+        needed_by=data.get("needed_by", ""),
+        origin=data.get("origin", ""),
     )
 
 
@@ -206,6 +220,16 @@ def _modules_from_json(data: Mapping[str, Any], config: PeftConfig) -> list[Modu
     role = None if data["role"] is None else Role(data["role"])
     facts = (layer, config, slots, data["dtype"], data["inner"], data["reason"], role)
     return [ModuleSite(path, *facts) for path in data["paths"]]
+
+
+def _call_to_json(call: CallSite) -> dict[str, Any]:
+    slots = [_slot_to_json(slot) for slot in call.slots]
+    return {**asdict(call), "slots": slots, "needs": list(call.needs), "layers": list(call.layers)}
+
+
+def _call_from_json(data: Mapping[str, Any]) -> CallSite:
+    slots = tuple(_slot_from_json(item) for item in data["slots"])
+    return CallSite(data["owner"], slots, data["dtype"], tuple(data["needs"]), tuple(data["layers"]))
 
 
 #: What nearly all slots have and a file leaves out.

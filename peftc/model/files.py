@@ -24,7 +24,8 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.graph.nodes import TensorFacts
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
-from peftc.model.loading import Loadable, LoadOptions, loadable, opened
+from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
+from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.prompt.encoder import Exporter
@@ -55,11 +56,24 @@ def save(
     for name in names:
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
-        config = _with_mapping(model, model.peft_config[name])
+        config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]))
         plan = _saved_as(_plan_of(model, name), tensors)
         save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None)
     if AT_ROOT not in names:
         write_card(facts, root)
+
+
+def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -> PeftConfig:
+    """Save the adapters that one weighs beside it, if they were trained along; its config then names these."""
+    plan, tuner = session.plans[name], default_registry().method_of(config).call_tuner
+    needed = () if plan.call is None else tuple(session.plans[other] for other in plan.call.needs)
+    if tuner is None or not any(slot.trainable for other in needed for site in other.maps for slot in site.slots):
+        return config
+    folders = {}
+    for key, other in zip(tuner.needs(config), needed, strict=True):
+        folders[key] = str(place / BESIDE / key)
+        save_adapter(folders[key], {k: t.detach() for k, t in session.tensors(other.name).items()}, other.config)
+    return config.model_copy(update={tuner.option: folders})
 
 
 def check_format(safe_serialization: bool, path_of_start: str | None) -> None:

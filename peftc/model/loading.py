@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +18,20 @@ from peftc.checkpoint.report import LoadReport, match_file
 from peftc.checkpoint.values import dtype_name
 from peftc.checkpoint.weights import device_of
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
-from peftc.config.base import PeftConfig
+from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import ConfigError, warn
 from peftc.graph.nodes import TensorFacts
+from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
 from peftc.runtime.stored import fitted
+
+#: Where adapters are saved that another one weighs, in its folder.
+BESIDE = "adapters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,19 @@ def opened(
             rules.BAD_VALUE(what, fix="Leave it out, or make one, e.g. with `PeftConfig.from_pretrained`.")
         )
     file = open_adapter(fspath(model_id), **options.hub)
+    config = _found_beside(config, file.folder)
     config.inference_mode = not options.is_trainable
     return config, file
+
+
+def _found_beside(config: PeftConfig, folder: Path) -> PeftConfig:
+    """The config with the adapters that it weighs read from where it lies itself, for those that were saved along."""
+    tuner = default_registry().method_of(config).call_tuner
+    if tuner is None:
+        return config
+    beside = {key: folder / BESIDE / key for key in tuner.needs(config)}
+    found = {key: str(path) for key, path in beside.items() if (path / CONFIG_NAME).is_file()}
+    return config.model_copy(update={tuner.option: {**tuner.needs(config), **found}})
 
 
 def loadable(
@@ -120,6 +137,23 @@ def loadable(
         return tensor if tensor is None or device is None else tensor.to(device)
 
     return Loadable(plan, find, report, unfitted)
+
+
+def needed_sources(plan: InjectionPlan, options: LoadOptions) -> dict[str, Source]:
+    """Where the adapters that others weigh are read from. Raises `PeftcError` for one that does not fit."""
+    sources: dict[str, Source] = {}
+    for adapter in plan.adapters:
+        if adapter.needed_by:
+            file = open_adapter(adapter.origin)
+            report = match_file(adapter, file, plan.model, {}, options.ignore_mismatched_sizes).require()
+            own = {key: stored for key, stored in report.sources.items() if key not in report.carried}
+            sources[adapter.name] = partial(_found, own, file)
+    return sources
+
+
+def _found(sources: Mapping[str, str], file: AdapterFile, key: str) -> Tensor | None:
+    stored = sources.get(key)
+    return None if stored is None else file.tensor(stored)
 
 
 def vocabulary_facts(session: Session, plan: AdapterPlan) -> dict[str, TensorFacts]:

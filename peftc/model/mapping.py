@@ -79,6 +79,9 @@ def inject_adapter_in_model(
     if method.is_prompt:
         what = "A prompt adapts the call, which a model without wrapper does not let through"
         raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Use `get_peft_model`."))
+    if method.call_tuner is not None:
+        what = f"{method.peft_type} acts around calls, which a model without wrapper does not let through"
+        raise PeftcError(rules.CALL_AROUND(what, fix="Use `get_peft_model`."))
     if isinstance(model, nn.Module):  # anything else is refused below
         model = unwrapped(model)
         followed(model)

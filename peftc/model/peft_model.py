@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,12 +22,13 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.model import files
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
-from peftc.model.loading import LoadOptions, loadable, opened
+from peftc.model.loading import LoadOptions, loadable, needed_sources, opened
 from peftc.model.prompts import PromptsMixin
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, freeze, mixed_types, session_of, strip
+from peftc.runtime.calls import CallModule, calls_replaced
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
@@ -82,6 +84,7 @@ class PeftModel(PromptsMixin, nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.peft_type = PeftType(first.peft_type)
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
+        sources = {**needed_sources(plan, LoadOptions()), **sources}
         with Journal() as journal, collector_paused():
             freeze(model, journal)
             session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes)
@@ -89,7 +92,8 @@ class PeftModel(PromptsMixin, nn.Module):
             self.base_model = self._level(plan, session)
             self.__dict__["_session"] = session
             for adapter in plan.adapters:
-                self._join(adapter, sources.get(adapter.name))
+                if not adapter.needed_by:
+                    self._join(adapter, sources.get(adapter.name))
         self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
         if checkpointed:
             self.prepare_model_for_gradient_checkpointing(self.get_base_model())
@@ -133,6 +137,9 @@ class PeftModel(PromptsMixin, nn.Module):
         if opened is not None:
             with opened:
                 return self.get_base_model()(*args, **kwargs)
+        acting = self._acting()
+        if acting is not None:
+            return acting.around(self.session.shared, self.get_base_model(), args, kwargs)
         driver = self._driver()
         outputs = self.get_base_model()(*args, **self._plain(kwargs)) if driver is None else driver(args, kwargs)
         return finished(self.__dict__.get("_session"), outputs) if self.training else outputs
@@ -144,10 +151,18 @@ class PeftModel(PromptsMixin, nn.Module):
         if opened is not None:
             with opened:
                 return base.generate(*args, **kwargs)  # type: ignore[operator]
+        acting = self._acting()
+        if acting is not None:  # a cache would keep what tokens were before they were weighed anew
+            with calls_replaced(base, partial(acting.around, self.session.shared)):
+                return base.generate(*args, **{**kwargs, "use_cache": False})  # type: ignore[operator]
         driver = self._driver()
         if driver is not None:
             return driver.generate(args, kwargs)
         return self.get_base_model().generate(*args, **self._plain(kwargs))  # type: ignore[operator]
+
+    def _acting(self) -> CallModule | None:
+        session: Session | None = self.__dict__.get("_session")
+        return None if session is None else session.acting
 
     def _opened(
         self, args: Sequence[Any], kwargs: dict[str, Any], expand: int = 1
@@ -178,14 +193,23 @@ class PeftModel(PromptsMixin, nn.Module):
         """As the base model's; also makes the inputs require gradients, without which re-entrant checkpointing cuts
         the path to every adapter. Raises `PeftcError` for a prompt that checkpointing would drop."""
         self._refuse_checkpointing()
+        self._refuse_reentrant(args, kwargs)
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing(self.get_base_model())
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The newer name of `gradient_checkpointing_enable`."""
         self._refuse_checkpointing()
+        self._refuse_reentrant(args, kwargs)
         self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
         self.prepare_model_for_gradient_checkpointing(self.get_base_model())
+
+    def _refuse_reentrant(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Re-entrant checkpointing goes back through what comes from outside of a block once for each block."""
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)]
+        if self.session.holders and any(value.get("use_reentrant") for value in given):
+            what = "Re-entrant checkpointing cannot train what weighs adapters of several blocks"
+            raise PeftcError(rules.CALL_AROUND(what, fix='Use `{"use_reentrant": False}`.'))
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Have a model's input embeddings require gradients, if it is one of transformers; returns it."""
@@ -198,11 +222,12 @@ class PeftModel(PromptsMixin, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.session.active)
+        plans = self.session.plans
+        return [name for name in self.session.active if name not in plans or not plans[name].needed_by]
 
     @property
     def active_adapter(self) -> str:
-        active = self.session.active
+        active = self.active_adapters
         return active[0] if active else ""
 
     @property
@@ -228,8 +253,8 @@ class PeftModel(PromptsMixin, nn.Module):
 
     def _attach(self, plan: InjectionPlan, source: Source | None, journal: Journal) -> None:
         """Add the plan's one adapter, from a checkpoint or fresh."""
-        (adapter,) = plan.adapters
-        sources = {} if source is None else {adapter.name: source}
+        adapter = plan.adapters[0]
+        sources = needed_sources(plan, LoadOptions()) | ({} if source is None else {adapter.name: source})
         apply_plan(self.get_base_model(), plan, sources=sources, mixed=self.mixes)
         journal.note(self.delete_adapter, adapter.name)
         self._join(adapter, source)

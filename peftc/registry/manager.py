@@ -193,7 +193,7 @@ def _contract_problem(claim: Claim, method: object) -> str:
     default = method.config.model_fields["peft_type"].default
     if default != method.peft_type:
         return f"`{method.config.__name__}.peft_type` is `{default}`, not `{method.peft_type}`"
-    if not method.is_prompt and not (method.prefix and method.layer_names):
+    if not method.is_prompt and method.call_tuner is None and not (method.prefix and method.layer_names):
         return "a method on layers needs a `prefix` and `layer_names`"
     stray = [n for n in method.layer_names if not n.startswith(method.prefix)]
     return f"slots {stray} do not begin with the prefix `{method.prefix}`" if stray else ""

@@ -85,7 +85,9 @@ def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
         raise PeftcError(rules.ADAPTER_NAME(what, fix="Use a name without dots and slashes, such as `default`."))
     if adapter.name in session.plans:
         raise PeftcError(name_taken(adapter.name))
-    types = {plan.peft_type for plan in session.plans.values()}
+    types = {plan.peft_type for plan in session.plans.values() if not plan.needed_by}
+    if adapter.needed_by:
+        return
     if types - {adapter.peft_type} and not mixed:
         raise PeftcError(mixed_types(adapter.config, types))
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+
+if TYPE_CHECKING:
+    from peftc.runtime.gates import Gates
 
 #: stands for the base model among the adapters of rows
 BASE = "__base__"
@@ -28,11 +31,13 @@ BASE = "__base__"
 class Call:
     """One call. `adapters` names the adapter of each row, `BASE` for none; without any, the active ones are for all rows.
     `expand` is how often generation repeats each row (beams, several answers): what comes before the repetition, as an
-    encoder, still has the rows as they were. `values` are what methods read of the call: keyword -> one value per row."""
+    encoder, still has the rows as they were. `values` are what methods read of the call: keyword -> one value per row.
+    `gates` multiply the updates of adapters."""
 
     adapters: tuple[str, ...] = ()
     expand: int = 1
     values: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    gates: Gates | None = field(default=None, compare=False)
     _indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
     _orders: dict[tuple[tuple[str, ...], int, torch.device], Tensor | None] = field(
         default_factory=dict, compare=False, repr=False
@@ -110,6 +115,8 @@ class Shared:
         self.by_rows = False
         #: whether any layer has merged since all were unmerged
         self.merges = False
+        #: active adapters whose updates calls multiply
+        self.gated: frozenset[str] = frozenset()
         #: the open call while a graph is traced, which is done in one thread and cannot look at context variables
         self._traced: Call | None = None
 

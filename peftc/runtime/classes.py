@@ -71,7 +71,7 @@ def model_class(method: TunerMethod) -> type[TunerModel]:
             {
                 **method.model_methods,
                 "prefix": method.prefix,
-                "tuner_layer_cls": layer_class(method),
+                "tuner_layer_cls": layer_class(method) if method.layer_class else TunerLayer,
                 "target_module_mapping": all_defaults(table) if table is not None else {},
                 "__module__": __name__,
                 "__doc__": method.summary,

@@ -21,6 +21,7 @@ from peftc.graph.nodes import Kind
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.gates import gated
 from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
@@ -232,7 +233,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
         under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._aside)
-        path = compose(under, self._pending())
+        pending = self._pending()
+        path = compose(under, pending)
+        if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
+            path = gated(path, self._shared, under, pending)
         state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
         self.enable_adapters(not self._disabled)
 

@@ -21,6 +21,7 @@ from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, wa
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
 from peftc.runtime.call import Shared
+from peftc.runtime.calls import CallModule
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
@@ -56,6 +57,8 @@ class Session:
         self.layers: dict[str, TunerLayer] = {}
         self.modules: dict[str, ModuleWrapper] = {}
         self.copies: dict[str, ModulesToSaveWrapper] = {}
+        #: adapters that act around calls, in one module for those of a method, by what it is called in the model
+        self.holders: dict[str, nn.ModuleDict] = {}
         self.shared = Shared()
         self.stores = Stores()
         self.enabled = True
@@ -102,6 +105,7 @@ class Session:
                 layer.add(plan.name, site, tuners[site.path], source, stock)
             self.stores.show()
             self._add_around(plan, method, source, journal)
+            self._add_call(plan, method, source, journal)
             for save in plan.saves:
                 copy = self.copies.get(save.path)
                 if copy is None:
@@ -128,6 +132,34 @@ class Session:
             assert method.module_tuner is not None
             journal.note(wrapper.delete_adapter, plan.name)
             wrapper.add(plan.name, site, method.module_tuner, source)
+
+    def _add_call(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
+        """The part of an adapter that acts around calls."""
+        if plan.call is None or method.call_tuner is None:
+            return
+        module = CallModule(plan, plan.call, method.call_tuner)
+        parameter = next(self.model.parameters(), None)
+        module.fill(source, torch.device("cpu") if parameter is None else parameter.device)
+        holder = self.holders.setdefault(plan.call.owner, nn.ModuleDict())
+        journal.note(holder._modules.pop, plan.name, None)
+        holder._modules[plan.name] = module.train(self.model.training)
+
+    def caller(self, name: str) -> CallModule | None:
+        """What an adapter has that acts around calls."""
+        call = self.plans[name].call
+        module = None if call is None else self.holders[call.owner]._modules[name]
+        return module if isinstance(module, CallModule) else None
+
+    @property
+    def acting(self) -> CallModule | None:
+        """The active adapter that acts around calls, if it is to act."""
+        if not self.holders or not self.enabled:
+            return None
+        return next((found for name in self.active if (found := self.caller(name)) is not None), None)
+
+    def needed_by(self, names: Iterable[str]) -> list[str]:
+        """The adapters that these weigh."""
+        return [name for name, plan in self.plans.items() if plan.needed_by and plan.needed_by in names]
 
     def _wrap(self, path: str, wrap: Callable[[nn.Module], W], journal: Journal) -> W:
         parent, name, module = self._place(path)
@@ -274,6 +306,7 @@ class Session:
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
         self.require(names)
+        names = list(dict.fromkeys([*names, *self.needed_by(names)]))
         self.refuse_clashes(names)
         self._take_out_merged(names)
         for name in {*self.requiring, *self.active} & self.plans.keys() - set(names):
@@ -291,6 +324,7 @@ class Session:
         return None if layer is None else layer.part(plan.name).tuner
 
     def _activate(self, names: Sequence[str]) -> None:
+        self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
         modules = {id(module): module for name in touched for module in self.modules_of(name)}
@@ -332,6 +366,9 @@ class Session:
         for wrapper in self.modules_of(name):
             for trainable, parameter in wrapper.parameters_of(name):
                 parameter.requires_grad_(trainable and required)
+        caller = self.caller(name)
+        if caller is not None:
+            caller.set_trainable(required)
         for copy in self.copies_of(name):
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
@@ -374,6 +411,11 @@ class Session:
             layer.delete_adapter(name)
         for copy in self.copies_of(name):
             copy.delete_adapter(name)
+        for needed in self.needed_by([name]):
+            self.delete(needed)
+        call = self.plans[name].call
+        if call is not None:
+            del self.holders[call.owner]._modules[name]
         del self.plans[name], self.seams[name]
         self.steps.pop(name, None)
         self.readers.pop(name, None)
@@ -390,7 +432,7 @@ class Session:
             warn(
                 [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
             )
-        self._refuse_around(names)
+        self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
         with Journal() as journal:
             for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
@@ -399,10 +441,15 @@ class Session:
                 self.layers[path].merge(safe, names)
             keep_ties(self.graph, self.layers)
 
-    def _refuse_around(self, names: Iterable[str]) -> None:
+    def refuse_around(self, names: Iterable[str]) -> None:
+        """Raise `PeftcError` if one of the adapters is no change of weights."""
         around = [name for name in names if self.plans[name].modules]
         if around:
             what = f"`{around[0]}` acts around modules, such as `{self.plans[around[0]].modules[0].path}`"
+            raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
+        weighs = next((name for name in names if self.plans[name].call is not None), None)
+        if weighs is not None:
+            what = f"`{weighs}` weighs adapters anew in every call"
             raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
 
     def unmerge(self) -> None:
@@ -440,6 +487,8 @@ class Session:
         self.stores.clear()
         self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
         self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
+        for holder in self.holders.values():
+            holder.clear()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
@@ -473,7 +522,8 @@ class Session:
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
         for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
             tensors[disk] = parameter
-        return tensors
+        caller = self.caller(name)
+        return tensors if caller is None else tensors | caller.tensors()
 
     def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
         """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.

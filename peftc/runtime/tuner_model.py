@@ -16,6 +16,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, session_of, strip
+from peftc.runtime.calls import CallModule
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
@@ -72,17 +73,24 @@ class TunerModel(nn.Module):
         self.model = session.model
         self.peft_config = configs
         session.stores.show_at(self)
+        for owner, holder in session.holders.items():
+            self.add_module(owner, holder)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's, without keywords that an adapter reads; in training the loss has what methods add to it."""
         session = session_of(self.model)
-        if session is not None and session.readers:
-            with values_given(session, taken(session, kwargs), args, kwargs):
-                outputs = self.model(*args, **kwargs)
-        else:
-            outputs = self.model(*args, **kwargs)
+        outputs = self._called(session, args, kwargs)
         return finished(session, outputs) if self.training else outputs
+
+    def _called(self, session: Session | None, args: Any, kwargs: Any) -> Any:
+        acting = None if session is None else session.acting
+        if session is not None and acting is not None:
+            return acting.around(session.shared, self.model, args, kwargs)
+        if session is None or not session.readers:
+            return self.model(*args, **kwargs)
+        with values_given(session, taken(session, kwargs), args, kwargs):
+            return self.model(*args, **kwargs)
 
     def take_step(self, step: int) -> tuple[str, ...]:
         """Let methods that act after steps of training do so: call it after the backward of optimiser step `step`, counted
@@ -240,6 +248,7 @@ class TunerModel(nn.Module):
         Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
         """
         session = self.session
+        session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
         refuse_parting(session, adapter_names)
         session.merge(adapter_names, safe_merge)
         session.keep_trained()
@@ -255,6 +264,16 @@ class TunerModel(nn.Module):
         strip(self.model, session)
         self.peft_config.clear()
         return self.model
+
+    @property
+    def acting(self) -> CallModule:
+        """The active adapter that acts around calls. Raises `PeftcError` if there is none."""
+        names = self.session.active
+        found = next((module for name in names if (module := self.session.caller(name)) is not None), None)
+        if found is None:
+            what = "No active adapter acts around calls"
+            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`."))
+        return found
 
     # facts --------------------------------------------------------------------------------------------------------
 

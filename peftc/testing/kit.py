@@ -51,7 +51,7 @@ def on_features(s: Subject) -> bool:
 
 def in_the_model(s: Subject) -> bool:
     """Methods that need no wrapper round the model."""
-    return not s.method.is_prompt
+    return not s.method.is_prompt and s.method.call_tuner is None
 
 
 def around_modules(s: Subject) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from peftc.model.assistance import row_values
 from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
+from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
@@ -66,6 +69,8 @@ class Subject:
         values = {**self.options, **changes}
         if self.targets is not None:
             values.setdefault("target_modules", list(self.targets))
+        if self.method.call_tuner is not None:
+            values.setdefault(self.method.call_tuner.option, adapters_for(self.method, self.model))
         if self.model.is_language_model:
             values.setdefault("task_type", "CAUSAL_LM")
         return self.method.config(**values)
@@ -149,13 +154,33 @@ class Subject:
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def adapters_for(method: TunerMethod, model: TinyModel) -> dict[str, str]:
+    """Folders with adapters of the model, made once in a process, for a method that weighs them."""
+    root = _made(method.peft_type, model.name)
+    folders = {str(number): Path(root.name, str(number)) for number in range(len(method.example_adapters))}
+    for (name, folder), options in zip(folders.items(), method.example_adapters, strict=True):
+        if not folder.is_dir():
+            other = default_registry().get(str(options["peft_type"]))
+            given = {key: value for key, value in options.items() if key != "peft_type"}
+            subject = Subject(other, given, model, _targets(other, given, model))
+            subject.trained(name).save_pretrained(root.name)
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@cache
+def _made(peft_type: str, model: str) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
 def slots_of(model: PeftModel, adapter: str, trainable: bool = True) -> dict[str, nn.Parameter]:
     """The adapter's parameters by planned name, those that are kept aside too; only those that train if `trainable`."""
     session = model.session
     plan = session.plans[adapter]
     own = dict(model.named_parameters())
     aside = {} if adapter in session.active else _around(model, adapter)
-    planned = [p for p in plan.parameters() if not p.base and (p.trainable or not trainable)]
+    weighed = () if plan.call is None else (session.plans[name] for name in plan.call.needs)
+    listed = (p for own_plan in (plan, *weighed) for p in own_plan.parameters())
+    planned = [p for p in listed if not p.base and (p.trainable or not trainable)]
     missing = [p.name for p in planned if p.name not in own and p.name not in aside]
     if missing:
         raise broken(f"The plan lists `{missing[0]}`, which the model has not", "Declare in `slots` what is stored.")
@@ -236,7 +261,7 @@ def _has_place(
     method: TunerMethod, options: Mapping[str, Any], model: TinyModel, targets: tuple[str, ...] | None
 ) -> bool:
     """Whether the method can adapt the model. One that raises is asked again by the checks."""
-    if method.is_prompt:
+    if method.is_prompt or method.call_tuner is not None:
         return model.is_language_model
     if method.module_tuner is None:
         return targets != ()

@@ -50,7 +50,7 @@ USES: tuple[Feature, ...] = (
     Feature("combine", "several made into one, weighted", _combines),
     Feature("convert", "turned into one of thin factors, with its error", _merges),
     Feature("swap", "values exchanged in place, without compiling again", lambda m: m.adapts_layers),
-    Feature("compile", "`torch.compile` sees one graph", lambda m: not m.is_prompt),
+    Feature("compile", "`torch.compile` sees one graph", lambda m: not m.is_prompt and m.call_tuner is None),
 )
 
 #: options that are shared by many methods

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
+from peftc.tuner.calls import CallTuner
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
@@ -233,6 +234,7 @@ class TunerMethod:
         | tuple[MapTuner[Any], ...]
         | ModuleTuner[Any]
         | PromptTuner[Any]
+        | CallTuner[Any]
         | Callable[[Any, ModuleNode], MapTuner[Any]]
     )
     #: all that a function in `tuner` may choose
@@ -264,6 +266,8 @@ class TunerMethod:
     tags: tuple[str, ...] = ()
     #: configs that the conformance kit uses besides its own
     examples: tuple[Mapping[str, Any], ...] = ()
+    #: options, with their `peft_type`, of adapters that the kit makes for the method to weigh
+    example_adapters: tuple[Mapping[str, Any], ...] = ()
     #: what the kit's calls give for the mathematics' `keywords`: options and number of rows -> values by keyword
     example_values: Callable[[Any, int], Mapping[str, Sequence[int]]] = no_values
     #: problems of the options that need no model: contradictions, options this version does not have
@@ -281,7 +285,8 @@ class TunerMethod:
             return
         stem = self.config.__name__.removesuffix("Config")
         object.__setattr__(self, "model_class", self.model_class or f"{stem}Model")
-        object.__setattr__(self, "layer_class", self.layer_class or f"{stem}Layer")
+        if self.call_tuner is None:
+            object.__setattr__(self, "layer_class", self.layer_class or f"{stem}Layer")
 
     @property
     def is_prompt(self) -> bool:
@@ -293,9 +298,14 @@ class TunerMethod:
         return self.tuner if isinstance(self.tuner, ModuleTuner) else None
 
     @property
+    def call_tuner(self) -> CallTuner[Any] | None:
+        """The mathematics around calls, of methods that have some."""
+        return self.tuner if isinstance(self.tuner, CallTuner) else None
+
+    @property
     def adapts_layers(self) -> bool:
         """Whether the method changes the maps of layers."""
-        return not isinstance(self.tuner, (ModuleTuner, PromptTuner))
+        return not isinstance(self.tuner, (ModuleTuner, PromptTuner, CallTuner))
 
     @property
     def map_tuners(self) -> tuple[MapTuner[Any], ...]:
@@ -324,7 +334,7 @@ class TunerMethod:
         """The mathematics for one site."""
         if isinstance(self.tuner, MapTuner):
             return self.tuner
-        if isinstance(self.tuner, (ModuleTuner, PromptTuner)):
+        if isinstance(self.tuner, (ModuleTuner, PromptTuner, CallTuner)):
             raise TypeError(f"{self.peft_type} has no map sites")
         if isinstance(self.tuner, tuple):
             return next((tuner for tuner in self.tuner if node.facts.kind in tuner.supports), self.tuner[0])

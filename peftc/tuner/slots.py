@@ -67,6 +67,11 @@ class Slot:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def dotted(self) -> str:
+        """Name and tail."""
+        return f"{self.name}.{self.tail}" if self.tail else self.name
+
 
 def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainable: bool = True) -> Slot:
     """A slot inside a small module of its own, as a low-rank factor: `P.name.<adapter>.weight`."""

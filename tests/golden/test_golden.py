@@ -49,6 +49,9 @@ def test_every_case_is_run_or_left_out() -> None:
 
 def test_every_bundled_method_has_cases() -> None:
     bundled = {claim.peft_type for claim in installed() if claim.distribution == "peftc"}
+    bundled -= {
+        name for name in bundled if default_registry().get(name).call_tuner is not None
+    }  # a case is one adapter
     assert bundled - {case.folder.parent.name for case in COMPLETE} == set()
 
 

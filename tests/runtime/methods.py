@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,10 @@ from torch import Tensor, nn
 from peftc import PeftModel, get_peft_model
 from peftc.plugin import (
     LINEAR_KINDS,
+    CallTuner,
+    CallView,
     Diagnostic,
+    Field,
     LayerFacts,
     MapTuner,
     ModulesToSaveMixin,
@@ -24,6 +30,7 @@ from peftc.plugin import (
     PromptTuner,
     PromptView,
     RankMixin,
+    Run,
     Slot,
     SlotInit,
     TargetsMixin,
@@ -122,6 +129,38 @@ class TintTuner(MapTuner[TintConfig]):
         return tints.view(len(x), *[1] * (y0.dim() - 2), -1)
 
 
+class MixConfig(PeftConfig):
+    """Options of a mixture: other adapters, by name, and where they are."""
+
+    peft_type: PeftType | None = PeftType("MIX")
+    parts: dict[str, str] = Field(default_factory=dict)
+    trains: bool = False
+
+
+class MixTuner(CallTuner[MixConfig]):
+    """A first pass without adapters; then each acts as much as its own number says, more on later layers."""
+
+    owner = "mixer"
+    option = "parts"
+
+    def needs(self, c: MixConfig) -> Mapping[str, str]:
+        return c.parts
+
+    def trains_needed(self, c: MixConfig) -> bool:
+        return c.trains
+
+    def slots(self, c: MixConfig, layers: int) -> Iterable[Slot]:
+        yield parameter_slot("shares", (len(c.parts),))
+
+    def init(self, c: MixConfig, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        init.normal(slots["shares"])
+
+    def around(self, a: CallView, run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        a.state["without"] = run(0.0, *args, **kwargs)
+        growing = torch.arange(1.0, len(a.layers) + 1).unsqueeze(1) * a["shares"]
+        return run(growing.expand(args[0].shape[0], 1, *growing.shape), *args, **kwargs)
+
+
 class PrefaceConfig(PromptLearningConfig):
     """Options of the prompt."""
 
@@ -206,6 +245,7 @@ METHODS = (
     TunerMethod("NARROW", NarrowConfig, NarrowTuner(), prefix="narrow_", layer_names=("narrow_A", "narrow_B")),
     TunerMethod("STRETCH", StretchConfig, StretchTuner(), prefix="stretch_", layer_names=("stretch_l",)),
     TunerMethod("TINT", TintConfig, TintTuner(), prefix="tint_", layer_names=("tint_t",)),
+    TunerMethod("MIX", MixConfig, MixTuner(), prefix=""),
     TunerMethod("PREFACE", PrefaceConfig, PrefaceTuner(), prefix=""),
     TunerMethod("STORED", StoredConfig, StoredTuner(), prefix=""),
     TunerMethod("SHARED", SharedConfig, SharedTuner(), prefix=""),
@@ -256,6 +296,22 @@ def stretch(**options: Any) -> StretchConfig:
 
 def tint(**options: Any) -> TintConfig:
     return TintConfig(**{"target_modules": ["first", "head"], **options})
+
+
+@cache
+def _folder(name: str) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def mix(*parts: PeftConfig, **options: Any) -> MixConfig:
+    """Options of a mixture of fresh adapters with these options."""
+    root = Path(_folder("mix").name)
+    names = []
+    for number, part in enumerate(parts):
+        torch.manual_seed(number)
+        adapted(part).save_pretrained(root / f"{part.peft_type}{number}")
+        names.append(str(root / f"{part.peft_type}{number}"))
+    return MixConfig(parts={f"p{number}": name for number, name in enumerate(names)}, **options)
 
 
 def preface(kind: str = "PREFACE", **options: Any) -> PrefaceConfig:

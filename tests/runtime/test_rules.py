@@ -31,19 +31,20 @@ from peftc import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from peftc.compiler import calls as compiler_calls
 from peftc.compiler import compile as compiling
 from peftc.compiler import select
 from peftc.diagnostics import Rule
 from peftc.model import assistance, base_state, files, hotswap, injected, mapping, mixed, prompts, rows, state
 from peftc.model import peft_model as runtime_model
 from peftc.model.assistance import row_values
-from peftc.runtime import apply, call, layer, planning, session, storage, values, weighted
+from peftc.runtime import apply, call, calls, layer, planning, session, storage, values, weighted
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.prompt import cache, driver, encoder
 from peftc.runtime.snapshot import snapshot
 from tests.defects import put_defect
-from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, tint, x
+from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
 
 
 @dataclass(frozen=True)
@@ -420,6 +421,14 @@ CASES = {
     "a value that nothing reads": Case(
         rules.ROW_VALUES, lambda: adapted(tint()), lambda m: row_values(m, hues=[0] * 5).__enter__(),
         (assistance, "if given:", "if False:"), "No adapter of the model reads `hues`",
+    ),
+    "a call that goes on from a cache": Case(
+        rules.CALL_AROUND, lambda: adapted(mix(narrow())), lambda m: m(x(), past_key_values=[1]),
+        (calls, 'if kwargs.get("past_key_values") is not None:', "if False:"), "The call has `past_key_values`",
+    ),
+    "an adapter that cannot be weighed": Case(
+        rules.CANNOT_GATE, Net, lambda m: get_peft_model(m, mix(narrow(), stretch())),
+        (compiler_calls, 'if not given & {"thin", "branch"} or', "if"), "cannot be weighed by token",
     ),
     "names that are none": Case(
         rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names="defau"),

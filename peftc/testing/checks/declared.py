@@ -102,6 +102,10 @@ def keys_follow_the_rule(s: Subject) -> None:
     plan = session.plans[name]
     memory = {site.key(slot, name).memory(plan.root) for site, slot in plan.slots() if not slot.derived}
     disk = {site.key(slot, name).disk() for site in plan.sites for slot in site.slots if slot.saved}
+    if plan.call is not None:
+        disk |= {plan.call.disk(slot.dotted) for slot in plan.call.slots if slot.saved}
+        weighed = [session.plans[other] for other in plan.call.needs]
+        memory |= {p.name for other in (plan, *weighed) for p in other.parameters()}
     if plan.prompt is not None:
         disk |= set(plan.prompt.stored)
     else:

@@ -77,7 +77,9 @@ def checkpointing_reaches_every_slot(s: Subject) -> None:
     model = s.trained().train()
     with seeded(4):  # what is drawn in training is drawn again for the backward pass
         expected = s.grown(model)
-    for reentrant in (True, False):
+    for reentrant in (
+        (True, False) if s.method.call_tuner is None else (False,)
+    ):  # coefficients come from outside of blocks
         model = s.trained().train()
         with quiet():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})

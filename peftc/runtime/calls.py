@@ -1,0 +1,129 @@
+"""Adapters that act around whole calls: their storage in the model, and calls with the adapters that they weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.compiler.plan import AdapterPlan, CallSite
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import PeftcError
+from peftc.registry.boundary import guarded
+from peftc.runtime.call import Call, Shared
+from peftc.runtime.gates import Gates
+from peftc.runtime.layer import Source
+from peftc.runtime.storage import INIT, SlotModule, allocate, torch_dtype
+from peftc.tuner.calls import CallTuner
+
+
+class CallModule(nn.Module):
+    """One adapter's storage, its tensors under their labels, and its method's view of it (`peftc.tuner.calls.CallView`)."""
+
+    def __init__(self, plan: AdapterPlan, site: CallSite, tuner: CallTuner[Any]) -> None:
+        super().__init__()
+        self.plan = plan
+        self.site = site
+        self.tuner = tuner
+        self.state: dict[str, Any] = {}
+
+    @property
+    def config(self) -> PeftConfig:
+        """The adapter's options."""
+        return self.plan.config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the layers whose adapters are weighed."""
+        return self.site.layers
+
+    def __getitem__(self, label: str) -> Tensor:
+        holder: nn.Module = self
+        *path, last = label.split(".")
+        for name in path:
+            child = holder._modules[name]
+            assert child is not None
+            holder = child
+        tensor = holder._parameters[last]
+        assert tensor is not None
+        return tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy begins without what was kept from calls."""
+        return {**self.__dict__, "state": {}}
+
+    def fill(self, source: Source | None, device: torch.device) -> None:
+        """Make the slots: from the checkpoint where it has them, the rest as the method starts them."""
+        dtypes = {slot.dotted: torch_dtype(slot.dtype or self.site.dtype) for slot in self.site.slots}
+        made = {slot.dotted: allocate(slot.shape, dtypes[slot.dotted], device) for slot in self.site.slots}
+        found = {label: source(self.site.disk(label)) for label in made} if source is not None else {}
+        given = {label: tensor for label, tensor in found.items() if tensor is not None}
+        if len(given) < len(made):
+            guarded(self.tuner.init, self.plan.peft_type, None)(self.config, made, INIT)
+        for slot in self.site.slots:
+            tensor = given.get(slot.dotted)
+            own = (
+                made[slot.dotted]
+                if tensor is None
+                else tensor.to(device=tensor.device if tensor.is_meta else device, dtype=dtypes[slot.dotted])
+            )
+            self._hold(slot.dotted, nn.Parameter(own, requires_grad=False))
+
+    def _hold(self, label: str, parameter: nn.Parameter) -> None:
+        holder: nn.Module = self
+        *path, last = label.split(".")
+        for name in path:
+            child = holder._modules.get(name)
+            if child is None:
+                child = holder._modules[name] = SlotModule()
+            holder = child
+        holder._parameters[last] = parameter
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it, by key."""
+        return {self.site.disk(slot.dotted): self[slot.dotted] for slot in self.site.slots if slot.saved}
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Let the slots that train require gradients, or none."""
+        for slot in self.site.slots:
+            self[slot.dotted].requires_grad_(trainable and slot.trainable)
+
+    def around(
+        self, shared: Shared, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The method's answer to a call of the model. Raises `PeftcError` for a call that goes on from a cache."""
+        if kwargs.get("past_key_values") is not None:
+            what = "The call has `past_key_values`, but every token is weighed by the whole input"
+            raise PeftcError(rules.CALL_AROUND(what, fix="Give the whole input, with `use_cache=False`."))
+        layers = {path: place for place, path in enumerate(self.site.layers)}
+        adapters = {name: place for place, name in enumerate(self.site.needs)}
+
+        def run(gates: float | Tensor, *args: Any, **kwargs: Any) -> Any:
+            with shared.opened(Call(gates=Gates(gates, layers, adapters))):
+                return model(*args, **kwargs)
+
+        return self.tuner.around(self, run, args, kwargs)
+
+
+@contextmanager
+def calls_replaced(model: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+    """Within, `answer(forward, args, kwargs)` answers every call of the model: generation calls it step by step."""
+    before = model.__dict__.get("forward")
+    forward = model.forward
+
+    @wraps(forward)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return answer(forward, args, kwargs)
+
+    model.__dict__["forward"] = replaced
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
