@@ -19,6 +19,7 @@ from peftc.config.mixins import (
     RankMixin,
     TargetNamesMixin,
     TargetsMixin,
+    UpdateDropoutMixin,
 )
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
@@ -72,6 +73,13 @@ def convert_adapter(
     return made.config, made.tensors
 
 
+def kept_outputs(count: int, features: float, whole: float, rescale: bool, like: Tensor) -> Tensor | None:
+    """Factors `(count,)` of an update's output features in training: `peftc.ops.dropping.kept_outputs`."""
+    from peftc.ops import dropping
+
+    return dropping.kept_outputs(count, features, whole, rescale, like)
+
+
 __all__ = [
     "CONV_KINDS",
     "LINEAR_KINDS",
@@ -113,12 +121,14 @@ __all__ = [
     "TaskType",
     "Tensors",
     "TunerMethod",
+    "UpdateDropoutMixin",
     "View",
     "constant_slot",
     "convert_adapter",
     "derived_slot",
     "did_you_mean",
     "hookimpl",
+    "kept_outputs",
     "labelled",
     "matches",
     "model_validator",

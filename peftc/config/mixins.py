@@ -76,6 +76,15 @@ class ModulesToSaveMixin(ConfigModel):
     """Names (or suffixes at a dot) of modules that are copied, trained whole and saved along, e.g. a new head."""
 
 
+class UpdateDropoutMixin(ConfigModel):
+    """Parts of the update that are dropped in training; `peftc.ops.dropping` draws them."""
+
+    rank_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of dropping the update of an output feature in training."""
+    module_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Probability of dropping the update of a whole layer in training."""
+
+
 class RankMixin(ConfigModel):
     """The rank of a low-rank update."""
 

@@ -298,28 +298,48 @@ def _through_parameters(under: Under, parts: Sequence[Part]) -> Path:
 def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: Any) -> Tensor:
     """The base layer's own forward with the adapters folded into its parameters.
 
+    In training, an adapter that drops inputs gets a run of the layer for its own part.
+    """
+    if not any(part.dropout is not None and part.view.training for part in parts):
+        return _run(under, parts, None, args, kwargs)
+    x, *rest = args
+    y = _run(under, [], None, args, kwargs)
+    for count, part in enumerate(parts):
+        own = part.dropout(x) if part.dropout is not None and x.is_floating_point() else x
+        y = y + _run(under, parts[: count + 1], count, (own, *rest), kwargs)
+    return y
+
+
+def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwargs: Any) -> Tensor:
+    """The base layer with adapters folded in, or with what they add beyond the first so many of them.
+
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
-    if under.backend.is_plain_linear and torch.is_grad_enabled() and len(args) == 1 and not kwargs:
-        (x,), base = args, under.inner
-        if is_bare(base, x, x.dtype):
-            return _linear_folded(under, parts, x)
-    return under.backend.run(under.inner, adapted(under, parts), args, kwargs)
-
-
-def _linear_folded(under: Under, parts: Sequence[Part], x: Tensor) -> Tensor:
     running, pristine = opened(under)
+
+    def fold(parts: Sequence[Part]) -> dict[str, Tensor]:
+        folded = _folded(under, parts, running, pristine)
+        before = {} if beyond is None else _folded(under, parts[:beyond], running, pristine)
+        return {name: tensor - before[name] if before else tensor for name, tensor in folded.items()}
+
+    alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
+    if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0], args[0].dtype):
+        return _linear_folded(fold, parts, args[0])
+    return under.backend.run(under.inner, fold(parts), args, kwargs)
+
+
+def _linear_folded(fold: Callable[[Sequence[Part]], Mapping[str, Tensor]], parts: Sequence[Part], x: Tensor) -> Tensor:
     slots = [part.view.tensors() for part in parts]
     parts = [part.fixed(part.view.training) for part in parts]  # backward folds as forward did
 
-    def fold(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def refold(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         rest = iter(tensors)
         over = [part.over({name: next(rest) for name in own}) for part, own in zip(parts, slots, strict=True)]
-        folded = _folded(under, over, running, pristine)
+        folded = fold(over)
         weight, bias = folded["weight"], folded.get("bias")
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
-    return linear_folded(x, fold, [tensor for own in slots for tensor in own.values()])
+    return linear_folded(x, refold, [tensor for own in slots for tensor in own.values()])
 
 
 def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

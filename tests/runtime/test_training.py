@@ -14,6 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from peftc import PeftModel, get_peft_model
 from peftc.graph.nodes import Kind
+from peftc.ops.dropping import kept_outputs
 from peftc.plugin import LINEAR_KINDS, LayerFacts, MapTuner, Slot, View, parameter_slot
 from peftc.registry.manager import default_registry
 from tests.runtime.methods import NarrowConfig, NarrowTuner, Net, narrow, x
@@ -257,3 +258,60 @@ def test_a_branch_of_an_embedding_gets_ids_and_is_scaled_like_it(scaled: bool) -
     torch.testing.assert_close(model(ids, adapter_names=names), torch.stack([expected[0], table(ids)[1]]))
     model.merge_adapter()
     torch.testing.assert_close(model(ids), expected)
+
+
+# dropouts -------------------------------------------------------------------------------------------------------------
+
+
+class DroppingInputs(Folded):
+    """Half of the inputs of the change are dropped."""
+
+    def dropout(self, c: NarrowConfig) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_change_of_the_weight_has_its_own_dropped_inputs(plain: bool) -> None:
+    model = made(DroppingInputs()).train()
+    if plain:
+        outright(model)
+    layer = model.get_base_model().first
+    delta, moved = layer.get_delta_weight("default"), layer.narrow_B["default"].weight.sum(dim=1)
+    torch.manual_seed(4)
+    found = layer(x())
+    torch.manual_seed(4)
+    expected = layer.base_layer(x()) + nn.functional.dropout(x(), 0.5) @ delta.T + moved
+    torch.testing.assert_close(found, expected)
+    model.eval()
+    torch.testing.assert_close(layer(x()), layer.base_layer(x()) + x() @ delta.T + moved)
+
+
+def test_gradients_through_dropped_inputs() -> None:
+    close(gradients(made(DroppingInputs()).train()), gradients(outright(made(DroppingInputs()).train())))
+
+
+def test_output_features_are_dropped_and_the_others_scaled() -> None:
+    like = torch.zeros(1)
+    assert kept_outputs(5, 0.0, 0.0, True, like) is None
+    torch.manual_seed(0)
+    plain = kept_outputs(1000, 0.25, 0.0, False, like)
+    torch.manual_seed(0)
+    scaled = kept_outputs(1000, 0.25, 0.0, True, like)
+    assert plain is not None
+    assert scaled is not None
+    assert set(plain.tolist()) == {0.0, 1.0}
+    assert 0.7 < float(plain.mean()) < 0.8
+    torch.testing.assert_close(scaled, plain / plain.mean())
+
+
+def test_a_whole_layer_is_dropped_or_not() -> None:
+    torch.manual_seed(0)
+    drawn = [kept_outputs(3, 0.0, 0.5, False, torch.zeros(1)) for _ in range(50)]
+    assert {tuple(kept.tolist()) for kept in drawn if kept is not None} == {(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)}
+
+
+def test_nothing_left_is_zero() -> None:
+    torch.manual_seed(0)
+    kept = kept_outputs(1, 0.999, 0.0, True, torch.zeros(1))
+    assert kept is not None
+    assert kept.tolist() == [0.0]
