@@ -27,7 +27,10 @@ def public_words() -> set[str]:
     """Types and public class names."""
     registry = bundled()
     methods = [registry.get(name) for name in registry.names]
-    return {*registry.names, *registry.public_names(), *(type(m.tuner).__name__ for m in methods)} - {"function", "tuple"}
+    return {*registry.names, *registry.public_names(), *(type(m.tuner).__name__ for m in methods)} - {
+        "function",
+        "tuple",
+    }
 
 
 def code_words() -> set[str]:
