@@ -47,6 +47,8 @@ WAITING = {
 REASONS: dict[str, str] = {
     "AdaptionPromptModel": "made from one config and a name, as every other model class",
     "AdaptionPromptModel.add_adapter": "`PeftModel.add_adapter`, or `inject_adapter` as of every other model class",
+    "*.layers_mapping": "which kinds of layer a method adapts is declared by its mathematics (`peftc methods --matrix`)",
+    "*.generate": "`PeftModel.generate`, which takes the same arguments",
     "*.subtract_mutated_init": "belongs to starts that change the base weights, which are to come",
     "NoMatchingPeftModuleError": "an error carries its diagnostics",
     "PeftMixedModel.load_adapter": "the arguments are those of `PeftModel`, by name",

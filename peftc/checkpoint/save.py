@@ -15,7 +15,7 @@ from peftc import rules
 from peftc._version import FILE_VERSION
 from peftc.checkpoint.atomic import replace_files
 from peftc.checkpoint.format import write_file
-from peftc.checkpoint.values import content_problems, dtype_name
+from peftc.checkpoint.values import content_problems
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.serial import plan_to_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
@@ -77,7 +77,7 @@ def stored(config: PeftConfig) -> PeftConfig:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file as others expect it. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
-    facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in tensors.items()}
+    facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
     write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt"})
 
 

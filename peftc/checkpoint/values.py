@@ -9,6 +9,7 @@ from peftc import rules
 from peftc.checkpoint.format import STORABLE
 from peftc.checkpoint.keys import listed
 from peftc.diagnostics import Diagnostic
+from peftc.graph.nodes import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +28,12 @@ def content_problems(tensors: Mapping[str, Tensor], empty: Container[str] = ()) 
         fix = "Gather the parameters first: with ZeRO-3 or FSDP, save from inside the context that gathers full parameters."
         yield rules.SAVE_INCOMPLETE(what, fix=fix)
         return
-    strange = [key for key, tensor in tensors.items() if dtype_name(tensor) not in STORABLE]
+    strange = [key for key, tensor in tensors.items() if TensorFacts.of(tensor).dtype not in STORABLE]
     if strange:
-        what = f"`{dtype_name(tensors[strange[0]])}` cannot be stored: {listed(strange)}"
+        what = f"`{TensorFacts.of(tensors[strange[0]]).dtype}` cannot be stored: {listed(strange)}"
         yield rules.SAVE_DTYPE(what, fix=f"Convert them first, to one of {', '.join(STORABLE)}.")
         return
     yield from _not_finite(tensors, tensors.__getitem__)
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """`float32` and so on."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def stored_problems(file: AdapterFile) -> Iterable[Diagnostic]:

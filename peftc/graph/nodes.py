@@ -13,7 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Version of the JSON form; a file of another version is not read.
 GRAPH_VERSION = 1
@@ -64,6 +67,11 @@ class TensorFacts:
 
     shape: tuple[int, ...]
     dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorFacts:
+        """The facts of a live tensor."""
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     @property
     def numel(self) -> int:

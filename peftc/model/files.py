@@ -16,7 +16,6 @@ from peftc import rules
 from peftc.checkpoint.keys import assign, listed
 from peftc.checkpoint.report import LoadReport
 from peftc.checkpoint.save import save_adapter
-from peftc.checkpoint.values import dtype_name
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
@@ -167,7 +166,7 @@ def _saved_as(plan: InjectionPlan, tensors: Mapping[str, Tensor]) -> InjectionPl
     """The plan of one adapter with the shapes that are saved of it."""
     (adapter,) = plan.adapters
     assert plan.graph is not None
-    facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in tensors.items()}
+    facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
     return replace(plan, adapters=(fitted(adapter, plan.graph, facts),))
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import LoadReport, match_file
-from peftc.checkpoint.values import dtype_name
 from peftc.checkpoint.weights import device_of
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import CONFIG_NAME, PeftConfig
@@ -158,7 +157,4 @@ def _found(sources: Mapping[str, str], file: AdapterFile, key: str) -> Tensor | 
 
 def vocabulary_facts(session: Session, plan: AdapterPlan) -> dict[str, TensorFacts]:
     """The base model's embeddings, which a checkpoint of the adapter may carry, by key."""
-    return {
-        carried.disk: TensorFacts(tuple(carried.tensor.shape), dtype_name(carried.tensor))
-        for carried in session.vocabulary(plan)
-    }
+    return {carried.disk: TensorFacts.of(carried.tensor) for carried in session.vocabulary(plan)}

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.checkpoint.report import match
-from peftc.checkpoint.values import dtype_name
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
@@ -95,7 +94,7 @@ def set_peft_model_state_dict(
     root = plan.root if isinstance(model, PeftModel) else ""
     origin = origin_of(peft_model_state_dict, names, plan.root)
     given = {key: peft_model_state_dict[source] for key, source in origin.items()}
-    facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in given.items()}
+    facts = {key: TensorFacts.of(tensor) for key, tensor in given.items()}
     fit = fitted(plan, session.graph, facts)
     report = match(
         fit,

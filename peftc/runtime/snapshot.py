@@ -160,7 +160,7 @@ class _Inventory:
         key = (tensor.shape, tensor.dtype)
         facts = self._tensors.get(key)
         if facts is None:
-            facts = self._tensors[key] = TensorFacts(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            facts = self._tensors[key] = TensorFacts.of(tensor)
         return facts
 
 

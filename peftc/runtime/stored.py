@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.checkpoint.keys import assign
-from peftc.checkpoint.values import dtype_name
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModuleGraph, TensorFacts
@@ -105,7 +104,7 @@ def take_saved_form(session: Session, name: str, options: Mapping[str, Any]) -> 
         patch(session, name, options, journal)
         plan = session.plans[name]
         made = exported(session, name, session.tensors(name))
-        facts = {key: TensorFacts(tuple(tensor.shape), dtype_name(tensor)) for key, tensor in made.items()}
+        facts = {key: TensorFacts.of(tensor) for key, tensor in made.items()}
         new = fitted(plan, session.graph, facts)
         layers = [(site, layer) for site in new.maps if (layer := session.layer_of(name, site.path)) is not None]
         for site, layer in layers:

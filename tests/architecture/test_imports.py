@@ -39,6 +39,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.checkpoint.load"): "functions that a method brings may read adapters",
     ("peftc.plugin", "peftc.checkpoint.save"): "and write them",
     ("peftc.plugin", "peftc.model.conversion"): "and turn adapters of a model into others",
+    ("peftc.plugin", "peftc.ops.dropping"): "what methods drop in training is drawn by tensors",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.

@@ -266,7 +266,7 @@ CASES = {
     "a strange dtype": Case(
         rules.SAVE_DTYPE,
         saving(lambda found: {KEY: found[KEY].to(torch.complex128)}),
-        in_source(values, "if dtype_name(tensor) not in STORABLE", "if False"),
+        in_source(values, "if TensorFacts.of(tensor).dtype not in STORABLE", "if False"),
         "complex128",
     ),
     "infinity": Case(
