@@ -18,13 +18,14 @@ from peftc.config.mixins import (
     Names,
     RankMixin,
     TargetNamesMixin,
+    TargetParametersMixin,
     TargetsMixin,
     UpdateDropoutMixin,
 )
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
-from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
+from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
@@ -82,6 +83,7 @@ def kept_outputs(count: int, features: float, whole: float, rescale: bool, like:
 
 __all__ = [
     "CONV_KINDS",
+    "EXPERT_KINDS",
     "LINEAR_KINDS",
     "CallTuner",
     "CallView",
@@ -117,6 +119,7 @@ __all__ = [
     "Slot",
     "SlotInit",
     "TargetNamesMixin",
+    "TargetParametersMixin",
     "TargetsMixin",
     "TaskType",
     "Tensors",

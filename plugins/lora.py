@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
     ConfigModel,
     Diagnostic,
@@ -27,6 +28,7 @@ from peftc.plugin import (
     RankMixin,
     Slot,
     SlotInit,
+    TargetParametersMixin,
     TargetsMixin,
     TunerMethod,
     View,
@@ -55,7 +57,6 @@ NOT_YET: Mapping[str, Any] = {
     "monteclora_config": None,
     "layer_replication": None,
     "lora_bias": False,
-    "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
@@ -71,7 +72,7 @@ class LoraRuntimeConfig(ConfigModel):
     """Move weights from main memory to the accelerator where a start is computed from them; no start here is."""
 
 
-class LoraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
+class LoraConfig(TargetsMixin, TargetParametersMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
     """Options of a LoRA adapter, named as in the reference."""
 
     peft_type: PeftType | None = PeftType("LORA")
@@ -123,8 +124,6 @@ class LoraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftC
     """How a run goes about it; never written."""
     lora_bias: bool = False
     """Not available yet."""
-    target_parameters: list[str] | None = None
-    """Not available yet."""
     use_bdlora: dict[str, Any] | None = None
     """Not available yet."""
     arrow_config: dict[str, Any] | None = None
@@ -140,12 +139,15 @@ class LoraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftC
 class LoraTuner(MapTuner[LoraConfig]):
     """`y = W x + s · B (A x)`."""
 
-    supports = LINEAR_KINDS | CONV_KINDS | {Kind.EMBEDDING}
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS | {Kind.EMBEDDING}
 
     def slots(self, c: LoraConfig, layer: LayerFacts) -> Iterable[Slot]:
         if layer.kind is Kind.EMBEDDING:
             yield parameter_slot("lora_embedding_A", (c.r, layer.in_features))
             yield parameter_slot("lora_embedding_B", (layer.out_features, c.r))
+        elif layer.experts:
+            yield module_slot("lora_A", (c.r * layer.experts, layer.in_features))
+            yield module_slot("lora_B", (layer.out_features, c.r * layer.experts))
         else:
             ones = (1,) * len(layer.kernel)
             yield module_slot("lora_A", (c.r, layer.in_features, *layer.kernel))
@@ -187,6 +189,12 @@ class LoraTuner(MapTuner[LoraConfig]):
                 fix="Exclude it with `exclude_modules`.",
                 where=path,
             )
+        if layer.experts and c.lora_dropout > 0:
+            yield rules.BAD_TARGET(
+                f"`lora_dropout` drops inputs of layers; `{path}` is adapted through its parameters and has none",
+                fix="Set `lora_dropout` to 0, or leave `target_parameters` out.",
+                where=path,
+            )
         limit = min(layer.in_features * math.prod(layer.kernel), layer.out_features)
         if c.r > limit:
             yield rules.RANK_BEYOND_LAYER(
@@ -198,6 +206,10 @@ class LoraTuner(MapTuner[LoraConfig]):
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         if a.layer.kind is Kind.EMBEDDING:
             return a.lora_embedding_A, a.lora_embedding_B, a.scaling
+        if a.layer.experts:  # experts follow each other in A, and alternate in B
+            A = a.lora_A.reshape(a.layer.experts, -1, a.layer.in_features)
+            B = a.lora_B.reshape(a.layer.out_features, -1, a.layer.experts)
+            return A, B.permute(2, 0, 1), a.scaling
         return a.lora_A, a.lora_B, a.scaling
 
 

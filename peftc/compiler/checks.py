@@ -80,7 +80,8 @@ def check_experts(draft: Draft, context: Context) -> Draft:
         f"The routed experts hold {count:,} parameters in {listed((n.path for n in missed), 1)} that no target reaches"
     )
     fix = (
-        "Nothing, if attention and shared layers are what should be trained; experts as parameters are not adapted yet."
+        "Nothing, if attention and shared layers are what should be trained; else name them in `target_parameters`: "
+        f"{listed(f'{n.path}.{name}' for n in missed[:1] for name, t in n.facts.params if len(t.shape) == _EXPERT_DIMENSIONS)}."
     )
     return draft.told(rules.EXPERTS_MISSED(what, fix=fix, where=context.where("target_modules")))
 

@@ -51,7 +51,8 @@ class Draft:
 
     `targets` are the modules that are meant, in graph order, each with the entries that mean it, the most exact first;
     `dropped` those that were meant but are left alone, and why. `source` says where the entries come from.
-    `overrides` has the pattern keys in force per module, as `(pattern option, key)`.
+    `parameters` are single parameters that are meant, by module and name, with their entries.
+    `overrides` has the pattern keys in force per module, or parameter, as `(pattern option, key)`.
     """
 
     config: PeftConfig
@@ -59,6 +60,7 @@ class Draft:
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    parameters: Mapping[tuple[str, str], str] = field(default_factory=dict)
     maps: tuple[MapSite, ...] = ()
     saves: tuple[SaveSite, ...] = ()
     trains: tuple[TrainSite, ...] = ()

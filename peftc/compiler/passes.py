@@ -52,6 +52,7 @@ PASSES: tuple[Pass, ...] = (
     select.spare_saved,
     select.exclude,
     select.filter_layers,
+    select.match_parameters,
     select.apply_patterns,
     select.find_dead_targets,
     record_targets,

@@ -61,6 +61,9 @@ class MapSite:
 
     `config` holds the options in force here (`overrides` applied) and is never changed; `dtype` is the slots' dtype.
     `reason` is the entry that meant the layer, `role` what the layer is for, where that is known.
+
+    A site may be on a single `parameter` of its module. Then there are `outside` wrappers of the same adapter round its own,
+    for parameters that the module has after it.
     """
 
     path: str
@@ -71,9 +74,11 @@ class MapSite:
     reason: str
     overrides: tuple[tuple[str, Any], ...] = ()
     role: Role | None = None
+    parameter: str = ""
+    outside: int = 0
 
     def key(self, slot: Slot, adapter: str) -> Key:
-        return Key(self.path, slot.name, adapter, slot.tail, slot.home)
+        return Key(self.path + ".base_layer" * self.outside, slot.name, adapter, slot.tail, slot.home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +221,12 @@ class AdapterPlan:
     @property
     def nests(self) -> bool:
         """Whether it acts on single layers alone, so that wrappers of another method can be round its own."""
-        return self.prompt is None and not self.modules and self.call is None
+        return self.prompt is None and not self.modules and self.call is None and not self.adapts_parameters
+
+    @property
+    def adapts_parameters(self) -> bool:
+        """Whether it adapts single parameters of modules: their module computes all rows at once, with all of them."""
+        return any(site.parameter for site in self.maps)
 
     def is_like(self, other: AdapterPlan, free: Collection[str] = ()) -> bool:
         """Whether the other plan gives the same tensors the same meaning: only the values, and `free` options, may differ."""
@@ -271,7 +281,8 @@ class AdapterPlan:
             key = site.key(slot, self.name)
             disk = key.disk(WRAPPED_ROOT) if slot.saved else None
             others = () if slot.home is None else tuple(aliases[slot.label][1:])
-            name = replace(key, owner=_wrapped_owner(site.path, depth or {})).memory(self.root)
+            around = _wrapped_owner(site.path, depth or {}).removeprefix(site.path)
+            name = replace(key, owner=key.owner + around).memory(self.root)
             dtype = slot.dtype or site.dtype
             yield PlannedParameter(
                 name, disk, slot.shape, dtype, slot.trainable and trainable, self.name, aliases=others

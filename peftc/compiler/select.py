@@ -42,6 +42,8 @@ def resolve_defaults(draft: Draft, context: Context) -> Draft:
         if option(draft.config, name) is not None:
             continue
         found = default_targets(table, model_type)
+        if found is None and option(draft.config, "target_parameters"):
+            continue
         if found is None:
             draft = draft.told(_no_default(name, context))
             continue
@@ -97,6 +99,36 @@ def match_targets(draft: Draft, context: Context) -> Draft:
             return draft.failed(error)
     names = Names(targets)
     return draft.but(targets={path: entries for path in paths if (entries := names.find(path))})
+
+
+def match_parameters(draft: Draft, context: Context) -> Draft:
+    """Every parameter that `target_parameters` means: by its full name, or a suffix of it at a dot."""
+    targets = option(draft.config, "target_parameters")
+    if not targets:
+        return draft
+    names, where = Names(set(targets)), context.where("target_parameters")
+    found: dict[tuple[str, str], str] = {}
+    for node in context.graph.nodes:
+        for name, _ in node.facts.params if node.path else ():
+            entries = names.find(f"{node.path}.{name}")
+            if entries:
+                found[node.path, name] = entries[0]
+    known = {f"{n.path}.{name}" for n in context.graph.nodes for name, t in n.facts.params if len(t.shape) > 1}
+    dead = [entry for entry in dict.fromkeys(targets) if entry not in found.values() and entry not in context.allowed]
+    problems = [
+        rules.DEAD_TARGET(
+            f"No parameter is called `{entry}`",
+            fix=did_you_mean(entry, _endings(known)) or "Remove it.",
+            where=context.where("target_parameters", entry),
+            severity=context.dead if found or option(draft.config, "target_modules") else Severity.ERROR,
+        )
+        for entry in dead
+    ]
+    twice = sorted({path for path, _ in found} & draft.targets.keys())
+    if twice:
+        what = f"{listed(twice)}: the module is meant by `target_modules`, a parameter of it by `target_parameters`"
+        problems.append(rules.BAD_TARGET(what, fix="Remove it from one of them.", where=where))
+    return draft.but(parameters=found).told(*problems)
 
 
 def _linear_layers(draft: Draft, context: Context) -> Iterable[str]:
@@ -243,6 +275,7 @@ def _dead_layer(index: int, known: set[int], context: Context) -> Diagnostic:
 def apply_patterns(draft: Draft, context: Context) -> Draft:
     """Pattern options (`rank_pattern`, …): for each target the key in force, if any."""
     chosen: dict[str, list[tuple[str, str]]] = {}
+    paths = [*draft.targets, *(f"{path}.{name}" for path, name in draft.parameters)]
     problems: list[Diagnostic] = []
     for name in draft.config.pattern_options:
         values: Mapping[str, object] = option(draft.config, name) or {}
@@ -250,14 +283,14 @@ def apply_patterns(draft: Draft, context: Context) -> Draft:
             continue
         try:
             keys = PatternKeys(tuple(values), Deadline(), context.where(name))
-            found = {path: key for path in draft.targets if (key := keys.find(path)) is not None}
+            found = {path: key for path in paths if (key := keys.find(path)) is not None}
         except PeftcError as error:
             problems.extend(error.diagnostics)
             continue
         used = set(found.values())
         for path, key in found.items():
             chosen.setdefault(path, []).append((name, key))
-        if draft.targets:
+        if paths:
             dead = [key for key in values if key not in used and key not in context.allowed]
             problems.extend(_dead_key(key, name, draft, context) for key in dead)
     return draft.but(overrides={path: tuple(pairs) for path, pairs in chosen.items()}).told(*problems)
@@ -283,7 +316,7 @@ def find_dead_targets(draft: Draft, context: Context) -> Draft:
         return draft
     if any(problem.code in _PATTERN_CODES for problem in draft.problems):
         return draft  # what a broken pattern would have matched is not known
-    if not draft.targets:
+    if not draft.targets and not (draft.parameters and not draft.dropped):
         draft = draft.told(_no_match(draft, context, config.target_modules))
         if not draft.dropped:
             return draft  # which names every entry

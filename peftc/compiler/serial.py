@@ -130,7 +130,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         key = (id(site.layer), id(site.slots), id(site.config), site.dtype, site.reason, site.role)
         if key not in known:
             known[key] = table.setdefault(json.dumps(_kind_to_json(site), sort_keys=True), len(table))
-        rows.append([site.path, known[key]])
+        rows.append([site.path, known[key], *([site.parameter, site.outside] if site.parameter else [])])
     return {
         "name": adapter.name,
         "peft_type": adapter.peft_type,
@@ -157,7 +157,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         name=data["name"],
         peft_type=data["peft_type"],
         config=config,
-        maps=tuple(MapSite(path, *kinds[index]) for path, index in data["maps"]),
+        maps=tuple(MapSite(path, *kinds[index], *parameter) for path, index, *parameter in data["maps"]),
         saves=tuple(
             SaveSite(s["path"], _tensor_facts(s["tensors"]), _tensor_facts(s["buffers"]), s["reason"])
             for s in data["saves"]

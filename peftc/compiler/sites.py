@@ -5,6 +5,7 @@ Work is done once per kind of layer: layers of equal facts and options share con
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,6 +69,7 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
     maps: list[MapSite] = []
     try:
         kinds = {path: declarer.kind_of(nodes[path]) for path in draft.targets}
+        single = list(_parameters(draft, context, declarer))
         declarer.declare()
         homes = Homes(context)
         for path, entries in draft.targets.items():
@@ -78,10 +80,33 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
             slots = homes.found(path, kind.slots) if kind.shares else kind.slots
             reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
             maps.append(MapSite(path, node.facts, kind.config, slots, kind.dtype, reason, kind.overrides, node.role))
+        maps += (replace(site, config=kind.config, slots=kind.slots) for site, kind in single if not kind.fails)
     except PeftcError as error:
         return draft.failed(error)  # it would raise for every other module as well
     problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
     return draft.but(maps=tuple(maps)).told(*problems)
+
+
+def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator[tuple[MapSite, _Kind]]:
+    """A map site, still without slots, for every parameter that is meant; of several in one module the first is innermost."""
+    known: dict[tuple[int, str], LayerFacts | None] = {}
+    after = Counter(path for path, _ in draft.parameters)
+    for (path, name), entry in draft.parameters.items():
+        after[path] -= 1
+        node = context.graph.by_path[path]
+        if (id(node.facts), name) not in known:
+            known[id(node.facts), name] = node.facts.of_parameter(name)
+        facts = known[id(node.facts), name]
+        if facts is None:
+            shape = list(next(tensor.shape for own, tensor in node.facts.params if own == name))
+            what = f"`{path}.{name}` has the shape {shape}"
+            why = "What is adapted are maps: (out, in), or one for each expert."
+            where = context.where("target_parameters", entry)
+            raise PeftcError(rules.BAD_TARGET(what, why=why, fix=f"Remove `{entry}`.", where=where))
+        kind = declarer.kind_of(replace(node, facts=facts), f"{path}.{name}")
+        kind.count += 1
+        site = MapSite(path, facts, kind.config, (), kind.dtype, entry, kind.overrides, node.role, name, after[path])
+        yield site, kind
 
 
 def _reason(source: str, entry: str) -> str:
@@ -112,10 +137,10 @@ class _Declarer:
     def kinds(self) -> Iterable[_Kind]:
         return self._kinds.values()
 
-    def kind_of(self, node: ModuleNode) -> _Kind:
-        """Raises `PeftcError` if the method cannot choose its mathematics."""
+    def kind_of(self, node: ModuleNode, named: str = "") -> _Kind:
+        """The kind of a layer; `named` is what patterns see in place of its path. Raises `PeftcError` if the method cannot choose its mathematics."""
         tuner = self._only or self._chosen(node)
-        overrides = self._overrides(node.path)
+        overrides = self._overrides(named or node.path)
         key = (id(tuner), id(node.facts), repr(overrides) if overrides else "")
         kind = self._kinds.get(key)
         if kind is None:

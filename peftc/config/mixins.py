@@ -51,6 +51,14 @@ class TargetsMixin(TargetNamesMixin):
     """Names or one regular expression of modules that are left alone although they match."""
 
 
+class TargetParametersMixin(ConfigModel):
+    """Which single parameters are adapted, where a module keeps several weights of its own, as fused experts do."""
+
+    target_parameters: NameList = None
+    """Names of parameters, e.g. `mlp.experts.down_proj`: full names or suffixes at a dot. For experts that a module stores as
+    one tensor, which module names do not reach."""
+
+
 class LayersMixin(ConfigModel):
     """Restrict the targets to some of the model's layers."""
 

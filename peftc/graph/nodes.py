@@ -32,6 +32,8 @@ class Kind(StrEnum):
     CONV2D = "conv2d"
     CONV3D = "conv3d"
     NORM = "norm"
+    EXPERTS = "experts"  # one parameter of a module: weights (experts, out, in), or a single (out, in)
+    EXPERTS_TRANSPOSED = "experts_transposed"  # the same, stored as (experts, in, out)
     OTHER = "other"
 
 
@@ -40,6 +42,8 @@ LINEAR_KINDS = frozenset({Kind.LINEAR, Kind.CONV1D_TRANSPOSED})
 CONV_KINDS = frozenset({Kind.CONV1D, Kind.CONV2D, Kind.CONV3D})
 #: Kinds of which only the parameters are known, not what the layer computes from them.
 OPAQUE_KINDS = frozenset({Kind.NORM, Kind.OTHER})
+#: Kinds of single parameters, which `target_parameters` means.
+EXPERT_KINDS = frozenset({Kind.EXPERTS, Kind.EXPERTS_TRANSPOSED})
 
 
 class Role(StrEnum):
@@ -101,7 +105,10 @@ class LayerFacts:
     `in_features` and `out_features` are those of the logical map whatever the storage: an embedding maps from
     `num_embeddings` to `embedding_dim`, a convolution from `in_channels` to `out_channels` with `kernel` and `groups`.
     `params` and `buffers` (persistent ones) are the module's own by name, in registration order. `note` says why a layer
-    that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own.
+    that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own. `transposed` says that
+    a module stores the weights of experts as (experts, in, out).
+
+    Facts of a single parameter (`of_parameter`) have that alone in `params`, and how many `experts` it holds.
     """
 
     kind: Kind
@@ -113,6 +120,20 @@ class LayerFacts:
     params: tuple[tuple[str, TensorFacts], ...] = ()
     buffers: tuple[tuple[str, TensorFacts], ...] = ()
     note: str = ""
+    experts: int = 0
+    transposed: bool = False
+
+    def of_parameter(self, name: str) -> LayerFacts | None:
+        """Facts of one parameter of the module as maps of their own; None if it has another number of dimensions."""
+        tensor = next((tensor for own, tensor in self.params if own == name), None)
+        if tensor is None or len(tensor.shape) not in (2, 3):
+            return None
+        transposed = self.transposed and len(tensor.shape) == 3
+        first, second = tensor.shape[-2:]
+        sizes = (first, second) if transposed else (second, first)
+        kind = Kind.EXPERTS_TRANSPOSED if transposed else Kind.EXPERTS
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        return LayerFacts(kind, self.cls, *sizes, params=((name, tensor),), experts=experts)
 
     @property
     def weight(self) -> TensorFacts | None:
@@ -260,8 +281,10 @@ class ModuleGraph:
 
 
 def facts_to_json(facts: LayerFacts) -> dict[str, Any]:
-    """JSON types only."""
+    """JSON types only. What only experts have is left out of the others."""
+    of_experts = {"experts": facts.experts, "transposed": facts.transposed}
     return {
+        **{name: value for name, value in of_experts.items() if value},
         "kind": facts.kind.value,
         "cls": facts.cls,
         "in_features": facts.in_features,
@@ -286,6 +309,8 @@ def facts_from_json(data: Mapping[str, Any]) -> LayerFacts:
         params=_tensors_from_json(data["params"]),
         buffers=_tensors_from_json(data["buffers"]),
         note=data["note"],
+        experts=data.get("experts", 0),
+        transposed=data.get("transposed", False),
     )
 
 

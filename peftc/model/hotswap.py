@@ -124,14 +124,19 @@ def hotswap_adapter_from_state_dict(
 
 def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
     """What the new config means on the modules that are adapted."""
-    paths = {site.path for site in old.maps}
+    paths = {site.path for site in old.maps if not site.parameter}
     compiled = compile_plan(
         session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
     )
-    site_of = {site.path: site for site in compiled.adapters[0].maps}
+    site_of = {(site.path, site.parameter): site for site in compiled.adapters[0].maps}
+    lacking = [site for site in old.maps if (site.path, site.parameter) not in site_of]
+    if lacking:
+        what = f"By the new config `{lacking[0].path}.{lacking[0].parameter}` is not adapted"
+        fix = "Swap in an adapter with the same `target_parameters`."
+        raise PeftcError(rules.CANNOT_SWAP(what, fix=fix, where=lacking[0].path))
     kept = {name: getattr(old.config, name) for name in ("inference_mode", "task_type", "auto_mapping")}
     kept["base_model_name_or_path"] = old.config.base_model_name_or_path
-    maps = tuple(replace(site_of[site.path], dtype=site.dtype) for site in old.maps)
+    maps = tuple(replace(site_of[site.path, site.parameter], dtype=site.dtype) for site in old.maps)
     return replace(old, config=compiled.adapters[0].config.model_copy(update=kept), maps=maps)
 
 
@@ -161,6 +166,12 @@ def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -
         if lacking and (len(lacking) < len(keys) or not tuner.is_rankable):
             what = f"`{site.path}` gets nothing for {listed(lacking)}"
             yield rules.CANNOT_SWAP(what, fix="Swap in an adapter of the same modules.", where=site.path)
+        larger = site.parameter and any(
+            s.shape != o.shape for s, o in zip(site.slots, layer.site(plan.name).slots, strict=True)
+        )
+        if larger:
+            what = f"The ranks of `{site.path}.{site.parameter}` differ; its factors are stacked by expert"
+            yield rules.CANNOT_SWAP(what, fix="Swap in an adapter of the same rank.", where=site.path)
         for key, slot in keys.items():
             if key in given and tuple(given[key].shape) != slot.shape:
                 what = f"`{key}` is {tuple(given[key].shape)}, by the config {slot.shape}"

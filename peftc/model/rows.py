@@ -67,7 +67,8 @@ def _problems(
             name in session.active and bool(plan.modules)
         )  # a wrapped module sees all rows at once
         if acts and not plan.nests:
-            what = f"`{name}` adapts the whole call, not single rows"
+            whole = "all tokens of a module" if plan.adapts_parameters else "the whole call"
+            what = f"`{name}` adapts {whole}, not single rows"
             yield rules.CALL_NOT_POSSIBLE(what, why="Rows share one call.", fix="Call the model without row names.")
     rows = rows_of(args, kwargs)
     if rows is not None and rows != len(names):

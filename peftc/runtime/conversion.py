@@ -106,6 +106,9 @@ def _of_adapter(session: Session, plan: AdapterPlan) -> Iterable[Diagnostic]:
     if not plan.maps:
         what = f"`{plan.name}` ({plan.peft_type}) does not change weights of layers"
         yield rules.CANNOT_CONVERT(what, fix="Keep the adapter as it is.")
+    if plan.adapts_parameters:
+        what = f"`{plan.name}` adapts single parameters (`target_parameters`), which are not converted"
+        yield rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.")
     if plan.trains:
         paths = listed(f"{train.path}.{train.name}" for train in plan.trains)
         what = f"`{plan.name}` trains tensors of the base model itself: {paths}"

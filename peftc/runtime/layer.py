@@ -72,6 +72,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
         self._first = _first_argument(type(self.get_base_layer()).forward)
+        #: the parameter that is adapted, where it is a single one of the module's
+        self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
@@ -125,7 +127,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
         dropout = _Dropout(self, p) if p > 0 else None
         self._parts[adapter] = Part(
-            tuner, view_class(tuple(slots))(adapter, site, slots, self.scaling, self), site.path, dropout
+            tuner,
+            view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
+            site.path,
+            dropout,
+            site.parameter,
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -381,9 +387,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
         base = self.get_base_layer()
-        chain = self.chain()
         parts = [
-            wrapper._parts[name].fixed(training=False) for wrapper in chain for name in names if name in wrapper._parts
+            wrapper._parts[name].fixed(training=False)
+            for wrapper in self.chain()
+            for name in names
+            if name in wrapper._parts and name not in wrapper.merged_adapters
         ]
         with torch.no_grad():
             logical = adapted(self._under, parts)
@@ -415,9 +423,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
-        like = self.get_base_layer()._parameters["weight"]
+        name = self.parameter or "weight"
+        like = self.get_base_layer()._parameters[name]
         assert like is not None
-        return self.backend.to_stored("weight", self.changes(adapter)["weight"], like)
+        return self.backend.to_stored(name, self.changes(adapter)[name], like)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight.

@@ -29,13 +29,19 @@ Path = Callable[..., Tensor]
 
 
 class Part:
-    """One adapter of a layer: its mathematics, its view, its dropout."""
+    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one."""
 
-    __slots__ = ("dropout", "path", "tuner", "view")
+    __slots__ = ("dropout", "parameter", "path", "tuner", "view")
 
     def __init__(
-        self, tuner: MapTuner[Any], view: LayerView, path: str, dropout: Callable[[Tensor], Tensor] | None
+        self,
+        tuner: MapTuner[Any],
+        view: LayerView,
+        path: str,
+        dropout: Callable[[Tensor], Tensor] | None,
+        parameter: str = "",
     ) -> None:
+        self.parameter = parameter
         self.tuner = tuner
         self.view = view
         self.path = path
@@ -43,11 +49,13 @@ class Part:
 
     def fixed(self, training: bool) -> Part:
         """The same with this mode and the scaling of now. What is merged or combined must not depend on chance."""
-        return Part(self.tuner, self.view.fixed(training), self.path, self.dropout if training else None)
+        return Part(
+            self.tuner, self.view.fixed(training), self.path, self.dropout if training else None, self.parameter
+        )
 
     def over(self, tensors: dict[str, Tensor]) -> Part:
         """The same with other tensors in its slots, by name."""
-        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout)
+        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout, self.parameter)
 
     def lowering(self, name: str) -> Callable[..., Any]:
         """One of the method's functions; what it raises names the plugin and the layer."""
@@ -361,6 +369,10 @@ def _folded(
     base, backend = under.inner, under.backend
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
+        if part.parameter:
+            p, p0 = ({"weight": tensors[part.parameter].to(dtype)} for tensors in (running, pristine))
+            running = {**running, part.parameter: _changed(base, backend, part, p, p0)["weight"]}
+            continue
         p = {name: tensor.to(dtype) for name, tensor in running.items()}
         p0 = {name: tensor.to(dtype) for name, tensor in pristine.items()}
         running = {**running, **_changed(base, backend, part, p, p0)}
@@ -375,6 +387,8 @@ def _changed(
         return dict(part.lowering("params")(view, p, p0))
     if "thin" in tuner.lowerings:
         A, B, scale = part.lowering("thin")(view)
+        if view.layer.experts:
+            return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
         return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
     if "vectors" in tuner.lowerings and backend.vector_axis is not None:
         index, values = part.lowering("vectors")(view)

@@ -22,6 +22,7 @@ from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
 from peftc.runtime.call import Shared
 from peftc.runtime.calls import CallModule
+from peftc.runtime.drift import drift, home_of
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
@@ -87,22 +88,25 @@ class Session:
 
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
-        problems = tuple(self._drift(plan))
+        problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
         method = registry.get(plan.peft_type)
         nodes = self.graph.by_path
         stock = Stock(self.stores)
-        tuners = {site.path: method.tuner_for(plan.config, nodes[site.path]) for site in plan.maps}
+        tuners = {
+            (site.path, site.parameter): method.tuner_for(plan.config, replace(nodes[site.path], facts=site.layer))
+            for site in plan.maps
+        }
         with Journal() as journal, torch.no_grad():
             for site in plan.maps:
-                layer = self.layers.get(site.path)
-                if layer is None or layer.peft_type != plan.peft_type:
+                layer = home_of(self.layers.get(site.path), site)
+                if layer is None:
                     layer = self._wrap(site.path, partial(make, plan.peft_type, site), journal)
                     self._remember(self.layers, site.path, layer, journal)
                     layer.join(self.shared)
                 journal.note(layer.delete_adapter, plan.name)
-                layer.add(plan.name, site, tuners[site.path], source, stock)
+                layer.add(plan.name, site, tuners[site.path, site.parameter], source, stock)
             self.stores.show()
             self._add_around(plan, method, source, journal)
             self._add_call(plan, method, source, journal)
@@ -203,22 +207,8 @@ class Session:
                 before.append((own, own.data))
             own.data = found.to(own.device, own.dtype)
 
-    def _drift(self, plan: AdapterPlan) -> Iterator[Diagnostic]:
-        for site in plan.maps:
-            module = self.find(site.path)
-            if module is None:
-                yield self._gone(site.path)
-                continue
-            for name, planned in site.layer.params:
-                own = module._parameters.get(name)
-                if own is not None and tuple(own.shape) != planned.shape:
-                    what = f"`{site.path}.{name}` is {tuple(own.shape)}, the plan was made for {planned.shape}"
-                    yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
-        for path in (*(site.path for site in plan.modules), *(save.path for save in plan.saves)):
-            if self.find(path) is None:
-                yield self._gone(path)
-
-    def _gone(self, path: str) -> Diagnostic:
+    def gone(self, path: str) -> Diagnostic:
+        """The diagnostic for a module that the plan has and the model has not."""
         hint = did_you_mean(path, [name for name, _ in self.model.named_modules()])
         return rules.MODEL_DRIFTED(f"There is no module `{path}`", fix=hint or "Plan again for this model.", where=path)
 
@@ -259,7 +249,7 @@ class Session:
         parent = self.find(head)
         module = parent._modules.get(name) if parent is not None else None
         if parent is None or module is None:
-            raise PeftcError(self._gone(path))
+            raise PeftcError(self.gone(path))
         return parent, name, module
 
     def wrappers(self) -> Iterator[TunerLayer]:
@@ -270,14 +260,14 @@ class Session:
     def layers_of(self, adapter: str) -> Iterator[TunerLayer]:
         """The wrappers that hold an adapter, in the order of its plan."""
         for site in self.plans[adapter].maps:
-            layer = self.layer_of(adapter, site.path)
+            layer = self.layer_of(adapter, site.path, site.parameter)
             if layer is not None:
                 yield layer
 
-    def layer_of(self, adapter: str, path: str) -> TunerLayer | None:
-        """The wrapper at a path that holds an adapter; None where the adapter was deleted from the layer itself."""
+    def layer_of(self, adapter: str, path: str, parameter: str = "") -> TunerLayer | None:
+        """The wrapper at a path, for a parameter, that holds an adapter; None where the adapter was deleted from the layer itself."""
         module: nn.Module | None = self.layers.get(path)
-        while isinstance(module, TunerLayer) and adapter not in module.adapters:
+        while isinstance(module, TunerLayer) and (adapter not in module.adapters or module.parameter != parameter):
             module = module.base_layer
         return module if isinstance(module, TunerLayer) else None
 
@@ -298,7 +288,7 @@ class Session:
             module = self.find(site.path)
             parameter = module._parameters.get(site.name) if module is not None else None
             if parameter is None:
-                raise PeftcError(self._gone(f"{site.path}.{site.name}"))
+                raise PeftcError(self.gone(f"{site.path}.{site.name}"))
             yield parameter
 
     # activation ---------------------------------------------------------------------------------------------------
@@ -510,7 +500,9 @@ class Session:
         plan = self.plans[name]
         tensors: dict[str, Tensor] = {}
         for site in plan.sites:
-            layer = self.layer_of(name, site.path) if isinstance(site, MapSite) else self.modules[site.path]
+            layer = (
+                self.layer_of(name, site.path, site.parameter) if isinstance(site, MapSite) else self.modules[site.path]
+            )
             if layer is None:
                 continue
             for slot, (_, tensor) in zip(site.slots, layer.parameters_of(name), strict=True):

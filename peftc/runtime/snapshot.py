@@ -195,7 +195,8 @@ def _describe(
     cls = type(module).__name__
     weight = next((tensor for name, tensor in params if name == "weight"), None)
     if kind is Kind.OTHER:
-        return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=note)
+        transposed = getattr(module, "is_transposed", False) is True  # transformers' word for experts as (in, out)
+        return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=note, transposed=transposed)
     if weight is None or len(weight.shape) != _WEIGHT_RANK[kind]:
         held = "no parameter `weight`" if weight is None else f"a weight of shape {list(weight.shape)}"
         return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=f"a {kind.value} layer with {held}")

@@ -169,6 +169,9 @@ def _beside_layers(plans: Sequence[AdapterPlan]) -> list[Diagnostic]:
         if plan.prompt is not None:
             what = f"`{plan.name}` is a prompt, which has no layers"
             problems.append(rules.CANNOT_COMBINE(what, fix="Keep the prompts beside each other."))
+        if plan.adapts_parameters:
+            what = f"`{plan.name}` adapts single parameters, whose factors are stacked by expert"
+            problems.append(rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`."))
         if plan.modules:
             what = f"`{plan.name}` acts around modules, not on layers"
             problems.append(rules.CANNOT_COMBINE(what, fix="Keep the adapters beside each other."))

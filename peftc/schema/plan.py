@@ -15,6 +15,8 @@ _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": "boolean"}
 _SIZE: Schema = {"type": "integer", "minimum": 0}
 _SHAPE: Schema = {"type": "array", "items": _SIZE}
+_PLACE = (("module", _TEXT), ("index in `kinds`", _SIZE))
+_PARAMETER = (("parameter", _TEXT), ("wrappers outside", _SIZE))
 _DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 
 
@@ -28,12 +30,13 @@ def _object(description: str, optional: tuple[str, ...] = (), **properties: Sche
     }
 
 
-def _row(description: str, *columns: tuple[str, Schema]) -> Schema:
+def _row(description: str, *columns: tuple[str, Schema], optional: int = 0) -> Schema:
+    """A list with these columns, of which the last few may be missing."""
     return {
         "type": "array",
         "description": description,
         "prefixItems": [{**schema, "title": title} for title, schema in columns],
-        "minItems": len(columns),
+        "minItems": len(columns) - optional,
         "items": False,
     }
 
@@ -118,7 +121,8 @@ def _definitions() -> dict[str, Schema]:
             config={"type": "object", "description": "Its options, as in adapter_config.json, defaults resolved."},
             kinds=_list(_ref("kind")),
             maps=_list(
-                _row("An adapted module.", ("module", _TEXT), ("index in `kinds`", _SIZE)), "Adapted modules, in order."
+                _row("A module, or a parameter of it.", *_PLACE, *_PARAMETER, optional=len(_PARAMETER)),
+                "Adapted modules, in order.",
             ),
             saves=_list(_ref("save")),
             trains=_list(trained),
@@ -139,6 +143,9 @@ def _layer_definitions() -> dict[str, Schema]:
             out_features=_SIZE,
             kernel=_SHAPE,
             groups=_SIZE,
+            experts={**_SIZE, "description": "How many maps a parameter holds; missing for other layers."},
+            transposed={**_FLAG, "description": "Whether experts are stored as (experts, in, out)."},
+            optional=("experts", "transposed"),
             note={**_TEXT, "description": "Why it is none of the kinds that it looks like, if so."},
             params=_list(_ref("tensor")),
             buffers=_list(_ref("tensor")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftc.graph.nodes import Kind
+from peftc.graph.nodes import EXPERT_KINDS, Kind
 from peftc.tuner.method import MapTuner, TunerMethod
 
 
@@ -26,7 +26,8 @@ def _option(name: str) -> Callable[[TunerMethod], bool]:
 
 
 def _of_kind(kind: Kind) -> Callable[[TunerMethod], bool]:
-    return lambda method: kind in method.supports
+    reachable = _option("target_parameters") if kind in EXPERT_KINDS else lambda method: True
+    return lambda method: kind in method.supports and reachable(method)
 
 
 def _combines(method: TunerMethod) -> bool:
@@ -71,6 +72,8 @@ _LAYERS = {
     Kind.CONV2D: "convolutions over images",
     Kind.CONV3D: "convolutions over volumes",
     Kind.NORM: "norms",
+    Kind.EXPERTS: "single parameters, as the stacked weights of experts (`target_parameters`)",
+    Kind.EXPERTS_TRANSPOSED: "those stored as (experts, in, out)",
     Kind.OTHER: "any module with parameters",
 }
 #: kinds of layer

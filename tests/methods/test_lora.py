@@ -22,7 +22,6 @@ ASKED: dict[str, Any] = {
     "use_qalora": True,
     "layer_replication": [[0, 1]],
     "lora_bias": True,
-    "target_parameters": ["weight"],
     "ensure_weight_tying": True,
 }
 

@@ -22,6 +22,7 @@ from peftc import (
     PeftcWarning,
     PeftModel,
     compile_plan,
+    convert_adapter,
     get_base_model_state_dict,
     get_peft_model,
     hotswap_adapter_from_state_dict,
@@ -36,9 +37,10 @@ from peftc.compiler import compile as compiling
 from peftc.compiler import select
 from peftc.diagnostics import Rule
 from peftc.model import assistance, base_state, files, hotswap, injected, mapping, mixed, prompts, rows, state
+from peftc.model import conversion as converting
 from peftc.model import peft_model as runtime_model
 from peftc.model.assistance import row_values
-from peftc.runtime import apply, call, calls, layer, planning, session, storage, values, weighted
+from peftc.runtime import apply, call, calls, conversion, drift, layer, planning, session, storage, values, weighted
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.prompt import cache, driver, encoder
@@ -176,12 +178,20 @@ CASES = {
     ),
     "a plan for wider layers": Case(
         rules.MODEL_DRIFTED, lambda: Net(7), lambda m: apply_plan(m, plan_of(Net(), narrow())),
-        (session, "if own is not None and tuple(own.shape) != weight.shape:", "if False:"), "`second.weight` is (6, 7)",
+        (drift, "if own is not None and tuple(own.shape) != planned.shape:", "if False:"), "`second.weight` is (6, 7)",
     ),
     "a plan for layers that are not there": Case(
         rules.MODEL_DRIFTED, lambda: nn.ModuleDict({"frist": nn.Linear(8, 8)}),
         lambda m: apply_plan(m, plan_of(Net(), narrow())),
         (session, "if problems:\n", "if not problems:\n"), "There is no module `second`",
+    ),
+    "converting to a method without thin factors": Case(
+        rules.CANNOT_CONVERT, adapted, lambda m: convert_adapter(m, "STRETCH", 2),
+        (conversion, "CANNOT_CONVERT(what, fix=f\"Convert", "WHILE_MERGED(what, fix=f\"Convert"), "STRETCH does not make adapters of thin factors",
+    ),
+    "converting to a rank that is too low": Case(
+        rules.CONVERSION_LOSES, adapted, lambda m: convert_adapter(m, "NARROW", 1),
+        (converting, "if made.error > _ROUNDING:", "if False:"), "The changes differ by",
     ),
     "merging twice": Case(
         rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "Merged already: `default`, `other`",
