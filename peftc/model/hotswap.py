@@ -31,6 +31,7 @@ from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
 from peftc.runtime.storage import find
+from peftc.tuner.method import TunerMethod
 
 #: Options that say which modules, how large, from where: what a swap brings along or what does not matter to it.
 _FREE = frozenset(name for cls in (PeftConfig, TargetsMixin, LayersMixin, RankMixin) for name in cls.model_fields) | {
@@ -69,10 +70,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     if config0.peft_type != config1.peft_type:
         what = f"An adapter of {config1.peft_type} cannot take the place of one of {config0.peft_type}"
         raise PeftcError(rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`."))
-    method = default_registry().method_of(config0)
-    if not method.adapts_layers:
-        what = f"`{config0.peft_type}` has no tensors on layers to swap"
-        raise PeftcError(rules.CANNOT_SWAP(what, fix="Use `load_adapter`, which overwrites an adapter of that name."))
+    method = _on_layers(config0)
     patterns = config0.pattern_options
     free = _FREE | set(patterns) | set(patterns.values()) | set(method.default_targets)
     ours, others = config0.to_dict(), config1.to_dict()
@@ -86,6 +84,15 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
             )
             for name in differ
         )
+
+
+def _on_layers(config: PeftConfig) -> TunerMethod:
+    """The method of an adapter that can be swapped. Raises `PeftcError` for others."""
+    method = default_registry().method_of(config)
+    if not method.adapts_layers:
+        what = f"`{config.peft_type}` has no tensors on layers to swap"
+        raise PeftcError(rules.CANNOT_SWAP(what, fix="Use `load_adapter`, which overwrites an adapter of that name."))
+    return method
 
 
 def hotswap_adapter_from_state_dict(
@@ -104,6 +111,7 @@ def hotswap_adapter_from_state_dict(
     session.require([adapter_name])
     session.refuse_merged(adapter_name)
     old = session.plans[adapter_name]
+    _on_layers(old.config)
     origin = origin_of(state_dict, live_names(old), old.root)
     given = {key: state_dict[source] for key, source in origin.items()}
     plan = _plan_of(session, old, config)

@@ -162,7 +162,7 @@ def _layer_definitions() -> dict[str, Schema]:
         ),
         "slot": _object(
             "A tensor that the adapter adds to a layer.",
-            optional=("named", "derived", "share", "home"),
+            optional=("named", "derived", "share", "home", "value"),
             name=_TEXT,
             shape=_SHAPE,
             container={"enum": ["module", "parameter"]},
@@ -176,6 +176,7 @@ def _layer_definitions() -> dict[str, Schema]:
                 "description": "A frozen buffer that the method computes; missing for a parameter.",
             },
             share={**_TEXT, "description": "Layers with the same key have one tensor; missing if each has its own."},
+            value={"type": "number", "description": "What a constant is filled with; missing for others."},
             home={**_TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
         ),
         "kind": _object(

@@ -162,7 +162,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any], str]] = [
     ("PC509", merged, {}, "unmerge"),
     ("PC543", lambda: ours("mlp", "LoraConfig", target_modules=["lin0"], bias="all").ours, {}, "lin0.bias"),
     ("PC543", lambda: ours("llama", "PromptTuningConfig", task_type="CAUSAL_LM", num_virtual_tokens=2).ours, {}, "weights"),
-    ("PC543", lambda: ours("mlp", "LoraConfig", target_modules=["lin0"]).ours, {"to": "HRA"}, "Convert to LORA"),
+    ("PC543", lambda: ours("mlp", "LoraConfig", target_modules=["lin0"]).ours, {"to": "HRA"}, "Convert to .*LORA"),
     ("PC507", Biased, {}, "no adapter"),
 ]  # fmt: skip
 

@@ -59,8 +59,10 @@ def what_is_not_declared_is_refused(s: Subject) -> None:
 
 
 def _thin_type() -> str:
+    """A method that makes adapters of thin factors, and whose options may all be left out."""
     registry = default_registry()
-    return next(name for name in registry.names if registry.get(name).is_rankable)
+    able = (method for method in map(registry.get, registry.names) if method.is_rankable)
+    return next(method.peft_type for method in able if not any(method.check(method.config())))
 
 
 def other_kinds_are_refused(s: Subject) -> None:
@@ -140,6 +142,8 @@ def _swap(model: PeftModel, other: PeftModel, name: str, s: Subject) -> None:
 
 def conversion_is_exact_at_full_rank(s: Subject) -> None:
     """What changes weights has thin factors; if the bias changes too, or the layer has none, that is said."""
+    if not features_of(s.method)["uses"]["convert"]:
+        return
     model = s.trained(dtype=torch.float64)
     layers = layers_of(model)
     try:
