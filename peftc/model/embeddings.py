@@ -36,7 +36,7 @@ def embeddings_to_save(session: Session, plan: AdapterPlan, choice: str | bool) 
         raise ConfigError(rules.BAD_VALUE(what, fix='Use `True`, `False` or `"auto"`.'))
     if choice is False:
         return {}
-    found = session.vocabulary(plan)
+    found = session.base.vocabulary(plan)
     by_name = any(tensor.adapted and tensor.path.rpartition(".")[2] in VOCABULARY_NAMES for tensor in found)
     if choice == AUTO and not (by_name and not trains_rows(plan.config)) and not _resized(session.model, plan.config):
         return {}

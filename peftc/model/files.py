@@ -28,9 +28,9 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.prompt.encoder import Exporter
-from peftc.runtime.session import Session, without_padding
+from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
-from peftc.runtime.stored import can_take, differing, exported, fitted, restored
+from peftc.runtime.stored import can_take, differing, exported, fitted, restored, without_padding
 
 if TYPE_CHECKING:
     from peftc.model.peft_model import PeftModel
@@ -242,13 +242,13 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
             if stored is not None:
                 journal.note(tensor.copy_, tensor.clone())
                 tensor.copy_(stored)
-        session.carry(plan, found.source, journal)
+        session.base.carry(plan, found.source, journal)
         patch(session, plan.name, differing(session, plan), journal)
 
 
 def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
     """All that loading an adapter may have brought, to be put back."""
-    vocabulary = model.session.vocabulary(model.session.plans[name])
+    vocabulary = model.session.base.vocabulary(model.session.plans[name])
     return {**_live_tensors(model, model.session, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
 
 

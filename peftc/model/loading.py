@@ -157,4 +157,4 @@ def _found(sources: Mapping[str, str], file: AdapterFile, key: str) -> Tensor | 
 
 def vocabulary_facts(session: Session, plan: AdapterPlan) -> dict[str, TensorFacts]:
     """The base model's embeddings, which a checkpoint of the adapter may carry, by key."""
-    return {carried.disk: TensorFacts.of(carried.tensor) for carried in session.vocabulary(plan)}
+    return {carried.disk: TensorFacts.of(carried.tensor) for carried in session.base.vocabulary(plan)}

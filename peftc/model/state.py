@@ -21,7 +21,8 @@ from peftc.ops.combine import padded
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
-from peftc.runtime.session import Session, unpadded
+from peftc.runtime.session import Session
+from peftc.runtime.storage import unpadded
 from peftc.runtime.stored import fitted, restored
 from peftc.tuner.slots import Slot
 
@@ -115,7 +116,7 @@ def set_peft_model_state_dict(
         for tensor, value in _others(model, session, adapter_name, rest):
             journal.note(tensor.copy_, tensor.clone())
             tensor.copy_(value)
-        session.carry(plan, rest.get, journal)
+        session.base.carry(plan, rest.get, journal)
     missing = dict.fromkeys([*report.missing, *(key for key in names if key not in values)])
     live = [names.get(key, key).removeprefix(plan.root) for key in missing]
     return LoadResult([root + name for name in live], [origin[key] for key in report.unexpected])

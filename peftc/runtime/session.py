@@ -6,10 +6,10 @@ never to the model or to what else is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
+from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
 from peftc.runtime.calls import CallModule
 from peftc.runtime.drift import drift, home_of
@@ -36,15 +37,6 @@ W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
 
 #: makes the wrapper for a site of a PEFT type
 LayerFactory = Callable[[str, MapSite, nn.Module], TunerLayer]
-
-
-class VocabularyTensor(NamedTuple):
-    """A tensor of the base model's embeddings: its key in a checkpoint, its module's path, and whether that is adapted."""
-
-    disk: str
-    path: str
-    tensor: nn.Parameter
-    adapted: bool
 
 
 class Session:
@@ -70,8 +62,8 @@ class Session:
         self.steps: dict[str, StepState] = {}
         #: adapters that read values of calls by row, with the mathematics that says which
         self.readers: dict[str, MapTuner[Any]] = {}
-        #: base tensors that an adapter's training or loading changes, as they were before
-        self.base_before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
+        #: base tensors that adapters train, or carry in their checkpoints
+        self.base = BaseTensors(self)
         #: of a model that was adapted in place, the configs that it shows as `peft_config`
         self.shown: dict[str, PeftConfig] | None = None
 
@@ -118,7 +110,7 @@ class Session:
                     copy.join(self.shared)
                 journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
-            self._change_base(plan, source, journal)
+            self.base.change(plan, source, journal)
             readers = [tuner for tuner in tuners.values() if tuner.keywords]
             if readers:
                 self.readers[plan.name] = readers[0]
@@ -180,32 +172,6 @@ class Session:
         else:
             journal.note(known.pop, path)
         known[path] = wrapper
-
-    def _change_base(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
-        """Load base tensors that the checkpoint carries, and keep what they were: for trained ones, a copy."""
-        before: list[tuple[nn.Parameter, Tensor]] = []
-        journal.note(_restore, before)
-        find = source or (lambda key: None)
-        for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
-            found = find(disk)
-            before.append((parameter, parameter.detach().clone()))
-            if found is not None:
-                parameter.copy_(found)
-        self.base_before[plan.name] = before
-        self.carry(plan, find, journal)
-
-    def carry(self, plan: AdapterPlan, find: Source, journal: Journal) -> None:
-        """Load embeddings of the base model that the adapter's checkpoint carries; deleting the adapter restores them."""
-        before = self.base_before[plan.name]
-        known = {id(parameter) for parameter, _ in before}
-        for disk, _, own, _ in self.vocabulary(plan):
-            found = find(disk)
-            if found is None or torch.equal(found.to(own), own):
-                continue
-            journal.note(setattr, own, "data", own.data)
-            if id(own) not in known:
-                before.append((own, own.data))
-            own.data = found.to(own.device, own.dtype)
 
     def gone(self, path: str) -> Diagnostic:
         """The diagnostic for a module that the plan has and the model has not."""
@@ -279,18 +245,6 @@ class Session:
         for save in self.plans[adapter].saves:
             yield self.copies[save.path]
 
-    def _trained_names(self, plan: AdapterPlan) -> list[tuple[str, str]]:
-        names = [p.name for p in replace(plan, maps=(), modules=(), saves=()).parameters()] if plan.trains else []
-        return [(name, site.name) for name, site in zip(names, plan.trains, strict=True)]
-
-    def _trained(self, plan: AdapterPlan) -> Iterator[nn.Parameter]:
-        for site in plan.trains:
-            module = self.find(site.path)
-            parameter = module._parameters.get(site.name) if module is not None else None
-            if parameter is None:
-                raise PeftcError(self.gone(f"{site.path}.{site.name}"))
-            yield parameter
-
     # activation ---------------------------------------------------------------------------------------------------
 
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
@@ -363,7 +317,7 @@ class Session:
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
                     parameter.requires_grad_(required)
-        for parameter in self._trained(self.plans[name]):
+        for parameter in self.base.trained(self.plans[name]).values():
             parameter.requires_grad_(required)
 
     def enable(self, enabled: bool) -> None:
@@ -409,7 +363,7 @@ class Session:
         del self.plans[name], self.seams[name]
         self.steps.pop(name, None)
         self.readers.pop(name, None)
-        _restore(self.base_before.pop(name))
+        self.base.restore([name])
         self._activate([n for n in self.active if n != name])
 
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
@@ -464,7 +418,7 @@ class Session:
     def unload(self) -> None:
         """Take every wrapper out again: the same module objects as before are back in their places."""
         for name in self.plans:
-            for parameter in self._trained(self.plans[name]):
+            for parameter in self.base.trained(self.plans[name]).values():
                 parameter.requires_grad_(False)
         for path, layer in self.layers.items():
             self._put_back(path, layer.get_base_layer())
@@ -472,17 +426,16 @@ class Session:
             wrapper.take_out()
         for path, copy in self.copies.items():
             self._put_back(path, copy.original_module)
-        for before in self.base_before.values():
-            _restore(before)
+        self.base.restore(self.plans)
         self.stores.clear()
-        self.layers, self.modules, self.copies, self.plans, self.base_before = {}, {}, {}, {}, {}
+        self.layers, self.modules, self.copies, self.plans = {}, {}, {}, {}
         self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
         for holder in self.holders.values():
             holder.clear()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
-        self.base_before = {}
+        self.base.keep()
         for path, copy in list(self.copies.items()):
             self._put_back(path, copy.current)
             del self.copies[path]
@@ -512,41 +465,6 @@ class Session:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict(keep_vars=True).items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
-        for (disk, _), parameter in zip(self._trained_names(plan), self._trained(plan), strict=True):
-            tensors[disk] = parameter
+        tensors |= self.base.trained(plan)
         caller = self.caller(name)
         return tensors if caller is None else tensors | caller.tensors()
-
-    def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
-        """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.
-
-        Those that the adapter trains in a copy of its own are left out. Where input and output are one tensor, both keys
-        have it.
-        """
-        adapted, copied = {site.path for site in plan.maps}, {save.path for save in plan.saves}
-        tensors = []
-        for path in dict.fromkeys((self.graph.model.input_embeddings, self.graph.model.output_embeddings)):
-            module = None if path is None or path in copied else self.find(path)
-            if path is None or module is None:
-                continue
-            owner = f"{plan.root}{path}.base_layer" if path in adapted else f"{plan.root}{path}"
-            for name, tensor in module._parameters.items():
-                if tensor is not None:
-                    tensors.append(VocabularyTensor(f"{owner}.{name}", path, tensor, path in adapted))
-        return tensors
-
-
-def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What an adapter has of a tensor that was made larger, for others to be swapped in; a view."""
-    return tensor if tensor.shape == shape else tensor[tuple(slice(size) for size in shape)]
-
-
-def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors by checkpoint key, as large as planned."""
-    shapes = {site.key(slot, plan.name).disk(): slot.shape for site, slot in plan.slots()}
-    return {key: unpadded(tensor, shapes[key]) if key in shapes else tensor for key, tensor in tensors.items()}
-
-
-def _restore(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, data in before:
-        parameter.data = data

@@ -20,9 +20,9 @@ from peftc.diagnostics import Diagnostic, PeftcError, warn
 from peftc.registry.boundary import boundary
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.session import Session, unpadded
+from peftc.runtime.session import Session
 from peftc.runtime.step_state import StepState
-from peftc.runtime.storage import LayerView
+from peftc.runtime.storage import LayerView, unpadded
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 from peftc.tuner.steps import Changes

@@ -365,3 +365,8 @@ def view_class(slots: tuple[str, ...]) -> type[LayerView]:
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory: the method's `init` or the checkpoint fills it."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What an adapter has of a tensor that was made larger, for others to be swapped in; a view."""
+    return tensor if tensor.shape == shape else tensor[tuple(slice(size) for size in shape)]

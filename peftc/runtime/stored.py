@@ -22,6 +22,7 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
+from peftc.runtime.storage import unpadded
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -130,6 +131,12 @@ def differing(session: Session, source: AdapterPlan) -> dict[str, Any]:
     own = session.plans[source.name].config
     found = {option: getattr(source.config, option) for option in _step_options(session, source.name)}
     return {option: value for option, value in found.items() if getattr(own, option) != value}
+
+
+def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by checkpoint key, as large as planned."""
+    shapes = {site.key(slot, plan.name).disk(): slot.shape for site, slot in plan.slots()}
+    return {key: unpadded(tensor, shapes[key]) if key in shapes else tensor for key, tensor in tensors.items()}
 
 
 def _keys(site: MapSite, adapter: str) -> dict[str, str]:
