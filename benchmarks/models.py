@@ -100,3 +100,17 @@ def training_step(model: Any) -> Callable[[], None]:
         model.zero_grad(set_to_none=True)
 
     return step
+
+
+def live_peak(step: Callable[[], None]) -> float:
+    """Most bytes that torch's CPU allocator has handed out at once during a step, beyond those before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return float(peak)

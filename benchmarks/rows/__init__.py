@@ -9,4 +9,5 @@ NAMES = (
     "one-token",
     "training-step",
     "training-memory",
+    "methods",
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.models import frozen_llama, training_step, with_lora
+from benchmarks.models import frozen_llama, live_peak, training_step, with_lora
 from benchmarks.row import BOTH, OURS, PEER, Row, run
 from benchmarks.table import Check, Reading, Readings, Target, Unit
 
@@ -45,7 +44,7 @@ def measure(side: str) -> Readings:
     before = _status("VmRSS")
     for _ in range(STEPS):
         step()
-    return {"resident": _status("VmHWM") - before, "live": _live_peak(step)}
+    return {"resident": _status("VmHWM") - before, "live": live_peak(step)}
 
 
 def _status(field: str) -> float:
@@ -53,20 +52,6 @@ def _status(field: str) -> float:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return float(fields[field].split()[0]) * 1024
-
-
-def _live_peak(step: Callable[[], None]) -> float:
-    """Most bytes that torch's CPU allocator has handed out at once during a step, beyond those before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return float(peak)
 
 
 if __name__ == "__main__":
