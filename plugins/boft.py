@@ -31,7 +31,7 @@ from peftc.plugin import (
     rules,
 )
 
-from .oft import cayley, dropped, rotated
+from .oft import cayley, dropped, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +62,7 @@ class BoftTuner(MapTuner[BOFTConfig]):
 
     supports = LINEAR_KINDS | CONV_KINDS
     input_space = "patches"
+    recomputes_input = True
     spares_bias = True
 
     def slots(self, c: BOFTConfig, layer: LayerFacts) -> Iterable[Slot]:
@@ -104,10 +105,10 @@ class BoftTuner(MapTuner[BOFTConfig]):
         factors = cayley((entries - entries.mT) / 2)
         if c.boft_dropout and a.training:
             factors = _one_dropped(factors, c.boft_dropout)
-        rows = x.to(factors.dtype)
+        columns = x.to(factors.dtype).reshape(-1, x.shape[-1]).t()
         for level in reversed(range(factors.shape[0])):
-            rows = _butterfly(rows, factors[level], level)
-        return rows.to(x.dtype)
+            columns = _butterfly(columns, factors[level], level)
+        return columns.t().reshape(x.shape).to(x.dtype)
 
     def output(self, a: View, y: Tensor) -> Tensor:
         return y * a.boft_s.flatten()
@@ -129,17 +130,17 @@ def _misfit(c: BOFTConfig, size: int) -> str:
     return ""
 
 
-def _butterfly(x: Tensor, R: Tensor, level: int) -> Tensor:
-    """x `(..., features)` through one factor, R `(blocks, b, b)`.
+def _butterfly(columns: Tensor, R: Tensor, level: int) -> Tensor:
+    """Columns `(features, rows)` through one factor, R `(blocks, b, b)`.
 
     Of each run of `2^level` blocks, block j rotates half-block j together with half-block `j + 2^level`.
     """
     if level == 0:
-        return rotated(x, R)
-    span, half = 2**level, R.shape[1] // 2
-    paired = x.reshape(-1, x.shape[-1] // (2 * span * half), 2, span, half).transpose(2, 3)
-    turned = rotated(paired.reshape(x.shape), R)
-    return turned.view(-1, x.shape[-1] // (2 * span * half), span, 2, half).transpose(2, 3).reshape(x.shape)
+        return turned(columns, R)
+    span, half, rows = 2**level, R.shape[1] // 2, columns.shape[1]
+    paired = columns.reshape(-1, 2, span, half, rows).transpose(1, 2)
+    together = turned(paired.reshape(columns.shape), R)
+    return together.view(-1, span, 2, half, rows).transpose(1, 2).reshape(columns.shape)
 
 
 def _one_dropped(factors: Tensor, p: float) -> Tensor:

@@ -69,6 +69,7 @@ class OftTuner(MapTuner[OFTConfig]):
 
     supports = LINEAR_KINDS | CONV_KINDS
     input_space = "patches"
+    recomputes_input = True
     slot = "oft_R"
 
     def size(self, layer: LayerFacts) -> int:
@@ -210,10 +211,12 @@ def _neumann(Q: Tensor, terms: int) -> Tensor:
 
 def rotated(x: Tensor, R: Tensor) -> Tensor:
     """Each block of features of x `(..., blocks · b)` times its matrix, R `(blocks, b, b)` or `(1, b, b)` for all."""
-    if R.shape[0] == 1:
-        return (x.reshape(-1, R.shape[1]) @ R[0]).view(x.shape)
-    rows = x.reshape(-1, R.shape[0], R.shape[1]).transpose(0, 1)
-    return (rows @ R).transpose(0, 1).reshape(x.shape)
+    return turned(x.reshape(-1, x.shape[-1]).t(), R).t().reshape(x.shape)
+
+
+def turned(columns: Tensor, R: Tensor) -> Tensor:
+    """The same of x as columns `(blocks · b, rows)`: products with small blocks are several times faster so."""
+    return (R.mT @ columns.reshape(-1, R.shape[1], columns.shape[1])).view(columns.shape)
 
 
 def dropped(R: Tensor, p: float) -> Tensor:

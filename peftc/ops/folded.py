@@ -6,14 +6,15 @@ weight per layer between forward and backward. Random numbers that folding drew 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from peftc.ops.generators import Generators
 
 #: slots -> weight `(out, in)` and bias `(out,)`
 Fold = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
@@ -28,7 +29,7 @@ def linear_folded(x: Tensor, fold: Fold, slots: Sequence[Tensor]) -> Tensor:
 class _LinearFolded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fold: Fold, *slots: Tensor) -> Tensor:
-        ctx.drawn = _Generators(x.device)
+        ctx.drawn = Generators(x.device)
         weight, bias = fold(slots)
         ctx.drawn.forget_unless_used()
         ctx.fold = fold
@@ -55,32 +56,3 @@ class _LinearFolded(torch.autograd.Function):
         trained = [slot for slot in own if slot.requires_grad]
         found = iter(torch.autograd.grad(folded, trained, grown, allow_unused=True) if folded and trained else ())
         return grad_x, None, *(next(found, None) if wanted else None for wanted in need)
-
-
-class _Generators:
-    """Where the default random generators stood, on the CPU and on the device of the tensors."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = [device] if device.type == "cuda" else []
-        self._states: list[Tensor] | None = self._now()
-
-    def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
-
-    def forget_unless_used(self) -> None:
-        """Compare with where they stand now."""
-        states = self._states
-        if states is not None and all(map(torch.equal, states, self._now())):
-            self._states = None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw inside what was drawn after this was made, and go on outside as if nothing had been."""
-        if self._states is None:
-            yield
-            return
-        with torch.random.fork_rng(devices=self._cuda):
-            torch.set_rng_state(self._states[0])
-            for device, state in zip(self._cuda, self._states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

@@ -19,6 +19,7 @@ from peftc.diagnostics import PeftcError
 from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
+from peftc.ops.recomputed import can_recompute, recomputed
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import Backend
 from peftc.runtime.storage import LayerView
@@ -254,7 +255,26 @@ def _output(path: Path, change: Callable[[Tensor], Tensor]) -> Path:
 
 def change_of_input(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
     """The method's map of the layer's input."""
-    return _along(part.lowering("input"), part.view, under.backend.input_axis or 0)
+    axis = under.backend.input_axis or 0
+    plain = _along(part.lowering("input"), part.view, axis)
+    if not part.tuner.recomputes_input:
+        return plain
+
+    def run(x: Tensor) -> Tensor:
+        return _recomputed_input(part, x, axis) if can_recompute(x) else plain(x)
+
+    return run
+
+
+def _recomputed_input(part: Part, x: Tensor, axis: int) -> Tensor:
+    slots = part.view.tensors()
+    fixed = part.fixed(part.view.training)  # backward does what forward did, whatever the mode is then
+
+    def change(x: Tensor, *tensors: Tensor) -> Tensor:
+        over = fixed.over(dict(zip(slots, tensors, strict=True)))
+        return _along(over.lowering("input"), over.view, axis)(x)
+
+    return recomputed(change, x, list(slots.values()))
 
 
 def change_of_output(under: Under, part: Part) -> Callable[[Tensor], Tensor]:

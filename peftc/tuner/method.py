@@ -52,6 +52,8 @@ class MapTuner(ABC, Generic[C]):
     #: whether `branch` costs as much as the layer itself: then `params` serves where the base is not in half precision,
     #: in which small changes of a weight would be rounded away
     branch_is_dense: ClassVar[bool] = False
+    #: whether backward computes `input` again, for maps that cost little beside the tensors that they would keep
+    recomputes_input: ClassVar[bool] = False
     #: keywords of a call, with one value per row, that are for the method alone: `branch`, `input` and `output` read them
     #: by `a.of_rows`
     keywords: ClassVar[tuple[str, ...]] = ()
