@@ -114,6 +114,14 @@ def _definitions() -> dict[str, Schema]:
             place={"enum": [place.value for place in Place]},
             extra=_list(_row("What is saved beside the table.", ("key", _TEXT), ("shape", _SHAPE))),
         ),
+        "call": _object(
+            "Storage of an adapter that acts around calls; missing for all others.",
+            owner={**_TEXT, "description": "What the storage is called, at the root of the model."},
+            slots=_list(_ref("slot")),
+            dtype=_TEXT,
+            needs=_list(_TEXT, "Adapters that it weighs."),
+            layers=_list(_TEXT, "Layers that those change, in the model's order."),
+        ),
         "adapter": _object(
             "All that one adapter does.",
             name=_TEXT,
@@ -128,7 +136,10 @@ def _definitions() -> dict[str, Schema]:
             trains=_list(trained),
             prompt=_or_null(_ref("prompt"), "Null for methods that change layers."),
             modules=_list(_ref("wrapped"), "Wrapped modules, in order; missing if there is none."),
-            optional=("modules",),
+            call=_ref("call"),
+            needed_by={**_TEXT, "description": "The adapter that weighs this one; missing if there is none."},
+            origin={**_TEXT, "description": "Where this one is read from, if it is weighed."},
+            optional=("modules", "call", "needed_by", "origin"),
         ),
     }
 

@@ -15,7 +15,7 @@ from peftc.config.mixins import ModulesToSaveMixin, TargetsMixin
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import default_registry
 from peftc.runtime.snapshot import snapshot
-from peftc.testing.subjects import subjects
+from peftc.testing.subjects import adapters_for, subjects
 from peftc.tuner.method import TunerMethod
 
 
@@ -54,6 +54,8 @@ def config_of(method: TunerMethod, example: dict[str, Any]) -> PeftConfig:
         options.setdefault("target_modules", ["up", "down"])
     if issubclass(method.config, ModulesToSaveMixin):
         options.setdefault("modules_to_save", ["head", "norm"])
+    if method.call_tuner is not None:
+        options.setdefault(method.call_tuner.option, adapters_for(method, subjects(method)[0].model))
     if method.is_prompt:
         options.setdefault("task_type", "CAUSAL_LM")
     return method.config(**options)
@@ -76,8 +78,10 @@ def injection_plan(
 
 
 def graph_for(method: TunerMethod, width: int = 8) -> ModuleGraph:
-    """The little model's graph; for a method that looks for modules of its own choice, that of a model which has them."""
-    return little_graph(width) if method.module_tuner is None else subjects(method)[0].model.graph
+    """The little model's graph; for a method that chooses modules itself or weighs adapters, that of a model it fits."""
+    if method.module_tuner is None and method.call_tuner is None:
+        return little_graph(width)
+    return subjects(method)[0].model.graph
 
 
 def adapter_plan(method: TunerMethod, example: dict[str, Any], adapter: str = "default", width: int = 8) -> AdapterPlan:
