@@ -86,6 +86,8 @@ def _print_all(registry: Registry, as_json: bool) -> int:
 
 
 def _print_one(method: TunerMethod, as_json: bool) -> None:
+    import textwrap
+
     from peftc.schema.generate import method_schema
 
     schema = method_schema(method)
@@ -97,7 +99,7 @@ def _print_one(method: TunerMethod, as_json: bool) -> None:
         [("layers", ", ".join(sorted(method.supports)) or "decided by its options")] if method.adapts_layers else []
     )
     facts += [("paper", method.paper)] if method.paper else []
-    console.out(f"{method.summary}\n\n{console.table(facts)}\n")
+    console.out(f"{textwrap.fill(method.summary, console.width())}\n\n{console.table(facts)}\n")
     definitions = schema.get("$defs", {})
     rows = [HEADS]
     for name in _own_first(method):
