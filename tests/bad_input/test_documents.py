@@ -35,9 +35,10 @@ from peftc.registry.manager import Registry, default_registry
 from peftc.schema import validate
 from peftc.schema.validate import check_document
 from tests.defects import put_defect
+from tests.unit.chosen import plain_method
 from tests.unit.fakes import FakeConfig, claim, plugin, record, registry
 
-TYPE = next(name for name in default_registry().names if default_registry().get(name).adapts_layers)
+TYPE = plain_method().peft_type
 SMALL = "version: 1\nbase: owner/model\nadapters: {default: {peft_type: FAKE}}\n"
 
 Act = Callable[[Path], Any]

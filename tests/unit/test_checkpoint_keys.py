@@ -20,7 +20,7 @@ from peftc.checkpoint.keys import (
     unwrapped,
 )
 from peftc.checkpoint.report import expected_tensors
-from peftc.compiler.plan import WRAPPED_ROOT
+from peftc.compiler.plan import PROMPT_ROOT, WRAPPED_ROOT
 from peftc.diagnostics import PeftcError
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples
@@ -54,10 +54,15 @@ def test_a_key_in_memory_is_the_key_on_disk_with_the_adapter_put_in(
         for slot in site.slots:
             key = site.key(slot, "weight")
             memory, disk = key.memory(WRAPPED_ROOT).split("."), key.disk(WRAPPED_ROOT).split(".")
-            position = len(WRAPPED_ROOT.split(".")) - 1 + len(site.path.split(".")) + 1
+            place = len(WRAPPED_ROOT.split(".")) - 1 + len(site.path.split("."))
+            assert memory[place] == slot.name
             if slot.named:
-                assert memory.pop(position) == "weight"
-            assert memory == disk
+                assert memory.pop(place + 1) == "weight"
+            home = f"{WRAPPED_ROOT}{site.path}"
+            if slot.home is not None:  # shared: saved once, under one of its layers or at the model's own level
+                assert slot.home in ("", *(other.path for other in plan.sites))
+                home = f"{WRAPPED_ROOT}{slot.home}" if slot.home else PROMPT_ROOT.removesuffix(".")
+            assert disk == [*home.split("."), *memory[place:]]
 
 
 segment = st.sampled_from(["model", "layers", "0", "11", "up", "weight", "module", "base_model", *WRAPPERS]) | st.text(

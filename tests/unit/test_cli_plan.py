@@ -17,9 +17,10 @@ from peftc.cli.main import main
 from peftc.compiler.serial import plan_from_text
 from peftc.graph.files import write_graph
 from peftc.registry.manager import default_registry
+from tests.unit.chosen import plain_method
 from tests.unit.plans import decoder
 
-TYPE = next(name for name in default_registry().names if default_registry().get(name).adapts_layers)
+TYPE = plain_method().peft_type
 CONFIG = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 40,
