@@ -248,13 +248,13 @@ CASES = {
     "empty shards": Case(
         rules.SAVE_INCOMPLETE,
         saving(lambda found: {key: t.new_empty(0) for key, t in found.items()}),
-        in_source(values, "or tensor.numel() == 0", ""),
+        in_source(values, "or (t.numel() == 0 and key not in empty)", ""),
         "Gather the parameters",
     ),
     "meta tensors": Case(
         rules.SAVE_INCOMPLETE,
         saving(lambda found: {key: t.to("meta") for key, t in found.items()}),
-        in_source(values, "tensor.is_meta or ", ""),
+        in_source(values, "t.is_meta or ", ""),
         "Gather the parameters",
     ),
     "nothing to save": Case(

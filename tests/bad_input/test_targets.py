@@ -232,19 +232,19 @@ CASES: dict[str, Case] = {
     ),
     "a layer of another kind": Case(
         rules.BAD_TARGET, plan(target_modules=["q_proj", "model.norm"]), ("`model.norm` is a RMSNorm", "linear"),
-        (sites, "if node.facts.kind not in tuner.supports:", "if False:"),
+        (sites, "if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):", "if False:"),
     ),
     "a container": Case(
         rules.BAD_TARGET, plan(target_modules=["self_attn"]), ("`model.layers.0.self_attn`", "Name the layers in it: `q_proj`, `v_proj`", "2 more"),
-        (sites, "if node.facts.kind not in tuner.supports:", "if False:"),
+        (sites, "if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):", "if False:"),
     ),
     "a rank beyond the layer": warned(
         rules.RANK_BEYOND_LAYER, plan(r=9), ("rank 9", "2 more layers like it"),
-        (sites, "kind.problems = tuple(tuner.check(", "kind.problems = () and tuple(tuner.check("),
+        (sites, "kind.problems = tuple(kind.tuner.check(", "kind.problems = () and tuple(kind.tuner.check("),
     ),
     "blocks that do not divide": warned(
         rules.BLOCKS_ADJUSTED, plan(fail="blocks"), ("blocks of 4", "2 more layers like it"),
-        (sites, "kind.problems = tuple(tuner.check(", "kind.problems = () and tuple(tuner.check("),
+        (sites, "kind.problems = tuple(kind.tuner.check(", "kind.problems = () and tuple(kind.tuner.check("),
     ),
     "slots that raise": Case(
         rules.PLUGIN_RAISED, plan(fail="slots"), ("`slots` of SAMPLE raised ZeroDivisionError: no slots today", "model.layers.0"),
@@ -256,7 +256,7 @@ CASES: dict[str, Case] = {
     ),
     "slots without the prefix": Case(
         rules.PLUGIN_INVALID, plan(fail="prefix"), ("`other` does not begin with `sample_`",),
-        (sites, "if not s.name.startswith(context.method.prefix)]", "if False]"),
+        (sites, "if not slot.name.startswith(context.method.prefix)]", "if False]"),
     ),
     "slots without size": Case(
         rules.PLUGIN_INVALID, plan(fail="shape"), ("`sample_B` has the shape [8, 0]",),

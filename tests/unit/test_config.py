@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from collections.abc import Mapping
@@ -20,14 +21,37 @@ from peftc.config.docs import describe, descriptions
 from peftc.config.files import config_from_dict
 from peftc.config.mixins import TargetsMixin
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import ConfigError, PeftcWarning
+from peftc.diagnostics import ConfigError, PeftcWarning, Severity
 from peftc.registry.manager import Registry, default_registry
 from peftc.tuner.method import TunerMethod
 from tests.unit.fakes import FakeConfig, Inner, plugin
 
 REGISTRY = default_registry()
 METHODS = [REGISTRY.get(name) for name in REGISTRY.names]
-EXAMPLES = [(m, dict(example)) for m in METHODS for example in ({}, *m.examples)]
+#: a width that no default is
+DIMS = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 12}
+
+
+def completed(method: TunerMethod, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with those that have no usable default: the reference raises or makes values up where they are missing.
+
+    What the method itself misses is taken from its first example; adapters to weigh, and what is found out of a model, are
+    filled in.
+    """
+    whole = dict(options)
+    for problem in method.check(method.config(**whole)):
+        missed = problem.where.path or ""
+        if problem.severity is Severity.ERROR and missed not in whole:
+            whole[missed] = method.examples[0][missed]
+    if method.call_tuner is not None:
+        whole.setdefault(method.call_tuner.option, {"one": "some/adapter", "other": "folder"})
+        whole |= method.call_tuner.resolve(method.config(**whole), DIMS)
+    return whole
+
+
+EXAMPLES = [(m, completed(m, example)) for m in METHODS for example in ({}, *m.examples)]
+#: the least that a config of each method takes in the reference as well
+LEAST = {m.peft_type: options for m, options in reversed(EXAMPLES)}
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)
 each_example = pytest.mark.parametrize(("method", "options"), EXAMPLES, ids=lambda v: getattr(v, "peft_type", None))
@@ -60,6 +84,14 @@ def test_options_and_defaults_are_the_references(method: TunerMethod, options: d
     ours, theirs = method.config(**options).to_dict(), theirs_of(method, options).to_dict()
     del ours["peft_version"], theirs["peft_version"]  # it writes its own
     assert theirs == ours
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if LEAST[m.peft_type]], ids=lambda m: m.peft_type)
+def test_options_that_must_be_given_are_empty_in_both_until_then(method: TunerMethod) -> None:
+    fields, ours = {field.name: field for field in dataclasses.fields(reference(method))}, method.config().to_dict()
+    for name in LEAST[method.peft_type]:
+        made = fields[name].default_factory
+        assert ours[name] == (fields[name].default if made is dataclasses.MISSING else made())
 
 
 @each_example
@@ -99,7 +131,8 @@ def test_an_unknown_keyword_raises_what_the_reference_raises(method: TunerMethod
 
 @each_method
 def test_attributes_of_the_class(method: TunerMethod) -> None:
-    for ours, theirs in ((method.config(), theirs_of(method, {})),):
+    least = LEAST[method.peft_type]
+    for ours, theirs in ((method.config(**least), theirs_of(method, least)),):
         assert ours.peft_type.value == theirs.peft_type.value == method.peft_type
         assert ours.is_prompt_learning == theirs.is_prompt_learning
         assert ours.is_adaption_prompt == theirs.is_adaption_prompt
@@ -271,7 +304,7 @@ def test_an_unknown_keyword_is_a_type_error_as_in_the_reference(method: TunerMet
     for cls in (method.config, reference(method)):
         with pytest.raises(TypeError):
             cls(no_such_option=1)
-    config, theirs = method.config(), reference(method)(task_type="CAUSAL_LM")
+    config, theirs = method.config(), reference(method)(task_type="CAUSAL_LM", **LEAST[method.peft_type])
     assert isinstance(config, PeftConfig) and isinstance(config, PeftConfigMixin)
     assert config.peft_type.value == theirs.peft_type.value == method.peft_type
     assert config.is_adaption_prompt is theirs.is_adaption_prompt
@@ -279,7 +312,7 @@ def test_an_unknown_keyword_is_a_type_error_as_in_the_reference(method: TunerMet
 
 
 def test_the_type_in_the_file_decides_whatever_class_reads_it(tmp_path: Path) -> None:
-    one, other = METHODS[0].config(), METHODS[1].config
+    one, other = METHODS[0].config(**LEAST[METHODS[0].peft_type]), METHODS[1].config
     one.save_pretrained(tmp_path / "folder" / "inside", auto_mapping_dict={"base_model_class": "A"})
     read = other.from_pretrained(tmp_path / "folder", "inside", r=77, ephemeral_gpu_offload=True, task_type="CAUSAL_LM")
     assert type(read) is type(one)
