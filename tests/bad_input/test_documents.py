@@ -31,7 +31,7 @@ from peftc.config.spec import load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Rule
 from peftc.registry import boundary as boundary_module
 from peftc.registry import manager
-from peftc.registry.manager import Registry, default_registry
+from peftc.registry.manager import Registry
 from peftc.schema import validate
 from peftc.schema.validate import check_document
 from tests.defects import put_defect
