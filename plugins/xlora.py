@@ -82,7 +82,8 @@ class XLoraTuner(CallTuner[XLoraConfig]):
             what = f"`hidden_size` is {c.hidden_size}, the model's is {width}"
             yield rules.BAD_VALUE(what, fix="Set it to the width of the model's hidden states.", where="hidden_size")
         if not c.adapters:
-            yield rules.BAD_VALUE("`adapters` names none to mix", fix="Name at least one.", where="adapters")
+            fix = "Name at least one, with its folder or repository: `{style: path/to/adapter}`."
+            yield rules.BAD_VALUE("`adapters` names none to mix", fix=fix, where="adapters")
         elif (c.top_k_lora or 0) > len(c.adapters):
             what = f"`top_k_lora` is {c.top_k_lora}, but there are {len(c.adapters)} adapters"
             yield rules.BAD_VALUE(what, fix="Choose fewer.", where="top_k_lora")

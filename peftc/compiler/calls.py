@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.draft import Draft
+from peftc.compiler.draft import Draft, placed
 from peftc.compiler.plan import AdapterPlan, CallSite
 from peftc.compiler.sites import slot_dtype
 from peftc.config.base import PeftConfig
@@ -37,7 +37,8 @@ def weighed(
     try:
         with boundary(str(draft.config.peft_type), "check"):
             draft = draft.configured(**tuner.resolve(draft.config, graph.model.dims))
-            draft = draft.told(*tuner.check(draft.config, graph.model.dims))
+            said = tuple(tuner.check(draft.config, graph.model.dims))
+        draft = draft.told(*(placed(problem, name, draft.config) for problem in said))
         plans = []
         for key, origin in tuner.needs(draft.config).items():
             config = read_config(origin)

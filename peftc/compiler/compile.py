@@ -117,7 +117,7 @@ def begin(
     )
     with boundary(method.peft_type, "check", json_path(("adapters", name))):
         said = tuple(method.check(copy))
-    return Draft(copy).told(*(placed(problem, context, copy) for problem in said)), context
+    return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), context
 
 
 def frozen(name: str, draft: Draft) -> AdapterPlan:

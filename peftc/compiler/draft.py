@@ -93,11 +93,12 @@ class Draft:
         return replace(self, targets=kept, dropped={**self.dropped, **dropped})
 
 
-def placed(problem: Diagnostic, context: Context, config: PeftConfig) -> Diagnostic:
-    """A method's word on an option, with the option's place in a spec."""
+def placed(problem: Diagnostic, adapter: str, config: PeftConfig) -> Diagnostic:
+    """A method's word on an option of an adapter, with the option's place in a spec."""
     name = problem.where.path
-    known = name is not None and name in type(config).model_fields
-    return replace(problem, where=Where(path=context.where(name or ""))) if known else problem
+    if name is None or name not in type(config).model_fields:
+        return problem
+    return replace(problem, where=Where(path=json_path(("adapters", adapter, name))))
 
 
 def option(config: PeftConfig, name: str) -> Any:

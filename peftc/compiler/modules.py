@@ -38,7 +38,7 @@ def wrap_modules(draft: Draft, context: Context) -> Draft:
             return draft  # what slots would be made from is not all there
         return draft.but(modules=tuple(_sites(draft, context, chosen)))
     except PeftcError as error:
-        return draft.told(*(placed(problem, context, draft.config) for problem in error.diagnostics))
+        return draft.told(*(placed(problem, context.name, draft.config) for problem in error.diagnostics))
 
 
 def _sites(draft: Draft, context: Context, chosen: Mapping[str, str]) -> Iterator[ModuleSite]:

@@ -34,7 +34,7 @@ def resolve_defaults(draft: Draft, context: Context) -> Draft:
         with boundary(context.method.peft_type, "resolve"):
             found_out = dict(context.method.resolve(draft.config, context.graph))
     except PeftcError as error:
-        return draft.told(*(placed(problem, context, draft.config) for problem in error.diagnostics))
+        return draft.told(*(placed(problem, context.name, draft.config) for problem in error.diagnostics))
     if found_out:
         draft = draft.configured(**found_out)
         draft = draft.but(source="default") if "target_modules" in found_out else draft

@@ -205,8 +205,10 @@ def test_public_methods(experts: dict[str, str]) -> None:
     ],
 )
 def test_options_that_do_not_fit_are_refused(experts: dict[str, str], options: dict[str, Any], says: str) -> None:
-    with pytest.raises(PeftcError, match=says):
+    with pytest.raises(PeftcError, match=says) as caught:
         get_peft_model(base(), XLoraConfig(**{"adapters": experts, **options}))
+    place = str(caught.value.diagnostics[0].where)
+    assert place in ("nowhere/at-all-here/x", f"`$.adapters.default.{next(iter(options))}`")
 
 
 def test_what_cannot_be_weighed_is_refused(experts: dict[str, str], tmp_path: Path) -> None:
