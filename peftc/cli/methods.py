@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from peftc.cli import console
@@ -99,7 +100,9 @@ def _print_one(method: TunerMethod, as_json: bool) -> None:
         [("layers", ", ".join(sorted(method.supports)) or "decided by its options")] if method.adapts_layers else []
     )
     facts += [("paper", method.paper)] if method.paper else []
-    console.out(f"{textwrap.fill(method.summary, console.width())}\n\n{console.table(facts)}\n")
+    room = console.width() - max(len(head) for head, _ in facts) - 2
+    told = [row for head, text in facts for row in zip_longest([head], textwrap.wrap(text, room), fillvalue="")]
+    console.out(f"{textwrap.fill(method.summary, console.width())}\n\n{console.table(told)}\n")
     definitions = schema.get("$defs", {})
     rows = [HEADS]
     for name in _own_first(method):
