@@ -114,14 +114,7 @@ def _definitions() -> dict[str, Schema]:
             place={"enum": [place.value for place in Place]},
             extra=_list(_row("What is saved beside the table.", ("key", _TEXT), ("shape", _SHAPE))),
         ),
-        "call": _object(
-            "Storage of an adapter that acts around calls; missing for all others.",
-            owner={**_TEXT, "description": "What the storage is called, at the root of the model."},
-            slots=_list(_ref("slot")),
-            dtype=_TEXT,
-            needs=_list(_TEXT, "Adapters that it weighs."),
-            layers=_list(_TEXT, "Layers that those change, in the model's order."),
-        ),
+        "call": _call(),
         "adapter": _object(
             "All that one adapter does.",
             name=_TEXT,
@@ -142,6 +135,17 @@ def _definitions() -> dict[str, Schema]:
             optional=("modules", "call", "needed_by", "origin"),
         ),
     }
+
+
+def _call() -> Schema:
+    return _object(
+        "Storage of an adapter that acts around calls; missing for all others.",
+        owner={**_TEXT, "description": "What the storage is called, at the root of the model."},
+        slots=_list(_ref("slot")),
+        dtype=_TEXT,
+        needs=_list(_TEXT, "Adapters that it weighs."),
+        layers=_list(_TEXT, "Layers that those change, in the model's order."),
+    )
 
 
 def _layer_definitions() -> dict[str, Schema]:

@@ -127,11 +127,11 @@ CLASSIFIER = and_modules(decoder(), {"classifier": linear(8, 2)})
 CASES: dict[str, Case] = {
     "nothing matches": Case(
         rules.NO_MATCH, plan(target_modules=["q_porj"]), ("`q_porj`", "Did you mean `q_proj`", "$.adapters.default.target_modules"),
-        (select, "    if not draft.targets:\n        draft = draft.told(_no_match", "    if False:\n        draft = draft.told(_no_match"),
+        (select, "    if not draft.targets and not (draft.parameters and not draft.dropped):\n        draft = draft.told(_no_match", "    if False:\n        draft = draft.told(_no_match"),
     ),
     "empty list": Case(
         rules.NO_MATCH, plan(target_modules=[]), ("The empty list", "`q_proj`"),
-        (select, "    if not draft.targets:\n        draft = draft.told(_no_match", "    if draft.source == '':\n        draft = draft.told(_no_match"),
+        (select, "    if not draft.targets and not (draft.parameters and not draft.dropped):\n        draft = draft.told(_no_match", "    if draft.source == '':\n        draft = draft.told(_no_match"),
     ),
     "a name as a string": Case(
         rules.NO_MATCH, plan(target_modules="q_proj"), ("regular expression over the full path", "[q_proj]"),
