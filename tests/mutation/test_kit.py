@@ -18,7 +18,7 @@ from peftc.model import hotswap, rows
 from peftc.model.peft_model import PeftModel
 from peftc.ops.factors import of_thin
 from peftc.registry.manager import default_registry
-from peftc.runtime import conversion, session
+from peftc.runtime import conversion, together
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.prompt.driver import PromptDriver
@@ -146,7 +146,7 @@ def never_aside(patch: Patch) -> None:
 
 
 def always_together(patch: Patch) -> None:
-    patch.setattr(session, "together", lambda plans: ())
+    patch.setattr(together, "together", lambda plans, tuner_of: ())
 
 
 def checkpointing_allowed(patch: Patch) -> None:

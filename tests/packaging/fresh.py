@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peftc.registry.manager import default_registry
+from tests.unit.chosen import plain_method
 
 
 def build_wheel(source: Path, out: Path) -> Path:
@@ -54,7 +54,7 @@ def ran(*command: str | Path, folder: Path) -> str:
 
 def write_small_job(folder: Path, peft_type: str | None = None) -> Path:
     """A spec that trains a tiny random model on two lines of text; everything it needs is in `folder`. Left out, the type
-    is that of some method on layers."""
+    is that of some method on layers which needs no options."""
     words = {word: number for number, word in enumerate(["<unk>", "<end>", "red", "green", "blue"])}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -64,10 +64,7 @@ def write_small_job(folder: Path, peft_type: str | None = None) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=1, **sizes)).save_pretrained(folder / "base")
     (folder / "data.jsonl").write_text('{"text": "red green blue"}\n{"text": "blue green red"}\n', encoding="utf-8")
-    if peft_type is None:
-        methods = map(default_registry().get, default_registry().names)
-        peft_type = next(m.peft_type for m in methods if m.adapts_layers)
-    adapter = {"peft_type": peft_type, "target_modules": ["q_proj", "v_proj"]}
+    adapter = {"peft_type": peft_type or plain_method().peft_type, "target_modules": ["q_proj", "v_proj"]}
     spec = {
         "version": 1,
         "base": {"path": "./base", "task_type": "CAUSAL_LM"},

@@ -13,22 +13,23 @@ import pytest
 
 from tests.architecture.tree import ROOT
 from tests.packaging.fresh import build_wheel, install, peftc, pip, ran, write_small_job
+from tests.unit.chosen import plain_method
 
 EXAMPLE = ROOT / "docs" / "example-plugin"
 SOURCE = EXAMPLE / "peftc_lora_xs" / "__init__.py"
 
-#: The library's ways to load an adapter; each prints how it ended.
+#: The library's ways to load an adapter; each prints how it ended. The argument is another type, to load it beside.
 LOADING = """
+import sys
 import torch, transformers
-from peftc import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from peftc.registry.manager import default_registry
+from peftc import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_config, get_peft_model
 
 def base():
     return transformers.AutoModelForCausalLM.from_pretrained("base")
 
 def beside():
-    method = next(m for m in map(default_registry().get, default_registry().names) if m.adapts_layers and m.peft_type != "LORA_XS")
-    model = get_peft_model(base(), method.config(target_modules=["q_proj"]), "other")
+    config = get_peft_config({"peft_type": sys.argv[1], "target_modules": ["q_proj"]})
+    model = get_peft_model(base(), config, "other", mixed=True)
     model.load_adapter("out", "default")
 
 for way in (lambda: PeftConfig.from_pretrained("out"), lambda: PeftModel.from_pretrained(base(), "out"), beside,
@@ -40,17 +41,14 @@ for way in (lambda: PeftConfig.from_pretrained("out"), lambda: PeftModel.from_pr
         print("pip install peftc-lora-xs==0.1.0" in str(error))
 """
 
-#: By type alone: trained, saved and loaded are the same, merged too.
+#: By type alone: trained, saved and loaded are the same, merged too. One process, as importing torch takes the longest.
 ROUND_TRIP = """
-import torch, transformers
-from peftc import PeftModel, get_peft_config, get_peft_model
-
-base = transformers.AutoModelForCausalLM.from_pretrained("base")
+original = base()
 ids = torch.arange(5)[None]
-model = PeftModel.from_pretrained(base, "out").eval()
+model = PeftModel.from_pretrained(original, "out").eval()
 y = model(input_ids=ids).logits
 model.save_pretrained("again")
-again = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("base"), "again").eval()
+again = PeftModel.from_pretrained(base(), "again").eval()
 assert torch.equal(again(input_ids=ids).logits, y)
 merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
 assert torch.allclose(merged(input_ids=ids).logits, y, atol=1e-5)
@@ -98,17 +96,15 @@ def test_the_example_does_the_main_job_by_its_type(with_example: Path, tmp_path:
     (ours,) = [plugin for plugin in plugins if plugin["peft_type"] == "LORA_XS"]
     assert (ours["distribution"], ours["state"]) == ("peftc-lora-xs 0.1.0", "loads")
     spec = write_small_job(tmp_path, "LORA_XS")
-    peftc(with_example, tmp_path, "validate", str(spec))
     plan = json.loads(peftc(with_example, tmp_path, "plan", str(spec), "--json"))
     assert plan["trainable"] == 2 * 2 * 8 * 8
     peftc(with_example, tmp_path, "train", str(spec), "--device", "cpu")
     peftc(with_example, tmp_path, "merge", "--adapter", "out", "--out", "merged")
     assert "Plugin    peftc-lora-xs==0.1.0" in peftc(with_example, tmp_path, "inspect", "out")
-    python = with_example / "python"
-    assert ran(python, "-c", ROUND_TRIP, folder=tmp_path).split() == ["8"]
-    assert ran(python, "-c", LOADING, folder=tmp_path).split() == ["loaded"] * 4
+    python, other = with_example / "python", plain_method().peft_type
+    assert ran(python, "-c", LOADING + ROUND_TRIP, other, folder=tmp_path).split() == ["loaded"] * 4 + ["8"]
     pip(sys.executable, "--python", str(python), "uninstall", "--yes", "peftc-lora-xs")
-    assert ran(python, "-c", LOADING, folder=tmp_path).split() == ["True"] * 4
+    assert ran(python, "-c", LOADING, other, folder=tmp_path).split() == ["True"] * 4
 
 
 def test_the_example_passes_its_tests(with_example: Path, tmp_path: Path) -> None:
