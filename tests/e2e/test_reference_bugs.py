@@ -128,6 +128,28 @@ def test_unmerging_a_scale_of_zero_restores_the_weights() -> None:
     assert difference(peftc) == 0
 
 
+@pytest.mark.parametrize(("config", "scaled"), [("LoHaConfig", {}), ("LoKrConfig", {"rank_dropout_scale": True})])
+def test_a_dropout_that_takes_every_row_drops_the_update(config: str, scaled: dict[str, bool]) -> None:
+    def output(library: ModuleType) -> Tensor:
+        options = getattr(library, config)(
+            r=2, target_modules=["a"], init_weights=False, rank_dropout=0.999999, **scaled
+        )
+        return library.get_peft_model(Small(), options).train()(torch.ones(2, 16))
+
+    assert output(peft).isnan().all()
+    assert torch.equal(output(peftc), Small()(torch.ones(2, 16)))
+
+
+def test_an_update_of_the_weight_itself_is_told_as_a_change() -> None:
+    def added(library: ModuleType) -> float:
+        config = library.HiraConfig(r=2, target_modules=["a"], init_weights=False)
+        layer, x = library.get_peft_model(Small(), config).base_model.model.a, torch.ones(2, 16)
+        return (layer(x) - layer.base_layer(x) - x @ layer.get_delta_weight("default").T).abs().max().item()
+
+    assert added(peft) > 0.01
+    assert added(peftc) < 1e-5
+
+
 @pytest.mark.parametrize(("options", "told_by_reference"), [({"r": 3}, True), ({"r": 4, "apply_GS": True}, False)])
 def test_a_start_that_changes_the_model_is_told(options: dict[str, Any], told_by_reference: bool) -> None:
     def start(library: ModuleType) -> Any:

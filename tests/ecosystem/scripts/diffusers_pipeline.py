@@ -244,14 +244,18 @@ def hotswap() -> dict[str, Any]:
 def layerwise_casting() -> dict[str, Any]:
     """Base weights are stored in eight bits and computed with in more; adapters stay as they are.
 
-    Without patterns diffusers asks for classes of two more methods by name, to leave their slots out as well.
+    Without patterns diffusers asks the layer classes of three methods by name which slots to leave out.
     """
-    pipe = pipeline()
-    pipe.unet.load_lora_adapter("first-unet", weight_name=FILE, prefix=None, adapter_name="a")
-    pipe.unet.enable_layerwise_casting(
-        torch.float8_e4m3fn, torch.float64, skip_modules_pattern=(*DEFAULT_SKIP_MODULES_PATTERN, "lora_A", "lora_B")
-    )
-    return {"image": image(pipe), "parameters": parameters(pipe.unet)}
+    results = {}
+    for name, patterns in {
+        "by default": None,
+        "by patterns": (*DEFAULT_SKIP_MODULES_PATTERN, "lora_A", "lora_B"),
+    }.items():
+        pipe = pipeline()
+        pipe.unet.load_lora_adapter("first-unet", weight_name=FILE, prefix=None, adapter_name="a")
+        pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float64, skip_modules_pattern=patterns)
+        results[name] = {"image": image(pipe), "parameters": parameters(pipe.unet)}
+    return results
 
 
 def refused() -> dict[str, Any]:
