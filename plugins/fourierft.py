@@ -165,7 +165,10 @@ def peftc_tuner() -> TunerMethod:
         default_targets={"target_modules": "fourierft"},
         summary="A few trained Fourier coefficients of each weight's update.",
         paper="arXiv:2405.03003",
-        examples=({"n_frequency": 6}, {"n_frequency": 6, "init_weights": True, "random_loc_seed": 5}),
+        examples=(  # the usual scaling is for weights with far more entries than those of tiny layers
+            {"n_frequency": 6, "scaling": 20.0},
+            {"n_frequency": 6, "scaling": 10.0, "init_weights": True, "random_loc_seed": 5},
+        ),
         check=check,
         identity_at_start=lambda c: c.init_weights,
     )

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.compiler.compile import compile_plan
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
@@ -242,19 +243,24 @@ def subjects(method: TunerMethod) -> tuple[Subject, ...]:
                 first or not method.adapts_layers or not model.is_language_model
             ):
                 found.append(Subject(method, options, model, targets, first, not found))
-    if method.default_targets:  # with the options of an example, if there are some that must be given
-        options = {} if _is_complete(method, {}) else next(filter(partial(_is_complete, method), method.examples), {})
-        found += [Subject(method, options, model) for model in MODELS if model.is_language_model]
+    if method.default_targets:
+        found += [_by_defaults(method, model) for model in MODELS if model.is_language_model]
     return tuple(found)
 
 
-def _is_complete(method: TunerMethod, options: Mapping[str, Any]) -> bool:
-    """Whether the method is content with these options. One that raises is asked again by the checks."""
+def _by_defaults(method: TunerMethod, model: TinyModel) -> Subject:
+    """The method where it acts of itself; with the options of an example, if some must be given or are for larger layers."""
+    found = [Subject(method, options, model) for options in ({}, *method.examples)]
+    return next(filter(_can_be_planned, found), found[0])
+
+
+def _can_be_planned(s: Subject) -> bool:
     try:
-        with boundary(method.peft_type, "check"):
-            return not any(problem.severity is Severity.ERROR for problem in method.check(method.config(**options)))
+        with quiet():
+            compile_plan(s.model.graph, {"default": s.config()})
     except PeftcError:
-        return True
+        return False
+    return True
 
 
 def _has_place(
