@@ -124,7 +124,7 @@ def loadable(
         file = file.mapped(mapping)
     session = session_of(model) or Session(model, plan.graph or snapshot(model))
     unfitted = plan.adapters[0]
-    plan = replace(plan, adapters=(fitted(unfitted, session.graph, file.tensors),))
+    plan = replace(plan, adapters=(fitted(unfitted, session.graph, file.tensors), *plan.adapters[1:]))
     vocabulary = vocabulary_facts(session, plan.adapters[0])
     ignored = options.ignore_mismatched_sizes
     report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored).require()
