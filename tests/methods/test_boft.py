@@ -135,14 +135,15 @@ def test_blocks_of_one_factor_are_left_out_in_training_only() -> None:
         for left_out in ([0], [1], [0, 1]):
             possible.append(whole.clone())
             possible[-1][factor, left_out] = 0
-    torch.testing.assert_close(model(x), output(whole))
+    expected = output(whole)
+    torch.testing.assert_close(model(x), expected)
     model.train()
     torch.manual_seed(0)
     found = [[torch.allclose(y, output(entries)) for entries in possible] for y in (model(x) for _ in range(60))]
     assert all(sum(fits) == 1 for fits in found)
     assert {fits.index(True) for fits in found} == set(range(7))
     model.merge_adapter()
-    torch.testing.assert_close(model(x), output(whole))
+    torch.testing.assert_close(model(x), expected)
 
 
 # the reference --------------------------------------------------------------------------------------------------------
