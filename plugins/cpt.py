@@ -115,7 +115,7 @@ class CPTTuner(PromptTuner[CPTConfig]):
 
         delta = a["delta_embedding"]
         moves = (_types(c, delta) % _CYCLE != 0).unsqueeze(1)
-        return a["embedding"] + torch.where(moves, delta, delta.detach())
+        return a["embedding"] + torch.where(moves, delta, 0.0)
 
     def restore(self, c: CPTConfig, saved: Tensors) -> Mapping[str, Tensor]:
         table = saved["prompt_embeddings"]

@@ -22,6 +22,8 @@ from peftc.registry.boundary import boundary
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot
 
+#: Options that are facts about the adapted layers, whatever is given for them.
+FOUND_OUT = frozenset({"fan_in_fan_out"})
 #: Containers without a call of their own, by class name.
 _CONTAINERS = frozenset({"ModuleList", "ModuleDict", "ParameterList", "ParameterDict"})
 

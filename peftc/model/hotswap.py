@@ -17,6 +17,7 @@ from peftc.checkpoint.keys import listed
 from peftc.checkpoint.weights import load_peft_weights
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.compiler.sites import FOUND_OUT
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
@@ -34,9 +35,10 @@ from peftc.runtime.storage import find
 from peftc.tuner.method import TunerMethod
 
 #: Options that say which modules, how large, from where: what a swap brings along or what does not matter to it.
-_FREE = frozenset(name for cls in (PeftConfig, TargetsMixin, LayersMixin, RankMixin) for name in cls.model_fields) | {
-    "fan_in_fan_out"
-}
+_FREE = (
+    frozenset(name for cls in (PeftConfig, TargetsMixin, LayersMixin, RankMixin) for name in cls.model_fields)
+    | FOUND_OUT
+)
 
 
 def hotswap_adapter(

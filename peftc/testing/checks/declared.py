@@ -7,6 +7,7 @@ import pickle
 import tempfile
 
 from peftc.compiler.compile import compile_plan
+from peftc.compiler.sites import FOUND_OUT
 from peftc.config.files import read_config, write_config
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.session import Session
@@ -18,7 +19,7 @@ from peftc.tuner.modules import ModuleTuner
 
 #: Options that planning itself settles by the model, for every method: how long lists of targets are spelled, and how layers
 #: store their weights.
-_SETTLED = frozenset({"target_modules", "fan_in_fan_out"})
+_SETTLED = FOUND_OUT | {"target_modules"}
 
 
 def record_names_its_slots(s: Subject) -> None:
