@@ -75,6 +75,12 @@ class AdapterFile:
         mapped = torch.frombuffer(self._map, dtype=dtype, count=facts.numel, offset=start).view(facts.shape)
         return mapped if start % ALIGNMENT == 0 else mapped.clone()
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and bytes."""
+        a, b = self.header.entries[one], self.header.entries[other]
+        size = a.facts.nbytes
+        return a.facts == b.facts and self._map[a.start : a.start + size] == self._map[b.start : b.start + size]
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, in file order."""
         for key in self.tensors:

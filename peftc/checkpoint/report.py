@@ -1,13 +1,13 @@
 """What a load would do, before it is done: every planned tensor matched with the file's header, and every difference named.
 
-No tensor is read here. A load without any effect and tensors of another shape are errors; missing and left-over tensors
+No tensor is read here, but for two that should be one. A load without any effect and tensors of another shape are errors; missing and left-over tensors
 are warnings, as the reference goes on then too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,8 @@ class Misfit:
 class LoadReport:
     """The outcome of matching: `sources` maps each planned checkpoint key to the key in the file that fills it.
 
-    `missing` are planned keys, `unexpected` keys of the file. `carried` are those of `sources` that replace tensors of the
+    `copies` are keys of the file that hold a tensor once more, each with the key that is loaded; those of them that differ are
+    `strays`. `missing` are planned keys, `unexpected` keys of the file. `carried` are those of `sources` that replace tensors of the
     base model itself. `diagnostics` says the same in words.
     """
 
@@ -52,6 +53,8 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     misfits: tuple[Misfit, ...] = ()
     carried: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    strays: tuple[str, ...] = ()
     diagnostics: tuple[Diagnostic, ...] = ()
 
     @property
@@ -110,19 +113,22 @@ def match(
     trained_on: ModelFacts | None = None,
     vocabulary: Mapping[str, TensorFacts] = MappingProxyType({}),
     ignore_mismatched_sizes: bool = False,
+    same: Callable[[str, str], bool] | None = None,
 ) -> LoadReport:
     """Match a planned adapter with the header of a checkpoint.
 
     `vocabulary` are the base model's embeddings by key: a checkpoint may carry them, resized ones for example. With
-    `ignore_mismatched_sizes` a tensor of another shape is left out with a warning.
+    `ignore_mismatched_sizes` a tensor of another shape is left out with a warning. `same` says whether two tensors of the
+    checkpoint are equal, asked for those that are stored once more for a layer with tied weights.
 
     `file` is named in the diagnostics. `model` is the base that it is loaded onto, `trained_on` the one that it was made
     for (from the plan saved with it), both only to say where a difference comes from.
     """
     expected = expected_tensors(plan)
     assigned = assign(expected, found, plan.root)
+    copies = _copies(plan, found, assigned)
     missing = tuple(key for key in expected if key not in assigned)
-    used = set(assigned.values())
+    used = {*assigned.values(), *copies}
     left = [key for key in found if key not in used]
     base = {**base_tensors(plan), **vocabulary} if left else {}
     carried = assign(base, left, plan.root)
@@ -137,13 +143,27 @@ def match(
     sources = {key: source for key, source in assigned.items() if source not in wrong}
     base_keys = set(carried.values())
     unexpected = tuple(key for key in left if key not in base_keys)
-    report = LoadReport(sources, missing, unexpected, misfits, tuple(key for key in carried if key in sources))
+    differs = (copy for copy, own in copies.items() if found[copy] != found[own] or (same and not same(copy, own)))
+    own_carried = tuple(key for key in carried if key in sources)
+    report = LoadReport(sources, missing, unexpected, misfits, own_carried, copies, tuple(differs))
     where = Where(file=file)
     shapes = [_shapes_differ(report, vocabulary, ignore_mismatched_sizes, where)] if misfits else []
     if trained_on is not None and any(misfit.planned in vocabulary for misfit in misfits):  # told in `shapes`
         trained_on = replace(trained_on, dims={k: v for k, v in trained_on.dims.items() if k != "vocab_size"})
     diagnostics = [*shapes, *_findings(report, where), *_another_base(report, model, trained_on, where)]
     return replace(report, diagnostics=tuple(diagnostics))
+
+
+def _copies(plan: AdapterPlan, found: Mapping[str, TensorFacts], assigned: dict[str, str]) -> dict[str, str]:
+    """Keys of the checkpoint that hold a tensor once more, each with the key that is loaded. A tensor that is only there as
+    such a copy is assigned to its own key."""
+    planned = plan.copies()
+    copies = {}
+    for copy, source in assign(planned, found, plan.root).items():
+        loaded = assigned.setdefault(planned[copy], source)
+        if loaded != source:
+            copies[source] = loaded
+    return copies
 
 
 def match_file(
@@ -161,6 +181,7 @@ def match_file(
         file=str(file.path),
         vocabulary=vocabulary,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
+        same=file.equal,
     )
     report = ask()
     return report if report.is_clean else ask(model=model, trained_on=base_of(file.folder))
@@ -196,6 +217,11 @@ def _findings(report: LoadReport, where: Where) -> Iterable[Diagnostic]:
             fix="Load it with the config that it was saved with, onto the model that it was saved from.",
             where=where,
         )
+    for stray in report.strays:
+        own = report.copies[stray]
+        what = f"`{stray}` differs from `{own}`, though they are one tensor here, as the layers' weights are tied"
+        fix = f"`{own}` was loaded. If both were trained, load them onto a base model whose weights are not tied."
+        yield rules.KEYS_UNEXPECTED(f"{what}; it is left out", fix=fix, where=where)
     renamed = {source: key for key, source in report.sources.items() if source != key}
     if renamed:
         source, key = next(iter(renamed.items()))

@@ -16,7 +16,7 @@ from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, Role, TensorFacts
 from peftc.tuner.prompt import Place
-from peftc.tuner.slots import Key, Slot
+from peftc.tuner.slots import Key, Share, Slot
 
 #: What stands before a module path in a wrapped model, in memory and in every checkpoint.
 WRAPPED_ROOT = "base_model.model."
@@ -312,6 +312,17 @@ class AdapterPlan:
                 found.append(Key("", slot_name, self.name, tail).memory(PROMPT_ROOT))
         return names
 
+    def copies(self) -> dict[str, str]:
+        """Keys under which a checkpoint holds a tensor once more, each with the tensor's own key: layers with tied weights
+        that have the tensor together."""
+        return {
+            replace(key, home=None).disk(WRAPPED_ROOT): key.disk(WRAPPED_ROOT)
+            for site in self.maps
+            for slot in site.slots
+            if slot.share == Share.WEIGHT and slot.saved and slot.home not in (None, site.path)
+            for key in (site.key(slot, self.name),)
+        }
+
     def tally(self, active: bool = True) -> Tally:
         """Numbers of parameters by dtype, as `parameters` lists them; layers of one kind are looked at once."""
         tally = Tally(Counter(), Counter())
@@ -341,18 +352,19 @@ class AdapterPlan:
     def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:
         """Every tensor of the checkpoint: its key and facts. `model` tells which of the layers are embeddings."""
         known: dict[tuple[int, str], list[tuple[Slot, TensorFacts]]] = {}
-        seen: set[object] = set()
+        shared: dict[str, TensorFacts] = {}
         for site in self.sites:
             slots = known.get((id(site.slots), site.dtype))
             if slots is None:
                 facts_of = [(slot, TensorFacts(slot.shape, slot.dtype or site.dtype)) for slot in site.slots]
                 slots = known[id(site.slots), site.dtype] = [(slot, facts) for slot, facts in facts_of if slot.saved]
             for slot, facts in slots:
+                key = site.key(slot, self.name).disk(WRAPPED_ROOT)
                 if slot.home is not None:
-                    if slot.label in seen:
+                    if key in shared:
                         continue
-                    seen.add(slot.label)
-                yield site.key(slot, self.name).disk(WRAPPED_ROOT), facts
+                    shared[key] = facts
+                yield key, facts
         for save in self.saves:
             for tail, facts in (*save.tensors, *save.buffers):
                 yield f"{self.root}{save.path}.{tail}", facts
@@ -364,6 +376,7 @@ class AdapterPlan:
             assert self.call is not None
             if slot.saved:
                 yield self.call.disk(slot.dotted), TensorFacts(slot.shape, slot.dtype or self.call.dtype)
+        yield from ((copy, shared[key]) for copy, key in self.copies().items())
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
         by_name = any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary)
         if by_name and not trains_rows(self.config):

@@ -71,7 +71,8 @@ def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -
     folders = {}
     for key, other in zip(tuner.needs(config), needed, strict=True):
         folders[key] = str(place / BESIDE / key)
-        save_adapter(folders[key], {k: t.detach() for k, t in session.tensors(other.name).items()}, other.config)
+        tensors = {k: t.detach() for k, t in session.tensors(other.name).items()}
+        save_adapter(folders[key], exported(session, other.name, tensors), other.config)
     return config.model_copy(update={tuner.option: folders})
 
 

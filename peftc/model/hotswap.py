@@ -152,12 +152,17 @@ def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterP
 
 def _strangers(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     own = session.tensors(plan.name)
-    strange = [key for key in given if key not in own]
+    copies = plan.copies()
+    strange = [key for key in given if key not in own and key not in copies]
     if strange:
         what = f"{len(strange)} tensors are on modules that the adapter has not: {listed(strange)}"
         fix = did_you_mean(strange[0], own) or "Load it beside, with `load_adapter`."
         yield rules.CANNOT_SWAP(what, fix=fix)
-    elif not given:
+    tied = {copy: key for copy, key in copies.items() if copy in given and key in given}
+    for copy in (copy for copy, key in tied.items() if not torch.equal(given[copy], given[key])):
+        what = f"`{copy}` differs from `{tied[copy]}`, though they are one tensor here, as the layers' weights are tied"
+        yield rules.CANNOT_SWAP(what, fix="Leave out the one that does not count.")
+    if not given:
         yield rules.NOTHING_LOADS("The state dict holds no tensor", fix="Give an adapter's state dict.")
 
 

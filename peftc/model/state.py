@@ -102,6 +102,7 @@ def set_peft_model_state_dict(
         facts,
         vocabulary=vocabulary_facts(session, plan),
         ignore_mismatched_sizes=ignore_mismatched_sizes,
+        same=lambda one, other: torch.equal(given[one], given[other].to(given[one].device)),
     ).require()
     values = {key: peft_model_state_dict[origin[source]] for key, source in report.sources.items()}
     with torch.no_grad(), Journal() as journal:

@@ -56,16 +56,15 @@ def fitted(plan: AdapterPlan, graph: ModuleGraph, found: Mapping[str, TensorFact
 def exported(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by checkpoint key, as its checkpoint holds them."""
     result = dict(tensors)
-    if "export" not in session.seams[name]:
-        return result
-    for site, tuner in _with(session.plans[name], session.graph, "export").values():
+    sites = _with(session.plans[name], session.graph, "export") if "export" in session.seams[name] else {}
+    for site, tuner in sites.values():
         keys = _keys(site, name)
         if all(key in result for key in keys.values()):
             own = {slot: result[key] for slot, key in keys.items()}
             with boundary(session.plans[name].peft_type, "export", site.path), torch.no_grad():
                 made = tuner.export(site.config, site.path, site.layer, own)
             result |= {key: made[slot] for slot, key in keys.items()}
-    return result
+    return result | {copy: result[key] for copy, key in session.plans[name].copies().items() if key in result}
 
 
 def restored(session: Session, source: AdapterPlan, values: Mapping[str, Any]) -> dict[str, Any]:

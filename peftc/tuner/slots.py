@@ -24,7 +24,8 @@ class Share(StrEnum):
     """Which layers of an adapter have one tensor together, where a slot's `share` is none of the method's own keys.
 
     `MODEL`: all that have the slot; the tensor also shows at the model's own level and is saved under that,
-    `base_model.<slot>`. `WEIGHT`: those whose base weights are one tensor, such as tied embeddings.
+    `base_model.<slot>`. `WEIGHT`: those whose base weights are one tensor, such as tied embeddings; a checkpoint has a copy
+    under the key of each layer, as it has of tensors that a model ties.
     """
 
     MODEL = "model"

@@ -9,17 +9,30 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaForCausalLM
 
-from peftc import PeftcError, PeftcWarning, PeftModel, TrainableTokensConfig, compile_plan, get_peft_model
+from peftc import (
+    PeftcError,
+    PeftcWarning,
+    PeftModel,
+    TrainableTokensConfig,
+    compile_plan,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
+from peftc.model.hotswap import hotswap_adapter_from_state_dict
 from peftc.runtime.snapshot import snapshot
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,
     "num_key_value_heads": 1, "pad_token_id": 0,
 }  # fmt: skip
+ROWS, ROWS_OF_THE_HEAD = (
+    f"base_model.model.{layer}.trainable_tokens_delta" for layer in ("model.embed_tokens", "lm_head")
+)
 IDS = torch.tensor([[1, 2, 3, 4], [4, 5, 3, 7]])
 
 
@@ -50,7 +63,7 @@ def test_rows_take_the_place_of_the_bases_own(tied: bool, dtype: torch.dtype) ->
     model, expected = get_peft_model(llama(tied, dtype), options()), llama(tied, dtype)
     torch.testing.assert_close(logits(model), logits(expected))
     move(model)
-    rows = model.adapter_tensors("default")["base_model.model.model.embed_tokens.trainable_tokens_delta"]
+    rows = model.adapter_tensors("default")[ROWS]
     with torch.no_grad():
         expected.model.embed_tokens.weight[[3, 1, 5]] = rows.to(dtype)
     torch.testing.assert_close(logits(model), logits(expected))
@@ -62,7 +75,11 @@ def test_a_tied_head_has_the_same_rows_once() -> None:
     model = get_peft_model(llama(), options())
     assert sorted(site.path for site in model.session.plans["default"].maps) == ["lm_head", "model.embed_tokens"]
     assert model.get_nb_trainable_parameters()[0] == 3 * 16
-    assert list(model.adapter_tensors("default")) == ["base_model.model.model.embed_tokens.trainable_tokens_delta"]
+    own, copy = model.adapter_tensors("default").items()
+    assert (own[0], copy[0]) == (ROWS, ROWS_OF_THE_HEAD)
+    assert own[1].data_ptr() == copy[1].data_ptr()
+    stored = dict(model.session.plans["default"].stored(model.session.graph.model))
+    assert {key: facts.shape for key, facts in stored.items()} == {ROWS: (3, 16), ROWS_OF_THE_HEAD: (3, 16)}
     assert sum(p.requires_grad for p in model.parameters()) == 1
     assert model.peft_config["default"].target_modules == "model.embed_tokens"
 
@@ -176,6 +193,7 @@ def test_a_random_start_is_asked_for() -> None:
     assert not torch.allclose(logits(model), logits(llama()))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_reference_loads_what_is_saved_here(tied: bool, tmp_path: Path) -> None:
     model = get_peft_model(llama(tied), options())
@@ -183,8 +201,12 @@ def test_the_reference_loads_what_is_saved_here(tied: bool, tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(llama(tied), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours, others = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "theirs"))
+    assert ours.keys() == others.keys()
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_the_reference_saved_is_loaded_here(tied: bool, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(llama(tied), peft.TrainableTokensConfig(token_indices=[3, 1, 5]))
@@ -194,6 +216,30 @@ def test_what_the_reference_saved_is_loaded_here(tied: bool, tmp_path: Path) -> 
     torch.testing.assert_close(logits(model), logits(theirs))
     twins = {name for name, _ in model.named_parameters()}
     assert twins == {name for name, _ in theirs.named_parameters()}
+
+
+def test_rows_of_a_tied_head_are_loaded_from_either_key_and_must_not_differ(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), options())
+    move(model)
+    model.save_pretrained(tmp_path)
+    file, rows = tmp_path / "adapter_model.safetensors", model.adapter_tensors("default")[ROWS].clone()
+    y = logits(model)
+
+    save_file({ROWS_OF_THE_HEAD: rows}, file)
+    with pytest.warns(PeftcWarning, match="PC609"):
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), y)
+    apart = {ROWS: rows, ROWS_OF_THE_HEAD: rows + 1}
+    save_file(apart, file)
+    with pytest.warns(PeftcWarning, match=r"PC608.*differs from.*they are one tensor here"):
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), y)
+    with pytest.warns(PeftcWarning, match=r"PC608.*differs from"):
+        result = set_peft_model_state_dict(model, apart)
+    assert result == ([], [])
+    torch.testing.assert_close(logits(model), y)
+    with pytest.raises(PeftcError, match=r"PC.*differs from"):
+        hotswap_adapter_from_state_dict(model, apart, "default", options())
+    hotswap_adapter_from_state_dict(model, {ROWS: rows * 2, ROWS_OF_THE_HEAD: rows * 2}, "default", options())
+    torch.testing.assert_close(model.adapter_tensors("default")[ROWS_OF_THE_HEAD], rows * 2)
 
 
 def test_deleting_and_unloading_leave_the_tied_model(recwarn: pytest.WarningsRecorder) -> None:
