@@ -118,7 +118,10 @@ def keys_follow_the_rule(s: Subject) -> None:
         new = {n for n, p in model.named_parameters() if id(p) not in old}
         same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")
     same_names(
-        model.adapter_tensors(name), disk | _base_keys(model, name), "The checkpoint", "Save the declared slots."
+        model.adapter_tensors(name),
+        disk | {*plan.copies()} | _base_keys(model, name),
+        "The checkpoint",
+        "Save the declared slots.",
     )
     named = [key for key in model.adapter_tensors(name) if name in key]
     if named:
