@@ -10,7 +10,6 @@ from pathlib import Path
 
 from peftc import compat
 from peftc.compat import names
-from peftc.registry.manager import default_registry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "examples/drop_in/train.py"
@@ -70,23 +69,14 @@ IMPORTED = {
     "peft.utils.save_and_load": "get_peft_model_state_dict",
     "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping get_model_conversion_mapping",
 }
-#: those of methods that are still to come, by the type
-TO_COME = {
-    "LOKR": {"LoKrConfig", "LoKrLayer", "factorization"},
-    "LOHA": {"LoHaLayer"},
-}
 
 
 def test_what_other_libraries_import_is_there() -> None:
-    to_come = {
-        name for peft_type, held in TO_COME.items() if peft_type not in default_registry().names for name in held
-    }
     lines = [f"from {module} import {name}" for module, held in IMPORTED.items() for name in held.split()]
-    tried = [line for line in lines if line.split()[-1] not in to_come]
     program = f"""
 import peftc.compat
 peftc.compat.install()
-for line in {tried!r}:
+for line in {lines!r}:
     try:
         exec(line)
     except ImportError as error:
