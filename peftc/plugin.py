@@ -12,6 +12,7 @@ from peftc import rules
 from peftc.compiler.match import matches
 from peftc.config.base import ConfigModel, PeftConfig
 from peftc.config.mixins import (
+    ExpertsMixin,
     LayersMixin,
     ModulesToSaveMixin,
     NameList,
@@ -91,6 +92,7 @@ __all__ = [
     "ConfigModel",
     "Container",
     "Diagnostic",
+    "ExpertsMixin",
     "Field",
     "Kind",
     "LayerFacts",

@@ -140,6 +140,7 @@ class LoraTuner(MapTuner[LoraConfig]):
     """`y = W x + s · B (A x)`."""
 
     supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS | {Kind.EMBEDDING}
+    stacks_experts = True
 
     def slots(self, c: LoraConfig, layer: LayerFacts) -> Iterable[Slot]:
         if layer.kind is Kind.EMBEDDING:
@@ -187,12 +188,6 @@ class LoraTuner(MapTuner[LoraConfig]):
             yield rules.BAD_TARGET(
                 f"`{path}` is a grouped convolution ({layer.groups} groups), which has no low-rank update",
                 fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
-        if layer.experts and c.lora_dropout > 0:
-            yield rules.BAD_TARGET(
-                f"`lora_dropout` drops inputs of layers; `{path}` is adapted through its parameters and has none",
-                fix="Set `lora_dropout` to 0, or leave `target_parameters` out.",
                 where=path,
             )
         limit = min(layer.in_features * math.prod(layer.kernel), layer.out_features)

@@ -70,7 +70,7 @@ def _ungateable(part: Draft, registry: Registry, graph: ModuleGraph, origin: str
         yield rules.CANNOT_GATE(f"The adapter of `{origin}` changes more than layers", fix=fix, where=origin)
     method = registry.method_of(part.config)
     for site in part.maps:
-        given = method.tuner_for(part.config, graph.by_path[site.path]).lowerings
+        given = method.tuner_for(part.config, site.node(graph)).lowerings
         if not given & {"thin", "branch"} or site.layer.kind not in GATED_KINDS:
             what = f"What the adapter of `{origin}` does to `{site.path}` cannot be weighed by token"
             yield rules.CANNOT_GATE(what, fix=fix, where=site.path)

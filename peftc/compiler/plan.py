@@ -14,7 +14,7 @@ from typing import Any
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef
-from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, Role, TensorFacts
+from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts
 from peftc.tuner.prompt import Place
 from peftc.tuner.slots import Key, Share, Slot
 
@@ -77,8 +77,18 @@ class MapSite:
     parameter: str = ""
     outside: int = 0
 
+    @property
+    def owner(self) -> str:
+        """The wrapper that has the slots, in terms of the base model: what tells sites on parameters of one module apart."""
+        return self.path + ".base_layer" * self.outside
+
+    def node(self, graph: ModuleGraph) -> ModuleNode:
+        """What the mathematics is chosen by: the module, or the parameter as a module of its own."""
+        node = graph.by_path[self.path]
+        return node.of_parameter(self.parameter, self.layer) if self.parameter else node
+
     def key(self, slot: Slot, adapter: str) -> Key:
-        return Key(self.path + ".base_layer" * self.outside, slot.name, adapter, slot.tail, slot.home)
+        return Key(self.owner, slot.name, adapter, slot.tail, slot.home)
 
 
 @dataclass(frozen=True, slots=True)

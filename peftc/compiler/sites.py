@@ -19,6 +19,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.registry.boundary import boundary
+from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot
 
@@ -82,7 +83,9 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
             slots = homes.found(path, kind.slots) if kind.shares else kind.slots
             reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
             maps.append(MapSite(path, node.facts, kind.config, slots, kind.dtype, reason, kind.overrides, node.role))
-        maps += (replace(site, config=kind.config, slots=kind.slots) for site, kind in single if not kind.fails)
+        for site, kind in single:
+            slots = homes.found(site.owner, kind.slots) if kind.shares else kind.slots
+            maps += [] if kind.fails else [replace(site, config=kind.config, slots=slots)]
     except PeftcError as error:
         return draft.failed(error)  # it would raise for every other module as well
     problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
@@ -105,7 +108,7 @@ def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator
             why = "What is adapted are maps: (out, in), or one for each expert."
             where = context.where("target_parameters", entry)
             raise PeftcError(rules.BAD_TARGET(what, why=why, fix=f"Remove `{entry}`.", where=where))
-        kind = declarer.kind_of(replace(node, facts=facts), f"{path}.{name}")
+        kind = declarer.kind_of(node.of_parameter(name, facts))
         kind.count += 1
         site = MapSite(path, facts, kind.config, (), kind.dtype, entry, kind.overrides, node.role, name, after[path])
         yield site, kind
@@ -139,10 +142,10 @@ class _Declarer:
     def kinds(self) -> Iterable[_Kind]:
         return self._kinds.values()
 
-    def kind_of(self, node: ModuleNode, named: str = "") -> _Kind:
-        """The kind of a layer; `named` is what patterns see in place of its path. Raises `PeftcError` if the method cannot choose its mathematics."""
-        tuner = self._only or self._chosen(node)
-        overrides = self._overrides(named or node.path)
+    def kind_of(self, node: ModuleNode) -> _Kind:
+        """The kind of a layer. Raises `PeftcError` if the method cannot choose its mathematics."""
+        tuner = self._chosen(node) if self._only is None or node.facts.experts else self._only
+        overrides = self._overrides(node.path)
         key = (id(tuner), id(node.facts), repr(overrides) if overrides else "")
         kind = self._kinds.get(key)
         if kind is None:
@@ -169,6 +172,8 @@ class _Declarer:
         try:
             if node.facts.kind in OPAQUE_KINDS:
                 _check_params(tuner, self._context, path)
+            if isinstance(tuner, PerExpert):
+                _check_per_expert(tuner, self._context, path)
             kind.config = self._config(overrides)
             kind.fails = False
         except PeftcError as error:
@@ -202,6 +207,8 @@ class _Declarer:
             kind.shares = any(slot.share for slot in kind.slots)
             with boundary(method, "check", node.path):
                 kind.problems = tuple(kind.tuner.check(kind.config, node.facts, node.path))
+            if node.facts.experts:
+                kind.problems += tuple(_dropping(kind.tuner, kind.config, node.path))
         except PeftcError as error:
             kind.problems, kind.fails = error.diagnostics, True
 
@@ -262,6 +269,21 @@ def _check_params(tuner: MapTuner[Any], context: Context, path: str) -> None:
         what = f"{name} says that it adapts {kinds}, but has no `params`"
         fix = "Give `params`, or leave these kinds out of `supports`."
         raise PeftcError(rules.PLUGIN_INVALID(what, fix=fix, where=path))
+
+
+def _check_per_expert(tuner: PerExpert, context: Context, path: str) -> None:
+    """Raise `PeftcError` if the method says that it adapts experts, and has what cannot be done with each by itself."""
+    if tuner.obstacle:
+        what = f"{context.method.peft_type} says that it adapts experts, and has {tuner.obstacle}"
+        fix = "Leave these kinds out of `supports`, or keep all experts in slots of your own and set `stacks_experts`."
+        raise PeftcError(rules.PLUGIN_INVALID(what, fix=fix, where=path))
+
+
+def _dropping(tuner: MapTuner[Any], config: PeftConfig, path: str) -> Iterator[Diagnostic]:
+    """Experts are adapted through their weights: the inputs that an adapter would drop are not seen."""
+    if tuner.dropout(config) > 0:
+        what = f"The options drop inputs of layers; `{path}` is adapted through its weights, and has none"
+        yield rules.BAD_TARGET(what, fix="Set the dropout to 0, or leave `target_parameters` out.", where=path)
 
 
 def _is_in_the_way(node: ModuleNode, context: Context) -> str:

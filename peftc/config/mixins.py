@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from peftc.config.base import ConfigModel
 
@@ -57,6 +64,17 @@ class TargetParametersMixin(ConfigModel):
     target_parameters: NameList = None
     """Names of parameters, e.g. `mlp.experts.down_proj`: full names or suffixes at a dot. For experts that a module stores as
     one tensor, which module names do not reach."""
+
+
+class ExpertsMixin(TargetParametersMixin):
+    """The same where the reference's config has no such option: files that make no use of it are as the reference's."""
+
+    @model_serializer(mode="wrap")
+    def _as_the_reference(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        options: dict[str, Any] = handler(self)
+        if self.target_parameters is None:
+            options.pop("target_parameters", None)
+        return options
 
 
 class LayersMixin(ConfigModel):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -166,6 +166,10 @@ class ModuleNode:
     @property
     def name(self) -> str:
         return self.path.rpartition(".")[2]
+
+    def of_parameter(self, name: str, facts: LayerFacts) -> ModuleNode:
+        """One of the module's parameters, of which these are the facts, as if it were a module."""
+        return replace(self, path=f"{self.path}.{name}", facts=facts)
 
 
 @dataclass(frozen=True)

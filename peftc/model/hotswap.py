@@ -169,10 +169,10 @@ def _strangers(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor])
 def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     """Layers that are given in part or, where no update is neutral, not at all; tensors of a shape that the config denies;
     layers that the config would have computed in another way."""
-    method, nodes = default_registry().get(plan.peft_type), session.graph.by_path
+    method = default_registry().get(plan.peft_type)
     for site, layer in zip(plan.maps, session.layers_of(plan.name), strict=True):
         tuner = layer.part(plan.name).tuner
-        if method.tuner_for(plan.config, nodes[site.path]) is not tuner:
+        if method.tuner_for(plan.config, site.node(session.graph)) is not tuner:
             what = f"By the new config `{site.path}` is computed in another way"
             yield rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`.", where=site.path)
             continue

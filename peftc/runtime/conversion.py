@@ -168,9 +168,9 @@ def _ranked(config: PeftConfig, target: TunerMethod, ranks: Mapping[str, int]) -
 def _slots(
     session: Session, made: AdapterPlan, target: TunerMethod, factors: Mapping[str, Factors]
 ) -> dict[str, Tensor]:
-    nodes, tensors = session.graph.by_path, {}
+    tensors: dict[str, Tensor] = {}
     for site in made.maps:
-        found, tuner = factors[site.path], target.tuner_for(made.config, nodes[site.path])
+        found, tuner = factors[site.path], target.tuner_for(made.config, site.node(session.graph))
         slots = tuner.of_thin(site.config, site.layer, found.A, found.B)
         wrong = [slot.name for slot in site.slots if tuple(slots[slot.name].shape) != slot.shape]
         if wrong:

@@ -16,13 +16,16 @@ from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import Kind
 from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.ops.recomputed import can_recompute, recomputed
 from peftc.registry.boundary import guarded
-from peftc.runtime.backends import Backend
+from peftc.runtime.backends import BACKENDS, Backend
+from peftc.runtime.experts import over_experts
 from peftc.runtime.storage import LayerView
+from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
 
 #: x and whatever else the layer is called with -> y
@@ -391,12 +394,27 @@ def _folded(
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
         if part.parameter:
             p, p0 = ({"weight": tensors[part.parameter].to(dtype)} for tensors in (running, pristine))
-            running = {**running, part.parameter: _changed(base, backend, part, p, p0)["weight"]}
+            running = {**running, part.parameter: _changed_parameter(base, backend, part, p, p0)}
             continue
         p = {name: tensor.to(dtype) for name, tensor in running.items()}
         p0 = {name: tensor.to(dtype) for name, tensor in pristine.items()}
         running = {**running, **_changed(base, backend, part, p, p0)}
     return running
+
+
+def _changed_parameter(
+    base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
+) -> Tensor:
+    """The weights of all experts; where the mathematics is that of one, as it changes a linear layer's."""
+    tuner = part.tuner
+    if not isinstance(tuner, PerExpert):
+        return _changed(base, backend, part, p, p0)["weight"]
+    one, linear = tuner.one, BACKENDS[Kind.LINEAR]
+
+    def fold(view: LayerView, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return _changed(base, linear, Part(one, view, part.path, None), p, p0)
+
+    return over_experts(tuner, part.view, fold, p, p0)
 
 
 def _changed(

@@ -7,7 +7,6 @@ never to the model or to what else is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -84,11 +83,9 @@ class Session:
         if problems:
             raise PeftcError(problems)
         method = registry.get(plan.peft_type)
-        nodes = self.graph.by_path
         stock = Stock(self.stores)
         tuners = {
-            (site.path, site.parameter): method.tuner_for(plan.config, replace(nodes[site.path], facts=site.layer))
-            for site in plan.maps
+            (site.path, site.parameter): method.tuner_for(plan.config, site.node(self.graph)) for site in plan.maps
         }
         with Journal() as journal, torch.no_grad():
             for site in plan.maps:

@@ -22,6 +22,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
 from peftc.runtime.call import Call
+from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
 
 
@@ -66,6 +67,9 @@ class Initializer:
     @property
     def base(self) -> Mapping[str, Tensor]:
         return self._opened()
+
+    def of_expert(self, name: str, index: int) -> Initializer:
+        return Initializer(lambda: {"weight": self._opened()[name][index]})
 
     def zeros(self, tensor: Tensor) -> None:
         tensor.zero_()
@@ -295,6 +299,12 @@ class LayerView:
         """The same with other tensors, by slot name."""
         view = self._copy()
         view._slots = {name: (tensors, name) for name in tensors}
+        return view
+
+    def of_expert(self, tensors: dict[str, Tensor]) -> LayerView:
+        """That of one expert, with its tensors, as of a linear layer."""
+        view = self.over(tensors)
+        view.layer = one_of(self.layer)
         return view
 
     def _copy(self) -> LayerView:

@@ -153,6 +153,5 @@ def _with(plan: AdapterPlan, graph: ModuleGraph, seam: str) -> dict[str, tuple[M
     method = default_registry().get(plan.peft_type)
     if not method.adapts_layers or (isinstance(method.tuner, MapTuner) and seam not in method.tuner.seams):
         return {}
-    nodes = graph.by_path
-    tuners = ((site, method.tuner_for(plan.config, nodes[site.path])) for site in plan.maps)
+    tuners = ((site, method.tuner_for(plan.config, site.node(graph))) for site in plan.maps)
     return {site.path: (site, tuner) for site, tuner in tuners if seam in tuner.seams}

@@ -79,6 +79,11 @@ def once(s: Subject) -> bool:
     return s.foremost
 
 
+def on_experts(s: Subject) -> bool:
+    """Single parameters that hold the weights of experts."""
+    return bool(s.parameters)
+
+
 def once_with_targets(s: Subject) -> bool:
     """The same, of methods that are told which modules to adapt."""
     return once(s) and on_layers(s) and issubclass(s.method.config, TargetsMixin)
@@ -147,6 +152,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (effect.combining_adds_updates, on_layers),
     (effect.any_leading_shape, on_features),
     (effect.half_precision_bases, everywhere),
+    (effect.experts_change_as_layers, on_experts),
     (effect.compiles, quick_to_compile),
     (gradients.gradients_in_slots_only, everywhere),
     (gradients.gradients_are_true, in_float64),
@@ -167,6 +173,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (features.excluded_modules_are_left_alone, once),
     (features.patterns_reach_their_layer, once),
     (features.saved_modules_ride_along, once),
+    (features.what_experts_cannot_is_refused, on_experts),
     (features.swapping_exchanges_values, on_few_layers),
     (features.conversion_is_exact_at_full_rank, on_few_layers),
     (features.additive_changes_do_not_read_the_weight, on_few_layers),
@@ -178,6 +185,37 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (modules.plan_of_several_equals_model, first_options),
     (modules.one_acts_at_a_time, around_modules),
     (modules.generation_with_a_cache_is_the_same, around_modules_of_blocks),
+)
+
+#: Those that are run where single parameters are adapted: what the others hold does not depend on it, or is refused there.
+ON_PARAMETERS = frozenset(
+    {
+        declared.record_names_its_slots,
+        declared.config_survives_files,
+        declared.method_is_stateless,
+        declared.keys_follow_the_rule,
+        planning.plan_survives_json,
+        planning.works_without_storage,
+        effect.starts_as_declared,
+        effect.acts_when_trained,
+        effect.starts_from_the_seed,
+        effect.disabled_is_base,
+        effect.merged_equals_unmerged,
+        effect.unmerging_restores,
+        effect.merging_leaves_tensors_alone,
+        effect.half_precision_bases,
+        effect.experts_change_as_layers,
+        gradients.gradients_in_slots_only,
+        gradients.gradients_are_true,
+        gradients.a_step_changes_slots_only,
+        lifecycle.saving_and_loading_is_exact,
+        lifecycle.adapters_do_not_leak,
+        lifecycle.several_active_merge_alike,
+        lifecycle.deleting_leaves_nothing,
+        lifecycle.unloading_restores,
+        lifecycle.copies_are_equal_and_apart,
+        features.what_experts_cannot_is_refused,
+    }
 )
 
 #: Checks of what another process planned. Where it had to build the model, torch was needed.
@@ -248,7 +286,7 @@ def cases(*plugins: str | ModuleType) -> list[Case]:
 def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
     for s in found:
         for check, when in CHECKS:
-            if when(s):
+            if when(s) and (check in ON_PARAMETERS or not s.parameters):
                 yield Case(check.__name__, s, partial(check, s), inspect.getdoc(check) or "")
         for of_plan, when in CHECKS_OF_PLANS:
             if when(s):

@@ -32,13 +32,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model and its inputs. `tolerance` is what rounding explains between two ways to compute in float64."""
+    """A model and its inputs. `tolerance` is what rounding explains between two ways to compute in float64. One with
+    `parameters` is for methods that adapt these, and not layers."""
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
     tolerance: float = 1e-9
     base: BaseRef | None = None
+    parameters: tuple[str, ...] = ()
 
     @property
     def is_language_model(self) -> bool:
@@ -137,6 +139,37 @@ class EmbeddingNet(nn.Module):
         return out
 
 
+class Stack(nn.Module):
+    """Linear maps without bias in one parameter, as fused experts are, stored either way round."""
+
+    def __init__(self, name: str, experts: int, ins: int, outs: int, transposed: bool) -> None:
+        super().__init__()
+        self.name, self.is_transposed = name, transposed
+        shape = (experts, ins, outs) if transposed else (experts, outs, ins)
+        self.register_parameter(name, nn.Parameter(torch.randn(shape) / ins**0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(experts, tokens, in)` -> `(experts, tokens, out)`."""
+        weight: Tensor = getattr(self, self.name)
+        return x @ (weight if self.is_transposed else weight.mT)
+
+
+class ExpertsNet(nn.Module):
+    """Experts that are stored as one parameter, of different sizes in and out, mixed by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.up = Stack("lin0", 3, 8, 12, transposed=False)
+        self.down = Stack("lin1", 3, 12, 8, transposed=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(tokens, 8)` -> `(tokens, 8)`."""
+        shares = self.router(x).softmax(-1)
+        y: Tensor = self.down(self.up(x.expand(3, *x.shape)).relu())
+        return torch.einsum("te,etf->tf", shares, y)
+
+
 _LLAMA = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -169,6 +202,7 @@ MODELS: tuple[TinyModel, ...] = (
     TinyModel("conv1d", Conv1dNet, lambda: {"x": torch.randn(2, 4, 11)}),
     TinyModel("conv3d", Conv3dNet, lambda: {"x": torch.randn(2, 2, 3, 4, 4)}),
     TinyModel("embedding", EmbeddingNet, lambda: {"x": torch.randint(1, 20, (3, 5))}),
+    TinyModel("experts", ExpertsNet, lambda: {"x": torch.randn(5, 8)}, parameters=("up.lin0", "down.lin1")),
     _language_model("llama", _LLAMA, tolerance=1e-5),
     _language_model("gpt2", _GPT2, tolerance=1e-9),
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.compiler.compile import compile_plan
 from peftc.config.base import PeftConfig
-from peftc.config.mixins import TargetNamesMixin
+from peftc.config.mixins import TargetNamesMixin, TargetParametersMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
 from peftc.graph.nodes import Kind, ModuleNode
 from peftc.model.assistance import row_values
@@ -47,7 +47,8 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A method, options, and a model. `targets` are the layers to adapt, None for the method's own defaults.
+    """A method, options, and a model. `targets` are the layers to adapt, None for the method's own defaults; `parameters` the
+    single parameters, beside no layers.
 
     `first` marks those with the first options, for checks that need no others; `foremost` the one that stands for the method.
     """
@@ -58,6 +59,7 @@ class Subject:
     targets: tuple[str, ...] | None = None
     first: bool = field(default=False, compare=False)
     foremost: bool = field(default=False, compare=False)
+    parameters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
@@ -70,6 +72,8 @@ class Subject:
         values = {**self.options, **changes}
         if self.targets is not None:
             values.setdefault("target_modules", list(self.targets))
+        if self.parameters:
+            values.setdefault("target_parameters", list(self.parameters))
         if self.method.call_tuner is not None:
             values.setdefault(self.method.call_tuner.option, adapters_for(self.method, self.model))
         if self.model.is_language_model:
@@ -120,6 +124,7 @@ class Subject:
             return False
         config = self.config()
         nodes = [node for node in self.model.graph.nodes if self.targets is None or node.path in self.targets]
+        nodes += [node for node in _stacks(self.model) if node.path in self.parameters]
         return any(
             self.method.tuner_for(config, node).is_mergeable for node in nodes if _fits(self.method, config, node)
         )
@@ -239,10 +244,11 @@ def subjects(method: TunerMethod) -> tuple[Subject, ...]:
         first = not found
         for model in MODELS:
             targets = _targets(method, options, model) if method.adapts_layers else None
-            if _has_place(method, options, model, targets) and (
+            parameters = _parameters(method, options, model)
+            if (parameters if model.parameters else _has_place(method, options, model, targets)) and (
                 first or not method.adapts_layers or not model.is_language_model
             ):
-                found.append(Subject(method, options, model, targets, first, not found))
+                found.append(Subject(method, options, model, targets, first, not found, parameters))
     if method.default_targets:
         found += [_by_defaults(method, model) for model in MODELS if model.is_language_model]
     return tuple(found)
@@ -284,9 +290,28 @@ def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) 
     """Layers of the model that the method can adapt; None if the options choose them, or the method has no targets."""
     if not issubclass(method.config, TargetNamesMixin) or "target_modules" in options:
         return None
+    if model.parameters:
+        return ()
     config = method.config(**options)
     nodes = (node for node in model.graph.nodes if node.facts.kind in ADAPTABLE)
     return tuple(node.path for node in nodes if _fits(method, config, node))
+
+
+def _parameters(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> tuple[str, ...]:
+    """Parameters of the model that the method can adapt, if it has the option."""
+    if not issubclass(method.config, TargetParametersMixin):
+        return ()
+    config = method.config(**options)
+    return tuple(node.path for node in _stacks(model) if _fits(method, config, node))
+
+
+def _stacks(model: TinyModel) -> Iterator[ModuleNode]:
+    """The model's parameters that hold several weights, each as the compiler has it."""
+    for path, _, name in (full.rpartition(".") for full in model.parameters):
+        node = model.graph.by_path[path]
+        facts = node.facts.of_parameter(name)
+        if facts is not None:
+            yield node.of_parameter(name, facts)
 
 
 def _fits(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> bool:

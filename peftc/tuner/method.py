@@ -54,6 +54,9 @@ class MapTuner(ABC, Generic[C]):
     branch_is_dense: ClassVar[bool] = False
     #: whether backward computes `input` again, for maps that cost little beside the tensors that they would keep
     recomputes_input: ClassVar[bool] = False
+    #: whether the slots of experts (`EXPERT_KINDS`) hold all of them in a way of the method's own; else the core keeps
+    #: those of a linear layer for each, and the lowerings see one expert's
+    stacks_experts: ClassVar[bool] = False
     #: keywords of a call, with one value per row, that are for the method alone: `branch`, `input` and `output` read them
     #: by `a.of_rows`
     keywords: ClassVar[tuple[str, ...]] = ()
@@ -334,6 +337,14 @@ class TunerMethod:
 
     def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
         """The mathematics for one site."""
+        tuner = self._chosen_for(config, node)
+        if tuner.stacks_experts or not node.facts.experts or node.facts.kind not in tuner.supports:
+            return tuner
+        from peftc.tuner.experts import per_expert  # here, because it is made of what this module defines
+
+        return per_expert(tuner)
+
+    def _chosen_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
         if isinstance(self.tuner, MapTuner):
             return self.tuner
         if isinstance(self.tuner, (ModuleTuner, PromptTuner, CallTuner)):

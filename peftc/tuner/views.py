@@ -71,6 +71,9 @@ class SlotInit(Protocol):
         """The base layer's own parameters by name, in logical order, without what is merged into them. Not to be written
         to. Read at each use, so that adapters that start otherwise never touch them; nothing around whole modules."""
 
+    def of_expert(self, name: str, index: int) -> SlotInit:
+        """The same for one expert of the stack called `name`: in `base` it has its own `weight`."""
+
 
 class PromptView(Protocol):
     """One adapter's prompt encoder. Slots are found by label, also as attributes where the label is a name."""

@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import pydantic
 
 from peftc.plugin import (
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Container,
+    ExpertsMixin,
     LayerFacts,
     MapTuner,
     ModuleGraph,
@@ -46,7 +48,7 @@ LOWERINGS = ("thin", "branch", "input", "output", "params")
 CHOICE = "PEFTC_TEST_MUTANT"
 
 
-class MutantConfig(TargetsMixin, ModulesToSaveMixin, PeftConfig):
+class MutantConfig(TargetsMixin, ExpertsMixin, ModulesToSaveMixin, PeftConfig):
     peft_type: PeftType | None = PeftType("MUTANT")
     r: int = 2
     r_pattern: dict[str, int] = pydantic.Field(default_factory=dict)
@@ -57,7 +59,7 @@ class MutantConfig(TargetsMixin, ModulesToSaveMixin, PeftConfig):
 class Sound(MapTuner[MutantConfig]):
     """A low-rank update, told in three ways."""
 
-    supports = LINEAR_KINDS
+    supports = LINEAR_KINDS | EXPERT_KINDS
 
     def slots(self, c: MutantConfig, layer: LayerFacts) -> Iterable[Slot]:
         yield module_slot("mut_down", (c.r, layer.in_features))

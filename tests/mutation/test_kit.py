@@ -18,7 +18,8 @@ from peftc.model import hotswap, rows
 from peftc.model.peft_model import PeftModel
 from peftc.ops.factors import of_thin
 from peftc.registry.manager import default_registry
-from peftc.runtime import conversion, together
+from peftc.runtime import conversion, paths, together
+from peftc.runtime.experts import over_experts
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.prompt.driver import PromptDriver
@@ -182,6 +183,14 @@ def half_converted(patch: Patch) -> None:
     patch.setattr(conversion, "of_thin", lambda A, B, rank: of_thin(A / 2, B, rank))
 
 
+def experts_mixed_up(patch: Patch) -> None:
+    patch.setattr(paths, "over_experts", lambda *args: over_experts(*args).roll(1, dims=0))
+
+
+def experts_as_layers(patch: Patch) -> None:
+    patch.setattr(AdapterPlan, "adapts_parameters", False)
+
+
 CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
@@ -195,6 +204,8 @@ CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "saved_modules_ride_along": ("sound", frozen_copies, "does not train"),
     "swapping_exchanges_values": ("sound", never_swapped, "swapped in"),
     "conversion_is_exact_at_full_rank": ("sound", half_converted, "converted"),
+    "experts_change_as_layers": ("sound", experts_mixed_up, "The change of expert 0 of"),
+    "what_experts_cannot_is_refused": ("sound", experts_as_layers, "not refused"),
     "merging_is_refused": ("sound_prompt", never_refused, "not refused"),
     "plan_of_several_equals_model": ("sound_around", never_aside, "of one name twice"),
     "one_acts_at_a_time": ("sound_around", always_together, "active together"),

@@ -13,7 +13,7 @@ from peftc.model.peft_model import PeftModel
 from peftc.runtime.session import Session
 from peftc.testing.compare import same_names
 from peftc.testing.report import broken
-from peftc.testing.subjects import Subject, layers_of, quiet
+from peftc.testing.subjects import Subject, quiet
 from peftc.tuner.method import MapTuner
 from peftc.tuner.modules import ModuleTuner
 
@@ -84,8 +84,8 @@ def _tuners(s: Subject) -> list[object]:
         return [s.method.tuner]
     with quiet():
         config = s.config()
-    nodes = s.model.graph.by_path
-    return [s.method.tuner_for(config, nodes[site]) for site in layers_of(s.wrap())]
+    sites = s.wrap().session.plans["default"].maps
+    return [s.method.tuner_for(config, site.node(s.model.graph)) for site in sites]
 
 
 def _state(tuner: object) -> dict[str, int]:

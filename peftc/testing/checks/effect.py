@@ -15,6 +15,7 @@ from peftc.runtime.paths import Part, Under, adapted, compose, has_functional_fo
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, calls_of, layers_of, quiet, slots_of
+from peftc.tuner.experts import PerExpert
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
 _WORDINGS = (("thin",), ("branch",), ("vectors",), ("params",), ("input", "output"))
@@ -159,6 +160,39 @@ def half_precision_bases(s: Subject) -> None:
         if not s.output(lean, dtype).isfinite().all():
             fix = "Lift what needs precision inside the lowering."
             raise broken(f"The output with {dtype} slots is not finite", fix)
+
+
+def experts_change_as_layers(s: Subject) -> None:
+    """The mathematics of one linear layer is used for each expert: it must change each as if it were a layer alone."""
+    model = s.trained(dtype=torch.float64)
+    for path, layer in layers_of(model).items():
+        part = layer.part("default")
+        if not isinstance(part.tuner, PerExpert):
+            continue
+        changed, stacked = (
+            layer.changes("default")[part.parameter],
+            part.tuner.stacked(part.view.config, part.view.layer),
+        )
+        for index, weight in enumerate(layer.pristine()[part.parameter]):
+            alone = _alone(s, part.parameter, weight)
+            for label, slot in alone.part("default").view.tensors().items():
+                own = part.view.tensors()[label]
+                slot.detach().copy_(own[index] if label in stacked else own)
+            what = f"The change of expert {index} of `{path}`, compared with that of a layer,"
+            fix = "Let slots and lowerings depend on the sizes of the layer, and not on what it is in."
+            close(changed[index], alone.get_delta_weight("default"), what, fix, tolerance=1e-9, where=path)
+
+
+def _alone(s: Subject, name: str, weight: Tensor) -> TunerLayer:
+    """A linear layer of this name with a fresh adapter."""
+    outs, ins = weight.shape
+    linear = torch.nn.Linear(ins, outs, bias=False, dtype=weight.dtype)
+    linear.weight.detach().copy_(weight)
+    with quiet():
+        model = PeftModel(
+            torch.nn.ModuleDict({name: linear}), s.method.config(**{**s.options, "target_modules": [name]})
+        )
+    return layers_of(model)[name]
 
 
 def compiles(s: Subject) -> None:

@@ -58,6 +58,25 @@ def what_is_not_declared_is_refused(s: Subject) -> None:
         raise broken(f"`{name}`, which the method does not have, is not refused", _CORE)
 
 
+def what_experts_cannot_is_refused(s: Subject) -> None:
+    """Experts see no rows of a batch, and their updates are no single matrix: what needs these is told."""
+    model = s.trained("first")
+    s.join(model, "second")
+    asked: dict[str, Callable[[], object]] = {
+        "rows": lambda: s.rows(model, [("first", "second")[row % 2] for row in range(len(s.output(model)))]),
+        "combine": lambda: model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both"),
+        "convert": lambda: convert_adapter(model, _thin_type(), 1, "first"),
+        "mixed": lambda: get_peft_model(s.build(), s.config(), mixed=True),
+    }
+    for name, ask in asked.items():
+        try:
+            with quiet():
+                ask()
+        except PeftcError:
+            continue
+        raise broken(f"`{name}`, which adapters of single parameters have not, is not refused", _CORE)
+
+
 def _thin_type() -> str:
     """A method that makes adapters of thin factors, and whose options may all be left out."""
     registry = default_registry()
