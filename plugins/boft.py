@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Diagnostic,
+    ExpertsMixin,
     Field,
     LayerFacts,
     LayersMixin,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class BOFTConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
+class BOFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
     """Options of a BOFT adapter, named as in the reference. Give `boft_block_size`, or `boft_block_num` and a size of 0."""
 
     peft_type: PeftType | None = PeftType("BOFT")
@@ -60,7 +62,7 @@ class BOFTConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
 class BoftTuner(MapTuner[BOFTConfig]):
     """`y = s · (W B x) + b`; for a convolution the rotations act on its flattened patches."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
     input_space = "patches"
     recomputes_input = True
     spares_bias = True

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Diagnostic,
+    ExpertsMixin,
     Field,
     Kind,
     LayerFacts,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FourierFTConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
+class FourierFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
     """Options of a FourierFT adapter, named as in the reference."""
 
     peft_type: PeftType | None = PeftType("FOURIERFT")
@@ -114,7 +116,7 @@ class FourierTuner(MapTuner[FourierFTConfig]):
 class LinearFourierTuner(FourierTuner):
     """The same beside the layer, for linear ones in half precision: added to the weight, a small update would be lost."""
 
-    supports = LINEAR_KINDS
+    supports = LINEAR_KINDS | EXPERT_KINDS
     branch_is_dense = True
 
     def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Diagnostic,
+    ExpertsMixin,
     Field,
     Kind,
     LayerFacts,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class HiraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
+class HiraConfig(TargetsMixin, ExpertsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
     """Options of a HiRA adapter, named as in the reference."""
 
     peft_type: PeftType | None = PeftType("HIRA")
@@ -58,7 +60,7 @@ class HiraConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftC
 class Folded(MapTuner[HiraConfig]):
     """`y = (W + s · W0 ∘ (B A)) x`."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
 
     def slots(self, c: HiraConfig, layer: LayerFacts) -> Iterable[Slot]:
         yield parameter_slot("hira_A", (c.r, layer.in_features // layer.groups, *layer.kernel))

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from peftc.plugin import (
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Diagnostic,
+    ExpertsMixin,
     Kind,
     LayerFacts,
     LayersMixin,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class HRAConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
+class HRAConfig(TargetsMixin, ExpertsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
     """Options of an HRA adapter, named as in the reference. `r` is the number of reflections, best even."""
 
     peft_type: PeftType | None = PeftType("HRA")
@@ -50,7 +52,7 @@ class HRAConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftCo
 class HraTuner(MapTuner[HRAConfig]):
     """`y = W (H_1 ... H_r x) + b`; for a convolution the reflections act on its flattened patches."""
 
-    supports = LINEAR_KINDS | {Kind.CONV2D}
+    supports = LINEAR_KINDS | EXPERT_KINDS | {Kind.CONV2D}
     input_space = "patches"
 
     def slots(self, c: HRAConfig, layer: LayerFacts) -> Iterable[Slot]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Self
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
+    ExpertsMixin,
     LayerFacts,
     MapTuner,
     ModuleNode,
@@ -34,12 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class IA3Config(TargetsMixin, ModulesToSaveMixin, PeftConfig):
+class IA3Config(TargetsMixin, ExpertsMixin, ModulesToSaveMixin, PeftConfig):
     """Options of an IA3 adapter, named as in the reference."""
 
     peft_type: PeftType | None = PeftType("IA3")
     feedforward_modules: Names = None
-    """Those of the targets whose input is rescaled instead of their output; a subset of `target_modules`."""
+    """Those of the targets whose input is rescaled instead of their output; a subset of `target_modules`, or of these and
+    `target_parameters`."""
     fan_in_fan_out: bool = False
     """Whether the adapted layers store their weight as (in, out); set by itself where they do."""
     init_ia3_weights: bool = True
@@ -47,8 +50,8 @@ class IA3Config(TargetsMixin, ModulesToSaveMixin, PeftConfig):
 
     @model_validator(mode="after")
     def _feedforward_is_subset(self) -> Self:
-        targets, inputs = self.target_modules, self.feedforward_modules
-        if isinstance(targets, set) and isinstance(inputs, set) and not inputs <= targets:
+        targets, inputs, parameters = self.target_modules, self.feedforward_modules, self.target_parameters or ()
+        if isinstance(targets, set) and isinstance(inputs, set) and not inputs <= targets.union(parameters):
             raise ValueError("`feedforward_modules` must be among `target_modules`")
         return self
 
@@ -56,7 +59,7 @@ class IA3Config(TargetsMixin, ModulesToSaveMixin, PeftConfig):
 class _Scale(MapTuner[IA3Config]):
     """One vector per layer, of ones at the start."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
 
     def init(self, c: IA3Config, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         if c.init_ia3_weights:

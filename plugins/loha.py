@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Diagnostic,
+    ExpertsMixin,
     Field,
     Kind,
     LayerFacts,
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class LoHaConfig(TargetsMixin, LayersMixin, RankMixin, UpdateDropoutMixin, ModulesToSaveMixin, PeftConfig):
+class LoHaConfig(
+    TargetsMixin, ExpertsMixin, LayersMixin, RankMixin, UpdateDropoutMixin, ModulesToSaveMixin, PeftConfig
+):
     """Options of a LoHa adapter, named as in the reference. The update can have any rank up to `r` squared."""
 
     peft_type: PeftType | None = PeftType("LOHA")
@@ -105,13 +109,13 @@ class _Product(MapTuner[LoHaConfig]):
 class Folded(_Product):
     """For ranks whose square is not small, and grouped convolutions: the weight changes, and the layer runs once."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
 
 
 class Thin(_Product):
     """Two thin products of rank r²."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
 
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         a1, b1, a2, b2 = _factors(a)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
+    ExpertsMixin,
     Field,
     Kind,
     LayerFacts,
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class LoKrConfig(TargetsMixin, LayersMixin, RankMixin, UpdateDropoutMixin, ModulesToSaveMixin, PeftConfig):
+class LoKrConfig(
+    TargetsMixin, ExpertsMixin, LayersMixin, RankMixin, UpdateDropoutMixin, ModulesToSaveMixin, PeftConfig
+):
     """Options of a LoKr adapter, named as in the reference. A factor of at most twice the rank is stored whole."""
 
     peft_type: PeftType | None = PeftType("LOKR")
@@ -149,7 +153,7 @@ class Folded(_Kronecker):
 class Products(_Kronecker):
     """For linear layers: `ΔW x` with x as a matrix `(ins, in)`, multiplied from both sides."""
 
-    supports = LINEAR_KINDS
+    supports = LINEAR_KINDS | EXPERT_KINDS
 
     def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
         shape = _shape(a.config, a.layer)  # type: ignore[arg-type]  # this plugin's config

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from peftc.plugin import (
     CONV_KINDS,
+    EXPERT_KINDS,
     LINEAR_KINDS,
     Diagnostic,
+    ExpertsMixin,
     Field,
     Kind,
     LayerFacts,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class OFTConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
+class OFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
     """Options of an OFT adapter, named as in the reference. Give `oft_block_size`, or `r` with `oft_block_size=0`."""
 
     peft_type: PeftType | None = PeftType("OFT")
@@ -67,7 +69,7 @@ class OFTConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
 class OftTuner(MapTuner[OFTConfig]):
     """`y = W (Rᵀ x) + b`; for a convolution the rotation acts on its flattened patches."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
     input_space = "patches"
     recomputes_input = True
     slot = "oft_R"

@@ -15,6 +15,8 @@ import peftc
 from peftc import PeftcError, PeftcWarning
 from peftc.compiler.render import render_plan
 from peftc.compiler.serial import plan_from_text, plan_to_text
+from peftc.plugin import EXPERT_KINDS, ExpertsMixin
+from peftc.registry.manager import default_registry
 from peftc.runtime.snapshot import snapshot
 from peftc.testing.models import seeded
 from tests.e2e.pairs import moved
@@ -196,3 +198,43 @@ def test_what_experts_cannot_do_is_told(name: str) -> None:
     with pytest.raises(PeftcError) as found:
         act()
     assert code in {problem.code for problem in found.value.diagnostics}
+
+
+# methods whose mathematics is that of linear layers --------------------------------------------------------------------
+
+REGISTRY = default_registry()
+LIFTED = [
+    method.peft_type
+    for method in map(REGISTRY.get, REGISTRY.names)
+    if method.supports >= EXPERT_KINDS and issubclass(method.config, ExpertsMixin)
+]
+
+
+def test_several_methods_adapt_experts() -> None:
+    assert {"LOHA", "LOKR", "HIRA", "OFT", "BOFT", "HRA", "IA3", "FOURIERFT"} <= set(LIFTED)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LIFTED)
+def test_every_method_trains_saves_and_merges_both_weights_of_experts(name: str, tmp_path: Path) -> None:
+    method = REGISTRY.get(name)
+    config = method.config(**{**method.examples[0], "target_modules": [], "target_parameters": BOTH})
+    with seeded(0):
+        model = peftc.get_peft_model(mixtral(), config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable and {p.shape[0] for p in trainable} == {4}, "each of the four experts has its part"
+    ids, losses = torch.arange(12).view(2, 6), []
+    optimiser = torch.optim.Adam(trainable, lr=1e-3)
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(float(loss))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert losses[-1] < losses[0]
+    y = call(model.eval())
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(call(peftc.PeftModel.from_pretrained(mixtral(), tmp_path).eval()), y, rtol=0, atol=0)
+    model.add_adapter("second", config.model_copy())
+    torch.testing.assert_close(call(model), y, rtol=0, atol=0)
+    torch.testing.assert_close(call(model.merge_and_unload()), y, rtol=1e-4, atol=1e-5)
