@@ -126,14 +126,22 @@ def _plugin(name: str) -> str | ModuleType:
     from peftc.registry.boundary import boundary
     from peftc.registry.manager import default_registry
 
-    path = Path(name)
+    path = _package_in(Path(name).resolve())
     is_module = path.suffix == ".py" and path.is_file()
     if not is_module and not (path / "__init__.py").is_file():
         peft_type = name.upper().replace("-", "_")
         return peft_type if peft_type in default_registry().names else name
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path.insert(0, str(path.parent))
     with boundary(path.name, "import"):
-        return importlib.import_module(path.resolve().stem)
+        return importlib.import_module(path.stem)
+
+
+def _package_in(path: Path) -> Path:
+    """The one package of a distribution's folder; any other path as it is."""
+    if not (path / "pyproject.toml").is_file():
+        return path
+    packages = [found.parent for found in path.glob("*/__init__.py") if found.parent.name != "tests"]
+    return packages[0] if len(packages) == 1 else path
 
 
 def _plain(report: Report) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def cost_of(plan: InjectionPlan) -> Cost:
     added = trained = 0
     for adapter in plan.adapters:
         tally = adapter.tally()
-        added += _bytes(tally.added)
+        added += _bytes(tally.added) + sum(TensorFacts(b.shape, b.dtype).nbytes for b in adapter.buffers())
         trained += _bytes(tally.trained) if plan.is_trained(adapter) else 0
     return Cost(plan.base_bytes, added, trained, OPTIMISER_STATES * trained)
 

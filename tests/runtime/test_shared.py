@@ -23,7 +23,7 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.compiler import compile as compiling
-from peftc.compiler.cost import file_bytes
+from peftc.compiler.cost import cost_of, file_bytes
 from peftc.compiler.serial import plan_from_text, plan_to_text
 from peftc.model.hotswap import hotswap_adapter
 from peftc.runtime.apply import session_of
@@ -81,6 +81,8 @@ def test_the_plan_lists_a_shared_tensor_once_under_the_name_that_torch_gives_it(
     live = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert planned.keys() == live.keys() and old
     assert [p.name for p in adapter.buffers()] == [name for name, _ in model.named_buffers()]
+    held = [*live.values(), *model.buffers()]
+    assert cost_of(plan).adapters == sum(tensor.numel() * tensor.element_size() for tensor in held)
     bank = planned["base_model.model.first.common_B.default"]
     assert bank.aliases == ("base_model.model.second.common_B.default", "base_model.common_B.default")
     assert bank.disk == "base_model.common_B"

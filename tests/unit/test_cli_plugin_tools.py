@@ -193,6 +193,15 @@ def test_an_installed_method_is_checked_by_its_type_or_its_entry_point(capsys: C
         assert capsys.readouterr().out.startswith(f"{claim.peft_type} passes all")
 
 
+def test_a_new_plugin_is_checked_by_its_folder(tmp_path: Path, monkeypatch: Patch, capsys: Captured) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["plugins", "new", "by-folder"]) == 0
+    capsys.readouterr()
+    assert main(["plugins", "check", "peftc-by-folder", "--only", "plan_survives_json", "-q"]) == 0
+    assert "BY_FOLDER" in capsys.readouterr().out
+
+
 def test_a_check_that_is_not_there(careless: str, capsys: Captured, monkeypatch: Patch) -> None:
     words = ["plugins", "check", careless, "--only", "starts_as_declare"]
     assert main(words) == 1
