@@ -126,7 +126,8 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
 
     def of_rank(self, c: AdaLoraConfig, rank: int) -> AdaLoraConfig:
         plain = {"init_r": rank, "target_r": min(c.target_r, rank), "lora_alpha": 1, "rank_pattern": None}
-        return c.model_copy(update=plain)
+        steps = {} if c.total_step else {"total_step": 1, "tinit": 0, "tfinal": 0}  # nothing is left to allocate
+        return c.model_copy(update=plain | steps)
 
     def of_thin(self, c: AdaLoraConfig, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
         rank = A.shape[0]
