@@ -39,6 +39,7 @@ def spec_values(method: TunerMethod, base: str) -> dict[str, Any]:
         "batch_size": 2,
         "device": "cpu",
         "save_steps": 1,
+        "learning_rate": 1e-2,
     }
     return {"version": 1, "base": {"path": base}, "adapters": {"default": options}, "train": train, "output": "out"}
 
@@ -105,7 +106,7 @@ def test_train_generate_inspect_merge(
 def test_convert_says_the_error_of_each_layer(
     as_json: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rankable = next(method for method in METHODS if method.is_rankable)
+    rankable = next(m for m in METHODS if m.is_rankable and m.config.pattern_options)  # layers get ranks of their own
     adapter, out = tmp_path / "adapter", tmp_path / "converted"
     run(capsys, "train", write_spec(folder, rankable), "-o", adapter, "-q")
     words = ["convert", "--adapter", adapter, "--to", rankable.peft_type.lower(), "--rank", 0.9, "-o", out]
