@@ -198,8 +198,12 @@ def test_a_new_plugin_is_checked_by_its_folder(tmp_path: Path, monkeypatch: Patc
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert main(["plugins", "new", "by-folder"]) == 0
     capsys.readouterr()
-    assert main(["plugins", "check", "peftc-by-folder", "--only", "plan_survives_json", "-q"]) == 0
-    assert "BY_FOLDER" in capsys.readouterr().out
+    try:
+        assert main(["plugins", "check", "peftc-by-folder", "--only", "plan_survives_json", "-q"]) == 0
+        assert "BY_FOLDER" in capsys.readouterr().out
+    finally:
+        default_registry().forget("BY_FOLDER")
+        sys.modules.pop("peftc_by_folder", None)
 
 
 def test_a_check_that_is_not_there(careless: str, capsys: Captured, monkeypatch: Patch) -> None:
