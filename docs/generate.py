@@ -36,7 +36,7 @@ SUBJECTS = {
     "PC5": "Running models",
     "PC6": "Checkpoints",
     "PC7": "Commands and training",
-    "PC8": "The alias `peft`",
+    "PC8": "The alias `peft`, and the packages beside peftc",
 }
 #: pages written by hand whose examples are run
 WITH_EXAMPLES = ("ARCHITECTURE.md", "drop-in.md", "../README.md")
