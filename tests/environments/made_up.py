@@ -36,9 +36,11 @@ def without(folder: Path, *packages: str) -> Path:
     return folder
 
 
-def python(*words: str, front: Path | None = None, alone: bool = False) -> subprocess.CompletedProcess[str]:
+def python(
+    *words: str, front: Path | None = None, alone: bool = False, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run Python with a folder in front of its path; `alone`: with no other packages than those in it."""
     path = os.pathsep.join(map(str, [*([front] if front else []), ROOT]))
     environment = {**os.environ, "PYTHONPATH": path, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *(["-S"] if alone else []), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
