@@ -20,12 +20,28 @@ settings.register_profile("peftc", deadline=None, derandomize="CI" in os.environ
 settings.load_profile("peftc")
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Tests of prompts, of generation, of other libraries with the alias, and of what is relied on in them: beginnings of paths.
+VERSIONS = (
+    "tests/e2e/test_prompt",
+    "tests/ecosystem/",
+    "tests/environments/",
+    "tests/host/",
+    "tests/runtime/test_prompt",
+    "tests/unit/test_compat",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--rewrite-golden` takes what the code does now as what it should do; review the difference."""
     parser.addoption("--rewrite-golden", action="store_true", help="write golden plans anew instead of comparing")
     parser.addoption("--record", metavar="NAME", help="write what a whole run came to into the table of tried releases")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that depend most on the releases of other libraries."""
+    for item in items:
+        if item.path.is_relative_to(ROOT) and item.path.relative_to(ROOT).as_posix().startswith(VERSIONS):
+            item.add_marker(pytest.mark.versions)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -105,7 +105,8 @@ def _plugins() -> tuple[list[dict[str, str]], list[Diagnostic]]:
     from peftc.registry.manager import default_registry
 
     registry = default_registry()
-    states, broken = [], []
+    states: list[dict[str, str]] = []
+    broken: list[Diagnostic] = []
     for claim in registry.claims:
         state = "blocked" if claim.name in registry.blocked else "loads"
         if state == "loads":

@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,24 +54,16 @@ def read_config(path: Path) -> PretrainedConfig:
 def load_model(path: Path, cls: type[PreTrainedModel], **options: Any) -> PreTrainedModel:
     """The model with dense weights; `options` are those of `from_pretrained`. Raises `PeftcError`."""
     require_reader()
+    dense = GgufConfig(dequantize=True)  # with the `kernels` package installed, transformers would keep them packed
     try:
         with _bar_on_terminals_only():
             model: PreTrainedModel = cls.from_pretrained(
-                str(path.parent), gguf_file=path.name, **_unpacked(), **options
+                str(path.parent), gguf_file=path.name, quantization_config=dense, **options
             )
     except _DAMAGE as error:
         raise _damaged(path, error) from error
     forget_quantization(model)
     return model
-
-
-def _unpacked() -> dict[str, Any]:
-    """What asks for dense weights. With the `kernels` package installed, transformers would otherwise keep them packed.
-
-    Releases before 5.17 have no `GgufConfig`, and always unpack.
-    """
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
