@@ -226,6 +226,14 @@ CHECKPOINTING_DROPS = Rule(
 NO_CACHE = Rule("PC530", "No cache for the prompt", "The virtual tokens are keys and values of attention layers.")
 ONE_PROMPT = Rule("PC531", "Several prompts at once", "One prompt goes before an input; the others would do nothing.")
 TABLE_REFUSED = Rule("PC532", "Virtual tokens cannot be taken", "They have to be what the adapter stores.")
+CACHE_STRANGE = Rule(
+    "PC533", "Cache does not hold the prompt", "The tokens that follow would be those of another input, without a word."
+)
+STEP_UNFIT = Rule(
+    "PC534",
+    "Lengths do not fit the prompt",
+    "Cache, mask, positions and input must agree on where the virtual tokens are; else other tokens come out.",
+)
 SPLIT_BASE = Rule(
     "PC539", "Base is split by tensors", "Each process holds a part of each weight; the adapter would be held whole."
 )

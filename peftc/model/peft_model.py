@@ -19,6 +19,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.hub import Commit
 from peftc.config.types import PeftType
 from peftc.diagnostics import PeftcError, warn
+from peftc.host.generation import calls_replaced
 from peftc.model import files
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
@@ -28,7 +29,7 @@ from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, freeze, mixed_types, session_of, strip
-from peftc.runtime.calls import CallModule, calls_replaced
+from peftc.runtime.calls import CallModule
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.journal import Journal
@@ -141,6 +142,8 @@ class PeftModel(PromptsMixin, nn.Module):
         if acting is not None:
             return acting.around(self.session.shared, self.get_base_model(), args, kwargs)
         driver = self._driver()
+        if driver is None:
+            self._refuse_prompted(kwargs)
         outputs = self.get_base_model()(*args, **self._plain(kwargs)) if driver is None else driver(args, kwargs)
         return finished(self.__dict__.get("_session"), outputs) if self.training else outputs
 
@@ -158,6 +161,7 @@ class PeftModel(PromptsMixin, nn.Module):
         driver = self._driver()
         if driver is not None:
             return driver.generate(args, kwargs)
+        self._refuse_prompted(kwargs)
         return self.get_base_model().generate(*args, **self._plain(kwargs))  # type: ignore[operator]
 
     def _acting(self) -> CallModule | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
+from peftc.host import caches
 from peftc.registry.manager import default_registry
 from peftc.runtime.classes import encoder_class
 from peftc.runtime.layer import Source
@@ -94,6 +95,13 @@ class PromptsMixin:
         if self.prompt_encoder is None or not self.session.enabled or not self.session.active:
             return None
         return PromptDriver(self.get_base_model(), self._encoders()[self.session.active[0]])
+
+    def _refuse_prompted(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise `PeftcError` if a call without a prompt is to go on from a cache that has one in it."""
+        if self.prompt_encoder is not None:
+            past = caches.of_call(kwargs)
+            if cache.held_by(past) is not None:
+                cache.refuse_strange(past, None)
 
     def _own_keywords(self) -> set[str]:
         """Keywords of a call that only a prompt understands."""

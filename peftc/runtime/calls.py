@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from peftc import rules
 from peftc.compiler.plan import AdapterPlan, CallSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
+from peftc.host import caches
 from peftc.registry.boundary import guarded
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import Gates
@@ -97,8 +96,8 @@ class CallModule(nn.Module):
         self, shared: Shared, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The method's answer to a call of the model. Raises `PeftcError` for a call that goes on from a cache."""
-        if kwargs.get("past_key_values") is not None:
-            what = "The call has `past_key_values`, but every token is weighed by the whole input"
+        if caches.of_call(kwargs) is not None:
+            what = "The call has a cache, but every token is weighed by the whole input"
             raise PeftcError(rules.CALL_AROUND(what, fix="Give the whole input, with `use_cache=False`."))
         layers = {path: place for place, path in enumerate(self.site.layers)}
         adapters = {name: place for place, name in enumerate(self.site.needs)}
@@ -108,22 +107,3 @@ class CallModule(nn.Module):
                 return model(*args, **kwargs)
 
         return self.tuner.around(self, run, args, kwargs)
-
-
-@contextmanager
-def calls_replaced(model: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """Within, `answer(forward, args, kwargs)` answers every call of the model: generation calls it step by step."""
-    before = model.__dict__.get("forward")
-    forward = model.forward
-
-    @wraps(forward)
-    def replaced(*args: Any, **kwargs: Any) -> Any:
-        return answer(forward, args, kwargs)
-
-    model.__dict__["forward"] = replaced
-    try:
-        yield
-    finally:
-        del model.__dict__["forward"]
-        if before is not None:
-            model.__dict__["forward"] = before

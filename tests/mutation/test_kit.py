@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def labels_on_the_prompt(patch: Patch) -> None:
 
 
 def generation_without_prompt(patch: Patch) -> None:
-    patch.setattr(PromptDriver, "generating", lambda driver, *args: nullcontext())
+    patch.setattr(PromptDriver, "generating", lambda driver, *args: nullcontext(SimpleNamespace(refuse_unused=list)))
 
 
 def never_aside(patch: Patch) -> None:

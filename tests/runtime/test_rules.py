@@ -43,7 +43,7 @@ from peftc.model.assistance import row_values
 from peftc.runtime import apply, call, calls, conversion, drift, layer, planning, session, storage, values, weighted
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
-from peftc.runtime.prompt import cache, driver, encoder
+from peftc.runtime.prompt import cache, driver, encoder, streams
 from peftc.runtime.snapshot import snapshot
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
@@ -254,7 +254,7 @@ CASES = {
     ),
     "a prompt before nothing": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),
-        (driver, "    if given is None:\n        fix", "    if False:\n        fix"), "no input to put the prompt before",
+        (streams, "    if found is None:\n        fix", "    if False:\n        fix"), "no input to put the prompt before",
     ),
     "a prompt before what has no name": Case(
         rules.CALL_NOT_POSSIBLE, lambda: prompted(task_type=None), lambda m: m(ids(), torch.ones_like(ids())),
@@ -306,7 +306,7 @@ CASES = {
     ),
     "keys and values for a model without": Case(
         rules.NO_CACHE, encoder_only, lambda m: get_peft_model(m, preface("STORED")),
-        (cache, '        if "past_key_values" in inspect', '        if True or inspect'), "takes no past keys and values",
+        (cache, "        if caches.keyword(module) is not None:", "        if True:"), "takes no past keys and values",
     ),
     "a table of another size": Case(
         rules.TABLE_REFUSED, prompted, lambda m: m.prompt_encoder["default"].load_prompt_embeddings(torch.ones(2, 2)),
@@ -434,7 +434,7 @@ CASES = {
     ),
     "a call that goes on from a cache": Case(
         rules.CALL_AROUND, lambda: adapted(mix(narrow())), lambda m: m(x(), past_key_values=[1]),
-        (calls, 'if kwargs.get("past_key_values") is not None:', "if False:"), "The call has `past_key_values`",
+        (calls, "if caches.of_call(kwargs) is not None:", "if False:"), "The call has a cache",
     ),
     "an adapter that cannot be weighed": Case(
         rules.CANNOT_GATE, Net, lambda m: get_peft_model(m, mix(narrow(), stretch())),

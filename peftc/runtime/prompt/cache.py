@@ -1,22 +1,27 @@
-"""Virtual tokens as keys and values: which of transformers' caches they go into, and each layer's share of the table.
+"""Virtual tokens as keys and values, and caches that hold virtual tokens: each layer's share of the table, and who knows.
 
 What a layer's cache holds is read off the model's config: layers that share the keys of others or have none are passed
-over, narrower layers take the first heads. Nothing here is decided by a model's name.
+over, narrower layers take the first heads. Nothing here is decided by a model's name. A cache in which a prompt is says so
+itself, so that every later call knows it.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, Severity, warn
+from peftc.host import caches
 
 #: Keys and values of these configs are not heads of one width.
 _COMPRESSED = "kv_lora_rank"
+
+_OTHER_METHOD = "Use a method that puts embeddings before the input."
 
 
 def backbone_name(model: nn.Module) -> str | None:
@@ -30,19 +35,14 @@ def taker(model: nn.Module) -> nn.Module:
     """The module whose call takes a cache: the model, or its backbone. Raises `PeftcError` if neither does."""
     name = backbone_name(model)
     for module in (model, *([] if name is None else [model.get_submodule(name)])):
-        if "past_key_values" in inspect.signature(module.forward).parameters:
+        if caches.keyword(module) is not None:
             config = getattr(module, "config", None)
-            if getattr(_decoder_config(config), _COMPRESSED, None) is None:
+            if getattr(caches.decoder_config(config), _COMPRESSED, None) is None:
                 return module
             what = f"`{type(model).__name__}` keeps compressed keys and values, which are of no width of their own"
-            raise PeftcError(rules.NO_CACHE(what, fix="Use a method that puts embeddings before the input."))
+            raise PeftcError(rules.NO_CACHE(what, fix=_OTHER_METHOD))
     what = f"`{type(model).__name__}` takes no past keys and values"
-    raise PeftcError(rules.NO_CACHE(what, fix="Use a method that puts embeddings before the input."))
-
-
-def is_empty(cache: Any) -> bool:
-    """Whether a cache holds nothing yet; no cache holds nothing."""
-    return cache is None or int(cache.get_seq_length()) == 0
+    raise PeftcError(rules.NO_CACHE(what, fix=_OTHER_METHOD))
 
 
 def refuse_checkpointing(model: nn.Module) -> None:
@@ -54,26 +54,60 @@ def refuse_checkpointing(model: nn.Module) -> None:
         )
 
 
-def room_for(cache: Any, config: Any, tokens: int) -> Any:
-    """An empty cache with room for the virtual tokens: the given one, or one like it that is longer, or a new one."""
-    from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-
-    decoder = _decoder_config(config)
-    if isinstance(cache, EncoderDecoderCache):
-        own = room_for(cache.self_attention_cache, config, tokens)
-        return EncoderDecoderCache(own, cache.cross_attention_cache)
-    if isinstance(cache, StaticCache):
-        return StaticCache(config=decoder, max_cache_len=max(_lengths(cache)) + tokens)
-    if cache is not None:
-        return cache
-    if getattr(config, "is_encoder_decoder", False):
-        return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
-    return DynamicCache(config=decoder)
+# who knows ------------------------------------------------------------------------------------------------------------
 
 
-def _lengths(cache: Any) -> list[int]:
-    """Lengths of the layers that have one; sliding layers are cut to their window."""
-    return [int(layer.max_cache_len) for layer in cache.layers if "max_cache_len" in vars(layer)]
+@dataclass(frozen=True)
+class Held:
+    """Which adapter's virtual tokens are in a cache, and how many positions they take there."""
+
+    adapter: str
+    tokens: int
+
+
+_HELD = "_peftc_prompt"
+
+
+def mark(cache: Any, held: Held) -> None:
+    """Have a cache say which virtual tokens are in it. Copies of it say the same."""
+    if cache is not None and not torch.compiler.is_compiling():
+        vars(cache)[_HELD] = held
+
+
+def held_by(cache: Any) -> Held | None:
+    """Which virtual tokens are in a cache; None if it is empty or does not say."""
+    return vars(cache).get(_HELD) if cache is not None and caches.length(cache) else None
+
+
+def refuse_strange(cache: Any, expected: Held | None) -> None:
+    """Raise `PeftcError` for a cache that holds other virtual tokens than those expected; None expects none.
+
+    A cache that holds tokens and does not say anything is one that was filled elsewhere: without virtual tokens.
+    """
+    if cache is None:
+        return
+    if not caches.is_cache(cache):
+        what = f"The cache is a {type(cache).__name__}, not one of transformers' caches"
+        raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Give the cache that a call of this model returned."))
+    if not caches.length(cache):
+        return
+    found = held_by(cache)
+    if found != expected:
+        have = f"the virtual tokens of `{found.adapter}`" if found else "no virtual tokens"
+        want = f"those of `{expected.adapter}` ({expected.tokens})" if expected else "none"
+        what = f"The cache holds {have}, and the active adapter needs {want}"
+        fix = "Go on from a cache that a call with the same adapter returned, or give the whole input without a cache."
+        raise PeftcError(rules.CACHE_STRANGE(what, fix=fix))
+
+
+def refuse_unused(model: nn.Module, cache: Any, before: int) -> None:
+    """Raise `PeftcError` if a call that was given a cache of that length did not put its own tokens behind it."""
+    if cache is not None and caches.length(cache) <= before:
+        what = f"`{type(model).__name__}` takes a cache and does not use it"
+        raise PeftcError(rules.NO_CACHE(what, fix=_OTHER_METHOD))
+
+
+# keys and values ------------------------------------------------------------------------------------------------------
 
 
 def fill(cache: Any, table: Tensor, config: Any, layers: int, heads: int, stride: int) -> Any:
@@ -81,13 +115,13 @@ def fill(cache: Any, table: Tensor, config: Any, layers: int, heads: int, stride
 
     Layer `i` takes share `stride · i`, counted round: the reference deals the table of an encoder-decoder out by twos.
     """
-    decoder = _decoder_config(config)
-    own = getattr(cache, "self_attention_cache", cache)
+    decoder = caches.decoder_config(config)
+    own = caches.decoding(cache)
     batch, tokens, size = table.shape
     width = size // (2 * layers * heads)
     shares = table.reshape(batch, tokens, layers, 2, heads, width).permute(2, 3, 0, 4, 1, 5)
     for index, (rows, columns) in enumerate(_layer_shapes(decoder, layers, heads, width)):
-        if rows and _keeps_keys(own, index):
+        if rows and caches.keeps_keys(own, index):
             key, value = shares[(stride * index) % layers]
             own.update(key[:, :rows, :, :columns], value[:, :rows, :, :columns], index)
     return cache
@@ -97,28 +131,18 @@ def refuse_unfit(model: nn.Module, layers: int, heads: int, width: int) -> None:
     """Raise `PeftcError` if a table of that layout has no place in the model's cache; warn of layers that cannot take part."""
     config = taker(model).config
     refuse_checkpointing(model)
-    own = room_for(None, config, 0)
-    own = getattr(own, "self_attention_cache", own)
-    shapes = list(_layer_shapes(_decoder_config(config), layers, heads, width))
-    keep = [index for index in range(len(shapes)) if _keeps_keys(own, index)]
+    own = caches.decoding(caches.made(config))
+    shapes = list(_layer_shapes(caches.decoder_config(config), layers, heads, width))
+    keep = [index for index in range(len(shapes)) if caches.keeps_keys(own, index)]
     unfit = [index for index in keep if not shapes[index][0]]
     if unfit or not keep:
         some = len(unfit) < len(keep)
         what = f"{len(unfit) if keep else 'All'} layers have keys of other shapes than {heads} heads of {width}"
-        fix = "They stay without virtual tokens." if some else "Use a method that puts embeddings before the input."
+        fix = "They stay without virtual tokens." if some else _OTHER_METHOD
         told = rules.NO_CACHE(what, fix=fix, severity=Severity.WARNING if some else Severity.ERROR)
         if not some:
             raise PeftcError(told)
         warn([told])
-
-
-def _keeps_keys(cache: Any, index: int) -> bool:
-    """Whether the layer has keys of its own; a cache without a config makes its layers when they are filled."""
-    from transformers.cache_utils import CacheLayerMixin
-
-    if index >= len(cache.layers):
-        return cache.layer_class_to_replicate is not None
-    return isinstance(cache.layers[index], CacheLayerMixin)
 
 
 def _layer_shapes(decoder: Any, layers: int, heads: int, width: int) -> Iterator[tuple[int, int]]:
@@ -127,7 +151,3 @@ def _layer_shapes(decoder: Any, layers: int, heads: int, width: int) -> Iterator
     for index in range(min(layers, decoder.num_hidden_layers)):
         rows, columns = (apart[index].num_key_value_heads, apart[index].head_dim) if apart else (heads, width)
         yield (rows, columns) if rows <= heads and columns <= width else (0, 0)
-
-
-def _decoder_config(config: Any) -> Any:
-    return config.get_text_config(decoder=True) if config is not None else None

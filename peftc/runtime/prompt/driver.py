@@ -1,16 +1,14 @@
 """The one driver of prompts: it puts virtual tokens into a call, and makes what belongs to the input as long.
 
 What differs between methods is declared by them (`place`, labels, loss), what differs between tasks is in a table, and
-what differs between models is read off their configs. During generation the same is done to the first step only: later
-steps find the virtual tokens in the cache.
+what differs between models is read off their configs. Caches in which it put virtual tokens say so; calls that go on from
+a cache are held to that. Generation is the same, step by step (`peftc.runtime.prompt.generation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -18,26 +16,15 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, warn
+from peftc.host import caches
+from peftc.host.generation import Prepare, calls_watched, steps_prepared
 from peftc.runtime.prompt import cache
+from peftc.runtime.prompt.cache import Held
 from peftc.runtime.prompt.encoder import PromptModule
+from peftc.runtime.prompt.generation import Start, Steps, fits
+from peftc.runtime.prompt.streams import DECODER, INPUT, Call, Stream, length_of, rows_of
 from peftc.runtime.prompt.tasks import call_of, widened
 from peftc.tuner.prompt import Place
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Keywords of one input of a model."""
-
-    ids: str
-    embeds: str
-    mask: str
-    positions: str
-
-
-INPUT = Stream("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-DECODER = Stream("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "decoder_position_ids")
-
-Call = dict[str, Any]
 
 
 class PromptDriver:
@@ -47,9 +34,21 @@ class PromptDriver:
         self.model = model
         self.encoder = encoder
         self.config = getattr(model, "config", None)
-        self.encodes = bool(getattr(self.config, "is_encoder_decoder", False))
+        self.encodes = caches.encodes(self.config)
         #: the input whose attention layers have the cache
         self.cached = DECODER if self.encodes else INPUT
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many virtual tokens come before the input that has the cache."""
+        if self.encodes and not self.encoder.place.is_cache:
+            return self.encoder.tokens if self._before_decoder() else 0
+        return self.encoder.tokens
+
+    @property
+    def held(self) -> Held | None:
+        """What a cache says that has the virtual tokens in it; None where none are in a cache."""
+        return Held(self.encoder.name, self.cached_tokens) if self.cached_tokens else None
 
     # a call -------------------------------------------------------------------------------------------------------
 
@@ -58,6 +57,8 @@ class PromptDriver:
         own, rest = self.split(kwargs)
         call = self.widened(args, rest, own)
         outputs = self.model(**call) if not self.encoder.place.is_cache else self._with_cache(call)
+        if self.held is not None:
+            cache.mark(caches.of_outputs(outputs), self.held)
         labels = call.get("labels")
         if labels is None:
             return outputs
@@ -73,13 +74,20 @@ class PromptDriver:
 
         Embeddings in front: `input_ids` `(batch, length)` or `inputs_embeds` `(batch, length, hidden)` becomes embeddings of
         length `virtual + length`; masks, token types and labels grow. Keys and values: the cache holds them, masks grow.
+        Raises `PeftcError` for a call that goes on from a cache in which the prompt is not, or which does not fit it.
         """
         call = _named(args, kwargs)
         self._token_types(call)
+        past = caches.taken(call)
+        cache.refuse_strange(past, self.held)
+        if caches.length(past):
+            self._refuse_unfit(call, past)
         if self.encoder.place.is_cache:
-            self._fill(call, own)
+            self._fill(call, past, own)
             return call
-        holds = not cache.is_empty(call.get("past_key_values"))
+        if past is not None:
+            call[caches.keyword(self.model) or caches.NAMES[0]] = past
+        holds = caches.length(past) > 0
         if call.get("position_ids") is not None:
             what = "`position_ids` are ignored: the virtual tokens move every position"
             warn([rules.POSITIONS_IGNORED(what, fix="Leave them out.")])
@@ -87,14 +95,25 @@ class PromptDriver:
             call.pop(name, None)
         self._mask(call, INPUT)
         if call.get("encoder_outputs") is None and not (holds and not self.encodes):
-            self._prepend(call, INPUT, self._tables(_rows(call, INPUT), own)[:, : self.encoder.tokens])
-        if self.encodes and self.encoder.place is Place.INPUTS and not holds:
-            self._prepend_decoder(call, own)
+            self._prepend(call, INPUT, self.tables(rows_of(call, INPUT), own)[:, : self.encoder.tokens])
+        if self.encodes and self.encoder.place is Place.INPUTS:
+            if not holds:
+                self._prepend_decoder(call, own)
+            elif self._before_decoder():
+                self._mask(call, DECODER)
         if not holds and (self.encoder.place is Place.INPUTS or not self.encodes):
             self._labels(call, own)
         return call
 
-    def _tables(self, rows: int, own: Mapping[str, Any]) -> Tensor:
+    def _refuse_unfit(self, call: Mapping[str, Any], past: Any) -> None:
+        """Raise `PeftcError` if a mask is not as long as what the cache holds and what comes now, without virtual tokens."""
+        mask, new = call.get(self.cached.mask), length_of(call, self.cached)
+        if mask is None or new is None or mask.dim() != 2:
+            return
+        fits(int(mask.shape[1]), new + caches.length(past) - self.cached_tokens, f"`{self.cached.mask}`")
+
+    def tables(self, rows: int, own: Mapping[str, Any]) -> Tensor:
+        """The virtual tokens of each row, `(rows, tokens, width)`, those of a decoder after those of its encoder."""
         return self.encoder.rows(rows, own.get("task_ids"))
 
     def _token_types(self, call: Call) -> None:
@@ -122,8 +141,13 @@ class PromptDriver:
     def _prepend(self, call: Call, stream: Stream, tables: Tensor) -> None:
         ids, embeds = call.pop(stream.ids, None), call.get(stream.embeds)
         if embeds is None:
-            embeds = self.model.get_input_embeddings()(ids)  # type: ignore[operator]  # a model with embeddings
+            embeds = self.embedded(ids)
         call[stream.embeds] = torch.cat([tables.to(embeds.dtype), embeds], dim=1)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The model's embeddings of ids, `(batch, length, hidden)`."""
+        embeds: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]  # a model with embeddings
+        return embeds
 
     def _prepend_decoder(self, call: Call, own: Mapping[str, Any]) -> None:
         """The second table before the decoder's input, which labels may stand for."""
@@ -134,8 +158,8 @@ class PromptDriver:
                 raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Give `decoder_input_ids` or `labels`."))
             call[DECODER.ids] = shift(labels=call["labels"])
         self._mask(call, DECODER)
-        tables = self._tables(_rows(call, DECODER), own)
-        if tables.shape[1] > self.encoder.tokens:
+        tables = self.tables(rows_of(call, DECODER), own)
+        if self._before_decoder():
             self._prepend(call, DECODER, tables[:, self.encoder.tokens :])
 
     def _labels(self, call: Call, own: Mapping[str, Any]) -> None:
@@ -144,51 +168,57 @@ class PromptDriver:
         if labels is None or not call_of(self.encoder.config.task_type).labels:
             return
         given = self.encoder.labels(labels, own)
-        grown = given is None and (not self.encodes or self._tables_of_decoder())
+        grown = given is None and (not self.encodes or self._before_decoder())
         call["labels"] = widened(labels, self.encoder.tokens, -100) if grown else (labels if given is None else given)
 
-    def _tables_of_decoder(self) -> bool:
-        return self.encoder.site.shape[0] > self.encoder.tokens
+    def _before_decoder(self) -> bool:
+        """Whether a second table goes before the decoder's input."""
+        return self.encoder.place is Place.INPUTS and self.encoder.site.shape[0] > self.encoder.tokens
 
     # keys and values ----------------------------------------------------------------------------------------------
 
-    def _fill(self, call: Call, own: Mapping[str, Any]) -> None:
+    def _fill(self, call: Call, past: Any, own: Mapping[str, Any]) -> None:
         """The cache with the virtual tokens in it, mask and positions to fit."""
         self._mask(call, self.cached)
         positions = call.get(self.cached.positions)
         if positions is not None:
             call[self.cached.positions] = positions + self.encoder.tokens
-        if cache.is_empty(call.get("past_key_values")):
-            call["past_key_values"] = self.filled(call.get("past_key_values"), self._batch(call), own)
+        filled = past if caches.length(past) else self.filled(past, self._batch(call), own)
+        call[caches.keyword(cache.taker(self.model)) or caches.NAMES[0]] = filled
 
     def _batch(self, call: Call) -> int:
         outputs = call.get("encoder_outputs")
-        return int(outputs[0].shape[0]) if outputs is not None else _rows(call, INPUT)
+        return int(outputs[0].shape[0]) if outputs is not None else rows_of(call, INPUT)
 
     def filled(self, given: Any, rows: int, own: Mapping[str, Any]) -> Any:
         """A cache that holds the virtual tokens for so many rows: the given one, which is empty, or one with more room."""
         c = self.encoder.config
-        tables = self._tables(rows, own).to(self.model.get_input_embeddings().weight.dtype)  # type: ignore[operator,union-attr]
-        room = cache.room_for(given, self.config, self.encoder.tokens)
-        return cache.fill(room, tables, self.config, c.num_layers, c.num_attention_heads, c.num_transformer_submodules)
+        tables = self.tables(rows, own).to(self.model.get_input_embeddings().weight.dtype)  # type: ignore[operator,union-attr]
+        room = caches.room_for(given, self.config, self.encoder.tokens)
+        filled = cache.fill(
+            room, tables, self.config, c.num_layers, c.num_attention_heads, c.num_transformer_submodules
+        )
+        if self.held is not None:
+            cache.mark(filled, self.held)
+        return filled
 
     def _with_cache(self, call: Call) -> Any:
         """Call the model; where only its backbone takes a cache, hand it in there."""
         if self.model.training:
             cache.refuse_checkpointing(self.model)
         taker = cache.taker(self.model)
+        past = caches.of_call(call)
+        before = caches.length(past)
         if taker is self.model:
-            return self.model(**call)
-        past = call.pop("past_key_values")
-
-        def hand_in(module: nn.Module, args: Any, kwargs: Call) -> tuple[Any, Call]:
-            return args, {**kwargs, "past_key_values": past}
-
-        handle = taker.register_forward_pre_hook(hand_in, with_kwargs=True)
-        try:
-            return self.model(**call)
-        finally:
-            handle.remove()
+            outputs = self.model(**call)
+        else:
+            caches.taken(call)
+            with _handed_in(taker, past):
+                outputs = self.model(**call)
+        if not self.encoder.seen and not torch.compiler.is_compiling():
+            cache.refuse_unused(self.model, past, before)
+            self.encoder.seen = True
+        return outputs
 
     # generation ---------------------------------------------------------------------------------------------------
 
@@ -200,10 +230,24 @@ class PromptDriver:
         if args:
             what = "With a prompt, only the input can be given to `generate` by position"
             raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Name the other arguments."))
-        if self.encodes and not self.encoder.place.is_cache:
-            self._encode(call, own)
-        with self.generating(own):
-            return self.model.generate(**call)  # type: ignore[operator]  # a model that generates
+        cache.refuse_strange(caches.of_call(call), self.held)
+        self._refuse_chunks(call)
+        if not self.encoder.place.is_cache:
+            if self.encodes:
+                self._encode(call, own)
+            else:
+                self._token_types(call)
+        with self.generating(own, Start.of(call, self.cached)) as steps:
+            found = self.model.generate(**call)  # type: ignore[operator]  # a model that generates
+        steps.refuse_unused()
+        return found
+
+    def _refuse_chunks(self, call: Mapping[str, Any]) -> None:
+        """Raise `PeftcError` if the input is to be read in pieces, each of which would be taken for the first."""
+        config = call.get("generation_config") or getattr(self.model, "generation_config", None)
+        if call.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            what = "`prefill_chunk_size` is set, and the virtual tokens go before the whole input"
+            raise PeftcError(rules.CALL_NOT_POSSIBLE(what, fix="Leave it out."))
 
     def _encode(self, call: Call, own: Mapping[str, Any]) -> None:
         """Virtual tokens before the encoder's input, which `generate` encodes once."""
@@ -214,88 +258,34 @@ class PromptDriver:
             call[INPUT.ids] = call.pop("inputs")
         self._token_types(call)
         self._mask(call, INPUT)
-        self._prepend(call, INPUT, self._tables(_rows(call, INPUT), own)[:, : self.encoder.tokens])
+        self._prepend(call, INPUT, self.tables(rows_of(call, INPUT), own)[:, : self.encoder.tokens])
 
     @contextmanager
-    def generating(self, own: Mapping[str, Any]) -> Iterator[None]:
-        """While open, what the model prepares for each step has the virtual tokens in it."""
-        model: Any = self.model
-        before = model.__dict__.get("prepare_inputs_for_generation")
-        prepare = model.prepare_inputs_for_generation
+    def generating(self, own: Mapping[str, Any], start: Start) -> Iterator[Steps]:
+        """While open, what the model prepares for each step has the virtual tokens in it, and each call is held to that."""
+        steps = Steps(self, own, start)
+        with steps_prepared(self.model, steps.prepared), calls_watched(self.model, steps.watch):
+            yield steps
 
-        @wraps(prepare)
-        def prepared(input_ids: Tensor, **kwargs: Any) -> Call:
-            return self.prepared(prepare, input_ids, kwargs, own)
-
-        model.__dict__["prepare_inputs_for_generation"] = prepared
-        try:
-            yield
-        finally:
-            del model.__dict__["prepare_inputs_for_generation"]
-            if before is not None:
-                model.__dict__["prepare_inputs_for_generation"] = before
-
-    def prepared(self, prepare: Callable[..., Call], ids: Tensor, kwargs: Call, own: Mapping[str, Any]) -> Call:
-        """The inputs of one step of generation. `prepare` is the model's own function for it."""
-        kwargs = dict(kwargs)
-        if kwargs.get("use_cache") is False:  # what an earlier step filled for the virtual tokens alone
-            kwargs.pop("past_key_values", None)
-        past = kwargs.get("past_key_values")
-        holds = not cache.is_empty(past)
-        tokens = self.encoder.tokens
-        if self.encoder.place.is_cache:
-            self._fill_step(kwargs, ids, own)
-        elif self.encodes:
-            return self._decoder_step(prepare(ids, **kwargs), kwargs, holds, own)
-        else:
-            kwargs.pop("position_ids", None)
-            self._mask(kwargs, INPUT)
-            if not holds:
-                self._input_step(kwargs, ids, own)
-        if holds and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
-            kwargs["next_sequence_length"] += tokens  # counted from the cache, which has the virtual tokens too
-        return prepare(ids, **kwargs)
-
-    def _input_step(self, kwargs: Call, ids: Tensor, own: Mapping[str, Any]) -> None:
-        call: Call = {INPUT.ids: ids, INPUT.embeds: kwargs.get(INPUT.embeds)}
-        self._prepend(call, INPUT, self._tables(ids.shape[0], own)[:, : self.encoder.tokens])
-        past = kwargs.get("past_key_values")
-        if past is not None:
-            kwargs["past_key_values"] = cache.room_for(past, self.config, self.encoder.tokens)
-        kwargs |= {INPUT.embeds: call[INPUT.embeds], "next_sequence_length": None, "is_first_iteration": True}
-
-    def _fill_step(self, kwargs: Call, ids: Tensor, own: Mapping[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        self._mask(kwargs, self.cached)
-        positions = kwargs.get(self.cached.positions)
-        if positions is not None:
-            kwargs[self.cached.positions] = positions + self.encoder.tokens
-        if cache.is_empty(past):
-            kwargs["past_key_values"] = self.filled(past, ids.shape[0], own)
-
-    def _decoder_step(self, call: Call, kwargs: Call, holds: bool, own: Mapping[str, Any]) -> Call:
-        """A step of an encoder-decoder, whose encoder has the virtual tokens already."""
-        if self.encoder.place is not Place.INPUTS or not self._tables_of_decoder():
-            return call
-        call.pop(DECODER.positions, None)
-        call[DECODER.mask] = kwargs.get(DECODER.mask)  # as given: what was made of it is too short
-        self._mask(call, DECODER)
-        if not holds:
-            past = call.get("past_key_values")
-            if past is not None:
-                call["past_key_values"] = cache.room_for(past, self.config, self.encoder.tokens)
-            tables = self._tables(_rows(call, DECODER), own)
-            self._prepend(call, DECODER, tables[:, self.encoder.tokens :])
-        return call
+    def prepared(self, prepare: Prepare, ids: Tensor, kwargs: Call, own: Mapping[str, Any]) -> Call:
+        """The inputs of one step of generation, by itself. `prepare` is the model's own function for it."""
+        start = Start.of({self.cached.ids: ids, **kwargs}, self.cached)
+        return Steps(self, own, start).prepared(prepare, ids, kwargs)
 
 
-def _rows(call: Mapping[str, Any], stream: Stream) -> int:
-    """Rows of an input. Raises `PeftcError` if there is none to put the prompt before."""
-    given = call.get(stream.ids) if call.get(stream.embeds) is None else call[stream.embeds]
-    if given is None:
-        fix = f"Give `{stream.ids}` or `{stream.embeds}`."
-        raise PeftcError(rules.CALL_NOT_POSSIBLE("There is no input to put the prompt before", fix=fix))
-    return int(given.shape[0])
+@contextmanager
+def _handed_in(taker: nn.Module, past: Any) -> Iterator[None]:
+    """Within, calls of the module have the cache."""
+    name = caches.keyword(taker) or caches.NAMES[0]
+
+    def hand_in(module: nn.Module, args: Any, kwargs: Call) -> tuple[Any, Call]:
+        return args, {**kwargs, name: past}
+
+    handle = taker.register_forward_pre_hook(hand_in, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:

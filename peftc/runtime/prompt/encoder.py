@@ -29,8 +29,15 @@ class PromptModule(nn.Module):
         self._plan = plan
         self._tuner = tuner
         self.slots = {} if plan.prompt is None else labelled(plan.prompt.slots)
+        #: whether a call was seen in which the model used a cache that it was given
+        self.seen = False
 
     # what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self._plan.name
 
     @property
     def site(self) -> PromptSite:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.host import caches
 from peftc.model.peft_model import PeftModel
 from peftc.testing.compare import close, same
 from peftc.testing.report import broken
@@ -108,8 +109,8 @@ def _by_hand(model: PeftModel, given: Mapping[str, Tensor], mask: Tensor | None)
         if mask is not None:
             call["attention_mask"] = torch.cat([mask.new_ones(rows, table.shape[1]), mask], dim=1)
         if encoder.place.is_cache:
-            empty = type(base(input_ids=ids, use_cache=True).past_key_values)()
-            call |= {"input_ids": ids, "past_key_values": _filled(empty, table, encoder.config)}
+            name = caches.keyword(base) or caches.NAMES[0]
+            call |= {"input_ids": ids, name: _filled(caches.made(base.config), table, encoder.config)}
         else:
             call["inputs_embeds"] = torch.cat([table, base.get_input_embeddings()(ids)], dim=1)
         logits: Tensor = base(**call).logits
