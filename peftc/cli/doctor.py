@@ -138,6 +138,8 @@ def _accelerators() -> list[str]:
     """Each accelerator that torch finds, by its name; nothing without torch."""
     if installed_version("torch") is None:
         return []
-    from peftc.integrations.placement import accelerators  # here: below the torch line
-
+    try:
+        from peftc.integrations.placement import accelerators  # here: below the torch line
+    except (ImportError, OSError) as error:  # a build for another machine, a library of the system that is not there
+        return [f"unknown, as torch cannot be imported: {type(error).__name__}: {error}"]
     return accelerators()

@@ -96,6 +96,13 @@ def test_it_works_without_torch_and_what_is_optional(tmp_path: Path) -> None:
     assert "the real one is not installed" in done.stdout
 
 
+def test_a_torch_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so: no such file')\n")
+    done = python("-m", "peftc", "doctor", front=tmp_path)
+    assert "torch cannot be imported: OSError: libcudart.so: no such file" in done.stdout, done.stderr
+
+
 def test_a_plugin_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     broken = Registry([Claim("broken", "no.such.module", "peftc-broken", "1.0")], blocked=frozenset())
     monkeypatch.setattr("peftc.registry.manager.default_registry", lambda: broken)
