@@ -55,27 +55,28 @@ def _is_cache(annotation: Any) -> bool:
 
 
 def _of_call(model: nn.Module) -> str | None:
-    """The name of `NAMES` under which a call on the meta device fills a cache. A signature without `**kwargs` hides none."""
+    """The name of `NAMES` under which a call fills a cache. A signature without `**kwargs` hides none."""
+    kinds = {parameter.kind for parameter in inspect.signature(type(model).forward).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return None
+    return next((name for name in NAMES if fills(model, name)), None)
+
+
+def fills(model: nn.Module, name: str) -> bool | None:
+    """Whether a call that is given a cache under a name puts its tokens into it; None if a copy of the model on the meta
+    device, which has no weights, cannot answer."""
     from transformers import PreTrainedModel
 
-    kinds = {parameter.kind for parameter in inspect.signature(type(model).forward).parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds or not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         return None
-    with suppress(*_NO_ANSWER):
-        with torch.device("meta"):
-            copy = type(model)(model.config).eval()
-            ids = torch.zeros(1, 2, dtype=torch.long)
+    with suppress(*_NO_ANSWER), torch.no_grad(), torch.device("meta"):
+        copy = type(model)(model.config).eval()
+        ids = torch.zeros(1, 2, dtype=torch.long)
         call = {"input_ids": ids} | ({"decoder_input_ids": ids} if encodes(model.config) else {})
-        return next((name for name in NAMES if _fills(copy, name, call)), None)
+        cache = made(model.config)
+        copy(**call, **{name: cache}, use_cache=True)
+        return length(cache) == ids.shape[1]
     return None
-
-
-def _fills(model: nn.Module, name: str, call: Mapping[str, Any]) -> bool:
-    cache = made(model.config)
-    with suppress(*_NO_ANSWER), torch.no_grad():
-        model(**call, **{name: cache}, use_cache=True)
-        return length(cache) == 2
-    return False
 
 
 def taken(call: dict[str, Any]) -> Any:

@@ -37,17 +37,26 @@ def steps_prepared(model: nn.Module, prepared: Callable[[Prepare, Tensor, Inputs
 
 
 @contextmanager
-def calls_watched(model: nn.Module, watch: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Within, `watch` is shown the keywords of every call of the model, before anything is computed."""
+def calls_watched(
+    model: nn.Module, before: Callable[[Mapping[str, Any]], None], after: Callable[[Mapping[str, Any]], None]
+) -> Iterator[None]:
+    """Within, both functions are shown the keywords of every call of the model: before anything is computed, and after."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watch(kwargs)
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before(kwargs)
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        after(kwargs)
+
+    handles = (
+        model.register_forward_pre_hook(enter, with_kwargs=True),
+        model.register_forward_hook(leave, with_kwargs=True),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

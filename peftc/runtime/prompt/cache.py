@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.diagnostics import PeftcError, Severity, warn
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, warn
 from peftc.host import caches
 
 #: Keys and values of these configs are not heads of one width.
@@ -103,8 +103,11 @@ def refuse_strange(cache: Any, expected: Held | None) -> None:
 def refuse_unused(model: nn.Module, cache: Any, before: int) -> None:
     """Raise `PeftcError` if a call that was given a cache of that length did not put its own tokens behind it."""
     if cache is not None and caches.length(cache) <= before:
-        what = f"`{type(model).__name__}` takes a cache and does not use it"
-        raise PeftcError(rules.NO_CACHE(what, fix=_OTHER_METHOD))
+        raise PeftcError(_unused(model))
+
+
+def _unused(model: nn.Module) -> Diagnostic:
+    return rules.NO_CACHE(f"`{type(model).__name__}` takes a cache and does not use it", fix=_OTHER_METHOD)
 
 
 # keys and values ------------------------------------------------------------------------------------------------------
@@ -129,7 +132,10 @@ def fill(cache: Any, table: Tensor, config: Any, layers: int, heads: int, stride
 
 def refuse_unfit(model: nn.Module, layers: int, heads: int, width: int) -> None:
     """Raise `PeftcError` if a table of that layout has no place in the model's cache; warn of layers that cannot take part."""
-    config = taker(model).config
+    module = taker(model)
+    config = module.config
+    if caches.fills(module, caches.keyword(module) or "") is False:
+        raise PeftcError(_unused(model))
     refuse_checkpointing(model)
     own = caches.decoding(caches.made(config))
     shapes = list(_layer_shapes(caches.decoder_config(config), layers, heads, width))

@@ -264,7 +264,8 @@ class PromptDriver:
     def generating(self, own: Mapping[str, Any], start: Start) -> Iterator[Steps]:
         """While open, what the model prepares for each step has the virtual tokens in it, and each call is held to that."""
         steps = Steps(self, own, start)
-        with steps_prepared(self.model, steps.prepared), calls_watched(self.model, steps.watch):
+        watched = calls_watched(self.model, steps.watch, steps.watch_cache)
+        with steps_prepared(self.model, steps.prepared), watched:
             yield steps
 
     def prepared(self, prepare: Prepare, ids: Tensor, kwargs: Call, own: Mapping[str, Any]) -> Call:

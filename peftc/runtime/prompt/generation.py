@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from peftc.runtime.prompt.driver import PromptDriver
 
 
+_UNKNOWN_STEPS = (
+    "Give masks and positions for the whole input without virtual tokens, or none. If nothing of that kind was \
+given, this release of transformers prepares its steps in a way that is not known here: use one that was tried."
+)
+
+
 @dataclass(frozen=True)
 class Start:
     """What generation started from. `ids` counts the ids given; `offset` is how many more tokens there are: embeddings in
@@ -66,6 +72,11 @@ class Steps:
         self.start = start
         #: tokens without virtual ones that the step is about, the earlier ones included; None before the first step
         self.tokens: int | None = None
+        #: where the step's newest token stands in each row, `(batch,)`; None where it is the last place
+        self.newest: Tensor | None = None
+        self.watched = 0
+        #: what the cache held when the model was called
+        self.held = 0
 
     # what a step is given -----------------------------------------------------------------------------------------
 
@@ -97,7 +108,9 @@ class Steps:
         driver, stream = self.driver, self.driver.cached
         positions = call.get(stream.positions)
         if positions is not None:
-            call[stream.positions] = self._positions(positions, call.get(stream.mask)) + driver.cached_tokens
+            positions = self._positions(positions, call.get(stream.mask)) + driver.cached_tokens
+            call[stream.positions] = positions
+            self.newest = positions[:, -1] if positions.dim() == 2 else None
         _widen_mask(call, stream, driver.cached_tokens)
         name, past = self._cache(call)
         if not caches.length(past):
@@ -130,9 +143,16 @@ class Steps:
         return prepare(ids, **call)
 
     def _cache(self, call: Mapping[str, Any]) -> tuple[str, Any]:
-        """The step's cache and the name that it has; the model's name for it where it has none."""
+        """The step's cache and the name that it has; the model's name for it where it has none. Raises `PeftcError` if the
+        virtual tokens need one and the model, whose backbone may, takes none by itself."""
         found = next(((name, value) for name, value in call.items() if caches.is_cache(value)), None)
-        return found or (caches.keyword(self.driver.model) or caches.NAMES[0], None)
+        name = caches.keyword(self.driver.model)
+        if found is None and name is None and self.driver.encoder.place.is_cache:
+            what = f"`{type(self.driver.model).__name__}` takes no cache when it generates"
+            raise PeftcError(
+                rules.NO_CACHE(what, fix="Generate with `use_cache=True`, or use a method that needs none.")
+            )
+        return found or (name or caches.NAMES[0], None)
 
     def _positions(self, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Positions of the tokens without virtual ones: those given to `generate`, or counted anew. What the host counts
@@ -155,13 +175,35 @@ class Steps:
         stream, virtual = self.driver.cached, self.driver.cached_tokens
         new = length_of(call, stream) or 0
         past = caches.of_call(call)
-        held = new + caches.length(past) - virtual
+        self.held = caches.length(past)
+        held = new + self.held - virtual
         fits(self.tokens, held, "The step")
         mask, positions = call.get(stream.mask), call.get(stream.positions)
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != caches.capacity(past):
             fits(int(mask.shape[1]) - virtual, held, "The mask")
         if positions is not None:
             fits(int(positions.shape[-1]), new, "The list of positions")
+            self._watch_positions(positions, held + virtual - 1)
+
+    def watch_cache(self, call: Mapping[str, Any]) -> None:
+        """After the first call: raise `PeftcError` if the model did not use the cache in which its prompt is."""
+        encoder = self.driver.encoder
+        if encoder.place.is_cache and not encoder.seen and not torch.compiler.is_compiling():
+            cache.refuse_unused(self.driver.model, caches.of_call(call), self.held)
+            encoder.seen = True
+
+    def _watch_positions(self, positions: Tensor, last: int) -> None:
+        """The same for the places where the tokens of a call stand, in the first two calls: later ones only count on."""
+        self.watched += 1
+        if self.watched > 2 or positions.dim() != 2:
+            return
+        expected = positions.new_tensor([last]) if self.newest is None else self.newest.to(positions.device)
+        wrong = (positions[:, -1] != expected).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            at = int(expected[row if len(expected) > 1 else 0])
+            what = f"Row {row} has its newest token at position {int(positions[row, -1])} and not at {at}"
+            raise PeftcError(rules.STEP_UNFIT(what, fix=_UNKNOWN_STEPS))
 
     def refuse_unused(self) -> None:
         """Raise `PeftcError` if generation never asked for the inputs of a step."""
