@@ -2,6 +2,9 @@
 #
 #   make demo     train, save, reload and merge an adapter of a real model
 #   make test     run the tests
+#   make test-newest   the same on the newest releases that can be had (torch stays), and write down what it came to
+#   make test-oldest   the same on the oldest releases that pyproject.toml admits (torch stays)
+#   make test-on       the same on one release: make test-on RELEASE=transformers==5.23.0
 #   make check    lint, types, and that generated files are up to date
 #   make format   let ruff format the code
 #   make docs     write the generated schemas and pages
@@ -17,10 +20,26 @@ ARGS ?=
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-action ignore -c constraints.txt
+PIP := -m pip install -qq --disable-pip-version-check --root-user-action ignore
+INSTALL := $(BIN)/python $(PIP) -c constraints.txt
+RELEASE ?= transformers==5.23.0
+
+# An environment over $(VENV), which lends it all packages; only those of other versions are installed into it.
+# $(1): its name, $(2): what pip is to install
+define over
+	test -x $(VENV)-$(1)/bin/python || $(BIN)/python -m venv --without-pip $(VENV)-$(1)
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
+		> $$(echo $(VENV)-$(1)/lib/python*/site-packages)/lent.pth
+	$(VENV)-$(1)/bin/python $(PIP) --no-build-isolation $(2) -e '.[test]'
+endef
+# the suite in it; what a whole run came to goes onto the page, whether all tests passed or not
+define suite
+	OMP_NUM_THREADS=1 $(VENV)-$(1)/bin/python -m pytest $(WORKERS) --record $(1) $(ARGS); code=$$?; \
+		$(BIN)/python docs/generate.py --no-examples; exit $$code
+endef
 PROJECT := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test check format docs bench clean
+.PHONY: demo test test-newest test-oldest test-on check format docs bench clean
 .SILENT:
 
 demo: $(VENV)/demo.stamp
@@ -28,6 +47,18 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(ARGS)
+
+test-newest: $(VENV)/dev.stamp
+	$(call over,newest,--upgrade --upgrade-strategy eager -c constraints-newest.txt)
+	$(call suite,newest)
+
+test-oldest: $(VENV)/dev.stamp
+	$(call over,oldest,-c constraints-oldest.txt)
+	$(call suite,oldest)
+
+test-on: $(VENV)/dev.stamp
+	$(call over,$(subst ==,-,$(RELEASE)),$(RELEASE))
+	$(call suite,$(subst ==,-,$(RELEASE)))
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check -q
@@ -48,7 +79,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
 
 $(VENV)/demo.stamp: $(PROJECT)
 	echo "Installing peftc into $(VENV) (a few minutes the first time) ..."

@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: `diagnostics.md`, `cli.md`, `methods/`, and the output shown in others.
+"""Writes the pages that follow from the code: `diagnostics.md`, `cli.md`, `versions.md`, `methods/`, and the output shown in others.
 
 python docs/generate.py          write them
 python docs/generate.py --check  exit 1 if a page is not what the code says
@@ -17,6 +17,7 @@ from pathlib import Path
 from blocks import with_output  # beside this file
 from hf_compat import compat_page
 from pydantic.fields import FieldInfo
+from versions import versions_page
 
 from peftc import rules
 from peftc.cli.main import COMMANDS, parser_for
@@ -36,7 +37,7 @@ SUBJECTS = {
     "PC5": "Running models",
     "PC6": "Checkpoints",
     "PC7": "Commands and training",
-    "PC8": "The alias `peft`",
+    "PC8": "The alias `peft`, and the packages beside peftc",
 }
 #: pages written by hand whose examples are run
 WITH_EXAMPLES = ("ARCHITECTURE.md", "drop-in.md", "../README.md")
@@ -52,6 +53,7 @@ def pages(examples: bool = True) -> dict[str, str]:
         "diagnostics.md": diagnostics_page(),
         "cli.md": cli_page(),
         "hf-compat.md": compat_page(registry),
+        "versions.md": versions_page(),
         "methods/README.md": methods_page(methods),
         **{f"methods/{method.peft_type.lower()}.md": method_page(method) for method in methods},
     }

@@ -1,8 +1,8 @@
 """Every kind of diagnostic, declared once; `docs/diagnostics.md` is generated from this file.
 
 Codes are stable: PC1xx documents and configs, PC2xx plugins, PC3xx graphs and base models, PC4xx targets and plans,
-PC5xx running models, PC6xx checkpoints, PC7xx commands and training, PC8xx the alias `peft`. A code is never reused for
-another meaning.
+PC5xx running models, PC6xx checkpoints, PC7xx commands and training, PC8xx the alias `peft` and the packages beside
+peftc. A code is never reused for another meaning.
 """
 
 from __future__ import annotations
@@ -234,6 +234,9 @@ STEP_UNFIT = Rule(
     "Lengths do not fit the prompt",
     "Cache, mask, positions and input must agree on where the virtual tokens are; else other tokens come out.",
 )
+SPLIT_BASE = Rule(
+    "PC539", "Base is split by tensors", "Each process holds a part of each weight; the adapter would be held whole."
+)
 MERGE_ORDER = Rule(
     "PC540", "Merge would change the order", "Merged into the base weights an adapter acts before all that are not."
 )
@@ -377,10 +380,20 @@ TYPE_TAKEN = Rule("PC728", "PEFT type is taken", "Of two plugins that claim one 
 UNKNOWN_CHECK = Rule("PC729", "No such check", "Nothing would be checked, and nothing found.")
 SCRIPT_MISSING = Rule("PC730", "No such script", "There is nothing to run.")
 
-# PC8xx: the alias `peft` --------------------------------------------------------------------------------------------
+# PC8xx: the alias `peft`, and the packages beside peftc --------------------------------------------------------------
 REAL_PEFT_IMPORTED = Rule(
     "PC801", "The real `peft` is imported already", "Who has its classes would not recognise those of peftc."
 )
 ALIAS_TOO_LATE = Rule(
     "PC802", "Alias comes too late", "The library looked for `peft` while it was imported and will not look again."
 )
+ALIAS_TWICE = Rule("PC803", "Two versions of the alias", "Classes of one peftc are not recognised by the other.")
+ALIAS_OUTDATED = Rule(
+    "PC804", "Alias is not what a library asks for", "The library looks at the version of `peft` and refuses."
+)
+RELEASE_OUTSIDE = Rule(
+    "PC810",
+    "Release outside the bounds",
+    "peftc relies on how the package works; in other releases it works otherwise.",
+)
+REQUIREMENT_MISSING = Rule("PC811", "Required package is missing", "What needs it cannot be done without.")

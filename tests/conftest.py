@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,11 +20,40 @@ settings.register_profile("peftc", deadline=None, derandomize="CI" in os.environ
 settings.load_profile("peftc")
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Tests of prompts, of generation, of other libraries with the alias, and of what is relied on in them: beginnings of paths.
+VERSIONS = (
+    "tests/e2e/test_prompt",
+    "tests/ecosystem/",
+    "tests/environments/",
+    "tests/host/",
+    "tests/runtime/test_prompt",
+    "tests/unit/test_compat",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--rewrite-golden` takes what the code does now as what it should do; review the difference."""
     parser.addoption("--rewrite-golden", action="store_true", help="write golden plans anew instead of comparing")
+    parser.addoption("--record", metavar="NAME", help="write what a whole run came to into the table of tried releases")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that depend most on the releases of other libraries."""
+    for item in items:
+        if item.path.is_relative_to(ROOT) and item.path.relative_to(ROOT).as_posix().startswith(VERSIONS):
+            item.add_marker(pytest.mark.versions)
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Record a run of the whole suite that came to its end, passed or not."""
+    environment = config.getoption("record")
+    if environment and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        from tests import record  # here: peftc is imported after the settings above
+
+        if record.is_whole(config):
+            record.write(record.run_of(environment, terminalreporter.stats))
+        else:
+            terminalreporter.write_line("Not recorded: only a run of all tests is.")
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ COMMANDS = {
     "methods": "List the methods, or the options of one",
     "plugins": "List installed plugins, begin a new one, or check one",
     "graph": "Write a model's module graph to a file",
+    "doctor": "Show what is installed beside peftc, and what does not fit",
     "cache": "Show or clear the cache of module graphs",
 }
 

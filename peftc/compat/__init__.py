@@ -6,15 +6,17 @@ Nothing is imported by it but what is asked for later. It must come before the f
 from __future__ import annotations
 
 import sys
-from typing import Final
+from types import ModuleType
+from typing import Any, Final
 
 from peftc import rules
 from peftc._version import VERSION as _OWN
 from peftc.compat.finder import ROOT, AliasFinder, AliasModule
-from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.compat.pins import unmet, version_said
+from peftc.diagnostics import Diagnostic, PeftcError, warn
 
-#: what `peft.__version__` and the distribution's metadata say: the newest version that every pin in use admits
-VERSION: Final = f"0.20.0+peftc.{_OWN}"
+#: what `peft.__version__` and the distribution's metadata say; `pins.json` has the reasons
+VERSION: Final = f"{version_said()}+peftc.{_OWN}"
 
 #: modules that look for `peft` once, while they are imported, and the name in them that says whether they found it
 _LOOKED_ONCE = {
@@ -28,16 +30,18 @@ _FIX = "Call `peftc.compat.install()` first in the program, or start it with `pe
 def install() -> None:
     """Make `import peft`, its submodules and the metadata of its distribution mean peftc; a second call does nothing.
 
-    Wins over an installed `peft`. Raises `PeftcError`, with nothing changed, if the real one was imported already, or
-    if a library looked for `peft` before, found none, and will not look again.
+    Wins over an installed `peft`. Raises `PeftcError`, with nothing changed, if the real one was imported already, if a
+    library looked for `peft` before, found none, and will not look again, or if another copy of peftc has its alias in
+    place. Warns of libraries here that ask for another version of `peft` than the alias can say.
     """
+    found = conflicts()
+    if found:
+        raise PeftcError(found)
     if installed():
         return
-    problems = [*_real_one(), *_too_late()]
-    if problems:
-        raise PeftcError(problems)
     sys.meta_path.insert(0, AliasFinder(VERSION))
     _forget_answers()
+    warn(unmet())
 
 
 def uninstall() -> None:
@@ -53,15 +57,46 @@ def installed() -> bool:
     return any(isinstance(finder, AliasFinder) for finder in sys.meta_path)
 
 
+def conflicts() -> list[Diagnostic]:
+    """What in this process is in the alias' way, or beside it: the real `peft`, what holds it, another peftc's alias."""
+    return [*_real_one(), *_too_late(), *_twice()]
+
+
 def _real_one() -> list[Diagnostic]:
-    module = sys.modules.get(ROOT)
-    if module is None or isinstance(module, AliasModule):
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == ROOT]
+    real = [module for module in modules if not _is_alias(module)]
+    if not real:
         return []
-    version = getattr(module, "__version__", "of unknown version")
+    version = getattr(real[0], "__version__", "of unknown version")
     return [rules.REAL_PEFT_IMPORTED(f"The package `peft` {version} is imported already", fix=_FIX)]
 
 
+def _twice() -> list[Diagnostic]:
+    others: list[Any] = [
+        finder for finder in sys.meta_path if _is_of(type(finder), AliasFinder) and type(finder) is not AliasFinder
+    ]
+    return [
+        rules.ALIAS_TWICE(
+            f"Another copy of peftc has its alias in place, which says `peft` {finder.distribution.version}",
+            fix="Keep one copy: `pip uninstall peftc` until none is left, then `pip install peftc`; do not import it anew.",
+        )
+        for finder in others
+    ]
+
+
+def _is_alias(module: ModuleType) -> bool:
+    """Whether a module is one of an alias', be it another copy's."""
+    return _is_of(type(module), AliasModule)
+
+
+def _is_of(found: type, ours: type) -> bool:
+    """Whether a class is ours or the same of another copy of peftc: those have the same name and are not the same."""
+    return (found.__module__, found.__qualname__) == (ours.__module__, ours.__qualname__)
+
+
 def _too_late() -> list[Diagnostic]:
+    if installed():
+        return []
     late = [
         name for name, flag in _LOOKED_ONCE.items() if name in sys.modules and not vars(sys.modules[name]).get(flag)
     ]

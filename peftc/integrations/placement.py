@@ -38,3 +38,13 @@ def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextMa
     from accelerate import init_empty_weights as of_accelerate  # type: ignore[import-untyped]
 
     return of_accelerate(include_buffers=bool(include_buffers))
+
+
+def accelerators() -> list[str]:
+    """Each accelerator that torch finds: its kind, and its name where torch knows one, such as `cuda: NVIDIA H100`."""
+    kind = infer_device()
+    if kind == "cpu":
+        return []
+    name_of = getattr(torch.get_device_module(kind), "get_device_name", None)  # MPS has none
+    count = torch.accelerator.device_count()
+    return [f"{kind}: {name_of(index)}" if name_of is not None else kind for index in range(count)]

@@ -85,6 +85,7 @@ def inject_adapter_in_model(
     if isinstance(model, nn.Module):  # anything else is refused below
         model = unwrapped(model)
         followed(model)
+        _refuse_split(model)
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
@@ -96,3 +97,15 @@ def inject_adapter_in_model(
     session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)
     show(model, session)
     return model
+
+
+def _refuse_split(model: nn.Module) -> None:
+    """Raise `PeftcError` for a model whose weights transformers has split between processes by tensors.
+
+    transformers leaves it to this function to split the adapter too, and asks the version of `peft` whether it does.
+    """
+    parts = getattr(model, "_tp_size", None) or 1
+    if parts > 1:
+        what = f"The weights of this `{type(model).__name__}` are split between {parts} processes"
+        fix = "Load the base without `tp_plan` or `distributed_config`, or shard it with FSDP or DeepSpeed."
+        raise PeftcError(rules.SPLIT_BASE(what, fix=fix))

@@ -12,6 +12,7 @@ from tests.architecture.tree import Import, Source, sources
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc._version", "peftc.diagnostics"),
     ("peftc.rules",),
+    ("peftc.installed",),
     ("peftc.config", "peftc.graph"),
     ("peftc.tuner",),
     ("peftc.registry",),
@@ -49,10 +50,12 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.graph": {"huggingface_hub"},
     "peftc.registry": {"pluggy"},
     "peftc.registry.origin": {"packaging"},  # versions
+    "peftc.installed": {"packaging"},
     "peftc.schema": {"pydantic", "jsonschema"},
     "peftc.compiler": {"regex"},
     "peftc.plugin": {"pydantic"},
     "peftc.compat": {"torch"},
+    "peftc.compat.pins": {"packaging"},
     "peftc.cli": {"rich", "torch", "transformers"},
     "peftc.ops": {"torch"},
     "peftc.host": {"torch", "transformers"},

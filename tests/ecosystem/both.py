@@ -23,6 +23,12 @@ SCRIPTS = Path(__file__).parent / "scripts"
 LIMIT = 300.0  # seconds; far more than any script needs
 TOLERANCE = 1e-6
 
+#: transformers may ask for a later release than the reference has: what is compared is what they do, not that check
+REAL = """
+from importlib.metadata import version
+import transformers.integrations.peft as asking
+asking.MIN_PEFT_VERSION = version("peft")
+"""
 ALIAS = "import peftc.compat; peftc.compat.install()\n"
 RUN = """
 import runpy, sys
@@ -57,7 +63,7 @@ def run_both(script: str, folder: Path, *arguments: str) -> Both:
     """Both runs, side by side. Raises `AssertionError` with the end of its output if one fails."""
     both = Both(folder / "real", folder / "alias")
     runs = [
-        (start(both.real, RUN, script, arguments), "peft"),
+        (start(both.real, REAL + RUN, script, arguments), "peft"),
         (start(both.alias, ALIAS + RUN, script, arguments), "peftc"),
     ]
     try:
@@ -76,7 +82,12 @@ def start(folder: Path, code: str, script: str, arguments: tuple[str, ...]) -> s
     """The script in a process of its own, without a network."""
     folder.mkdir(parents=True)
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true"}
-    environment = {**os.environ, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{SCRIPTS}", "CUDA_VISIBLE_DEVICES": ""}
+    path = [
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+        ROOT,
+        SCRIPTS,
+    ]  # what is in front stays there: another release
+    environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(map(str, path)), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code, str(SCRIPTS / script), *arguments]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -31,7 +31,7 @@ def test_the_program_of_the_page_does_the_same_with_both(tmp_path: Path) -> None
     alias = output("-m", "peftc", "run", PROGRAM, str(tmp_path / "alias"))
     assert real[:-1] == alias[:-1]
     assert real[-1].replace("0.21.2", compat.VERSION) == alias[-1]
-    assert all(line in PAGE for line in alias)
+    assert all(line.replace(compat.VERSION, "") in PAGE for line in alias), "the page has the version of its own run"
 
 
 def test_the_page_names_every_module() -> None:

@@ -29,6 +29,7 @@ from peftc import rules
 from peftc.checkpoint.atomic import replace_files
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
+from peftc.installed.requirements import require
 from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.model.peft_model import PeftModel
@@ -93,6 +94,7 @@ def fit(
     `PeftcError` if there is none or it does not fit, if `folder` holds checkpoints and `resume` is off, and if the loss
     stops being finite. An interrupt passes through; adapter and checkpoints on the disk are whole at any moment.
     """
+    require("train")
     run = _run_facts(model, rows, how)
     checkpoint = last_checkpoint(folder)
     if resume:
