@@ -14,15 +14,10 @@ from peftc._version import VERSION as _OWN
 from peftc.compat.finder import ROOT, AliasFinder, AliasModule
 from peftc.compat.pins import unmet, version_said
 from peftc.diagnostics import Diagnostic, PeftcError, warn
+from peftc.host import clients
 
 #: what `peft.__version__` and the distribution's metadata say; `pins.json` has the reasons
 VERSION: Final = f"{version_said()}+peftc.{_OWN}"
-
-#: modules that look for `peft` once, while they are imported, and the name in them that says whether they found it
-_LOOKED_ONCE = {
-    "transformers.trainer_utils": "PeftModel",
-    "diffusers.utils.import_utils": "_peft_available",
-}
 
 _FIX = "Call `peftc.compat.install()` first in the program, or start it with `peftc run`."
 
@@ -40,7 +35,7 @@ def install() -> None:
     if installed():
         return
     sys.meta_path.insert(0, AliasFinder(VERSION))
-    _forget_answers()
+    clients.forget_answers()
     warn(unmet())
 
 
@@ -49,7 +44,7 @@ def uninstall() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, AliasFinder)]
     for name in [name for name, module in sys.modules.items() if isinstance(module, AliasModule)]:
         del sys.modules[name]
-    _forget_answers()
+    clients.forget_answers()
 
 
 def installed() -> bool:
@@ -97,17 +92,5 @@ def _is_of(found: type, ours: type) -> bool:
 def _too_late() -> list[Diagnostic]:
     if installed():
         return []
-    late = [
-        name for name, flag in _LOOKED_ONCE.items() if name in sys.modules and not vars(sys.modules[name]).get(flag)
-    ]
+    late = clients.looked_in_vain()
     return [rules.ALIAS_TOO_LATE(f"`{name}` was imported before, and found no `peft`", fix=_FIX) for name in late]
-
-
-def _forget_answers() -> None:
-    """Clear what transformers remembers of its question whether `peft` can be imported."""
-    asked = sys.modules.get("transformers.utils.import_utils")
-    for name in ("is_peft_available", "is_peft_greater_or_equal"):
-        answer = vars(asked).get(name) if asked is not None else None
-        clear = getattr(answer, "cache_clear", None)
-        if clear is not None:
-            clear()

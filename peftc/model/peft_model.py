@@ -20,6 +20,7 @@ from peftc.config.hub import Commit
 from peftc.config.types import PeftType
 from peftc.diagnostics import PeftcError, warn
 from peftc.host.generation import calls_replaced
+from peftc.host.layers import recomputes
 from peftc.model import files
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
@@ -77,7 +78,7 @@ class PeftModel(PromptsMixin, nn.Module):
             what = "The model has adapters already; wrapping it again would nest them"
             raise PeftcError(rules.MIXED_TYPES(what, fix="Use `add_adapter`, or `unload()` first."))
         registry = default_registry()
-        checkpointed = any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
+        checkpointed = recomputes(model)
         first = plan.adapters[0]
         method = registry.get(first.peft_type)
         if method.is_prompt:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.host.layers import is_pretrained
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
-from peftc.runtime.snapshot import is_pretrained
 from peftc.runtime.tuner_model import TunerModel
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peftc.graph.nodes import Kind
+from peftc.host.layers import embedding_scale
 
 
 class Backend(ABC):
@@ -134,7 +135,7 @@ class EmbeddingBackend(Backend):
         return self.scaled(base, F.linear(h, B))
 
     def scaled(self, base: nn.Module, delta: Tensor) -> Tensor:
-        scale = getattr(base, "embed_scale", None)  # transformers' scaled embeddings multiply their output
+        scale = embedding_scale(base)
         return delta if scale is None else delta * scale
 
     def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:

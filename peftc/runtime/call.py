@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.host.torch_modules import checkpoints_call
 
 if TYPE_CHECKING:
     from peftc.runtime.gates import Gates
@@ -137,7 +137,7 @@ class Shared:
             finally:
                 self._traced = before
             return
-        _let_checkpoints_rebind()
+        checkpoints_call(_rebound)
         token = _OPEN.set((*_OPEN.get(), (self, call)))
         try:
             yield
@@ -162,22 +162,3 @@ def _rebound(function: Callable[..., Any]) -> Callable[..., Any]:
             _OPEN.reset(token)
 
     return run
-
-
-@cache
-def _let_checkpoints_rebind() -> None:
-    """From the first call with rows on, have torch's two checkpoints keep the open calls with what they will repeat.
-
-    Models hold references to `torch.utils.checkpoint.checkpoint` itself, so what it calls is exchanged.
-    """
-    module = torch.utils.checkpoint
-    forward, generator = module.CheckpointFunction.forward, module._checkpoint_without_reentrant_generator
-
-    def reentrant(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
-        return forward(ctx, _rebound(run_function), *args)  # type: ignore[no-untyped-call]  # torch's own
-
-    def other(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return generator(_rebound(fn), *args, **kwargs)
-
-    module.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[method-assign, assignment]
-    module.__dict__["_checkpoint_without_reentrant_generator"] = other

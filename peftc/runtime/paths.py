@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
@@ -142,17 +142,13 @@ def _step(path: Path, under: Under, part: Part) -> Path:
     return _output(path, change_of_output(under, part)) if "output" in given else path
 
 
-#: Hooks of every module: torch changes these dicts in place, and asking it by a call costs as much as a small product.
-_GLOBAL = (_global_forward_hooks, _global_backward_hooks, _global_backward_pre_hooks)
-
-
 def _fused(path: Path, base: nn.Module, part: Part) -> Path:
     """Base and update as one function in training, where the base allows it; else the update goes into its fresh output.
 
     A hook of the base may have kept that output, or made a view of it: then it goes into a copy.
     """
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
-    forward, backward, backward_pre = base._forward_hooks, base._backward_hooks, base._backward_pre_hooks
+    forward, backward, backward_pre = own_hooks(base)
     linear = base if path is base and type(base) is nn.Linear and dropout is None else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,7 +156,7 @@ def _fused(path: Path, base: nn.Module, part: Part) -> Path:
         if linear is not None and torch.is_grad_enabled() and type(scale) is float and is_bare(linear, x, A.dtype):
             return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
         y = path(x, *args, **kwargs)
-        if forward or backward or backward_pre or _GLOBAL[0] or _GLOBAL[1] or _GLOBAL[2]:
+        if forward or backward or backward_pre or GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1] or GLOBAL_HOOKS[2]:
             y = y.clone()
         return add_low_rank(y, x if dropout is None else dropout(x), A, B, scale)
 
@@ -227,8 +223,7 @@ def _vectors(path: Path, under: Under, part: Part) -> Path:
 
 def _is_hooked(base: nn.Module) -> bool:
     """Whether anybody but the caller may have the layer's output."""
-    own = base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
-    return bool(own or _GLOBAL[0] or _GLOBAL[1] or _GLOBAL[2])
+    return any(own_hooks(base)) or any(GLOBAL_HOOKS)
 
 
 def exchange_of_vectors(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:

@@ -6,9 +6,7 @@ sees through our own wrappers: an adapted layer counts as its base layer, at the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -20,7 +18,9 @@ from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.former import FormerLayers, starred
 from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
 from peftc.graph.roles import RoleFinder
+from peftc.host import layers
 from peftc.host.fused import former_layers
+from peftc.host.torch_modules import transient_buffers
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
@@ -33,9 +33,6 @@ _FORWARDS: Mapping[type[nn.Module], Kind] = {
     nn.Conv2d: Kind.CONV2D,
     nn.Conv3d: Kind.CONV3D,
 }
-
-#: Linear subclasses known to compute `W x + b` although they have a forward of their own, by qualified name.
-_PLAIN_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 #: Rank of the weight of each kind: a layer whose `weight` is something else (packed, parametrised) is not of that kind.
 _WEIGHT_RANK: Mapping[Kind, int] = {
@@ -151,7 +148,7 @@ class _Inventory:
         return tuple(found)
 
     def _buffers(self, module: nn.Module) -> tuple[tuple[str, TensorFacts], ...]:
-        transient = module._non_persistent_buffers_set
+        transient = transient_buffers(module)
         return tuple(
             (name, self._tensor(tensor))
             for name, tensor in module._buffers.items()
@@ -173,18 +170,13 @@ def _kind_of(cls: type[nn.Module]) -> tuple[Kind, str]:
     """Kind of a class and, when it only looks like one, why it is none."""
     for parent, kind in _FORWARDS.items():
         if issubclass(cls, parent):
-            known = f"{cls.__module__}.{cls.__qualname__}" in _PLAIN_LINEAR or _is_scaled_embedding(cls)
+            known = layers.is_plain_linear(cls) or layers.is_scaled_embedding(cls)
             if cls.forward is parent.forward or known:
                 return kind, ""
             return Kind.OTHER, f"a subclass of {parent.__name__} with a forward of its own"
-    if issubclass(cls, _transformers_class("pytorch_utils", "Conv1D")):
+    if layers.is_transposed_linear(cls):
         return Kind.CONV1D_TRANSPOSED, ""
     return (Kind.NORM, "") if cls.__name__.endswith(_NORM_ENDINGS) else (Kind.OTHER, "")
-
-
-def _is_scaled_embedding(cls: type[nn.Module]) -> bool:
-    """transformers' embeddings that multiply their output by `embed_scale`, which the embedding's backend knows."""
-    return issubclass(cls, nn.Embedding) and cls.__name__.endswith("ScaledWordEmbedding")
 
 
 def _describe(
@@ -197,7 +189,7 @@ def _describe(
     cls = type(module).__name__
     weight = next((tensor for name, tensor in params if name == "weight"), None)
     if kind is Kind.OTHER:
-        transposed = getattr(module, "is_transposed", False) is True  # transformers' word for experts as (in, out)
+        transposed = layers.stores_transposed(module)
         return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=note, transposed=transposed)
     if weight is None or len(weight.shape) != _WEIGHT_RANK[kind]:
         held = "no parameter `weight`" if weight is None else f"a weight of shape {list(weight.shape)}"
@@ -224,19 +216,9 @@ def _lazy(path: str, name: str) -> Diagnostic:
 # the model as a whole -------------------------------------------------------------------------------------------------
 
 
-class _Nothing:
-    """A class that nothing is an instance of."""
-
-
-def _transformers_class(module: str, name: str) -> type:
-    """A class of transformers, if it is loaded: an instance cannot exist before its module does."""
-    loaded: ModuleType | None = sys.modules.get(f"transformers.{module}")
-    return _Nothing if loaded is None else cast(type, getattr(loaded, name, _Nothing))
-
-
 def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
     base = unwrapped(model)
-    if not is_pretrained(base):
+    if not layers.is_pretrained(base):
         return ModelFacts(type(base).__name__)
     loaded = cast(Any, base)
     config = loaded.config
@@ -254,7 +236,7 @@ def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
 def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers, ...]:
     """What weights of a model of transformers were when its checkpoints were made."""
     base = unwrapped(model)
-    if not is_pretrained(base):
+    if not layers.is_pretrained(base):
         return ()
     weights = {
         (starred(node.path), name, len(tensor.shape)): None
@@ -263,11 +245,6 @@ def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers
         if node.path and (name == "weight" or len(tensor.shape) == 3)
     }
     return former_layers(base, weights)
-
-
-def is_pretrained(model: nn.Module) -> bool:
-    """Whether it is a model of transformers."""
-    return isinstance(model, _transformers_class("modeling_utils", "PreTrainedModel"))
 
 
 def _embedding_path(getter: Callable[[], nn.Module | None], paths: Mapping[int, str]) -> str | None:

@@ -128,6 +128,12 @@ def stored() -> PeftModel:
     return get_peft_model(LANGUAGE_MODEL.build(), preface("STORED"))
 
 
+def split() -> nn.Module:
+    model = LANGUAGE_MODEL.build()
+    model._tp_size = 2
+    return model
+
+
 def made() -> PeftModel:
     return get_peft_model(LANGUAGE_MODEL.build(), preface("MADE"))
 
@@ -251,6 +257,10 @@ CASES = {
     "a prompt without a wrapper": Case(
         rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
         (mapping, "if method.is_prompt:", "if False:"), "Use `get_peft_model`.",
+    ),
+    "a base that is split by tensors": Case(
+        rules.SPLIT_BASE, split, lambda m: inject_adapter_in_model(narrow(), m),
+        (mapping, "    if parts > 1:", "    if False:"), "are split between 2 processes",
     ),
     "a prompt before nothing": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),

@@ -17,6 +17,7 @@ import peftc
 from peftc import compat, rules
 from peftc.compat import __main__ as launcher
 from peftc.diagnostics import PeftcError
+from peftc.host import clients
 from peftc.registry.manager import default_registry
 from tests.defects import put_defect
 
@@ -160,8 +161,8 @@ import peft
 for name in [name for name in sys.modules if name.split(".")[0] == "peftc"]:
     del sys.modules[name]
 sys.path.insert(0, {str(tmp_path)!r})
-import peftc.compat
 from peftc.diagnostics import PeftcError
+import peftc.compat
 try:
     peftc.compat.install()
 except PeftcError as error:
@@ -184,7 +185,7 @@ def test_a_library_that_found_no_peft_is_named(without_peft: None, monkeypatch: 
         assert "diffusers.utils.import_utils" in str(raised.value)
 
     says_so()
-    put_defect(monkeypatch, compat, "if name in sys.modules and", "if name not in sys.modules and")
+    put_defect(monkeypatch, clients, "if name in sys.modules and", "if name not in sys.modules and")
     with pytest.raises(pytest.fail.Exception):
         says_so()
     compat.uninstall()

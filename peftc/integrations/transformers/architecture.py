@@ -18,12 +18,12 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.locate import CONFIG_FILE, LocatedBase
+from peftc.host.architectures import auto_classes, classes_in, known_types
 
 #: What transformers' constructors and loaders raise on a config or a file that makes no sense to them.
 FAILURES = (
@@ -98,7 +98,7 @@ def _class_of(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedMod
     task = base.ref.task_type or ("CAUSAL_LM" if base.gguf is not None else None)
     if task is None:
         return _named_class(base, config)
-    found = _classes_in(AUTO_CLASSES[task], config)
+    found = classes_in(AUTO_CLASSES[task], config)
     if found:
         named = config.architectures or []
         return next((cls for cls in found if cls.__name__ in named), found[0])
@@ -110,10 +110,10 @@ def _class_of(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedMod
 def _named_class(base: LocatedBase, config: PretrainedConfig) -> type[PreTrainedModel]:
     named = next(iter(config.architectures or []), None)
     if named is None:
-        plain = _classes_in(AutoModel.__name__, config)
+        plain = classes_in(AutoModel.__name__, config)
         if plain:
             return plain[0]
-    known = {cls.__name__: cls for auto in _all_auto_classes() for cls in _classes_in(auto, config)}
+    known = {cls.__name__: cls for auto in auto_classes() for cls in classes_in(auto, config)}
     if named in known:
         return known[named]
     what = f"transformers has no class `{named}`" if named else f"`{config.model_type}` has no model without a head"
@@ -146,7 +146,7 @@ def quiet() -> Iterator[None]:
 def _require_known_type(base: LocatedBase, data: dict[str, Any]) -> None:
     kind = data.get("model_type")
     where = _where(base)
-    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in known_types():
         return
     if "auto_map" in data:
         what = f"The model type `{kind}` is defined by code in the model's own repository"
@@ -155,7 +155,7 @@ def _require_known_type(base: LocatedBase, data: dict[str, Any]) -> None:
     if kind is None:
         fix = "Add `model_type`, or name the folder that `save_pretrained` of transformers wrote."
         raise PeftcError(rules.BASE_UNREADABLE("The config has no `model_type`", fix=fix, where=where))
-    fix = did_you_mean(str(kind), CONFIG_MAPPING) or f"transformers {transformers.__version__} may be too old for it."
+    fix = did_you_mean(str(kind), known_types()) or f"transformers {transformers.__version__} may be too old for it."
     raise PeftcError(rules.BASE_UNREADABLE(f"transformers does not know the model type `{kind}`", fix=fix, where=where))
 
 
@@ -166,18 +166,8 @@ def _alone_in_a_folder(data: dict[str, Any]) -> Iterator[str]:
         yield folder
 
 
-def _classes_in(auto: str, config: PretrainedConfig) -> tuple[type[PreTrainedModel], ...]:
-    """Classes that an automatic class has for a config; several where the config's `architectures` chooses."""
-    found = getattr(transformers, auto)._model_mapping.get(type(config), ())
-    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
-
-
-def _all_auto_classes() -> list[str]:
-    return [name for name in dir(transformers) if name.startswith("AutoModel")]
-
-
 def _tasks_of(config: PretrainedConfig) -> list[str]:
-    return [task for task, auto in AUTO_CLASSES.items() if _classes_in(auto, config)]
+    return [task for task, auto in AUTO_CLASSES.items() if classes_in(auto, config)]
 
 
 def told(error: Exception) -> str:

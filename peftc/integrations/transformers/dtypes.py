@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, did_you_mean
 from peftc.graph.locate import LocatedBase
+from peftc.host.loading import kept_in_float32
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -32,10 +31,9 @@ def keep_some_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Some architectures name modules that lose too much in half precision; transformers applies this only when it loads
     weights, not when it builds from a config.
     """
-    kept = [name for name, wanted in model._get_dtype_plan(dtype).items() if wanted == torch.float32]
-    if not kept:
+    pattern = kept_in_float32(model, dtype)
+    if pattern is None:
         return
-    pattern = re.compile("|".join(name.replace("*", ".*") for name in kept))  # searched for, as transformers does
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and pattern.search(name):
             tensor.data = tensor.data.to(torch.float32)

@@ -1,7 +1,7 @@
 """GGUF files: the config from the header, the weights dense, and no claim of being quantised afterwards.
 
 transformers unpacks a GGUF file into ordinary float weights but goes on calling the model quantised, so that its own
-`Trainer` and `save_pretrained` refuse it; `forget_quantization` takes that back.
+`Trainer` and `save_pretrained` refuse it; that is taken back.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,14 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, Where
+from peftc.host import loading
 
 #: What a damaged or unknown file makes the readers raise: they index into bytes and look names up in tables.
 _DAMAGE = (
@@ -54,15 +51,14 @@ def read_config(path: Path) -> PretrainedConfig:
 def load_model(path: Path, cls: type[PreTrainedModel], **options: Any) -> PreTrainedModel:
     """The model with dense weights; `options` are those of `from_pretrained`. Raises `PeftcError`."""
     require_reader()
-    dense = GgufConfig(dequantize=True)  # with the `kernels` package installed, transformers would keep them packed
     try:
-        with _bar_on_terminals_only():
+        with loading.bar_on_terminals_only():
             model: PreTrainedModel = cls.from_pretrained(
-                str(path.parent), gguf_file=path.name, quantization_config=dense, **options
+                str(path.parent), gguf_file=path.name, **loading.dense_options(), **options
             )
     except _DAMAGE as error:
         raise _damaged(path, error) from error
-    forget_quantization(model)
+    loading.forget_quantization(model)
     return model
 
 
@@ -78,13 +74,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def forget_quantization(model: PreTrainedModel) -> None:
-    """Let a model whose weights are dense say so."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(name, None)
-    model.config.__dict__.pop("quantization_config", None)
-
-
 def require_reader() -> None:
     """Raise `PeftcError` unless the `gguf` package is installed."""
     if find_spec("gguf") is None:
@@ -94,34 +83,10 @@ def require_reader() -> None:
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """While this lasts, a file's header is taken apart once and not three times (for config, weights and tokenizer).
-
-    It takes seconds each time, and so does the table of tensor names, which is made again for every module. Both are pure
-    functions of their arguments: remembering them changes nothing else.
-    """
+    """While this lasts, a file's header is taken apart once. Raises `PeftcError` without the reader."""
     require_reader()
-    package: Any = import_module("gguf")
-    names = ("GGUFReader", "get_tensor_name_map")
-    originals = {name: getattr(package, name) for name in names}
-    for name, function in originals.items():
-        setattr(package, name, cache(function))
-    try:
+    with loading.gguf_read_once():
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(package, name, function)
-
-
-@contextmanager
-def _bar_on_terminals_only() -> Iterator[None]:
-    """The unpacking loop's progress bar has no switch: `disable=None` draws it on terminals alone."""
-    loader: Any = modeling_gguf_pytorch_utils
-    shown = loader.tqdm
-    loader.tqdm = partial(shown, disable=None)
-    try:
-        yield
-    finally:
-        loader.tqdm = shown
 
 
 def _damaged(path: Path, error: Exception) -> PeftcError:

@@ -7,7 +7,6 @@ checkpoint is written beside its final place and renamed, so an interrupted trai
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from peftc import rules
 from peftc.checkpoint.atomic import replace_files
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
+from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
 from peftc.installed.requirements import require
 from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
@@ -42,8 +42,6 @@ STATE_NAME = "trainer_state.json"
 #: What carries on a training, the adapter as it lives in the model first: an adapter's own file may hold less, as the
 #: tables that an encoder gives. The others are Trainer's; all are archives with checksums.
 ARCHIVES = ("adapter_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-#: Trainer's name for recomputing activations; older versions have only `gradient_checkpointing`, which newer ones deprecate.
-_RECOMPUTE = min({"activation_checkpointing", "gradient_checkpointing"} & TrainingArguments.__dataclass_fields__.keys())
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +137,7 @@ class AdapterTrainer(Trainer):
         self._run = run
         self._stage: Path | None = None
         super().__init__(model=adapted, **keywords)
-        self.model_accepts_loss_kwargs = _takes_loss_keywords(
-            adapted.get_base_model()
-        )  # not what the wrapper passes on
+        self.model_accepts_loss_kwargs = takes_loss_keywords(adapted.get_base_model())  # not what the wrapper passes on
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)
@@ -188,14 +184,6 @@ def _own(model: PeftModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in live.items() if name in names}
 
 
-def _takes_loss_keywords(base: Any) -> bool:
-    """Whether the model wants to know by how many tokens of all accumulated batches its loss is to be divided."""
-    said = getattr(base, "accepts_loss_kwargs", None)
-    if said is not None:
-        return bool(said)
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
-
-
 class _Watcher(TrainerCallback):
     """Passes each step on, and stops a training whose loss is not finite."""
 
@@ -240,7 +228,7 @@ def _require_writable(folder: Path) -> None:
 
 
 def _arguments(how: TrainSection, folder: Path) -> TrainingArguments:
-    recompute: dict[str, Any] = {_RECOMPUTE: True} if how.gradient_checkpointing else {}
+    recompute: dict[str, Any] = {RECOMPUTE: True} if how.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=how.steps or -1,
@@ -266,9 +254,7 @@ def _arguments(how: TrainSection, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=False,
         **recompute,
     )
-    arguments._n_gpu = min(
-        arguments.n_gpu, 1
-    )  # several would be wrapped in DataParallel, which copies the model per step
+    use_one_device(arguments)
     return arguments
 
 

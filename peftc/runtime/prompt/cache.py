@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, warn
 from peftc.host import caches
+from peftc.host.layers import recomputes
 
 #: Keys and values of these configs are not heads of one width.
 _COMPRESSED = "kv_lora_rank"
@@ -47,7 +48,7 @@ def taker(model: nn.Module) -> nn.Module:
 
 def refuse_checkpointing(model: nn.Module) -> None:
     """Raise `PeftcError` if layers are checkpointed: they would compute without the cache."""
-    if any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules()):
+    if recomputes(model):
         what = "Gradient checkpointing is on, and the virtual tokens are keys and values"
         raise PeftcError(
             rules.CHECKPOINTING_DROPS(what, fix="Call `gradient_checkpointing_disable()` on the base model.")
