@@ -1,2 +1,1 @@
-"""What peftc relies on in other libraries beyond their documented API: one room, a test for each, so that a release which
-changes it fails by name."""
+"""What peftc relies on in other libraries beyond their documented API: one file for each subject, one function for each fact."""

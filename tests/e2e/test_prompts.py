@@ -6,6 +6,7 @@ Adapters are made by one library, moved at random, and copied or loaded into the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftc
+from peftc.host import caches
 from peftc.testing.golden import output_of
 from peftc.testing.models import seeded
 from tests.golden.models import base_model
@@ -102,6 +105,17 @@ CASES = [
 ]
 
 
+@contextmanager
+def reference_asked() -> Iterator[None]:
+    """Skip what the reference cannot do on the release at hand."""
+    try:
+        yield
+    except ValueError as error:
+        if "does not support past key values" not in str(error):
+            raise
+        pytest.skip(f"the reference on transformers {transformers.__version__}: {error}")
+
+
 def pair(case: Case) -> tuple[nn.Module, nn.Module]:
     """The same adapter in both libraries."""
     theirs, ours = case.made_by(peft), case.made_by(peftc)
@@ -118,7 +132,8 @@ def test_names_counts_outputs_losses_and_gradients_are_alike(case: Case) -> None
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     outs = []
     for model in (theirs, ours):
-        out = model(**case.inputs())
+        with reference_asked():
+            out = model(**case.inputs())
         (out.loss + output_of(out).square().mean()).backward()
         outs.append(out)
     torch.testing.assert_close(output_of(outs[1]), output_of(outs[0]), rtol=1e-4, atol=1e-5)
@@ -140,7 +155,8 @@ def test_training_goes_the_same_way(case: Case) -> None:
         losses.append([])
         for _ in range(4):
             optimiser.zero_grad()
-            loss = model(**case.inputs()).loss
+            with reference_asked():
+                loss = model(**case.inputs()).loss
             loss.backward()
             optimiser.step()
             losses[-1].append(float(loss.detach()))
@@ -154,7 +170,7 @@ def test_one_reads_what_the_other_saved(case: Case, writer: Any, reader: Any, tm
     made = case.made_by(writer)
     made.save_pretrained(str(tmp_path))
     loaded = case.loaded_by(reader, tmp_path)
-    with torch.no_grad():
+    with torch.no_grad(), reference_asked():
         expected = output_of(made(**case.inputs()))
         torch.testing.assert_close(output_of(loaded(**case.inputs())), expected, rtol=1e-4, atol=1e-5)
         if reader is peftc:
@@ -194,7 +210,13 @@ def test_the_same_tokens_are_generated(case: Case, way: str, padded: bool, tmp_p
     theirs, ours = (case.loaded_by(library, tmp_path) for library in (peft, peftc))
     call = asked(case, padded, **WAYS[way])
     found = ours.generate(**call)
-    assert found.tolist() == theirs.generate(**call).tolist()
+    # With a cache the reference gives other tokens since transformers 5.24: docs/reference-bugs.md. Ours are compared with
+    # what forward passes give in test_prompt_generation.py.
+    in_cache = ours.prompt_encoder["default"].place.is_cache
+    if in_cache and caches.keyword(ours.get_base_model()) != "past_key_values":
+        pytest.skip(f"the reference leaves a prefix out when it generates on transformers {transformers.__version__}")
+    uncached = {} if in_cache else {"use_cache": False}
+    assert found.tolist() == theirs.generate(**call, **uncached).tolist()
     with ours.disable_adapter():
         assert found.tolist() != ours.generate(**call).tolist()
 
