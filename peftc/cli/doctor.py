@@ -9,6 +9,7 @@ import argparse
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
 
 from peftc import __version__, compat, rules
 from peftc.cli import console
@@ -68,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _problems() -> Iterator[Diagnostic]:
     """What must be installed and is not, and what is installed and does not fit; an extra may be left out."""
+    copies = sorted({copy.version for copy in distributions(name="peftc")})
+    if len(copies) > 1:
+        what = f"peftc is installed more than once, as {' and as '.join(copies)}"
+        yield rules.ALIAS_TWICE(what, fix="`pip uninstall peftc` until none is left, then `pip install peftc`.")
     yield from requirements.problems()
     for extra in requirements.EXTRAS:
         yield from (d for d in requirements.problems(extra) if d.code == rules.RELEASE_OUTSIDE.code)

@@ -60,8 +60,3 @@ def recomputes(model: nn.Module) -> bool:
     """Whether any module recomputes its activations in backward. Relied on: the flag `gradient_checkpointing` of each
     module that can (4.0; other names of it in newer releases set the same flag)."""
     return any(vars(module).get("gradient_checkpointing", False) for module in model.modules())
-
-
-def split_between(model: nn.Module) -> int:
-    """Between how many processes the weights of a model are split by tensors. Relied on: the attribute `_tp_size` (4.50)."""
-    return getattr(model, "_tp_size", None) or 1

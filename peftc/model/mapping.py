@@ -11,7 +11,7 @@ from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
-from peftc.host.layers import split_between
+from peftc.host import parallel
 from peftc.model.injected import followed, show, unwrapped
 from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
@@ -105,7 +105,7 @@ def _refuse_split(model: nn.Module) -> None:
 
     transformers leaves it to this function to split the adapter too, and asks the version of `peft` whether it does.
     """
-    parts = split_between(model)
+    parts = parallel.parts(model)
     if parts > 1:
         what = f"The weights of this `{type(model).__name__}` are split between {parts} processes"
         fix = "Load the base without `tp_plan` or `distributed_config`, or shard it with FSDP or DeepSpeed."

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -124,23 +126,40 @@ def possible(method_name: str, model_type: str) -> bool:
     return True
 
 
+@cache
+def without_static_cache(model_type: str) -> str:
+    """Why transformers itself, without an adapter, cannot generate with a static cache here; `""` if it can."""
+    config = AutoConfig.for_model(model_type, **MODELS[model_type])
+    base = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config).eval()
+    ids = torch.tensor([[5, 9, 23]])
+    try:
+        base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, cache_implementation="static")
+    except ValueError as error:  # the masks of BLOOM before 5.21
+        return f"transformers {transformers.__version__} cannot do it for {model_type}: {error}"
+    return ""
+
+
 CELLS = [(method, model_type) for model_type in MODELS for method in METHODS if possible(method, model_type)]
 
 
 @pytest.mark.parametrize(("method", "model_type"), CELLS)
 def test_what_is_generated_with_a_cache_is_what_forward_passes_give(method: str, model_type: str) -> None:
     model = prompted(method, model_type)
+    lacking = without_static_cache(model_type)
+    kinds: list[dict[str, Any]] = [{}] if lacking else [{}, {"cache_implementation": "static"}]
     for padding in ("", "left", "right"):
         call = asked(model, padding)
         expected = by_hand(model, call).tolist()
-        for way in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        for way in (*kinds, {"use_cache": False}):
             assert generated(model, call, **way).tolist() == expected, (padding, way)
         for way_name, way in OTHER_WAYS.items():
             whole = generated(model, call, **way, use_cache=False).tolist()
-            for kind in ({}, {"cache_implementation": "static"}):
+            for kind in kinds:
                 assert generated(model, call, **way, **kind).tolist() == whole, (padding, way_name, kind)
     one = {name: tensor[:1] for name, tensor in asked(model).items()}
     assert generated(model, one, prompt_lookup_num_tokens=2).tolist() == generated(model, one).tolist(), "assisted"
+    if lacking:
+        pytest.skip(f"static caches are left out, all else holds: {lacking}")
 
 
 @pytest.mark.parametrize(("method", "model_type"), [cell for cell in CELLS if cell[1] not in ("t5", "bart")])

@@ -128,6 +128,15 @@ except PeftcError as error:
 """
 
 
+def test_a_model_that_is_split_says_so_where_it_is_looked_for() -> None:
+    """Fails where a release notes the number of parts elsewhere: then `peftc/host/parallel.py` has to know."""
+    import inspect
+
+    from transformers.integrations import peft as integration
+
+    assert "_tp_size" in inspect.getsource(integration.PeftAdapterMixin.load_adapter)
+
+
 def test_an_adapter_is_not_loaded_whole_into_a_base_that_is_split(tmp_path: Path) -> None:
     """From 0.21 on, transformers takes it that `peft` splits the adapter too."""
     done = python("-c", LOADS, str(tmp_path / "adapter"), "split")

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )  # fmt: skip
 
-from peftc.host import architectures, caches, clients, generation, layers, loading, torch_modules, trainer
+from peftc.host import architectures, caches, clients, generation, layers, loading, parallel, torch_modules, trainer
 from peftc.testing.models import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -200,8 +200,8 @@ def test_checkpointing_sets_a_flag() -> None:
 
 
 def test_a_split_model_says_between_how_many() -> None:
-    assert layers.split_between(nn.Linear(2, 2)) == 1
-    assert layers.split_between(llama()) == 1
+    assert parallel.parts(nn.Linear(2, 2)) == 1
+    assert parallel.parts(llama()) == 1
     source = inspect.getsource(importlib.import_module("transformers.modeling_utils"))
     assert "_tp_size" in source
 

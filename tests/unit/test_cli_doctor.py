@@ -87,6 +87,18 @@ def test_what_does_not_fit_is_told_with_the_line_to_install(tmp_path: Path) -> N
     assert any(line.split()[:2] == ["transformers", "6.0.0"] for line in done.stdout.splitlines())
 
 
+def test_a_second_peftc_is_told(tmp_path: Path) -> None:
+    done = python("-m", "peftc", "doctor", front=release(tmp_path, "peftc", "9.9.9"))
+    assert done.returncode == 1
+    assert rules.ALIAS_TWICE.code in done.stderr and "9.9.9" in done.stderr and "pip uninstall peftc" in done.stderr
+
+
+def test_no_library_is_imported_but_torch() -> None:
+    program = "import sys; from peftc.cli.main import main; main(['doctor']); print(*sys.modules)"
+    loaded = set(python("-c", program).stdout.splitlines()[-1].split())
+    assert "torch" in loaded and not loaded & {"transformers", "accelerate", "diffusers", "trl", "peft"}
+
+
 def test_it_works_without_torch_and_what_is_optional(tmp_path: Path) -> None:
     site = without(tmp_path / "site", "torch", "accelerate", "gguf", "peft")
     done = python("-m", "peftc", "doctor", front=site, alone=True)
