@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from tests.defects import put_defect
 from tests.environments.made_up import python, release, without
 
 Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_program_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process may have imported the reference, which the command would tell."""
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
 
 
 def told(capsys: Captured, code: int = 0) -> dict[str, Any]:
