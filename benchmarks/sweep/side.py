@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import library
+from benchmarks.row import OURS
 from benchmarks.sweep.models import NotBuilt, small_model
 
 #: A pattern as recipes for language models have it.
@@ -38,7 +39,10 @@ Outcome = dict[str, Any]
 
 
 def rows(name: str, types: Iterator[str], given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A row for each type: `built` is the class or None, `error` what transformers says, `outcomes` are by label."""
+    """A row for each type: `built` is the class or None, `error` what transformers says, `outcomes` are by label.
+
+    `noted` are convolutions and modules that only look like a kind of layer, by path; only our graphs know them.
+    """
     lib = library(name)
     for model_type in types:
         begun = time.perf_counter()
@@ -50,6 +54,7 @@ def rows(name: str, types: Iterator[str], given: Mapping[str, Any]) -> Iterator[
             model = None
         if model is not None:
             row["built"] = type(model).__name__
+            row["noted"] = _noted(model) if name == OURS else {}
             for label in TARGETS:
                 outcome, model = _asked(lib, model, label, model_type)
                 resolved = given.get(model_type, {}).get("outcomes", {}).get(label, {}).get("resolved")
@@ -73,10 +78,20 @@ def _asked(
         }
         if label in DEFAULTS:
             outcome["resolved"] = _resolved(adapted.peft_config["default"])
+            outcome["by_role"] = lib.__name__ == OURS and bool(adapted.session.plans["default"].notes)
         return outcome, adapted.unload()
     except Exception as error:  # whatever a library raises is its answer
         said = {"refused": f"{type(error).__name__}: {error}"[:400]}
         return said, small_model(model_type)
+
+
+def _noted(model: Any) -> dict[str, str]:
+    from peftc.graph.nodes import CONV_KINDS
+    from peftc.runtime.snapshot import snapshot
+
+    nodes = snapshot(model).nodes
+    kinds = {node.path: node.facts.kind.value for node in nodes if node.facts.kind in CONV_KINDS}
+    return kinds | {node.path: node.facts.note for node in nodes if node.facts.note}
 
 
 def _resolved(config: Any) -> dict[str, Any]:

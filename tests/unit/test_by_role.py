@@ -135,11 +135,13 @@ def test_beside_a_tower_the_language_model_alone_is_adapted_and_the_plan_says_wh
     assert plans.codes(plan) == []  # nobody chose the tower, so nobody is warned of it
 
 
-def test_layers_to_transform_filter_targets_by_role() -> None:
+@pytest.mark.parametrize("wanted", [[1], [0, 1]], ids=["some", "all"])
+def test_layers_to_transform_filter_targets_by_role(wanted: list[int]) -> None:
     parts = {"model.language_model.embed_tokens": EMBEDDING}
     parts |= {**attention("model.language_model."), **attention("model.vision_tower.")}
-    plan = planned(model(parts, input_embeddings="model.language_model.embed_tokens"), layers_to_transform=[1])
-    assert plans.paths(plan) == [f"model.language_model.layers.1.self_attn.{name}" for name in ("q_proj", "v_proj")]
+    plan = planned(model(parts, input_embeddings="model.language_model.embed_tokens"), layers_to_transform=wanted)
+    layers = [f"model.language_model.layers.{i}.self_attn" for i in wanted]
+    assert plans.paths(plan) == [f"{layer}.{name}" for layer in layers for name in ("q_proj", "v_proj")]
     assert isinstance(plan.adapters[0].config.target_modules, set)  # the reference refuses a pattern beside the filter
     assert plans.codes(plan) == []
 
