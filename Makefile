@@ -8,7 +8,7 @@
 #   make check    lint, types, and that generated files are up to date
 #   make format   let ruff format the code
 #   make docs     write the generated schemas and pages
-#   make bench    measure against the reference, into docs/benchmarks.md
+#   make bench    measure against the reference, into docs/benchmarks.md; with ARGS=sweep compare what is trained
 #   make clean    remove the environment and what building left
 #
 # PYTHON chooses the interpreter that makes the environment, VENV where it lies, ARGS goes to the tool that is run.

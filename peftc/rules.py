@@ -87,7 +87,9 @@ RANK_BEYOND_LAYER = Rule(
 BAD_PATTERN = Rule("PC403", "Not a regular expression", "A string in place of a list of names is one.")
 LONG_PATTERN = Rule("PC404", "Regular expression is too large", "A pattern from a file must not fill the memory.")
 SLOW_PATTERN = Rule("PC405", "Regular expression takes too long", "A pattern from a file must not hang the process.")
-NO_TARGETS = Rule("PC406", "No targets known", "The table of defaults does not know this type of model.")
+NO_TARGETS = Rule(
+    "PC406", "No targets known", "No table knows this type of model, and names do not tell its layers' roles."
+)
 NO_MATCH = Rule("PC407", "Nothing is adapted", "An adapter without a layer would train nothing.")
 DEAD_TARGET = Rule("PC408", "Target without effect", "Part of what was asked for would not be trained.")
 DEAD_EXCLUDE = Rule("PC409", "Exclusion without effect", "What should be left alone may be adapted.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
 from peftc.compiler.match import ALL_LINEAR
 from peftc.compiler.plan import MapSite
 from peftc.config.mixins import LayersMixin
@@ -131,7 +131,7 @@ def check_towers(draft: Draft, context: Context) -> Draft:
     for node in context.graph.nodes:
         if node.role is Role.TOWER and not (towers and node.path.startswith(towers[-1] + ".")):
             towers.append(node.path)
-    if not towers or draft.source == "default":
+    if not towers or draft.source in (DEFAULT, BY_ROLE):
         return draft
     inside = [site for site in draft.maps if _within(site, towers)]
     if not inside or len(inside) == len(draft.maps) or isinstance(option(draft.config, "exclude_modules"), str):

@@ -17,6 +17,10 @@ from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.nodes import ModuleGraph
 from peftc.tuner.method import TunerMethod
 
+#: Where targets come from that no option names: a table or the method, or the roles that a table's entries have.
+DEFAULT = "default"
+BY_ROLE = "by role"
+
 
 @dataclass(frozen=True)
 class Context:
@@ -50,7 +54,8 @@ class Draft:
     """One adapter so far.
 
     `targets` are the modules that are meant, in graph order, each with the entries that mean it, the most exact first;
-    `dropped` those that were meant but are left alone, and why. `source` says where the entries come from.
+    `dropped` those that were meant but are left alone, and why. `source` says where the entries come from, and `notes`
+    what was decided that no option says.
     `parameters` are single parameters that are meant, by module and name, with their entries.
     `overrides` has the pattern keys in force per module, or parameter, as `(pattern option, key)`.
     """
@@ -67,6 +72,7 @@ class Draft:
     prompt: PromptSite | None = None
     modules: tuple[ModuleSite, ...] = ()
     call: CallSite | None = None
+    notes: tuple[str, ...] = ()
     problems: tuple[Diagnostic, ...] = ()
 
     def but(self, **changes: Any) -> Draft:

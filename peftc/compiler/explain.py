@@ -69,6 +69,7 @@ def describe(node: ModuleNode) -> str:
 
 def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
     path = node.path
+    yield from after.notes[len(before.notes) :]
     if path in after.targets and path not in before.targets:
         yield f"meant by `{after.targets[path][0]}` ({after.source})"
     if path in after.dropped and path not in before.dropped:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftc.compiler import checks, modules, prompts, select, sites
+from peftc.compiler import checks, defaults, modules, prompts, select, sites
 from peftc.compiler.draft import Context, Draft, option
 from peftc.compiler.match import Names, is_all_linear, matches, shortened
 from peftc.config.mixins import LayersMixin
@@ -46,7 +46,7 @@ def _spelled_out(draft: Draft, context: Context, names: set[str]) -> Mapping[str
 
 
 PASSES: tuple[Pass, ...] = (
-    select.resolve_defaults,
+    defaults.resolve_defaults,
     select.add_task_heads,
     select.match_targets,
     select.spare_saved,

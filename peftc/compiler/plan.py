@@ -204,6 +204,7 @@ class AdapterPlan:
     """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved.
 
     One that another adapter weighs is `needed_by` that, and read from `origin`; it comes and goes with it.
+    `notes` tell a reader what was decided that no option says.
     """
 
     name: str
@@ -217,6 +218,7 @@ class AdapterPlan:
     call: CallSite | None = None
     needed_by: str = ""
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[MapSite | ModuleSite, ...]:

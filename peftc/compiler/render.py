@@ -49,7 +49,8 @@ def _adapter(adapter: AdapterPlan, active: bool, paint: Paint) -> str:
     title = f"{paint('Adapter', 'dim')} {paint(adapter.name, 'bold', 'cyan')}  {paint(', '.join(facts), 'dim')}"
     rows = [*_site_rows(adapter.sites, with_reason=len(reasons) > 1), *_other_rows(adapter)]
     heads = ("module", "", "layer", "adds", "trainable", "why")
-    return f"{title}\n{_table(rows, heads, paint)}"
+    notes = [paint(_wrapped(note, 100), "dim") for note in adapter.notes]
+    return "\n".join([title, *notes, _table(rows, heads, paint)])
 
 
 _Row = tuple[str, str, str, str, str, str]
@@ -133,8 +134,9 @@ def _totals(plan: InjectionPlan, paint: Paint) -> str:
     return "\n".join(f"{paint(label.ljust(10), 'dim')}{paint(_wrapped(text))}" for label, text in rows)
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 90, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, width: int = 90) -> str:
+    indent = " " * (100 - width)
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _warnings(plan: InjectionPlan, paint: Paint) -> Iterable[str]:

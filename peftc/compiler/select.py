@@ -1,4 +1,4 @@
-"""The passes that decide which modules are meant: defaults, match, and what takes a match away again.
+"""The passes that decide which modules are meant: match, and what takes a match away again.
 
 Each is a pure function `(draft, context) -> draft`. Entries that turn out to mean nothing are found at the end, by
 `find_dead_targets`, when it is known what is left.
@@ -10,14 +10,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, option, placed
+from peftc.compiler.draft import Context, Draft, listed, option
 from peftc.compiler.match import ALL_LINEAR, Deadline, Layers, Names, Pattern, PatternKeys, is_all_linear
 from peftc.config.mixins import LayersMixin, TargetNamesMixin
 from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.nodes import LINEAR_KINDS, Kind, ModuleGraph, suffixes
-from peftc.graph.targets import default_targets
-from peftc.registry.boundary import boundary
 
 #: Heads that a task trains along, those of them that the model has. The reference's lists.
 TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
@@ -25,48 +23,6 @@ TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-
-
-def resolve_defaults(draft: Draft, context: Context) -> Draft:
-    """Options that the config leaves out: as the method takes them from the model, or with a table by model type."""
-    model_type = context.graph.model.model_type
-    try:
-        with boundary(context.method.peft_type, "resolve"):
-            found_out = dict(context.method.resolve(draft.config, context.graph))
-    except PeftcError as error:
-        return draft.told(*(placed(problem, context.name, draft.config) for problem in error.diagnostics))
-    if found_out:
-        draft = draft.configured(**found_out)
-        draft = draft.but(source="default") if "target_modules" in found_out else draft
-    for name, table in context.method.default_targets.items():
-        if option(draft.config, name) is not None:
-            continue
-        found = default_targets(table, model_type)
-        if found is None and option(draft.config, "target_parameters"):
-            continue
-        if found is None:
-            draft = draft.told(_no_default(name, context))
-            continue
-        value: set[str] | str = found if isinstance(found, str) else set(found)
-        chosen = option(draft.config, "target_modules")
-        if name != "target_modules" and isinstance(value, set) and isinstance(chosen, set):
-            value &= chosen  # entries that are not targets have no effect, and the reference refuses them in a file
-        draft = draft.configured(**{name: value})
-        if name == "target_modules":
-            draft = draft.but(source="default")
-    return draft
-
-
-def _no_default(name: str, context: Context) -> Diagnostic:
-    graph = context.graph
-    model = f"model type `{graph.model.model_type}`" if graph.model.model_type else f"class `{graph.model.cls}`"
-    hint = f"This model has {_adaptable(graph)}." if name == "target_modules" else ""
-    choice = f", or to `{ALL_LINEAR}`" if name == "target_modules" else ", or to an empty list"
-    return rules.NO_TARGETS(
-        f"{context.method.peft_type} has no default `{name}` for {model}",
-        fix=f"Set `{name}` to a list of names{choice}. {hint}".strip(),
-        where=context.where(name),
-    )
 
 
 def add_task_heads(draft: Draft, context: Context) -> Draft:
@@ -212,14 +168,9 @@ def filter_layers(draft: Draft, context: Context) -> Draft:
     config = draft.config
     if not isinstance(config, LayersMixin) or config.layers_to_transform in (None, []):
         return draft
-    given = config.layers_to_transform
-    wanted = {given} if isinstance(given, int) else set(given or ())
-    patterns = config.layers_pattern or []
+    wanted = wanted_layers(config)
     try:
-        layers = Layers(
-            [patterns] if isinstance(patterns, str) else patterns, Deadline(), context.where("layers_pattern")
-        )
-        index = {path: layers.index(path) for path in draft.targets}
+        index = layer_indices(draft.targets, config, context)
     except PeftcError as error:
         return draft.failed(error)
     outside = {path: i for path, i in index.items() if i not in wanted}
@@ -237,6 +188,20 @@ def filter_layers(draft: Draft, context: Context) -> Draft:
         fix = "Remove it, or give a suffix."
         problems.append(rules.LAYERS_BYPASSED(what, fix=fix, where=context.where("layers_to_transform")))
     return draft.without(dropped).told(*problems)
+
+
+def wanted_layers(config: LayersMixin) -> set[int]:
+    """The indices in `layers_to_transform`."""
+    given = config.layers_to_transform
+    return {given} if isinstance(given, int) else set(given or ())
+
+
+def layer_indices(paths: Iterable[str], config: LayersMixin, context: Context) -> dict[str, int | None]:
+    """The layer that each path is in, None outside of layers. Raises `PeftcError` on a bad `layers_pattern`."""
+    patterns = config.layers_pattern or []
+    where = context.where("layers_pattern")
+    layers = Layers([patterns] if isinstance(patterns, str) else patterns, Deadline(), where)
+    return {path: layers.index(path) for path in paths}
 
 
 def take_given(draft: Draft, context: Context) -> Draft:
@@ -355,7 +320,7 @@ def _dead_target(entry: str, draft: Draft, context: Context) -> Diagnostic:
         reason = Counter(lost.values()).most_common(1)[0][0]
         what, fix = f"`{entry}` means {listed(lost)}, left alone: {reason}", f"Remove `{entry}`, or what takes it away."
         return rules.DEAD_TARGET(what, fix=fix, where=where, severity=Severity.WARNING)
-    hint = did_you_mean(entry, _endings(_supported(context))) or f"The model has {_adaptable(context.graph)}."
+    hint = did_you_mean(entry, _endings(_supported(context))) or f"The model has {adaptable(context.graph)}."
     severity = context.dead if draft.source == "target_modules" else Severity.WARNING
     return rules.DEAD_TARGET(f"No module is called `{entry}`", fix=hint, where=where, severity=severity)
 
@@ -366,7 +331,7 @@ def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagno
         reasons = "; ".join(f"{reason} ({count:,})" for reason, count in Counter(draft.dropped.values()).most_common(3))
         fix = "Loosen what takes them away, or choose other targets."
         return rules.NO_MATCH(f"All {len(draft.dropped):,} targets are left alone: {reasons}", fix=fix, where=where)
-    has = f"The model has {_adaptable(context.graph)}."
+    has = f"The model has {adaptable(context.graph)}."
     if not isinstance(targets, str):
         hints = [did_you_mean(entry, _endings(_supported(context))) for entry in sorted(targets)[:5]]
         told = listed(sorted(targets)) or "The empty list"
@@ -393,7 +358,7 @@ def _endings(paths: Iterable[str]) -> Collection[str]:
     return list(dict.fromkeys(found))
 
 
-def _adaptable(graph: ModuleGraph) -> str:
+def adaptable(graph: ModuleGraph) -> str:
     """The most frequent names of linear and convolutional layers, for a sentence."""
     kinds = {Kind.OTHER, Kind.NORM, Kind.EMBEDDING}
     counts = Counter(n.name for n in graph.nodes if n.facts.kind not in kinds and not n.name.isdigit() and n.path)

@@ -146,6 +146,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         **({"modules": _modules_to_json(adapter.modules)} if adapter.modules else {}),
         **({"call": _call_to_json(adapter.call)} if adapter.call is not None else {}),
         **({"needed_by": adapter.needed_by, "origin": adapter.origin} if adapter.needed_by else {}),
+        **({"notes": list(adapter.notes)} if adapter.notes else {}),
     }
 
 
@@ -171,6 +172,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         call=None if "call" not in data else _call_from_json(data["call"]),
         needed_by=data.get("needed_by", ""),
         origin=data.get("origin", ""),
+        notes=tuple(data.get("notes", ())),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
 from peftc.compiler.homes import Homes
 from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
@@ -81,7 +81,8 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
             if kind.fails:
                 continue
             slots = homes.found(path, kind.slots) if kind.shares else kind.slots
-            reason = reasons.get(entries[0]) or reasons.setdefault(entries[0], _reason(draft.source, entries[0]))
+            told = str(node.role) if draft.source == BY_ROLE else entries[0]
+            reason = reasons.get(told) or reasons.setdefault(told, _reason(draft.source, told))
             maps.append(MapSite(path, node.facts, kind.config, slots, kind.dtype, reason, kind.overrides, node.role))
         for site, kind in single:
             slots = homes.found(site.owner, kind.slots) if kind.shares else kind.slots
@@ -114,9 +115,9 @@ def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator
         yield site, kind
 
 
-def _reason(source: str, entry: str) -> str:
-    """Why a module is adapted: `q_proj`, `default q_proj`, `all-linear`."""
-    return f"default {entry}" if source == "default" else entry
+def _reason(source: str, told: str) -> str:
+    """Why a module is adapted: `q_proj`, `default q_proj`, `by role q`, `all-linear`."""
+    return f"{source} {told}" if source in (DEFAULT, BY_ROLE) else told
 
 
 def _counted(problem: Diagnostic, kind: _Kind) -> Diagnostic:

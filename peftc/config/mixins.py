@@ -48,7 +48,7 @@ class TargetNamesMixin(ConfigModel):
 
     target_modules: Names = None
     """Names (a module matches by its full path or by a suffix at a dot), one regular expression over the full path, or
-    `all-linear`. Left out: the default for the model's type."""
+    `all-linear`. Left out: the default for the model's type, or by role: attention's query and value for most methods."""
 
 
 class TargetsMixin(TargetNamesMixin):

@@ -64,7 +64,9 @@ class Role(StrEnum):
     EMBEDDING = "embedding"
     HEAD = "head"
     NORM = "norm"
-    TOWER = "tower"
+    TOWER = "tower"  # of another sense than text
+    CONNECTOR = "connector"  # between a tower and the language model
+    TEXT = "text"  # the language model of a model that has other parts
 
 
 @dataclass(frozen=True, slots=True)

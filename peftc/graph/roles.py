@@ -1,6 +1,7 @@
 """What a module is for, told from its name, its neighbours in the path and its kind. Names are data: `roles.json`.
 
-A role is a help to readers and to checks (totals by role, a router trained by accident); nothing is adapted because of it.
+Roles help readers and checks (totals by role, a router trained by accident), and say what is adapted by default in models
+of a type that no table knows.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def _definitions() -> dict[str, Schema]:
             call=_ref("call"),
             needed_by={**_TEXT, "description": "The adapter that weighs this one; missing if there is none."},
             origin={**_TEXT, "description": "Where this one is read from, if it is weighed."},
-            optional=("modules", "call", "needed_by", "origin"),
+            notes=_list(_TEXT, "What was decided that no option says; missing if nothing was."),
+            optional=("modules", "call", "needed_by", "origin", "notes"),
         ),
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import checks, drift, explain, match, of_spec, prompts, select, serial, sites
+from peftc.compiler import checks, defaults, drift, explain, match, of_spec, prompts, select, serial, sites
 from peftc.compiler import compile as compiler
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
@@ -122,6 +122,7 @@ HYBRID = and_modules(decoder(2), {"model.layers.2.mixer.in_proj": linear(8, 8)})
 MAMBA = and_modules(decoder(), {"model.layers.0.mixer.out_proj": linear(8, 8)}, model_type="mamba")
 VISION = and_modules(decoder(), {"vision.layers.0.q_proj": linear(8, 8)})
 MIXED = and_modules(decoder(), experts())
+NO_ROLES = plans.graph_of({"layers.0.mixer": linear(8, 8)})
 CLASSIFIER = and_modules(decoder(), {"classifier": linear(8, 2)})
 
 CASES: dict[str, Case] = {
@@ -165,8 +166,8 @@ CASES: dict[str, Case] = {
         (select, "    if lost:  # another", "    if not lost:  # another"),
     ),
     "no default for the model": Case(
-        rules.NO_TARGETS, plan(target_modules=None), ("model type `decoder`", "all-linear", "`q_proj`"),
-        (select, "        if found is None:\n", "        if False:\n"),
+        rules.NO_TARGETS, plan(NO_ROLES, target_modules=None), ("model type `decoder`", "all-linear", "`mixer`"),
+        (defaults, "    if found is None:\n        return draft.told(_no_default(name, context))\n    chosen", "    if found is None:\n        return draft\n    chosen"),
     ),
     "not a regular expression": Case(
         rules.BAD_PATTERN, plan(target_modules="(q_proj"), ("at character 1", "$.adapters.default.target_modules"),
