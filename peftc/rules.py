@@ -277,7 +277,10 @@ KEYS_UNEXPECTED = Rule(
     WARNING,
 )
 KEYS_RENAMED = Rule(
-    "PC609", "Tensors found under other names", "The file was saved from a wrapped or an unwrapped model.", WARNING
+    "PC609",
+    "Tensors found under other names",
+    "The file was saved from a wrapped or an unwrapped model, or is a state dict with the adapter's name in its keys.",
+    WARNING,
 )
 OTHER_BASE = Rule(
     "PC610", "Adapter of another base model", "An adapter only means something on the base it was trained on.", WARNING
@@ -295,6 +298,9 @@ UNTRAINED = Rule(
     "PC614", "Adapter looks untrained", "Tensors that are all zero are what a factor starts from.", WARNING
 )
 SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
+PICKLE_CONTENT = Rule(
+    "PC616", "Pickle is no plain adapter", "Of a pickle only tensors by name are read; all else could run code."
+)
 BASE_STATE = Rule(
     "PC630", "State dict does not fit the base model", "Part of the base model would keep weights of another."
 )
