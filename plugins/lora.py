@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 NOT_YET: Mapping[str, Any] = {
     "use_dora": False,
     "trainable_token_indices": None,
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -63,6 +60,12 @@ NOT_YET: Mapping[str, Any] = {
     "megatron_config": None,
     "ensure_weight_tying": False,
 }
+#: The same of options that only say how a fresh adapter begins.
+STARTS_NOT_YET: Mapping[str, Any] = {"eva_config": None, "corda_config": None, "lora_ga_config": None}
+#: Starts that this version makes, and those of the reference that it cannot make but whose trained adapters mean what the
+#: factors say. All others change the base's weights as well: their adapters belong to a base that is not the original.
+STARTS = (True, False, "gaussian")
+STARTS_OF_FACTORS = ("eva", "orthogonal", "mica")
 
 
 class LoraRuntimeConfig(ConfigModel):
@@ -215,7 +218,24 @@ def check(c: LoraConfig) -> Iterable[Diagnostic]:
             yield rules.OPTION_NOT_AVAILABLE(
                 f"`{option}` is not available in this version", fix=f"Remove `{option}`.", where=option
             )
-    if c.init_lora_weights not in (True, False, "gaussian"):
+    if c.init_lora_weights not in (*STARTS, *STARTS_OF_FACTORS):
+        yield rules.OPTION_NOT_AVAILABLE(
+            f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
+            why="This start changes the base model's weights, and an adapter trained from it belongs to the changed ones.",
+            fix="Use `true`, `false` or `gaussian`. For a trained adapter: set it to `true` if the changed base was saved and is "
+            "what you load; otherwise convert it where it was trained (`path_initial_model_for_weight_conversion`).",
+            where="init_lora_weights",
+        )
+
+
+def check_start(c: LoraConfig) -> Iterable[Diagnostic]:
+    """The same of options that matter to a fresh adapter alone."""
+    for option, off in STARTS_NOT_YET.items():
+        if getattr(c, option) not in (off, {}):
+            yield rules.OPTION_NOT_AVAILABLE(
+                f"`{option}` is not available in this version", fix=f"Remove `{option}`.", where=option
+            )
+    if c.init_lora_weights in STARTS_OF_FACTORS:
         yield rules.OPTION_NOT_AVAILABLE(
             f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
             fix="Use `true`, `false` or `gaussian`.",
@@ -278,5 +298,6 @@ def peftc_tuner() -> TunerMethod:
         tags=("lora",),
         examples=({"r": 4, "lora_alpha": 8}, {"r": 4, "use_rslora": True}, {"r": 4, "init_lora_weights": "gaussian"}),
         check=check,
+        check_start=check_start,
         identity_at_start=lambda c: c.init_lora_weights is not False,
     )

@@ -16,7 +16,7 @@ from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan
+from peftc.runtime.apply import apply_plan, let_go
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 
@@ -70,7 +70,8 @@ def inject_adapter_in_model(
 
     The new adapter is the active one of its method, in the dtype of its layers; what was trainable before stays so. The
     model shows its configs as `peft_config`. With `low_cpu_mem_usage` its tensors are on the meta device until
-    `set_peft_model_state_dict` gives them values. With `state_dict` the modules that its keys name are adapted, whatever
+    `set_peft_model_state_dict` gives them values. Such an adapter, and a frozen one, is taken for one that is loaded next: how
+    it would start is not judged. With `state_dict` the modules that its keys name are adapted, whatever
     the config says; values are not used.
 
     Raises `PeftcError`, with the model unchanged.
@@ -84,12 +85,19 @@ def inject_adapter_in_model(
         raise PeftcError(rules.CALL_AROUND(what, fix="Use `get_peft_model`."))
     if isinstance(model, nn.Module):  # anything else is refused below
         model = unwrapped(model)
+        let_go(model)
         followed(model)
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
     plan = plan_for(
-        model, {adapter_name: peft_config}, autocast_adapter_dtype=False, task_heads=False, given=given, mixed=True
+        model,
+        {adapter_name: peft_config},
+        autocast_adapter_dtype=False,
+        loading=low_cpu_mem_usage or peft_config.inference_mode,
+        task_heads=False,
+        given=given,
+        mixed=True,
     )
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
     session = apply_plan(model, plan, sources=sources, mixed=True)

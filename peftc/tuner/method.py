@@ -277,6 +277,9 @@ class TunerMethod:
     example_values: Callable[[Any, int], Mapping[str, Sequence[int]]] = no_values
     #: problems of the options that need no model: contradictions, options this version does not have
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
+    #: problems of the options that say how a fresh adapter begins, and nothing else: not asked where all that was trained is
+    #: loaded
+    check_start: Callable[[Any], Iterable[Diagnostic]] = no_problems
     #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises
     #: `PeftcError` where the model does not tell
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out
