@@ -15,11 +15,13 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from peftc.graph.former import FormerLayers, FormerNames
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Version of the JSON form; a file of another version is not read.
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 
 
 class Kind(StrEnum):
@@ -190,15 +192,22 @@ class ModuleGraph:
     """All modules of a model, in `named_modules` order, and which parameters share storage.
 
     `ties` lists groups of full parameter names that are one tensor, the name that `named_parameters` reports first.
+    `former` says what weights were in checkpoints, where the model has them fused or under other names.
     """
 
     model: ModelFacts
     nodes: tuple[ModuleNode, ...]
     ties: tuple[tuple[str, ...], ...] = ()
+    former: tuple[FormerLayers, ...] = ()
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleNode]:
         return {node.path: node for node in self.nodes}
+
+    @cached_property
+    def former_names(self) -> FormerNames:
+        """What weights were, found by either name."""
+        return FormerNames(self.former)
 
     @cached_property
     def alias_of(self) -> Mapping[str, str]:
@@ -238,11 +247,11 @@ class ModuleGraph:
     def digest(self) -> str:
         """SHA-256 over structure, shapes, dtypes and ties: what a plan depends on.
 
-        Where the model came from and what is only said for readers (roles, notes) are left out: the same model from
-        another folder, or described by a later version, is the same.
+        Where the model came from and what is only said for readers (roles, notes, former names) are left out: the same
+        model from another folder, or described by a later version, is the same.
         """
         data = self.to_json()
-        del data["model"]["name_or_path"]
+        del data["model"]["name_or_path"], data["former"]
         data["nodes"] = [[path, index] for path, index, _, _ in data["nodes"]]
         data["facts"] = [{key: value for key, value in facts.items() if key != "note"} for facts in data["facts"]]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -269,6 +278,7 @@ class ModuleGraph:
             "facts": [facts_to_json(facts) for facts in table],
             "nodes": nodes,
             "ties": [list(group) for group in self.ties],
+            "former": [[former.module, former.parameter, list(former.layers)] for former in self.former],
         }
 
     @classmethod
@@ -281,7 +291,9 @@ class ModuleGraph:
             ModuleNode(path, table[index], Role(role) if role else None, (block[0], block[1]) if block else None)
             for path, index, role, block in data["nodes"]
         )
-        return cls(ModelFacts(**data["model"]), nodes, tuple(tuple(group) for group in data["ties"]))
+        ties = tuple(tuple(group) for group in data["ties"])
+        former = tuple(FormerLayers(module, name, tuple(layers)) for module, name, layers in data["former"])
+        return cls(ModelFacts(**data["model"]), nodes, ties, former)
 
 
 def facts_to_json(facts: LayerFacts) -> dict[str, Any]:

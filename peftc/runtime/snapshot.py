@@ -7,7 +7,7 @@ sees through our own wrappers: an adapted layer counts as its base layer, at the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -17,8 +17,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.graph.former import FormerLayers, starred
 from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
 from peftc.graph.roles import RoleFinder
+from peftc.host.fused import former_layers
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
@@ -68,7 +70,7 @@ def snapshot(model: nn.Module) -> ModuleGraph:
         nodes.append(ModuleNode(path, layer, roles.role_of(path, layer), block_of(path)))
     if inventory.lazy:
         raise PeftcError(inventory.lazy)
-    return ModuleGraph(facts, tuple(nodes), inventory.ties())
+    return ModuleGraph(facts, tuple(nodes), inventory.ties(), _former(model, nodes))
 
 
 def layer_facts(module: nn.Module) -> LayerFacts:
@@ -247,6 +249,20 @@ def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
         dims=dims_of(config.to_dict(), getattr(config, "num_hidden_layers", None)),
         is_encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
     )
+
+
+def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers, ...]:
+    """What weights of a model of transformers were when its checkpoints were made."""
+    base = unwrapped(model)
+    if not is_pretrained(base):
+        return ()
+    weights = {
+        (starred(node.path), name, len(tensor.shape)): None
+        for node in nodes
+        for name, tensor in node.facts.params
+        if node.path and (name == "weight" or len(tensor.shape) == 3)
+    }
+    return former_layers(base, weights)
 
 
 def is_pretrained(model: nn.Module) -> bool:

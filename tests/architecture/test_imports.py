@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc.compiler", "peftc.checkpoint.keys", "peftc.checkpoint.named"),
     ("peftc.plugin",),
     # the torch line
-    ("peftc.ops",),
+    ("peftc.ops", "peftc.host"),
     ("peftc.runtime",),
     ("peftc.checkpoint",),
     ("peftc.model",),
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc.testing",),
     ("peftc", "peftc.cli", "peftc.compat"),
 )
-TORCH_LINE = LAYERS.index(("peftc.ops",))
+TORCH_LINE = LAYERS.index(("peftc.ops", "peftc.host"))
 
 # Imports that go up, all inside functions, and why.
 UPWARDS = {
@@ -55,6 +55,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.compat": {"torch"},
     "peftc.cli": {"rich", "torch", "transformers"},
     "peftc.ops": {"torch"},
+    "peftc.host": {"torch", "transformers"},
     "peftc.model": {"torch"},
     "peftc.runtime": {"torch"},
     "peftc.runtime.prompt": {"torch", "transformers"},  # tokenizers, and caches of keys and values

@@ -1,0 +1,1 @@
+"""What peftc relies on in other libraries beyond their documented API: one file for each subject, one function for each fact."""
