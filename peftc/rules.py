@@ -301,6 +301,11 @@ SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format 
 PICKLE_CONTENT = Rule(
     "PC616", "Pickle is no plain adapter", "Of a pickle only tensors by name are read; all else could run code."
 )
+CANNOT_JOIN = Rule(
+    "PC617",
+    "Former layers cannot be joined",
+    "The model has as one tensor what were several layers when the adapter was made.",
+)
 BASE_STATE = Rule(
     "PC630", "State dict does not fit the base model", "Part of the base model would keep weights of another."
 )

@@ -7,7 +7,7 @@ embeddings and convolutions; for these A is a lookup table or a convolution of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from peftc.plugin import (
     ConfigModel,
     Diagnostic,
     Field,
+    Former,
     Kind,
     LayerFacts,
     LayersMixin,
@@ -182,6 +183,49 @@ class LoraTuner(MapTuner[LoraConfig]):
     def of_thin(self, c: LoraConfig, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
         first, second = self.slots(c, layer)
         return {first.name: A.reshape(first.shape), second.name: B.reshape(second.shape)}
+
+    def joined(
+        self, c: LoraConfig, layer: LayerFacts, label: str, experts: Sequence[Sequence[Former[Tensor] | None]]
+    ) -> Tensor:
+        """`A` of layers joined by rows under each other, `B` block-diagonal; ranks that are left over are zero."""
+        first = next(former.value for expert in experts for former in expert if former is not None)
+        held = first.new_zeros(layer.experts, c.r, layer.in_features)
+        is_second = label.startswith("lora_B")
+        if is_second:
+            held = first.new_zeros(layer.experts, layer.out_features, c.r)
+        for expert, parts in zip(held, experts, strict=True):
+            at, rows = 0, layer.out_features // len(parts)
+            for part, former in enumerate(parts):
+                if former is None:
+                    continue
+                end = at + former.value.shape[1 if is_second else 0]
+                if is_second:
+                    value = former.value if former.ratio == 1 else former.value * former.ratio
+                    expert[part * rows : (part + 1) * rows, at:end] = value
+                else:
+                    expert[at:end] = former.value
+                at = end
+        return held.permute(1, 2, 0).flatten(1) if is_second else held.flatten(0, 1)
+
+    def parted(
+        self, c: LoraConfig, layer: LayerFacts, parts: int, slots: Mapping[str, Tensor]
+    ) -> Sequence[Sequence[Mapping[str, Tensor]]]:
+        """Each part's rows of `B`, with all of `A`; with the part's own rank alone where `B` is block-diagonal."""
+        first, second = self.slots(c, layer)
+        A = slots[first.name].reshape(layer.experts, -1, layer.in_features)
+        B = slots[second.name].reshape(layer.out_features, -1, layer.experts).permute(2, 0, 1)
+        rank, rows = A.shape[1], layer.out_features // parts
+        blocks = B.reshape(layer.experts, parts, rows, rank)
+        own = rank // parts if rank % parts == 0 else rank
+        beyond = blocks.clone()
+        for part in range(parts):
+            beyond[:, part, :, part * own : (part + 1) * own] = 0
+        diagonal = own < rank and not bool(beyond.any())
+        spans = [slice(part * own, (part + 1) * own) if diagonal else slice(None) for part in range(parts)]
+        return [
+            [{first.name: A[e, span], second.name: blocks[e, part, :, span]} for part, span in enumerate(spans)]
+            for e in range(layer.experts)
+        ]
 
     def dropout(self, c: LoraConfig) -> float:
         return c.lora_dropout

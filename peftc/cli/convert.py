@@ -15,6 +15,7 @@ from peftc.diagnostics import PeftcError
 HELP = "Turn an adapter into one of another method, by its closest factors, or into another form of file"
 
 SAFETENSORS = "safetensors"
+FORMER = "transformers-4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="WHAT",
         help=f"the PEFT type to become, in any case; or `{SAFETENSORS}`, for an `adapter_model.bin`, whose tensors are read "
-        "without running its code",
+        f"without running its code; or `{FORMER}`, for engines that know experts as single layers with their old names",
     )
     parser.add_argument(
         "--rank",
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     args.adapter = args.adapter or args.folder
     if args.to.lower() == SAFETENSORS:
         return _to_safetensors(args)
+    if args.to.lower() == FORMER:
+        return _to_former(args)
     lacking = [word for word, given in (("--rank", args.rank), ("--out", args.out)) if given is None]
     if lacking:
         what = f"`--to {args.to}` needs {' and '.join(f'`{word}`' for word in lacking)}"
@@ -79,6 +82,30 @@ def _to_safetensors(args: argparse.Namespace) -> int:
         console.out_json({"ok": True, "output": str(file), "tensors": len(tensors), "bytes": file.stat().st_size})
     else:
         console.out(f"Wrote {console.plain(str(file))}: {len(tensors):,} tensors, {size(file.stat().st_size)}")
+    return 0
+
+
+def _to_former(args: argparse.Namespace) -> int:
+    from peftc.checkpoint.former_layout import as_of_then  # here: below the torch line
+    from peftc.checkpoint.load import open_adapter
+    from peftc.checkpoint.save import save_adapter
+    from peftc.config.files import read_config
+    from peftc.integrations.transformers import jobs
+    from peftc.integrations.transformers.graph import graph_of
+
+    if args.out is None:
+        what = f"`--to {FORMER}` needs `--out`"
+        raise PeftcError(rules.MISSING_KEY(what, fix="Name a new folder.", where="peftc convert"))
+    jobs.require_new(args.out)
+    ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
+    made = as_of_then(read_config(args.adapter), open_adapter(args.adapter), graph_of(ref))
+    save_adapter(args.out, made.tensors, made.config)
+    bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    if args.json:
+        console.out_json({"ok": True, "output": str(args.out), "tensors": len(made.tensors), "bytes": bytes_})
+    else:
+        told = f"{len(made.tensors):,} tensors, {size(bytes_)}"
+        console.out(f"Wrote {console.plain(str(args.out))} for the layers of transformers 4: {told}")
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.former import put_together
 from peftc.checkpoint.keys import listed
 from peftc.checkpoint.weights import load_peft_weights
 from peftc.compiler.compile import compile_plan
@@ -117,6 +118,7 @@ def hotswap_adapter_from_state_dict(
     origin = origin_of(state_dict, live_names(old), old.root)
     given = {key: state_dict[source] for key, source in origin.items()}
     plan = _plan_of(session, old, config)
+    given = put_together(given, plan, session.graph, config)
     problems = [*_strangers(session, plan, given), *_misfits(session, plan, given)]
     if problems:
         raise PeftcError(problems)

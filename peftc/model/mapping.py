@@ -11,7 +11,7 @@ from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
-from peftc.model.injected import followed, show, unwrapped
+from peftc.model.injected import followed, note_adapted, show, unwrapped
 from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import task_model_class
@@ -87,6 +87,7 @@ def inject_adapter_in_model(
         model = unwrapped(model)
         let_go(model)
         followed(model)
+    asked = peft_config
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
@@ -103,4 +104,5 @@ def inject_adapter_in_model(
     session = apply_plan(model, plan, sources=sources, mixed=True)
     session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)
     show(model, session)
+    note_adapted(asked, model, adapter_name)
     return model
