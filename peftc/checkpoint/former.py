@@ -18,7 +18,7 @@ from peftc import rules
 from peftc.checkpoint.keys import listed, unwrapped
 from peftc.checkpoint.load import AdapterFile
 from peftc.compiler.match import Deadline, PatternKeys
-from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, Severity, Where, warn
 from peftc.graph.former import EXPERT, FormerLayers, FormerPlace
@@ -171,7 +171,7 @@ def as_of_now(
 
 
 def put_together(
-    tensors: Mapping[str, Tensor], plan: AdapterPlan, graph: ModuleGraph, given: PeftConfig
+    tensors: Mapping[str, Tensor], plan: AdapterPlan, graph: ModuleGraph, given: PeftConfig | None
 ) -> dict[str, Tensor]:
     """Tensors by key with those of former layers put together. Raises `PeftcError` where that cannot be."""
     facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
@@ -183,18 +183,39 @@ def put_together(
     return {**rest, **renamed, **{key: joint.made(label, tensors) for key, (joint, label) in former.joints.items()}}
 
 
+def former_ranks(plan: InjectionPlan, given: PeftConfig) -> Mapping[str, int]:
+    """Ranks that single layers must have for adapters of former layers with these options, where the plan's are too small."""
+    patterned = any(getattr(given, name, None) for name in given.pattern_options)
+    if not patterned or plan.graph is None or not plan.graph.former:
+        return {}
+    return FormerReader(plan.adapters[0], plan.graph, given, Where()).needed_ranks()
+
+
 class FormerReader:
     """Finds former layers of one plan. `given` is the config of the file as it was before it was compiled: its patterns are
-    over the paths of then."""
+    over the paths of then. Without it each layer counts as having its share of the site's rank, at the site's scaling."""
 
-    def __init__(self, plan: AdapterPlan, graph: ModuleGraph, given: PeftConfig, where: Where) -> None:
+    def __init__(self, plan: AdapterPlan, graph: ModuleGraph, given: PeftConfig | None, where: Where) -> None:
         self._plan, self._graph, self._given, self._where = plan, graph, given, where
         self._names = graph.former_names
         self._method = default_registry().get(plan.peft_type)
-        self._patterns = _Patterns(given)
+        self._patterns = None if given is None else _Patterns(given)
         self._kinds: dict[object, _Kind] = {}
         self._missing: list[str] = []
         self._problems: list[Diagnostic] = []
+
+    def needed_ranks(self) -> Mapping[str, int]:
+        """`FormerSlots.ranks` of a file that has slots of every layer."""
+        keys: dict[str, TensorFacts | None] = {}
+        for site in self._sites.values():
+            for former in self._names.of(site.path):
+                if former.parameter == site.parameter:
+                    tails = [slot.dotted for slot in self._kind(site, len(former.layers), ()).slots.values()]
+                    layers = (
+                        layer.replace(EXPERT, str(e)) for layer in former.layers for e in range(site.layer.experts)
+                    )
+                    keys |= {f"{layer}.{tail}": None for layer in layers for tail in tails}
+        return FormerReader(self._plan, self._graph, self._given, self._where).read(keys).ranks
 
     def read(self, found: Mapping[str, TensorFacts | None]) -> FormerSlots:
         """What the file's keys come to; shapes are compared where they are known."""
@@ -276,7 +297,7 @@ class FormerReader:
     ) -> Share | None:
         """What the file has of one former layer."""
         layer = former.layers[part].replace(EXPERT, str(expert))
-        kind = self._kind(site, len(former.layers), self._patterns.of(layer))
+        kind = self._kind(site, len(former.layers), self._overrides(layer))
         own = {label: keys.get(f"{layer}.{slot.dotted}") for label, slot in kind.slots.items()}
         held = {label: key for label, key in own.items() if key is not None}
         if len(held) < len(own):
@@ -312,31 +333,42 @@ class FormerReader:
         parts = len(joint.shares[0])
         return max(
             sum(
-                getattr(self._kind(joint.site, parts, self._patterns.of(share.layer)).config, "r", 0)
+                getattr(self._kind(joint.site, parts, self._overrides(share.layer)).config, "r", 0)
                 for share in row
                 if share is not None
             )
             for row in joint.shares
         )
 
+    def _overrides(self, layer: str) -> Overrides:
+        return () if self._patterns is None else self._patterns.of(layer)
+
     def _kind(self, site: MapSite, parts: int, overrides: Overrides) -> _Kind:
         """An adapter with these options on a layer that was one of so many parts of a site's."""
         key = (id(site.layer), id(site.config), parts, overrides)
         if key not in self._kinds:
-            config = self._given.model_copy(update=dict(overrides)) if overrides else self._given
+            config = self._options(site, parts, overrides)
             facts = part_of(site.layer, parts)
             tuner = self._method.tuner_for(config, ModuleNode("", facts))
             slots = {label: slot for label, slot in labelled(tuner.slots(config, facts)).items() if slot.saved}
             stack = self._method.tuner_for(self._plan.config, site.node(self._graph))
             now = stack.scaling(site.config, site.layer)
             ratio = tuner.scaling(config, facts) / now if now else 1.0
-            ratio = 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio
+            ratio = 1.0 if self._given is None or math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio
             shapes = {label: slot.shape[1:] for label, slot in labelled(site.slots).items()}
             differs = ratio != 1.0 or any(
                 slot.shape != shapes.get(label) for label, slot in slots.items() if label in shapes
             )
             self._kinds[key] = _Kind(config, slots, ratio, differs)
         return self._kinds[key]
+
+    def _options(self, site: MapSite, parts: int, overrides: Overrides) -> PeftConfig:
+        """The config in force at a former layer."""
+        if self._given is not None:
+            return self._given.model_copy(update=dict(overrides))
+        rank = getattr(site.config, "r", None)
+        shared = isinstance(rank, int) and parts > 1
+        return site.config.model_copy(update={"r": rank // parts}) if shared and rank is not None else site.config
 
 
 def can_join(tuner: MapTuner[Any], parts: int) -> bool:

@@ -60,7 +60,9 @@ def hotswap_adapter(
     session = adapters_of(model)
     session.require([adapter_name])
     config = read_config(model_name_or_path, **kwargs)
-    check_hotswap_configs_compatible(session.plans[adapter_name].config, config)
+    old = session.plans[adapter_name]
+    named_anew = session.graph.former and config.peft_type == old.peft_type  # targets may have former names
+    check_hotswap_configs_compatible(old.config, _plan_of(session, old, config).config if named_anew else config)
     state_dict = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.former import former_ranks, with_ranks
 from peftc.config.base import PeftConfig
 from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
@@ -91,15 +93,12 @@ def inject_adapter_in_model(
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
-    plan = plan_for(
-        model,
-        {adapter_name: peft_config},
-        autocast_adapter_dtype=False,
-        loading=low_cpu_mem_usage or peft_config.inference_mode,
-        task_heads=False,
-        given=given,
-        mixed=True,
-    )
+    loading = low_cpu_mem_usage or peft_config.inference_mode
+    planned = partial(plan_for, model, autocast_adapter_dtype=False, loading=loading, task_heads=False, mixed=True)
+    plan = planned({adapter_name: peft_config}, given=given)
+    ranks = former_ranks(plan, asked) if loading else {}
+    if ranks:
+        plan = planned({adapter_name: with_ranks(plan.adapters[0].config, ranks)}, given=given)
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
     session = apply_plan(model, plan, sources=sources, mixed=True)
     session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)

@@ -96,7 +96,7 @@ def set_peft_model_state_dict(
     root = plan.root if isinstance(model, PeftModel) else ""
     origin = origin_of(peft_model_state_dict, names, plan.root)
     given = {key: peft_model_state_dict[source] for key, source in origin.items()}
-    given = put_together(given, plan, session.graph, config_given(session, adapter_name) or plan.config)
+    given = put_together(given, plan, session.graph, config_given(session, adapter_name))
     facts = {key: TensorFacts.of(tensor) for key, tensor in given.items()}
     fit = fitted(plan, session.graph, facts)
     report = match(
