@@ -30,7 +30,7 @@ from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, Laye
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.method import Former, MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import (
@@ -94,6 +94,7 @@ __all__ = [
     "Diagnostic",
     "ExpertsMixin",
     "Field",
+    "Former",
     "Kind",
     "LayerFacts",
     "LayersMixin",

@@ -290,7 +290,10 @@ KEYS_UNEXPECTED = Rule(
     WARNING,
 )
 KEYS_RENAMED = Rule(
-    "PC609", "Tensors found under other names", "The file was saved from a wrapped or an unwrapped model.", WARNING
+    "PC609",
+    "Tensors found under other names",
+    "The file was saved from a wrapped or an unwrapped model, or is a state dict with the adapter's name in its keys.",
+    WARNING,
 )
 OTHER_BASE = Rule(
     "PC610", "Adapter of another base model", "An adapter only means something on the base it was trained on.", WARNING
@@ -308,6 +311,14 @@ UNTRAINED = Rule(
     "PC614", "Adapter looks untrained", "Tensors that are all zero are what a factor starts from.", WARNING
 )
 SAVE_DTYPE = Rule("PC615", "Tensors that safetensors cannot store", "The format has no name for their dtype.")
+PICKLE_CONTENT = Rule(
+    "PC616", "Pickle is no plain adapter", "Of a pickle only tensors by name are read; all else could run code."
+)
+CANNOT_JOIN = Rule(
+    "PC617",
+    "Former layers cannot be joined",
+    "The model has as one tensor what were several layers when the adapter was made.",
+)
 BASE_STATE = Rule(
     "PC630", "State dict does not fit the base model", "Part of the base model would keep weights of another."
 )

@@ -375,5 +375,6 @@ def peftc_tuner() -> TunerMethod:
             {"init_r": 3, "target_r": 1, "total_step": 20, "tinit": 2, "tfinal": 5, "lora_alpha": 4},
         ),
         check=check,
+        check_start=lora.check_start,
         identity_at_start=lambda c: bool(c.init_lora_weights),
     )

@@ -7,7 +7,7 @@ embeddings and convolutions; for these A is a lookup table or a convolution of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from peftc.plugin import (
     ConfigModel,
     Diagnostic,
     Field,
+    Former,
     Kind,
     LayerFacts,
     LayersMixin,
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 NOT_YET: Mapping[str, Any] = {
     "use_dora": False,
     "trainable_token_indices": None,
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -63,6 +61,12 @@ NOT_YET: Mapping[str, Any] = {
     "megatron_config": None,
     "ensure_weight_tying": False,
 }
+#: The same of options that only say how a fresh adapter begins.
+STARTS_NOT_YET: Mapping[str, Any] = {"eva_config": None, "corda_config": None, "lora_ga_config": None}
+#: Starts that this version makes, and those of the reference that it cannot make but whose trained adapters mean what the
+#: factors say. All others change the base's weights as well: their adapters belong to a base that is not the original.
+STARTS = (True, False, "gaussian")
+STARTS_OF_FACTORS = ("eva", "orthogonal", "mica")
 
 
 class LoraRuntimeConfig(ConfigModel):
@@ -180,6 +184,49 @@ class LoraTuner(MapTuner[LoraConfig]):
         first, second = self.slots(c, layer)
         return {first.name: A.reshape(first.shape), second.name: B.reshape(second.shape)}
 
+    def joined(
+        self, c: LoraConfig, layer: LayerFacts, label: str, experts: Sequence[Sequence[Former[Tensor] | None]]
+    ) -> Tensor:
+        """`A` of layers joined by rows under each other, `B` block-diagonal; ranks that are left over are zero."""
+        first = next(former.value for expert in experts for former in expert if former is not None)
+        held = first.new_zeros(layer.experts, c.r, layer.in_features)
+        is_second = label.startswith("lora_B")
+        if is_second:
+            held = first.new_zeros(layer.experts, layer.out_features, c.r)
+        for expert, parts in zip(held, experts, strict=True):
+            at, rows = 0, layer.out_features // len(parts)
+            for part, former in enumerate(parts):
+                if former is None:
+                    continue
+                end = at + former.value.shape[1 if is_second else 0]
+                if is_second:
+                    value = former.value if former.ratio == 1 else former.value * former.ratio
+                    expert[part * rows : (part + 1) * rows, at:end] = value
+                else:
+                    expert[at:end] = former.value
+                at = end
+        return held.permute(1, 2, 0).flatten(1) if is_second else held.flatten(0, 1)
+
+    def parted(
+        self, c: LoraConfig, layer: LayerFacts, parts: int, slots: Mapping[str, Tensor]
+    ) -> Sequence[Sequence[Mapping[str, Tensor]]]:
+        """Each part's rows of `B`, with all of `A`; with the part's own rank alone where `B` is block-diagonal."""
+        first, second = self.slots(c, layer)
+        A = slots[first.name].reshape(layer.experts, -1, layer.in_features)
+        B = slots[second.name].reshape(layer.out_features, -1, layer.experts).permute(2, 0, 1)
+        rank, rows = A.shape[1], layer.out_features // parts
+        blocks = B.reshape(layer.experts, parts, rows, rank)
+        own = rank // parts if rank % parts == 0 else rank
+        beyond = blocks.clone()
+        for part in range(parts):
+            beyond[:, part, :, part * own : (part + 1) * own] = 0
+        diagonal = own < rank and not bool(beyond.any())
+        spans = [slice(part * own, (part + 1) * own) if diagonal else slice(None) for part in range(parts)]
+        return [
+            [{first.name: A[e, span], second.name: blocks[e, part, :, span]} for part, span in enumerate(spans)]
+            for e in range(layer.experts)
+        ]
+
     def dropout(self, c: LoraConfig) -> float:
         return c.lora_dropout
 
@@ -215,7 +262,24 @@ def check(c: LoraConfig) -> Iterable[Diagnostic]:
             yield rules.OPTION_NOT_AVAILABLE(
                 f"`{option}` is not available in this version", fix=f"Remove `{option}`.", where=option
             )
-    if c.init_lora_weights not in (True, False, "gaussian"):
+    if c.init_lora_weights not in (*STARTS, *STARTS_OF_FACTORS):
+        yield rules.OPTION_NOT_AVAILABLE(
+            f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
+            why="This start changes the base model's weights, and an adapter trained from it belongs to the changed ones.",
+            fix="Use `true`, `false` or `gaussian`. For a trained adapter: set it to `true` if the changed base was saved and is "
+            "what you load; otherwise convert it where it was trained (`path_initial_model_for_weight_conversion`).",
+            where="init_lora_weights",
+        )
+
+
+def check_start(c: LoraConfig) -> Iterable[Diagnostic]:
+    """The same of options that matter to a fresh adapter alone."""
+    for option, off in STARTS_NOT_YET.items():
+        if getattr(c, option) not in (off, {}):
+            yield rules.OPTION_NOT_AVAILABLE(
+                f"`{option}` is not available in this version", fix=f"Remove `{option}`.", where=option
+            )
+    if c.init_lora_weights in STARTS_OF_FACTORS:
         yield rules.OPTION_NOT_AVAILABLE(
             f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
             fix="Use `true`, `false` or `gaussian`.",
@@ -278,5 +342,6 @@ def peftc_tuner() -> TunerMethod:
         tags=("lora",),
         examples=({"r": 4, "lora_alpha": 8}, {"r": 4, "use_rslora": True}, {"r": 4, "init_lora_weights": "gaussian"}),
         check=check,
+        check_start=check_start,
         identity_at_start=lambda c: c.init_lora_weights is not False,
     )

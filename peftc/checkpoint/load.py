@@ -1,6 +1,6 @@
 """Opening an adapter folder: the header at once and checked, the tensors when they are asked for, mapped and not copied.
 
-Only safetensors is read: a pickle is refused with how to convert it. The folder may be local or a repository of the hub;
+Only safetensors is read: a pickle is refused with the command that converts it. The folder may be local or a repository of the hub;
 what is not there, not readable or damaged ends in a diagnostic that says what is there instead.
 """
 
@@ -29,12 +29,6 @@ PICKLE_NAME = "adapter_model.bin"
 #: Bytes that torch's own tensors start at a multiple of. Products of tensors that start elsewhere are rounded otherwise,
 #: and an adapter must give the same output after loading, bit for bit.
 ALIGNMENT = 64
-
-_CONVERT = (
-    'Convert it where you trust it, inside the folder: python -c "import torch, safetensors.torch as s; '
-    "t = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
-    "s.save_file({k: v.clone().contiguous() for k, v in t.items()}, 'adapter_model.safetensors', metadata={'format': 'pt'})\""
-)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,8 @@ def _missing(folder: Path) -> Diagnostic:
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
     if PICKLE_NAME in names:
         what = f"`{folder / PICKLE_NAME}` is not read: only `{WEIGHTS_NAME}` is"
-        return rules.CHECKPOINT_PICKLED(what, fix=_CONVERT, where=where)
+        fix = f"Convert it, which runs none of its code: `peftc convert {folder} --to safetensors`."
+        return rules.CHECKPOINT_PICKLED(what, fix=fix, where=where)
     there = ", ".join(f"`{name}`" for name in names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     inside = [p.parent.name for p in sorted(folder.glob(f"*/{WEIGHTS_NAME}"))]
     if inside:

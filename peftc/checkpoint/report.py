@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 
 from peftc import rules
 from peftc.checkpoint.keys import Nearest, assign, common_change, listed, one_of_each
+from peftc.checkpoint.named import assign_planned
 from peftc.checkpoint.save import PLAN_NAME
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Severity, Where, warn
 from peftc.graph.nodes import ModelFacts, TensorFacts
+from peftc.registry.boundary import boundary
+from peftc.registry.manager import default_registry
 
 if TYPE_CHECKING:
     from peftc.checkpoint.load import AdapterFile
@@ -125,7 +128,7 @@ def match(
     for (from the plan saved with it), both only to say where a difference comes from.
     """
     expected = expected_tensors(plan)
-    assigned = assign(expected, found, plan.root)
+    assigned = assign_planned(plan, expected, found)
     copies = _copies(plan, found, assigned)
     missing = tuple(key for key in expected if key not in assigned)
     used = {*assigned.values(), *copies}
@@ -150,7 +153,8 @@ def match(
     shapes = [_shapes_differ(report, vocabulary, ignore_mismatched_sizes, where)] if misfits else []
     if trained_on is not None and any(misfit.planned in vocabulary for misfit in misfits):  # told in `shapes`
         trained_on = replace(trained_on, dims={k: v for k, v in trained_on.dims.items() if k != "vocab_size"})
-    diagnostics = [*shapes, *_findings(report, where), *_another_base(report, model, trained_on, where)]
+    starts = _starts_needed(plan, report)
+    diagnostics = [*shapes, *_findings(report, where), *starts, *_another_base(report, model, trained_on, where)]
     return replace(report, diagnostics=tuple(diagnostics))
 
 
@@ -230,6 +234,16 @@ def _findings(report: LoadReport, where: Where) -> Iterable[Diagnostic]:
             fix="They were loaded; save the adapter again to have the usual names.",
             where=where,
         )
+
+
+def _starts_needed(plan: AdapterPlan, report: LoadReport) -> Iterable[Diagnostic]:
+    """How the adapter would start is judged after all where some of it would."""
+    slots = {site.key(slot, plan.name).disk() for site, slot in plan.slots()}
+    if slots.isdisjoint(report.missing) or len(report.sources) == len(report.carried):
+        return ()
+    method = default_registry().get(plan.peft_type)
+    with boundary(plan.peft_type, "check_start"):
+        return tuple(method.check_start(plan.config))
 
 
 def _shapes_differ(

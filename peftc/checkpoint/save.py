@@ -66,7 +66,7 @@ def save_adapter(
     try:
         replace_files(folder, write, commit=CONFIG_NAME, obsolete=(PLAN_NAME,))
     except OSError as error:
-        raise PeftcError(_not_written(folder, error)) from error
+        raise PeftcError(not_written(folder, error)) from error
     warn(problems.warnings)
 
 
@@ -88,7 +88,8 @@ def _content(tensor: Tensor) -> Iterator[memoryview]:
     yield flat.view(torch.uint8).numpy().data
 
 
-def _not_written(folder: Path, error: OSError) -> Diagnostic:
+def not_written(folder: Path, error: OSError) -> Diagnostic:
+    """The diagnostic for a folder that the system refused to write, with what to do about the reason."""
     fixes = {
         errno.ENOSPC: "Free some space on that disk, or save to another one.",
         errno.EDQUOT: "Your quota on that disk is used up: free some space, or save to another disk.",

@@ -1,31 +1,48 @@
-"""`peftc convert`: an adapter of any method that changes weights as one of thin factors, with the error of each layer."""
+"""`peftc convert`: an adapter as one of another method, with the error of each layer, or in another form of file."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.generate import adapter_named
 from peftc.cli.graph import base_named
 from peftc.compiler.render import size
+from peftc.diagnostics import PeftcError
 
-HELP = "Turn an adapter into one of another method, by its closest factors"
+HELP = "Turn an adapter into one of another method, by its closest factors, or into another form of file"
+
+SAFETENSORS = "safetensors"
+FORMER = "transformers-4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--adapter", type=adapter_named, required=True, metavar="DIR", help="the adapter's folder")
-    parser.add_argument("--to", required=True, metavar="TYPE", help="the PEFT type to become, in any case")
+    named = parser.add_mutually_exclusive_group(required=True)
+    named.add_argument("folder", nargs="?", type=adapter_named, metavar="DIR", help="the adapter's folder")
+    named.add_argument("--adapter", type=adapter_named, metavar="DIR", help="the same")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="WHAT",
+        help=f"the PEFT type to become, in any case; or `{SAFETENSORS}`, for an `adapter_model.bin`, whose tensors are read "
+        f"without running its code; or `{FORMER}`, for engines that know experts as single layers with their old names",
+    )
     parser.add_argument(
         "--rank",
         type=_rank,
-        required=True,
         metavar="R",
-        help="rank of every layer, e.g. 16; or the share of each change to keep, e.g. 0.95, whatever ranks that takes",
+        help="for a PEFT type: rank of every layer, e.g. 16; or the share of each change to keep, e.g. 0.95, whatever ranks "
+        "that takes",
     )
     parser.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the result; new or empty"
+        "-o",
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for the result; new or empty. `{SAFETENSORS}` goes beside the pickle without it",
     )
     parser.add_argument(
         "--base", metavar="MODEL", help="the base model, or a spec that names it; left out, the adapter's"
@@ -39,6 +56,60 @@ def _rank(text: str) -> int | float:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and save."""
+    args.adapter = args.adapter or args.folder
+    if args.to.lower() == SAFETENSORS:
+        return _to_safetensors(args)
+    if args.to.lower() == FORMER:
+        return _to_former(args)
+    lacking = [word for word, given in (("--rank", args.rank), ("--out", args.out)) if given is None]
+    if lacking:
+        what = f"`--to {args.to}` needs {' and '.join(f'`{word}`' for word in lacking)}"
+        fix = f"Give {'it' if len(lacking) == 1 else 'them'}, e.g. `--rank 16 --out converted`."
+        raise PeftcError(rules.MISSING_KEY(what, fix=fix, where="peftc convert"))
+    return _to_method(args)
+
+
+def _to_safetensors(args: argparse.Namespace) -> int:
+    from peftc.checkpoint.pickled import pickle_to_safetensors  # here: below the torch line
+    from peftc.checkpoint.save import WEIGHTS_NAME
+    from peftc.integrations.transformers import jobs
+
+    if args.out is not None:
+        jobs.require_new(args.out)
+    tensors = pickle_to_safetensors(Path(args.adapter), args.out)
+    file = (args.out or Path(args.adapter)) / WEIGHTS_NAME
+    if args.json:
+        console.out_json({"ok": True, "output": str(file), "tensors": len(tensors), "bytes": file.stat().st_size})
+    else:
+        console.out(f"Wrote {console.plain(str(file))}: {len(tensors):,} tensors, {size(file.stat().st_size)}")
+    return 0
+
+
+def _to_former(args: argparse.Namespace) -> int:
+    from peftc.checkpoint.former_layout import as_of_then  # here: below the torch line
+    from peftc.checkpoint.load import open_adapter
+    from peftc.checkpoint.save import save_adapter
+    from peftc.config.files import read_config
+    from peftc.integrations.transformers import jobs
+    from peftc.integrations.transformers.graph import graph_of
+
+    if args.out is None:
+        what = f"`--to {FORMER}` needs `--out`"
+        raise PeftcError(rules.MISSING_KEY(what, fix="Name a new folder.", where="peftc convert"))
+    jobs.require_new(args.out)
+    ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
+    made = as_of_then(read_config(args.adapter), open_adapter(args.adapter), graph_of(ref))
+    save_adapter(args.out, made.tensors, made.config)
+    bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    if args.json:
+        console.out_json({"ok": True, "output": str(args.out), "tensors": len(made.tensors), "bytes": bytes_})
+    else:
+        told = f"{len(made.tensors):,} tensors, {size(bytes_)}"
+        console.out(f"Wrote {console.plain(str(args.out))} for the layers of transformers 4: {told}")
+    return 0
+
+
+def _to_method(args: argparse.Namespace) -> int:
     from peftc.checkpoint.save import save_adapter  # here: below the torch line
     from peftc.integrations.transformers import jobs
     from peftc.model.conversion import convert_adapter

@@ -54,7 +54,7 @@ def compile_plan(
     `modules_to_save`, as when a model is adapted in place. `given` are the paths to adapt where they are known exactly, for
     example from a checkpoint's keys: they count, and a config that means others is warned of.
     `mixed` allows adapters of several methods. With `loading` adapters get the storage of what is saved of them, where that
-    is less than what they are trained with.
+    is less than what they are trained with, and options that say how a fresh one begins are not judged.
 
     Raises `PeftcError` with all problems of all adapters; warnings of a plan that was made are in `plan.warnings`.
     """
@@ -116,7 +116,7 @@ def begin(
         loading=options.loading,
     )
     with boundary(method.peft_type, "check", json_path(("adapters", name))):
-        said = tuple(method.check(copy))
+        said = (*method.check(copy), *(() if options.loading else method.check_start(copy)))
     return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), context
 
 

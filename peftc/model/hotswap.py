@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.former import put_together
 from peftc.checkpoint.keys import listed
 from peftc.checkpoint.weights import load_peft_weights
 from peftc.compiler.compile import compile_plan
@@ -59,7 +60,9 @@ def hotswap_adapter(
     session = adapters_of(model)
     session.require([adapter_name])
     config = read_config(model_name_or_path, **kwargs)
-    check_hotswap_configs_compatible(session.plans[adapter_name].config, config)
+    old = session.plans[adapter_name]
+    named_anew = session.graph.former and config.peft_type == old.peft_type  # targets may have former names
+    check_hotswap_configs_compatible(old.config, _plan_of(session, old, config).config if named_anew else config)
     state_dict = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
 
@@ -117,6 +120,7 @@ def hotswap_adapter_from_state_dict(
     origin = origin_of(state_dict, live_names(old), old.root)
     given = {key: state_dict[source] for key, source in origin.items()}
     plan = _plan_of(session, old, config)
+    given = put_together(given, plan, session.graph, config)
     problems = [*_strangers(session, plan, given), *_misfits(session, plan, given)]
     if problems:
         raise PeftcError(problems)

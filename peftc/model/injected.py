@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 from torch import nn
 
@@ -20,6 +23,38 @@ from peftc.runtime.apply import SESSION, session_of
 from peftc.runtime.session import Session
 
 ATTRIBUTE = "peft_config"
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapted:
+    """A model, and the config and name of the adapter that was put into it. Neither is kept alive by this."""
+
+    config: ReferenceType[PeftConfig]
+    model: ReferenceType[nn.Module]
+    adapter: str
+
+
+#: The last one. Loaders that put an adapter into a model before they load it know its config as it was given, or only that.
+_last: ContextVar[_Adapted | None] = ContextVar("last", default=None)
+
+
+def note_adapted(config: PeftConfig, model: nn.Module, adapter: str) -> None:
+    """Remember that an adapter was put into a model by this config."""
+    _last.set(_Adapted(ref(config), ref(model), adapter))
+
+
+def adapted_last(config: PeftConfig) -> Session | None:
+    """The adapters of the model that this very config was used on last; None if another came after it."""
+    last = _last.get()
+    model = last.model() if last is not None and last.config() is config else None
+    return None if model is None else session_of(model)
+
+
+def config_given(session: Session, adapter: str) -> PeftConfig | None:
+    """The config by which an adapter was put into its model, as it was given; None if another came after it."""
+    last = _last.get()
+    known = last is not None and last.model() is session.model and last.adapter == adapter
+    return last.config() if last is not None and known else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

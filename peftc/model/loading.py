@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.former import as_of_now, with_ranks
 from peftc.checkpoint.load import AdapterFile, open_adapter
 from peftc.checkpoint.report import LoadReport, match_file
 from peftc.checkpoint.weights import device_of
@@ -116,18 +117,25 @@ def loadable(
 
     Raises `PeftcError` if one does not fit or none would be loaded; the model is not touched.
     """
-    plan = plan_for(model, {name: config}, options.autocast_adapter_dtype, loading=True, mixed=mixed)
+    planned = partial(plan_for, model, autocast_adapter_dtype=options.autocast_adapter_dtype, loading=True, mixed=mixed)
+    plan = planned(configs={name: config})
     mapping = options.key_mapping
     if mapping is None and not config.is_prompt_learning:  # what the model's class says about its former names
         mapping = getattr(model, "_checkpoint_conversion_mapping", None)
     if mapping:
         file = file.mapped(mapping)
+    read = file
     session = session_of(model) or Session(model, plan.graph or snapshot(model))
+    file, former = as_of_now(file, plan.adapters[0], session.graph, config)
+    if former.ranks:
+        plan = planned(configs={name: with_ranks(plan.adapters[0].config, former.ranks)})
+        file, former = as_of_now(read, plan.adapters[0], session.graph, config)
     unfitted = plan.adapters[0]
     plan = replace(plan, adapters=(fitted(unfitted, session.graph, file.tensors), *plan.adapters[1:]))
     vocabulary = vocabulary_facts(session, plan.adapters[0])
     ignored = options.ignore_mismatched_sizes
-    report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored).require()
+    report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored)
+    report = replace(report, diagnostics=(*former.problems, *report.diagnostics)).require()
     device = None if options.device is None else device_of(options.device)
 
     def find(key: str) -> Tensor | None:
@@ -144,6 +152,9 @@ def needed_sources(plan: InjectionPlan, options: LoadOptions) -> dict[str, Sourc
     for adapter in plan.adapters:
         if adapter.needed_by:
             file = open_adapter(adapter.origin)
+            if plan.graph is not None:
+                file, former = as_of_now(file, adapter, plan.graph, read_config(adapter.origin))
+                former.require()
             report = match_file(adapter, file, plan.model, {}, options.ignore_mismatched_sizes).require()
             own = {key: stored for key, stored in report.sources.items() if key not in report.carried}
             sources[adapter.name] = partial(_found, own, file)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.former import former_ranks, with_ranks
 from peftc.config.base import PeftConfig
 from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
 from peftc.host import parallel
-from peftc.model.injected import followed, show, unwrapped
+from peftc.model.injected import followed, note_adapted, show, unwrapped
 from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan
+from peftc.runtime.apply import apply_plan, let_go
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 
@@ -71,7 +73,8 @@ def inject_adapter_in_model(
 
     The new adapter is the active one of its method, in the dtype of its layers; what was trainable before stays so. The
     model shows its configs as `peft_config`. With `low_cpu_mem_usage` its tensors are on the meta device until
-    `set_peft_model_state_dict` gives them values. With `state_dict` the modules that its keys name are adapted, whatever
+    `set_peft_model_state_dict` gives them values. Such an adapter, and a frozen one, is taken for one that is loaded next: how
+    it would start is not judged. With `state_dict` the modules that its keys name are adapted, whatever
     the config says; values are not used.
 
     Raises `PeftcError`, with the model unchanged.
@@ -85,18 +88,24 @@ def inject_adapter_in_model(
         raise PeftcError(rules.CALL_AROUND(what, fix="Use `get_peft_model`."))
     if isinstance(model, nn.Module):  # anything else is refused below
         model = unwrapped(model)
+        let_go(model)
         followed(model)
         _refuse_split(model)
+    asked = peft_config
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
-    plan = plan_for(
-        model, {adapter_name: peft_config}, autocast_adapter_dtype=False, task_heads=False, given=given, mixed=True
-    )
+    loading = low_cpu_mem_usage or peft_config.inference_mode
+    planned = partial(plan_for, model, autocast_adapter_dtype=False, loading=loading, task_heads=False, mixed=True)
+    plan = planned({adapter_name: peft_config}, given=given)
+    ranks = former_ranks(plan, asked) if loading else {}
+    if ranks:
+        plan = planned({adapter_name: with_ranks(plan.adapters[0].config, ranks)}, given=given)
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
     session = apply_plan(model, plan, sources=sources, mixed=True)
     session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)
     show(model, session)
+    note_adapted(asked, model, adapter_name)
     return model
 
 

@@ -29,7 +29,7 @@ from peftc.model.prompts import PromptsMixin
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan, freeze, mixed_types, session_of, strip
+from peftc.runtime.apply import apply_plan, freeze, hold, let_go, mixed_types, session_of, strip
 from peftc.runtime.calls import CallModule
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
@@ -62,6 +62,7 @@ class PeftModel(PromptsMixin, nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        let_go(model)
         plan = plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype)
         self._start(model, plan, {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {})
 
@@ -74,6 +75,7 @@ class PeftModel(PromptsMixin, nn.Module):
         return self
 
     def _start(self, model: nn.Module, plan: InjectionPlan, sources: Mapping[str, Source]) -> None:
+        let_go(model)
         if session_of(model) is not None:
             what = "The model has adapters already; wrapping it again would nest them"
             raise PeftcError(rules.MIXED_TYPES(what, fix="Use `add_adapter`, or `unload()` first."))
@@ -267,6 +269,7 @@ class PeftModel(PromptsMixin, nn.Module):
     def _refuse_type(self, config: PeftConfig) -> None:
         if config.peft_type != self.peft_type:
             raise PeftcError(mixed_types(config, {str(self.peft_type)}))
+        hold(self.get_base_model(), self.session)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several in order; exactly their tensors become trainable."""
@@ -463,6 +466,7 @@ class PeftModel(PromptsMixin, nn.Module):
         given = (is_trainable, autocast_adapter_dtype, device, key_mapping, ephemeral_gpu_offload)
         options = LoadOptions.of(*given, kwargs)
         config, file = opened(model_id, config, options)
+        let_go(model)
         found = loadable(model, adapter_name, config, file, options)
         from peftc.model.tasks import task_model_class  # here: the classes of tasks derive from this one
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.former import put_together
 from peftc.checkpoint.report import match
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
 from peftc.model.files import tensors_of
-from peftc.model.injected import adapters_of, unwrapped
+from peftc.model.injected import adapters_of, config_given, unwrapped
 from peftc.model.loading import vocabulary_facts
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.ops.combine import padded
@@ -95,6 +96,7 @@ def set_peft_model_state_dict(
     root = plan.root if isinstance(model, PeftModel) else ""
     origin = origin_of(peft_model_state_dict, names, plan.root)
     given = {key: peft_model_state_dict[source] for key, source in origin.items()}
+    given = put_together(given, plan, session.graph, config_given(session, adapter_name))
     facts = {key: TensorFacts.of(tensor) for key, tensor in given.items()}
     fit = fitted(plan, session.graph, facts)
     report = match(
@@ -104,7 +106,7 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes=ignore_mismatched_sizes,
         same=lambda one, other: torch.equal(given[one], given[other].to(given[one].device)),
     ).require()
-    values = {key: peft_model_state_dict[origin[source]] for key, source in report.sources.items()}
+    values = {key: given[source] for key, source in report.sources.items()}
     with torch.no_grad(), Journal() as journal:
         rest = restored(session, fit, values)
         values = dict(rest)
@@ -120,7 +122,7 @@ def set_peft_model_state_dict(
         session.base.carry(plan, rest.get, journal)
     missing = dict.fromkeys([*report.missing, *(key for key in names if key not in values)])
     live = [names.get(key, key).removeprefix(plan.root) for key in missing]
-    return LoadResult([root + name for name in live], [origin[key] for key in report.unexpected])
+    return LoadResult([root + name for name in live], [origin.get(key, key) for key in report.unexpected])
 
 
 def origin_of(keys: Iterable[str], names: Mapping[str, str], root: str) -> dict[str, str]:

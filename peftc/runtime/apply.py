@@ -73,6 +73,26 @@ def strip(model: nn.Module, session: Session) -> None:
     model.__dict__.pop("peft_config", None)
 
 
+def let_go(model: nn.Module) -> None:
+    """Forget adapters that changed nothing of the model, as prompts do: it is an ordinary base then, for whoever has them too."""
+    session = session_of(model) if isinstance(model, nn.Module) else None  # anything else is refused elsewhere
+    if session is not None and session.is_apart:
+        model.__dict__.pop(SESSION)
+
+
+def hold(model: nn.Module, session: Session) -> None:
+    """Have the model know its adapters again after others let go of them. Raises `PeftcError` if it has others in it now."""
+    if session_of(model) is session:
+        return
+    let_go(model)
+    other = session_of(model)
+    if other is not None:
+        what = "The base model was adapted by others meanwhile"
+        fix = "Take their adapters off it first, with `unload()`."
+        raise PeftcError(rules.MIXED_TYPES(what, fix=fix))
+    model.__dict__[SESSION] = session
+
+
 def _remove(session: Session, name: str) -> None:
     if name in session.plans:
         session.delete(name)

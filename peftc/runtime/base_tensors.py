@@ -38,6 +38,11 @@ class BaseTensors:
         #: adapter -> tensors that it changed, as they were before
         self._before: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether any tensor may differ from what it was."""
+        return any(self._before.values())
+
     def change(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
         """Load tensors that the checkpoint carries, and keep what they were: for trained ones, a copy."""
         before: list[tuple[nn.Parameter, Tensor]] = []

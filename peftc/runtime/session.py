@@ -75,6 +75,12 @@ class Session:
     def active(self, names: Iterable[str]) -> None:
         self.shared.active = tuple(names)
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether nothing of its adapters is in the model itself: they are prompts alone."""
+        inside = self.layers or self.modules or self.copies or self.holders or self.base.is_changed
+        return not inside and all(plan.prompt is not None for plan in self.plans.values())
+
     # adding -------------------------------------------------------------------------------------------------------
 
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:

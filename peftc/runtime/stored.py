@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.checkpoint.keys import assign
+from peftc.checkpoint.named import assign_planned
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModuleGraph, TensorFacts
@@ -35,7 +35,7 @@ def fitted(plan: AdapterPlan, graph: ModuleGraph, found: Mapping[str, TensorFact
     if not sites:
         return plan
     keys = [site.key(slot, plan.name).disk() for site, _ in sites.values() for slot in site.slots if slot.saved]
-    assigned = assign(keys, found, plan.root)
+    assigned = assign_planned(plan, keys, found)
     shapes = {key: found[stored].shape for key, stored in assigned.items()}
     known: dict[tuple[int, int, int, Shapes], tuple[Slot, ...]] = {}  # sites with equal slots share them
     maps = []

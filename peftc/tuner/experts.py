@@ -6,7 +6,7 @@ Methods whose tensors hold all experts in a way of their own say so (`MapTuner.s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import EXPERT_KINDS, Kind, LayerFacts, TensorFacts
-from peftc.tuner.method import MapTuner
+from peftc.tuner.method import Former, MapTuner
 from peftc.tuner.slots import Slot, labelled
 
 if TYPE_CHECKING:
@@ -64,6 +64,32 @@ class PerExpert(MapTuner[PeftConfig]):
 
     def clash(self, c: PeftConfig, other: PeftConfig) -> str:
         return self.one.clash(c, other)
+
+    def joined(
+        self, c: PeftConfig, layer: LayerFacts, label: str, experts: Sequence[Sequence[Former[Tensor] | None]]
+    ) -> Tensor:
+        """Slots of single layers, stacked; of one that experts have in common any layer's."""
+        values = [former.value for expert in experts for former in expert if former is not None]
+        if label not in self.stacked(c, layer):
+            return values[0]
+        held = values[0].new_empty((len(values), *values[0].shape))
+        for own, value in zip(held, values, strict=True):
+            own.copy_(value)
+        return held
+
+    def parted(
+        self, c: PeftConfig, layer: LayerFacts, parts: int, slots: Mapping[str, Tensor]
+    ) -> Sequence[Sequence[Mapping[str, Tensor]]]:
+        stacked = self.stacked(c, layer)
+        return [
+            [{label: tensor[index] if label in stacked else tensor for label, tensor in slots.items()}]
+            for index in range(layer.experts)
+        ]
+
+    @property
+    def joins(self) -> bool:
+        """Slots of layers that were joined by rows cannot be stacked."""
+        return False
 
     @property
     def is_mergeable(self) -> bool:

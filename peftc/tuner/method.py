@@ -27,10 +27,19 @@ if TYPE_CHECKING:
     from peftc.tuner.views import SlotInit, View
 
 C = TypeVar("C", bound=PeftConfig)
+V = TypeVar("V")
 
 LOWERINGS = ("thin", "branch", "input", "output", "vectors", "params")
 #: what a method may have to say beside its mathematics
 SEAMS = ("on_step", "loss", "fitted", "export", "restore")
+
+
+@dataclass(frozen=True, slots=True)
+class Former(Generic[V]):
+    """A slot's value on a layer that was joined with others, and how many times larger its scaling was than it is now."""
+
+    value: V
+    ratio: float = 1.0
 
 
 class MapTuner(ABC, Generic[C]):
@@ -134,6 +143,11 @@ class MapTuner(ABC, Generic[C]):
         return given and "thin" in self.lowerings
 
     @property
+    def joins(self) -> bool:
+        """Whether the method makes one update of those of layers that were joined by rows."""
+        return type(self).joined is not MapTuner.joined
+
+    @property
     def is_mergeable(self) -> bool:
         """Whether the method says how the layer's parameters change, and not only its output."""
         return bool(self.lowerings - {"branch"})
@@ -180,6 +194,22 @@ class MapTuner(ABC, Generic[C]):
         Raises `PeftcError` if the slots cannot hold them.
         """
         return saved
+
+    def joined(self, c: C, layer: LayerFacts, label: str, experts: Sequence[Sequence[Former[Tensor] | None]]) -> Tensor:
+        """A slot of experts that a module stores as one tensor (`EXPERT_KINDS`), from those of the layers that they were.
+
+        `experts[e][p]` was on the layer that is now part p of the rows of expert e; None for one without an adapter, which
+        is not changed. All that do the same to the weight is right. Only of methods whose updates of layers that were
+        joined by rows are one update of the joint layer; for experts that are single layers the core stacks slots itself.
+        """
+        raise NotImplementedError
+
+    def parted(
+        self, c: C, layer: LayerFacts, parts: int, slots: Mapping[str, Tensor]
+    ) -> Sequence[Sequence[Mapping[str, Tensor]]]:
+        """The way back: `[e][p]` has the slots, by label, of an adapter on the layer that was part p of expert e. The shapes
+        are alike in all of them; scalings are the site's."""
+        raise NotImplementedError
 
     # lowerings ----------------------------------------------------------------------------------------------------
 
@@ -277,6 +307,9 @@ class TunerMethod:
     example_values: Callable[[Any, int], Mapping[str, Sequence[int]]] = no_values
     #: problems of the options that need no model: contradictions, options this version does not have
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
+    #: problems of the options that say how a fresh adapter begins, and nothing else: not asked where all that was trained is
+    #: loaded
+    check_start: Callable[[Any], Iterable[Diagnostic]] = no_problems
     #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises
     #: `PeftcError` where the model does not tell
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("peftc.tuner",),
     ("peftc.registry",),
     ("peftc.config.files", "peftc.config.spec", "peftc.schema"),
-    ("peftc.compiler", "peftc.checkpoint.keys"),
+    ("peftc.compiler", "peftc.checkpoint.keys", "peftc.checkpoint.named"),
     ("peftc.plugin",),
     # the torch line
     ("peftc.ops", "peftc.host"),

@@ -141,7 +141,7 @@ CASES = {
         rules.CHECKPOINT_PICKLED,
         only_pickle,
         in_source(load, "if PICKLE_NAME in names:", "if False:"),
-        "weights_only=True",
+        "--to safetensors",
     ),
     "a folder without it": Case(
         rules.CHECKPOINT_MISSING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,12 @@ def test_every_method_trains_saves_and_merges_both_weights_of_experts(name: str,
     model.add_adapter("second", config.model_copy())
     torch.testing.assert_close(call(model), y, rtol=0, atol=0)
     torch.testing.assert_close(call(model.merge_and_unload()), y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_choice_of_parameters_is_saved_as_it_is(tmp_path: Path) -> None:
+    theirs, ours = pair(mixtral, r=2, target_parameters=[], target_modules=["q_proj"])
+    saved = []
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        model.save_pretrained(tmp_path / name)
+        saved.append(json.loads((tmp_path / name / "adapter_config.json").read_text())["target_parameters"])
+    assert saved == [[], []]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftc import LoraConfig, PeftcError, PromptTuningConfig, compile_plan, get_peft_model, rules
+from peftc import (
+    LoraConfig,
+    PeftcError,
+    PeftModel,
+    PromptTuningConfig,
+    compile_plan,
+    get_peft_model,
+    inject_adapter_in_model,
+    load_peft_weights,
+    rules,
+    set_peft_model_state_dict,
+)
 from peftc.config.docs import describe
 from peftc.runtime.snapshot import snapshot
 from peftc.testing.models import MODELS
@@ -23,6 +37,8 @@ LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
         {"use_qalora": True},
         {"lora_bias": True},
         {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "eva"},
+        {"eva_config": {"rho": 2.0}},
         {"trainable_token_indices": [0, 1]},
         {"layer_replication": [[0, 2], [1, 3]]},
         {"alora_invocation_tokens": [1]},
@@ -38,10 +54,58 @@ def test_an_option_of_the_reference_that_is_not_there_yet(options: dict[str, Any
 
 
 def test_every_option_that_is_not_available_says_so() -> None:
-    from peftc_plugins.lora import NOT_YET
+    from peftc_plugins.lora import NOT_YET, STARTS_NOT_YET
 
     told = {name for name in LoraConfig.model_fields if describe(LoraConfig, name) == "Not available yet."}
-    assert told == set(NOT_YET)
+    assert told == {*NOT_YET, *STARTS_NOT_YET}
+
+
+def stacked() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def trained(folder: Path, **options: Any) -> torch.Tensor:
+    """A saved adapter whose config says these options, as a release that has them wrote it; its output for ones."""
+    model = get_peft_model(stacked(), LoraConfig(target_modules=["0", "1"], r=2, init_lora_weights=False))
+    model.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    return model(torch.ones(1, 4)).detach()
+
+
+STARTS = [{"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, {"init_lora_weights": "orthogonal"}]
+
+
+@pytest.mark.parametrize("options", STARTS, ids=lambda options: options["init_lora_weights"])
+def test_how_a_trained_adapter_started_is_kept_and_does_not_matter(tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = trained(tmp_path, **options)
+    model = PeftModel.from_pretrained(stacked(), tmp_path)
+    torch.testing.assert_close(model(torch.ones(1, 4)), expected, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert {name: again[name] for name in options} == options
+    injected = inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path), stacked())
+    set_peft_model_state_dict(injected, load_peft_weights(tmp_path))
+    torch.testing.assert_close(injected(torch.ones(1, 4)), expected, rtol=0, atol=0)
+
+
+def test_a_start_that_is_not_there_yet_is_refused_where_part_of_the_adapter_would_start(tmp_path: Path) -> None:
+    trained(tmp_path, init_lora_weights="eva")
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if ".1." not in key}, file)
+    base = stacked()
+    with pytest.raises(PeftcError, match=rules.KEYS_MISSING.code) as caught:
+        PeftModel.from_pretrained(base, tmp_path)
+    assert rules.OPTION_NOT_AVAILABLE.code in [d.code for d in caught.value.diagnostics]
+    assert type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "from next year"])
+def test_a_start_that_changes_the_base_is_refused_of_trained_adapters_too(tmp_path: Path, start: str) -> None:
+    trained(tmp_path, init_lora_weights=start)
+    with pytest.raises(PeftcError, match="changes the base model's weights"):
+        PeftModel.from_pretrained(stacked(), tmp_path)
 
 
 def test_a_prompt_that_starts_as_a_text_needs_its_tokenizer(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from peftc.runtime.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
 from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
+from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import TunerMethod
 from tests.mutation import imports_torch, mutants
 from tests.mutation.mutants import CHOICE, FUNCTIONS, LOWERINGS, MUTANTS, SOUND_METHODS
@@ -188,6 +189,13 @@ def experts_mixed_up(patch: Patch) -> None:
     patch.setattr(paths, "over_experts", lambda *args: over_experts(*args).roll(1, dims=0))
 
 
+def experts_joined_backwards(patch: Patch) -> None:
+    joined = PerExpert.joined
+    patch.setattr(
+        PerExpert, "joined", lambda tuner, c, layer, label, experts: joined(tuner, c, layer, label, experts[::-1])
+    )
+
+
 def experts_as_layers(patch: Patch) -> None:
     patch.setattr(AdapterPlan, "adapts_parameters", False)
 
@@ -206,6 +214,7 @@ CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "swapping_exchanges_values": ("sound", never_swapped, "swapped in"),
     "conversion_is_exact_at_full_rank": ("sound", half_converted, "converted"),
     "experts_change_as_layers": ("sound", experts_mixed_up, "The change of expert 0 of"),
+    "experts_part_and_join": ("sound", experts_joined_backwards, "parted and joined"),
     "what_experts_cannot_is_refused": ("sound", experts_as_layers, "not refused"),
     "merging_is_refused": ("sound_prompt", never_refused, "not refused"),
     "plan_of_several_equals_model": ("sound_around", never_aside, "of one name twice"),

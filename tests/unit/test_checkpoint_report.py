@@ -17,6 +17,7 @@ from peftc.checkpoint.save import PLAN_NAME, save_adapter
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError, PeftcWarning, Rule
 from peftc.graph.nodes import TensorFacts
+from peftc.model.state import live_names
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples, injection_plan, little_graph
 
@@ -108,6 +109,31 @@ def test_keys_without_the_root_are_found_and_the_report_says_so() -> None:
     report = match(plan, found)
     assert report.sources == {key: key.removeprefix(plan.root) for key in expected_tensors(plan)}
     assert "under another name" in only(report, rules.KEYS_RENAMED)
+
+
+def live(plan: AdapterPlan, name: str) -> dict[str, str]:
+    """Checkpoint key -> the name that a wrapped model with the adapter under this name has for it."""
+    return live_names(replace(plan, name=name))
+
+
+@each_example
+def test_keys_with_an_adapters_name_in_them_are_found_whatever_the_name(
+    method: TunerMethod, example: dict[str, Any]
+) -> None:
+    plan = adapter_plan(method, example)
+    expected = expected_tensors(plan)
+    names = live(plan, "weight")  # a name that is a segment of other keys as well
+    report = match(plan, {names.get(key, key): facts for key, facts in expected.items()})
+    assert report.sources == {key: names.get(key, key) for key in expected}
+    assert codes(report) in ([], [rules.KEYS_RENAMED.code])
+
+
+def test_keys_with_names_of_several_adapters_are_the_adapters_own() -> None:
+    plan = layered()
+    found = {live(plan, name)[key]: facts for name in ("one", "two") for key, facts in expected_tensors(plan).items()}
+    only(match(plan, found), rules.NOTHING_LOADS)
+    own = replace(plan, name="two")
+    assert match(own, found).sources == live(own, "two")
 
 
 def test_the_nearest_key_is_named() -> None:

@@ -21,6 +21,7 @@ from peftc.checkpoint.load import PICKLE_NAME
 from peftc.checkpoint.report import expected_tensors, match_file
 from peftc.checkpoint.save import PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.values import stored_problems
+from peftc.cli import main
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.serial import plan_from_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
@@ -145,8 +146,8 @@ def test_the_conversion_that_the_diagnostic_gives_works(tmp_path: Path) -> None:
     torch.save({"a": shared, "b": shared.t(), "c": shared[0]}, tmp_path / PICKLE_NAME)
     with pytest.raises(PeftcError, match=rules.CHECKPOINT_PICKLED.code) as caught:
         open_adapter(tmp_path)
-    command = caught.value.diagnostics[0].fix.partition("python -c ")[2].strip('"')
-    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+    command = caught.value.diagnostics[0].fix.partition("`peftc ")[2].partition("`")[0]
+    assert main.main(command.split()) == 0
     found = load_file(tmp_path / WEIGHTS_NAME)
     assert torch.equal(found["b"], shared.t())
     assert set(load_adapter_tensors(tmp_path)) == {"a", "b", "c"}

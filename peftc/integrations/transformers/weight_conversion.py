@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping as get_
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from peftc.config.base import PeftConfig
+from peftc.integrations.transformers.former_loading import former_conversions
 from peftc.registry.manager import default_registry
 
 _Conversion = WeightConverter | WeightRenaming
@@ -23,7 +24,8 @@ def build_peft_weight_mapping(
     """Renamings from keys of an adapter file to names in the model that the adapter was put into.
 
     The wrapper's prefix goes, the adapter's name comes in after each slot, then the model's own renamings follow.
-    Conversions that fuse several base weights into one are for the base weights only and are left out.
+    Conversions that fuse several base weights into one are for the base weights only and are left out; slots of layers that
+    were fused are joined by the adapter's plan, which is known once it was put into the model.
     """
     registry = default_registry()
     if peft_config is not None and peft_config.peft_type is not None:
@@ -34,6 +36,9 @@ def build_peft_weight_mapping(
         WeightRenaming(source_patterns=rf"({re.escape(prefix)}[^\.]*)", target_patterns=rf"\1.{adapter_name}")
         for prefix in sorted(prefixes - {""})
     ]
+    former: list[_Conversion] = []
+    if peft_config is not None:
+        former += former_conversions(adapter_name, peft_config)
     own = [conversion for conversion in weight_conversions or () if isinstance(conversion, WeightRenaming)]
     wrapper = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
-    return [*wrapper, *slots, *own]
+    return [*former, *wrapper, *slots, *own]

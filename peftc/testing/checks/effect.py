@@ -16,6 +16,7 @@ from peftc.testing.compare import close, different, objects_of, same, same_tenso
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, calls_of, layers_of, quiet, slots_of
 from peftc.tuner.experts import PerExpert
+from peftc.tuner.method import Former
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
 _WORDINGS = (("thin",), ("branch",), ("vectors",), ("params",), ("input", "output"))
@@ -181,6 +182,25 @@ def experts_change_as_layers(s: Subject) -> None:
             what = f"The change of expert {index} of `{path}`, compared with that of a layer,"
             fix = "Let slots and lowerings depend on the sizes of the layer, and not on what it is in."
             close(changed[index], alone.get_delta_weight("default"), what, fix, tolerance=1e-9, where=path)
+
+
+def experts_part_and_join(s: Subject) -> None:
+    """Slots of experts are written for single layers, and read from them: both ways together must give the same slots."""
+    for path, layer in layers_of(s.trained()).items():
+        part = layer.part("default")
+        config, facts, slots = part.view.config, part.view.layer, part.view.tensors()
+        if not facts.experts or not (part.tuner.joins or isinstance(part.tuner, PerExpert)):
+            continue
+        with torch.no_grad():
+            rows = part.tuner.parted(config, facts, 1, slots)
+            labels = rows[0][0]
+            made = {
+                label: part.tuner.joined(config, facts, label, [[Former(row[0][label])] for row in rows])
+                for label in labels
+            }
+        for label, joint in made.items():
+            fix = "Let `joined` put every expert where `parted` takes it from."
+            same(joint, slots[label].detach(), f"`{label}` of `{path}`, parted and joined,", fix)
 
 
 def _alone(s: Subject, name: str, weight: Tensor) -> TunerLayer:
