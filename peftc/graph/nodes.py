@@ -253,7 +253,8 @@ class ModuleGraph:
         model from another folder, or described by a later version, is the same.
         """
         data = self.to_json()
-        del data["model"]["name_or_path"], data["former"]
+        del data["model"]["name_or_path"]
+        del data["former"]
         data["nodes"] = [[path, index] for path, index, _, _ in data["nodes"]]
         data["facts"] = [{key: value for key, value in facts.items() if key != "note"} for facts in data["facts"]]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -13,13 +13,16 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.installed import requirements
 from peftc.installed.requirements import EXTRAS, needs, require
+from peftc.registry.manager import default_registry
 from tests.defects import put_defect
 from tests.environments.made_up import python, release, without
 
+#: a method with targets of its own for every model that is known
+METHOD = next(m for m in map(default_registry().get, default_registry().names) if "target_modules" in m.default_targets)
 #: what crosses the torch line first, and whether transformers got imported
 FIRST_USES = {
     "the library": "from peftc import get_peft_model",
-    "a class of a method": "import peftc; peftc.LoraModel",
+    "a class of a method": f"import peftc; peftc.{METHOD.model_class}",
     "a base model": "from peftc.integrations.transformers.base import load_base",
     "a plan": "from peftc.integrations.transformers.graph import graph_of",
 }
@@ -68,10 +71,10 @@ def test_a_package_that_is_missing_is_told(tmp_path: Path) -> None:
 
 def test_a_package_for_training_is_asked_for_when_a_model_is_trained(tmp_path: Path) -> None:
     """What else peftc does goes on without it. (The real `peft` needs it as well.)"""
-    use = """
+    use = f"""
 import os, peftc, transformers
 config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-model = peftc.get_peft_model(transformers.LlamaForCausalLM(config), peftc.LoraConfig())
+model = peftc.get_peft_model(transformers.LlamaForCausalLM(config), peftc.{METHOD.config.__name__}())
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import PeftcError
 from peftc.integrations.transformers.training import fit

@@ -145,7 +145,7 @@ def test_the_real_one_imported_before_is_refused(without_peft: None, monkeypatch
 def test_a_part_of_the_real_one_that_is_left_is_seen(alias: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after the alias was put in place: a module that somebody else brought in."""
     assert compat.conflicts() == []
-    monkeypatch.setitem(sys.modules, "peft.tuners.lora", ModuleType("peft.tuners.lora"))
+    monkeypatch.setitem(sys.modules, "peft.utils.other", ModuleType("peft.utils.other"))
     assert [d.code for d in compat.conflicts()] == [rules.REAL_PEFT_IMPORTED.code]
     with pytest.raises(PeftcError, match=rules.REAL_PEFT_IMPORTED.code):
         compat.install()
