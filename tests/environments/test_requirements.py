@@ -74,7 +74,7 @@ def test_a_package_for_training_is_asked_for_when_a_model_is_trained(tmp_path: P
     use = f"""
 import os, peftc, transformers
 config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-model = peftc.get_peft_model(transformers.LlamaForCausalLM(config), peftc.{METHOD.config.__name__}())
+model = peftc.get_peft_model(transformers.LlamaForCausalLM(config), peftc.{METHOD.config.__name__}(**{next(iter(METHOD.examples), {})}))
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import PeftcError
 from peftc.integrations.transformers.training import fit
