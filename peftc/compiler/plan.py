@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from peftc.compiler.rewrite import Rewrite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef
@@ -203,7 +204,8 @@ class Tally:
 class AdapterPlan:
     """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved.
 
-    One that another adapter weighs is `needed_by` that, and read from `origin`; it comes and goes with it.
+    One that another adapter weighs is `needed_by` that, and read from `origin`; it comes and goes with it. `rewrites` say
+    which targets were given by former names.
     """
 
     name: str
@@ -217,6 +219,7 @@ class AdapterPlan:
     call: CallSite | None = None
     needed_by: str = ""
     origin: str = ""
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def sites(self) -> tuple[MapSite | ModuleSite, ...]:
