@@ -189,7 +189,9 @@ def settle_former(draft: Draft, context: Context) -> Draft:
         return draft
     left = [target for path, target in draft.former.items() if path in draft.targets]
     targets = {path: entries for path, entries in draft.targets.items() if path not in draft.former}
-    draft = draft.but(targets=targets).told(*_divided(left, context))
+    draft = draft.but(targets=targets)
+    if not context.loading:  # a file may hold a part of what is one now: the rest stays as in the base
+        draft = draft.told(*_divided(left, context))
     if not left:
         return draft
     given = list(option(draft.config, "target_parameters") or ())
@@ -326,7 +328,7 @@ class _Joined:
         """Options with which the parameter can be what the layers were, each with an update of its own."""
         config, options = self._config, self._config.pattern_options.values()
         scales = {self._scaling(target, layer) for layer in layers}
-        if len(scales) > 1:
+        if len(scales) > 1 and not self._context.loading:  # what is loaded is brought to the first one's scale
             told = ", ".join(f"{scale:g} for `{n}`" for n, scale in zip(target.names, sorted(scales), strict=False))
             what = f"The scales of layers that are one in `{target.path}` differ: {told}"
             fix = f"Give {listed(target.names)} the same scale."
@@ -338,7 +340,7 @@ class _Joined:
         if numerator is not None:
             own = layers[0].get(numerator, getattr(config, numerator))
             scale = self._scaling(target, {**now, numerator: own})
-            value = own * next(iter(scales)) / scale if scale else own
+            value = own * self._scaling(target, layers[0]) / scale if scale else own
             now[numerator] = round(value) if abs(value - round(value)) < 1e-9 else value
         return now
 

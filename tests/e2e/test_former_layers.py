@@ -41,7 +41,6 @@ each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fam
 METHODS = [default_registry().get(name) for name in default_registry().names]
 MIXTRAL, DEEPSEEK = BY_NAME["Mixtral"], BY_NAME["DeepseekV3"]
 EXACT = {"rtol": 1e-5, "atol": 2e-6}
-pytest.importorskip("peftc.compiler.former", reason="old target names are rewritten by the compiler")
 pytestmark = pytest.mark.filterwarnings("ignore::peftc.diagnostics.PeftcWarning")  # routers are adapted
 
 
