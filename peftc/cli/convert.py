@@ -12,7 +12,7 @@ from peftc.cli.graph import base_named
 from peftc.compiler.render import size
 from peftc.diagnostics import PeftcError
 
-HELP = "Turn an adapter into one of another method, by its closest factors, or into another form of file"
+HELP = "Turn an adapter into one of another method, or into another form of file"
 
 SAFETENSORS = "safetensors"
 FORMER = "transformers-4"

@@ -28,7 +28,7 @@ COMMANDS = {
     "train": "Train the adapter of a spec and save it",
     "generate": "Generate text with a base model and an adapter",
     "merge": "Merge an adapter into its base model and save the result",
-    "convert": "Turn an adapter into one of another method, by its closest factors, or into another form of file",
+    "convert": "Turn an adapter into one of another method, or into another form of file",
     "inspect": "Show what is in an adapter folder",
     "run": "Run a Python program in which `peft` means peftc",
     "demo": "Plan, train, evaluate and merge the quickstart adapter",
