@@ -124,7 +124,7 @@ def frozen(name: str, draft: Draft) -> AdapterPlan:
     """The adapter's part of the plan."""
     config = draft.config
     sites = (draft.maps, draft.saves, draft.trains, draft.prompt, draft.modules, draft.call)
-    return AdapterPlan(name, str(config.peft_type), config, *sites, notes=draft.notes)
+    return AdapterPlan(name, str(config.peft_type), config, *sites, rewrites=draft.rewrites, notes=draft.notes)
 
 
 def conflicts(

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftc.compiler.plan import CallSite, MapSite, ModuleSite, PromptSite, SaveSite, TrainSite
+from peftc.compiler.rewrite import Rewrite
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.nodes import ModuleGraph
 from peftc.tuner.method import TunerMethod
+
+if TYPE_CHECKING:
+    from peftc.compiler.former import FormerTarget
 
 #: Where targets come from that no option names: a table or the method, or the roles that a table's entries have.
 DEFAULT = "default"
@@ -57,6 +61,7 @@ class Draft:
     `dropped` those that were meant but are left alone, and why. `source` says where the entries come from, and `notes`
     what was decided that no option says.
     `parameters` are single parameters that are meant, by module and name, with their entries.
+    `former` are parameters that targets mean by the names of what those were, by path; `rewrites` what was made of them.
     `overrides` has the pattern keys in force per module, or parameter, as `(pattern option, key)`.
     """
 
@@ -66,6 +71,8 @@ class Draft:
     dropped: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     parameters: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    former: Mapping[str, FormerTarget] = field(default_factory=dict)
+    rewrites: tuple[Rewrite, ...] = ()
     maps: tuple[MapSite, ...] = ()
     saves: tuple[SaveSite, ...] = ()
     trains: tuple[TrainSite, ...] = ()

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from peftc import rules
 from peftc.compiler.compile import Options, begin
 from peftc.compiler.draft import Draft, listed
-from peftc.compiler.match import is_all_linear
+from peftc.compiler.former import former_paths
+from peftc.compiler.match import Names, is_all_linear
 from peftc.compiler.passes import PASSES
 from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.compiler.render import shape_of
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, nearest
+from peftc.graph.former import FormerPlace
 from peftc.graph.nodes import ModuleGraph, ModuleNode
 from peftc.registry.manager import Registry, default_registry
 
@@ -43,10 +45,12 @@ def explain(
     graph: ModuleGraph, name: str, config: PeftConfig, path: str, registry: Registry | None = None
 ) -> Explanation:
     """Follow the module at `path` through the passes of one adapter. Raises `PeftcError` if there is no such module."""
-    node = graph.by_path.get(path)
+    node, now = graph.by_path.get(path), graph.former_names.find(path)
+    if node is None and now is not None:
+        node = graph.by_path.get(now.module)
     if node is None:
-        close = nearest(path, [n.path for n in graph.nodes if n.name == path.rpartition(".")[2]] or graph.by_path)
-        close = close or nearest(path, graph.by_path)
+        named = [n.path for n in graph.nodes if n.name == path.rpartition(".")[2]]
+        close = nearest(path, named or [*graph.by_path, *former_paths(graph)]) or nearest(path, graph.by_path)
         fix = f"Did you mean {listed(close)}?" if close else "`peftc graph` writes all paths to a file."
         raise PeftcError(rules.UNKNOWN_MODULE(f"The model has no module `{path}`", fix=fix, where=path))
     draft, context = begin(graph, name, config, registry or default_registry(), Options())
@@ -55,7 +59,15 @@ def explain(
         after = step(draft, context)
         steps.append(Step(step.__name__, tuple(_effects(draft, after, node))))
         draft = after
-    return Explanation(path, describe(node), name, tuple(steps), _verdict(draft, node, graph))
+    module = f"{_placed(now)}: {describe(node)}" if now is not None and node.path != path else describe(node)
+    return Explanation(path, module, name, tuple(steps), _verdict(draft, node, graph))
+
+
+def _placed(now: FormerPlace) -> str:
+    """Where a former layer is now, in a few words."""
+    part = f"part {now.part + 1} of {now.parts} of " if now.parts > 1 else ""
+    expert = "" if now.expert is None else f", expert {now.expert}"
+    return f"now {part}`{now.module}.{now.parameter}`{expert}"
 
 
 def describe(node: ModuleNode) -> str:
@@ -70,15 +82,18 @@ def describe(node: ModuleNode) -> str:
 def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
     path = node.path
     yield from after.notes[len(before.notes) :]
-    if path in after.targets and path not in before.targets:
-        yield f"meant by `{after.targets[path][0]}` ({after.source})"
-    if path in after.dropped and path not in before.dropped:
-        yield f"left alone: {after.dropped[path]}"
-    if after.overrides.get(path) and not before.overrides.get(path):
-        yield from (f"`{key}` in {name} is in force" for name, key in after.overrides[path])
-    site = _site(after, path)
-    if site is not None and _site(before, path) is None:
-        yield f"gets {_slots(site)}"
+    for own in (path, *(f"{path}.{name}" for name, _ in node.facts.params)):
+        of = f"`{own.rpartition('.')[2]}` is " if own != path else ""
+        if own in after.targets and own not in before.targets:
+            yield f"{of}meant by {listed(after.targets[own])} ({after.source})"
+        if own in after.dropped and own not in before.dropped:
+            yield f"{of}left alone: {after.dropped[own]}"
+        if after.overrides.get(own) and not before.overrides.get(own):
+            yield from (f"`{key}` in {name} is in force" for name, key in after.overrides[own])
+    if len(after.rewrites) > len(before.rewrites):
+        yield from (f"rewritten: {text}" for text in _rewritten(after, node))
+    for site in () if _sites(before, path) else _sites(after, path):
+        yield f"`{site.parameter}` gets {_slots(site)}" if site.parameter else f"gets {_slots(site)}"
         yield from (f"with {option} = {value}" for option, value in site.overrides)
     wrapped = _wrapped(after, path)
     if wrapped is not None and _wrapped(before, path) is None:
@@ -94,8 +109,16 @@ def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
             yield f"{problem.severity.value}[{problem.code}]: {problem.what}"
 
 
-def _site(draft: Draft, path: str) -> MapSite | None:
-    return next((site for site in draft.maps if site.path == path), None)
+def _rewritten(draft: Draft, node: ModuleNode) -> Iterator[str]:
+    """What was made of targets that mean parameters of this module."""
+    for rewrite in draft.rewrites:
+        names = Names([rewrite.parameter])
+        if any(names.find(f"{node.path}.{name}") for name, _ in node.facts.params):
+            yield str(rewrite)
+
+
+def _sites(draft: Draft, path: str) -> list[MapSite]:
+    return [site for site in draft.maps if site.path == path]
 
 
 def _wrapped(draft: Draft, path: str) -> ModuleSite | None:
@@ -108,9 +131,10 @@ def _slots(site: MapSite | ModuleSite) -> str:
 
 def _verdict(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
     path = node.path
-    site = _site(draft, path)
-    if site is not None:
-        return f"Adapted: {sum(slot.numel for slot in site.slots if slot.trainable):,} trainable parameters."
+    sites = _sites(draft, path)
+    if sites:
+        number = sum(slot.numel for site in sites for slot in site.slots if slot.trainable)
+        return f"Adapted: {number:,} trainable parameters."
     wrapped = _wrapped(draft, path)
     if wrapped is not None:
         number = sum(slot.numel for slot in wrapped.slots if slot.trainable)
@@ -119,10 +143,11 @@ def _verdict(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
         return "Not adapted: it is trained whole (modules_to_save)."
     if path in draft.targets:
         return "Not adapted: it was meant, but there is a problem."
-    if path in draft.dropped:
-        return f"Not adapted: {draft.dropped[path]}."
-    sites = [*(s.path for s in draft.maps), *(s.path for s in draft.modules)]
-    below = [site for site in sites if site.startswith(f"{path}.") or not path]
+    dropped = [own for own in (path, *(f"{path}.{name}" for name, _ in node.facts.params)) if own in draft.dropped]
+    if dropped:
+        return f"Not adapted: {draft.dropped[dropped[0]]}."
+    adapted = [*(s.path for s in draft.maps), *(s.path for s in draft.modules)]
+    below = [site for site in adapted if site.startswith(f"{path}.") or not path]
     if below:
         return f"Not adapted itself; adapted in it: {listed(below)}."
     return f"Not adapted: {_why_not(draft, node, graph)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peftc.compiler import checks, defaults, modules, prompts, select, sites
+from peftc.compiler import checks, defaults, former, modules, prompts, select, sites
 from peftc.compiler.draft import Context, Draft, option
 from peftc.compiler.match import Names, is_all_linear, matches, shortened
 from peftc.config.mixins import LayersMixin
@@ -28,7 +28,8 @@ def record_targets(draft: Draft, context: Context) -> Draft:
     changes: dict[str, Any] = {}
     if is_all_linear(targets):
         filtered = isinstance(draft.config, LayersMixin) and draft.config.layers_to_transform is not None
-        names = set(draft.targets) | (set() if filtered else set(draft.dropped))
+        dropped = draft.dropped.keys() - draft.former.keys()
+        names = set(draft.targets) | (set() if filtered else dropped)
         changes |= _spelled_out(draft, context, names)
     coupled = len(context.method.default_targets) > 1  # options that name some of the targets need the same spelling
     if isinstance(names, set) and len(names) >= _LONG_LIST and not coupled:
@@ -49,9 +50,11 @@ PASSES: tuple[Pass, ...] = (
     defaults.resolve_defaults,
     select.add_task_heads,
     select.match_targets,
+    former.match_former,
     select.spare_saved,
     select.exclude,
     select.filter_layers,
+    former.settle_former,
     select.match_parameters,
     select.apply_patterns,
     select.find_dead_targets,

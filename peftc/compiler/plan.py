@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from peftc.compiler.rewrite import Rewrite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef
@@ -204,7 +205,8 @@ class AdapterPlan:
     """All that one adapter does. `config` is as given, with defaults resolved; it is what is saved.
 
     One that another adapter weighs is `needed_by` that, and read from `origin`; it comes and goes with it.
-    `notes` tell a reader what was decided that no option says.
+    `notes` tell a reader what was decided that no option says. `rewrites` say which targets
+    were given by former names.
     """
 
     name: str
@@ -218,6 +220,7 @@ class AdapterPlan:
     call: CallSite | None = None
     needed_by: str = ""
     origin: str = ""
+    rewrites: tuple[Rewrite, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

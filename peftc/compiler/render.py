@@ -50,7 +50,15 @@ def _adapter(adapter: AdapterPlan, active: bool, paint: Paint) -> str:
     rows = [*_site_rows(adapter.sites, with_reason=len(reasons) > 1), *_other_rows(adapter)]
     heads = ("module", "", "layer", "adds", "trainable", "why")
     notes = [paint(_wrapped(note, 100), "dim") for note in adapter.notes]
-    return "\n".join([title, *notes, _table(rows, heads, paint)])
+    told = [_rewritten(adapter, paint)] if adapter.rewrites else []
+    return "\n".join([title, *notes, _table(rows, heads, paint), *told])
+
+
+def _rewritten(adapter: AdapterPlan, paint: Paint) -> str:
+    """Which targets were given by names that layers had before they were fused, and what they are now."""
+    told = "; ".join(str(rewrite) for rewrite in adapter.rewrites if rewrite.layers)
+    told = told or "experts and routers that are parameters"
+    return f"{paint('rewritten '.ljust(10), 'dim')}{paint(_wrapped(told))}"
 
 
 _Row = tuple[str, str, str, str, str, str]

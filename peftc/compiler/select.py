@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, listed, option
+from peftc.compiler.former import FormerTarget, adapts_experts, divided_by, finder, former_paths, means_fused
 from peftc.compiler.match import ALL_LINEAR, Deadline, Layers, Names, Pattern, PatternKeys, is_all_linear
 from peftc.config.mixins import LayersMixin, TargetNamesMixin
 from peftc.config.types import TaskType
@@ -124,21 +126,22 @@ def exclude(draft: Draft, context: Context) -> Draft:
 
 def _exclude(draft: Draft, context: Context, excluded: set[str] | str) -> Draft:
     where = context.where("exclude_modules")
-    dropped: dict[str, str] = {}
-    if isinstance(excluded, str):
-        pattern = Pattern(excluded, Deadline(), where)
-        dropped = {
-            path: "excluded by the pattern in exclude_modules" for path in draft.targets if pattern.matches(path)
-        }
-        dead = set() if dropped else {excluded}
-    else:
-        names = Names(excluded)
-        found = {path: entries for path in draft.targets if (entries := names.find(path))}
-        dropped = {path: f"excluded by `{entries[0]}` in exclude_modules" for path, entries in found.items()}
-        dead = excluded - {entry for entries in found.values() for entry in entries}
-    problems = (
-        [_dead_exclude(entry, draft, context) for entry in sorted(dead - context.allowed)] if draft.targets else []
-    )
+    dead = {excluded} if isinstance(excluded, str) else set(excluded)
+    find, every_expert = finder(excluded, where)
+    found = {path: entries for path in draft.targets if (entries := find(path))}
+    found |= {
+        path: meaning.entries
+        for path, target in draft.former.items()
+        if path in draft.targets and (meaning := target.excluded(find, every_expert)).is_whole
+    }
+    dead -= {entry for entries in found.values() for entry in entries}
+    by = "the pattern" if isinstance(excluded, str) else ""
+    dropped = {path: f"excluded by {by or f'`{entries[0]}`'} in exclude_modules" for path, entries in found.items()}
+    divided = list(divided_by(draft, find, every_expert, where))
+    dead = set() if divided and isinstance(excluded, str) else dead - {e for _, entries in divided for e in entries}
+    problems = [problem for problem, _ in divided]
+    if draft.targets:
+        problems += [_dead_exclude(entry, draft, context) for entry in sorted(dead - context.allowed)]
     return draft.without(dropped).told(*problems)
 
 
@@ -281,13 +284,14 @@ def find_dead_targets(draft: Draft, context: Context) -> Draft:
         return draft
     if any(problem.code in _PATTERN_CODES for problem in draft.problems):
         return draft  # what a broken pattern would have matched is not known
-    if not draft.targets and not (draft.parameters and not draft.dropped):
+    if not draft.targets and not (draft.parameters and not draft.dropped.keys() - draft.former.keys()):
         draft = draft.told(_no_match(draft, context, config.target_modules))
         if not draft.dropped:
             return draft  # which names every entry
     if not isinstance(config.target_modules, set) or draft.source == ALL_LINEAR:
         return draft
     alive = {entry for entries in draft.targets.values() for entry in entries}
+    alive |= {entry for target in draft.former.values() for entry in target.meaning.entries}
     dead = config.target_modules - alive - context.allowed
     if not draft.targets:
         names = Names(dead)
@@ -320,9 +324,21 @@ def _dead_target(entry: str, draft: Draft, context: Context) -> Diagnostic:
         reason = Counter(lost.values()).most_common(1)[0][0]
         what, fix = f"`{entry}` means {listed(lost)}, left alone: {reason}", f"Remove `{entry}`, or what takes it away."
         return rules.DEAD_TARGET(what, fix=fix, where=where, severity=Severity.WARNING)
+    fused = means_fused(entry, context.graph)
+    if fused is not None:
+        return _not_for_experts(entry, fused, context)
     hint = did_you_mean(entry, _endings(_supported(context))) or f"The model has {adaptable(context.graph)}."
     severity = context.dead if draft.source == "target_modules" else Severity.WARNING
     return rules.DEAD_TARGET(f"No module is called `{entry}`", fix=hint, where=where, severity=severity)
+
+
+def _not_for_experts(entry: str, fused: FormerTarget, context: Context) -> Diagnostic:
+    """An entry that means layers which are a parameter now, for a method that adapts no parameters."""
+    what = (
+        f"`{entry}` is a part of the parameter `{fused.path}` now, and {context.method.peft_type} adapts no parameters"
+    )
+    fix = "Leave it out, or use a method that adapts experts: `peftc methods` says which do."
+    return rules.BAD_TARGET(what, why="", fix=fix, where=context.where("target_modules", entry))
 
 
 def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagnostic:
@@ -333,6 +349,9 @@ def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagno
         return rules.NO_MATCH(f"All {len(draft.dropped):,} targets are left alone: {reasons}", fix=fix, where=where)
     has = f"The model has {adaptable(context.graph)}."
     if not isinstance(targets, str):
+        fused = [(entry, found) for entry in sorted(targets) if (found := means_fused(entry, context.graph))]
+        if fused:
+            return _not_for_experts(*fused[0], context)
         hints = [did_you_mean(entry, _endings(_supported(context))) for entry in sorted(targets)[:5]]
         told = listed(sorted(targets)) or "The empty list"
         fix = " ".join([*dict.fromkeys(hint for hint in hints if hint), has])
@@ -349,7 +368,8 @@ def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagno
 
 def _supported(context: Context) -> Iterable[str]:
     """Paths of layers that have a kind."""
-    return (node.path for node in context.graph.nodes if node.facts.kind is not Kind.OTHER and node.path)
+    own = (node.path for node in context.graph.nodes if node.facts.kind is not Kind.OTHER and node.path)
+    return chain(own, former_paths(context.graph)) if adapts_experts(context) else own
 
 
 def _endings(paths: Iterable[str]) -> Collection[str]:

@@ -23,6 +23,7 @@ from peftc.compiler.plan import (
     SaveSite,
     TrainSite,
 )
+from peftc.compiler.rewrite import Rewrite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
@@ -145,6 +146,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
         **({"modules": _modules_to_json(adapter.modules)} if adapter.modules else {}),
         **({"call": _call_to_json(adapter.call)} if adapter.call is not None else {}),
+        **({"rewrites": [_rewrite_to_json(item) for item in adapter.rewrites]} if adapter.rewrites else {}),
         **({"needed_by": adapter.needed_by, "origin": adapter.origin} if adapter.needed_by else {}),
         **({"notes": list(adapter.notes)} if adapter.notes else {}),
     }
@@ -173,7 +175,22 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         needed_by=data.get("needed_by", ""),
         origin=data.get("origin", ""),
         notes=tuple(data.get("notes", ())),
+        rewrites=tuple(_rewrite_from_json(item) for item in data.get("rewrites", ())),
     )
+
+
+def _rewrite_to_json(rewrite: Rewrite) -> dict[str, Any]:
+    return {
+        "entries": list(rewrite.entries),
+        "layers": list(rewrite.layers),
+        "parameter": rewrite.parameter,
+        "options": [list(change) for change in rewrite.options],
+    }
+
+
+def _rewrite_from_json(data: Mapping[str, Any]) -> Rewrite:
+    options = tuple((name, before, now) for name, before, now in data["options"])
+    return Rewrite(tuple(data["entries"]), tuple(data["layers"]), data["parameter"], options)
 
 
 _Kind = tuple[LayerFacts, PeftConfig, tuple[Slot, ...], str, str, tuple[tuple[str, Any], ...], Role | None]

@@ -111,7 +111,9 @@ def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator
             raise PeftcError(rules.BAD_TARGET(what, why=why, fix=f"Remove `{entry}`.", where=where))
         kind = declarer.kind_of(node.of_parameter(name, facts))
         kind.count += 1
-        site = MapSite(path, facts, kind.config, (), kind.dtype, entry, kind.overrides, node.role, name, after[path])
+        meant = draft.former.get(f"{path}.{name}")
+        why = entry if meant is None else ", ".join(meant.meaning.entries)
+        site = MapSite(path, facts, kind.config, (), kind.dtype, why, kind.overrides, node.role, name, after[path])
         yield site, kind
 
 
@@ -284,7 +286,8 @@ def _dropping(tuner: MapTuner[Any], config: PeftConfig, path: str) -> Iterator[D
     """Experts are adapted through their weights: the inputs that an adapter would drop are not seen."""
     if tuner.dropout(config) > 0:
         what = f"The options drop inputs of layers; `{path}` is adapted through its weights, and has none"
-        yield rules.BAD_TARGET(what, fix="Set the dropout to 0, or leave `target_parameters` out.", where=path)
+        fix = "Set the dropout to 0, or leave such parameters out: of `target_parameters`, or by `exclude_modules`."
+        yield rules.BAD_TARGET(what, fix=fix, where=path)
 
 
 def _is_in_the_way(node: ModuleNode, context: Context) -> str:

@@ -20,8 +20,9 @@ from peftc.graph.former import FormerLayers, FormerNames
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Version of the JSON form; a file of another version is not read.
+#: Version of the JSON form. Files of version 1, which knew no former names, are read as well.
 GRAPH_VERSION = 2
+_READ = (1, 2)
 
 
 class Kind(StrEnum):
@@ -102,6 +103,10 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 
 
+#: Dtypes of weights that are numbers as they stand.
+_PLAIN_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
     """What a method may know about a layer when it declares its slots: everything but the place.
@@ -170,6 +175,14 @@ class ModuleNode:
     @property
     def name(self) -> str:
         return self.path.rpartition(".")[2]
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it routes by a weight (experts, hidden) of its own: what was a linear layer and is a class of its own."""
+        weight = self.facts.weight
+        if self.role is not Role.ROUTER or self.facts.kind is not Kind.OTHER or weight is None:
+            return False
+        return len(weight.shape) == 2 and weight.dtype in _PLAIN_DTYPES  # others are packed
 
     def of_parameter(self, name: str, facts: LayerFacts) -> ModuleNode:
         """One of the module's parameters, of which these are the facts, as if it were a module."""
@@ -255,6 +268,7 @@ class ModuleGraph:
         data = self.to_json()
         del data["model"]["name_or_path"]
         del data["former"]
+        data["version"] = _READ[0]  # since when what is left has been as it is
         data["nodes"] = [[path, index] for path, index, _, _ in data["nodes"]]
         data["facts"] = [{key: value for key, value in facts.items() if key != "note"} for facts in data["facts"]]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -287,7 +301,7 @@ class ModuleGraph:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModuleGraph:
         """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on data of another form."""
-        if data["version"] != GRAPH_VERSION:
+        if data["version"] not in _READ:
             raise ValueError(f"graph version {data['version']} is not known")
         table = [facts_from_json(item) for item in data["facts"]]
         nodes = tuple(
@@ -295,7 +309,7 @@ class ModuleGraph:
             for path, index, role, block in data["nodes"]
         )
         ties = tuple(tuple(group) for group in data["ties"])
-        former = tuple(FormerLayers(module, name, tuple(layers)) for module, name, layers in data["former"])
+        former = tuple(FormerLayers(module, name, tuple(layers)) for module, name, layers in data.get("former", ()))
         return cls(ModelFacts(**data["model"]), nodes, ties, former)
 
 

@@ -132,10 +132,22 @@ def _definitions() -> dict[str, Schema]:
             call=_ref("call"),
             needed_by={**_TEXT, "description": "The adapter that weighs this one; missing if there is none."},
             origin={**_TEXT, "description": "Where this one is read from, if it is weighed."},
+            rewrites=_list(_rewrite(), "Targets that were given by former names; missing if there are none."),
             notes=_list(_TEXT, "What was decided that no option says; missing if nothing was."),
-            optional=("modules", "call", "needed_by", "origin", "notes"),
+            optional=("modules", "call", "needed_by", "origin", "rewrites", "notes"),
         ),
     }
+
+
+def _rewrite() -> Schema:
+    change = _row("An option that is not that of one layer.", ("option", _TEXT), ("before", {}), ("now", {}))
+    return _object(
+        "Targets by the names of layers that became one parameter.",
+        entries=_list(_TEXT, "Entries of the config."),
+        layers=_list(_TEXT, "Names of the layers, in the order of their rows; empty if it was always a parameter."),
+        parameter={**_TEXT, "description": "What it is called now, as in `target_parameters`."},
+        options=_list(change),
+    )
 
 
 def _call() -> Schema:

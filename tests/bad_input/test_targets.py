@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import checks, defaults, drift, explain, match, of_spec, prompts, select, serial, sites
+from peftc.compiler import checks, defaults, drift, explain, former, match, of_spec, prompts, select, serial, sites
 from peftc.compiler import compile as compiler
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.sections import BaseSection, ChecksSection
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import Diagnostic, NoMatchingPeftModuleError, PeftcError, PeftError, Rule, Severity
-from peftc.graph.nodes import Kind
+from peftc.graph.former import FormerLayers
+from peftc.graph.nodes import EXPERT_KINDS, Kind
 from peftc.registry import boundary
+from peftc.registry.manager import default_registry
 from tests.defects import put_defect
 from tests.unit import plans
 from tests.unit.plans import PromptConfig, SampleConfig, and_modules, container, decoder, experts, facts, linear
@@ -118,21 +120,39 @@ def read(change: Callable[[dict[str, Any]], None], sign: bool = True) -> Callabl
     return act
 
 
+def fused(*targets: str) -> Callable[[], InjectionPlan]:
+    """An adapter of a method that adapts experts, on a model that has them fused."""
+
+    def act() -> InjectionPlan:
+        known = default_registry()
+        able = (known.get(name) for name in known.names if not EXPERT_KINDS.isdisjoint(known.get(name).supports))
+        method = next(method for method in able if "target_parameters" in method.config.model_fields)
+        return compiler.compile_plan(FUSED, {"default": method.config(target_modules=set(targets))})
+
+    return act
+
+
 HYBRID = and_modules(decoder(2), {"model.layers.2.mixer.in_proj": linear(8, 8)})
 MAMBA = and_modules(decoder(), {"model.layers.0.mixer.out_proj": linear(8, 8)}, model_type="mamba")
 VISION = and_modules(decoder(), {"vision.layers.0.q_proj": linear(8, 8)})
 MIXED = and_modules(decoder(), experts())
 NO_ROLES = plans.graph_of({"layers.0.mixer": linear(8, 8)})
+FUSED = replace(
+    MIXED,
+    former=(
+        FormerLayers("model.layers.*.mlp.experts", "up", ("layers.*.moe.{expert}.w1", "layers.*.moe.{expert}.w3")),
+    ),
+)
 CLASSIFIER = and_modules(decoder(), {"classifier": linear(8, 2)})
 
 CASES: dict[str, Case] = {
     "nothing matches": Case(
         rules.NO_MATCH, plan(target_modules=["q_porj"]), ("`q_porj`", "Did you mean `q_proj`", "$.adapters.default.target_modules"),
-        (select, "    if not draft.targets and not (draft.parameters and not draft.dropped):\n        draft = draft.told(_no_match", "    if False:\n        draft = draft.told(_no_match"),
+        (select, "    if not draft.targets and not (draft.parameters and not draft.dropped.keys() - draft.former.keys()):\n        draft = draft.told(_no_match", "    if False:\n        draft = draft.told(_no_match"),
     ),
     "empty list": Case(
         rules.NO_MATCH, plan(target_modules=[]), ("The empty list", "`q_proj`"),
-        (select, "    if not draft.targets and not (draft.parameters and not draft.dropped):\n        draft = draft.told(_no_match", "    if draft.source == '':\n        draft = draft.told(_no_match"),
+        (select, "    if not draft.targets and not (draft.parameters and not draft.dropped.keys() - draft.former.keys()):\n        draft = draft.told(_no_match", "    if draft.source == '':\n        draft = draft.told(_no_match"),
     ),
     "a name as a string": Case(
         rules.NO_MATCH, plan(target_modules="q_proj"), ("regular expression over the full path", "[q_proj]"),
@@ -208,7 +228,7 @@ CASES: dict[str, Case] = {
     ),
     "an exclusion pattern without effect": Case(
         rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules="v_proj"), ("The pattern `v_proj`",),
-        (select, "dead = set() if dropped else {excluded}", "dead = set()"),
+        (select, "dead = {excluded} if", "dead = set() if"),
     ),
     "a dead pattern key": Case(
         rules.DEAD_PATTERN, plan(options=STRICT, rank_pattern={"v_proj": 3}), ("`v_proj` in `rank_pattern`", "`q_proj`"),
@@ -298,6 +318,14 @@ CASES: dict[str, Case] = {
     "experts as parameters": warned(
         rules.EXPERTS_MISSED, plan(MIXED, target_modules=["up_proj"]), ("1,024 parameters in `model.layers.0.mlp.experts`",),
         (checks, "    if not missed or not wanted:", "    if True:"),
+    ),
+    "a part of a fused weight": Case(
+        rules.PART_OF_FUSED, fused("w1"), ("`w1` is a part of `model.layers.0.mlp.experts.up`", "`w3`"),
+        (former, "if target.meaning.missing or target.meaning.uneven", "if False"),
+    ),
+    "some experts of a fused weight": Case(
+        rules.PART_OF_FUSED, fused("moe.1.w1", "moe.1.w3"), ("some of the experts",),
+        (former, "if target.meaning.missing or target.meaning.uneven", "if target.meaning.missing"),
     ),
     "layers of another kind": warned(
         rules.UNEVEN_COVERAGE, plan(HYBRID), ("1 of 3 layers", "`model.layers.2.mixer.in_proj`"),
