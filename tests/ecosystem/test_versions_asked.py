@@ -148,3 +148,30 @@ def test_no_magnitude_is_lost_when_transformers_loads_an_adapter(tmp_path: Path)
     done = python("-c", LOADS, str(tmp_path / "adapter"), "magnitudes")
     refused = done.stdout == f"{rules.OPTION_NOT_AVAILABLE.code} []\n"
     assert refused or done.stdout == f"loaded {json.dumps([[], []])}\n[24.0]\n", done.stdout + done.stderr
+
+
+LOSES = """
+import sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def base():
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return LlamaForCausalLM(config)
+
+def magnitudes(model):
+    return [p for n, p in model.named_parameters() if "magnitude" in n]
+
+model = get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+magnitudes(model)[0].data.fill_(3.0)
+model.save_pretrained(sys.argv[1])
+again = base()
+again.load_adapter(sys.argv[1])
+print(len(magnitudes(again)), magnitudes(again)[0].eq(3.0).any().item())
+"""
+
+
+def test_the_reference_loses_magnitudes_when_transformers_loads_an_adapter(tmp_path: Path) -> None:
+    """A row of docs/reference-bugs.md."""
+    done = python("-c", LOSES, str(tmp_path / "adapter"))
+    assert done.stdout == "1 False\n", done.stdout + done.stderr
