@@ -161,14 +161,14 @@ NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that
 TASK_MISFIT = Rule(
     "PC433", "Task does not fit the model", "The virtual tokens would go to inputs that it does not have."
 )
-PART_OF_FUSED = Rule(
-    "PC447", "Part of a fused weight", "Layers that became one tensor can be adapted together only, at one scale."
-)
 BLOCKS_ADJUSTED = Rule(
     "PC446",
     "Size of blocks adjusted",
     "Blocks have to divide the features of each layer, so the nearest size that does is taken.",
     WARNING,
+)
+PART_OF_FUSED = Rule(
+    "PC447", "Part of a fused weight", "Layers that became one tensor can be adapted together only, at one scale."
 )
 
 # PC5xx: running models ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from peftc.graph.nodes import EXPERT_KINDS, LINEAR_KINDS
 from peftc.registry.manager import default_registry
 from peftc.runtime.snapshot import snapshot
 from tests.e2e.pairs import moved
-from tests.integration.mixtures import MIXTURES, logits
+from tests.methods.mixtures import MIXTURES, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
