@@ -206,7 +206,9 @@ class _Declarer:
             with boundary(method, "slots", node.path):
                 slots = kind.tuner.slots(kind.config, node.facts) if declared is None else declared
                 kind.slots = tuple(slots)
-            check_slots(kind.slots, self._context, node.path)
+            check_slots(
+                kind.slots, self._context, node.path, empty=0 in (node.facts.in_features, node.facts.out_features)
+            )
             kind.shares = any(slot.share for slot in kind.slots)
             with boundary(method, "check", node.path):
                 kind.problems = tuple(kind.tuner.check(kind.config, node.facts, node.path))
@@ -240,10 +242,13 @@ def slot_dtype(weight: str, autocast: bool) -> str:
     return weight if weight in ("float32", "float64", "complex64", "complex128") else "float32"
 
 
-def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None) -> None:
-    """Hold a method to its contract. Raises `PeftcError` naming what is wrong with its slots."""
-    name = context.method.peft_type
-    wrong = [f"`{s.name}` has the shape {list(s.shape)}" for s in slots if any(size < 1 for size in s.shape)]
+def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, empty: bool = False) -> None:
+    """Hold a method to its contract; `empty` layers, without an input or output, may have slots without content.
+
+    Raises `PeftcError` naming what is wrong with its slots.
+    """
+    name, least = context.method.peft_type, 0 if empty else 1
+    wrong = [f"`{s.name}` has the shape {list(s.shape)}" for s in slots if any(size < least for size in s.shape)]
     if not context.method.is_prompt:
         named = [slot for slot in slots if slot.saved and not slot.derived]
         stray = [slot.name for slot in named if not slot.name.startswith(context.method.prefix)]

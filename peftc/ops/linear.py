@@ -57,7 +57,7 @@ class _LinearLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, A, B, h = ctx.saved_tensors
         need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grad.reshape(h.shape[1], grad.shape[-1])
         grad_h, grad_A, grad_B = factor_gradients(rows, x, A, B, h, ctx.scale, need_A, need_B)
         grad_x = torch.mm(rows, weight).addmm_(grad_h.t(), A).view(x.shape) if need_x else None
         return grad_x, None, None, grad_A, grad_B, None

@@ -47,7 +47,7 @@ def down(x: Tensor, A: Tensor) -> Tensor:
 
 def add_update(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
     """`y += scale · h^T B^T`, in place, for y `(..., out)` and h `(r, tokens)`."""
-    rows = y.view(-1, y.shape[-1])
+    rows = y.view(h.shape[1], y.shape[-1])  # told in full: a layer may have no output
     if y.dtype == h.dtype == B.dtype:
         rows.addmm_(h.t(), B.t(), alpha=scale)
     else:
@@ -69,7 +69,7 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
         x, A, B, h = ctx.saved_tensors
         _, need_x, need_A, need_B, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1]).to(B.dtype)
+        rows = grad.reshape(h.shape[1], grad.shape[-1]).to(B.dtype)
         grad_h, grad_A, grad_B = factor_gradients(rows, x, A, B, h, ctx.scale, need_A, need_B)
         grad_x = torch.mm(grad_h.t(), A).view(x.shape).to(x.dtype) if need_x else None
         return grad, grad_x, grad_A, grad_B, None
