@@ -67,9 +67,11 @@ class Reason:
 
 
 def _same_if_told(difference: Difference) -> bool:
-    """The reference, asked with the targets that we found, trains the same."""
+    """The reference, asked with the targets that we found, trains the same, experts aside where it does not know them."""
     told = difference.theirs.get("given", {})
-    return bool(difference.ours.get("resolved")) and told.get("trained") == difference.ours.get("trained")
+    trained = difference.ours.get("trained", {})
+    known = {name: shape for name, shape in trained.items() if not _EXPERTS.search(name)}
+    return bool(difference.ours.get("resolved")) and told.get("trained") in (trained, known)
 
 
 def _more_if_told(difference: Difference) -> bool:
@@ -91,13 +93,16 @@ def _lost(difference: Difference) -> frozenset[str]:
     return frozenset(path for path in difference.only_ours if not _EXPERTS.search(path)) if rewritten else frozenset()
 
 
-def _routed(difference: Difference) -> frozenset[str]:
-    return frozenset(path for path in difference.only_theirs if _EXPERTS.search(path) or _ROUTER.search(path))
+def _unknown(difference: Difference) -> frozenset[str]:
+    """Experts and routers, in a model of which the reference adapts none."""
+    if any(_EXPERTS.search(name) for name in difference.theirs.get("trained", {})):
+        return frozenset()
+    return frozenset(path for path in difference.only_ours if _EXPERTS.search(path) or _ROUTER.search(path))
 
 
 def _noted(difference: Difference) -> frozenset[str]:
     found = frozenset(path for path in difference.only_theirs if path in difference.noted)
-    return found - _convolutions(difference) - _routed(difference)
+    return found - _convolutions(difference)
 
 
 def _convolutions(difference: Difference) -> frozenset[str]:
@@ -158,10 +163,10 @@ REASONS: tuple[Reason, ...] = (
         explains=_lost,
     ),
     Reason(
-        "Routed experts",
-        "The reference rewrites the targets for experts that transformers 5 fuses, and adapts routers. Here "
-        "`target_parameters` does.",
-        explains=_routed,
+        "Experts of families that the reference does not know",
+        "transformers fuses the experts of this family or makes its router a module of its own, and the reference has no names "
+        "for them: it leaves them out without a word. Here they are adapted.",
+        explains=_unknown,
     ),
     Reason(
         "Layers with a forward of their own",
@@ -174,11 +179,6 @@ REASONS: tuple[Reason, ...] = (
         "The reference spells `all-linear` out as names before it rewrites them for experts, and convolutions with such a name "
         "are adapted as well. Here `all-linear` means linear layers.",
         explains=_convolutions,
-    ),
-    Reason(
-        "Layers without outputs",
-        "A linear layer with 0 outputs, which the reference gives an adapter without effect.",
-        holds=lambda difference: "PC204" in str(difference.ours.get("refused", "")),
     ),
 )
 

@@ -326,19 +326,23 @@ def _dead_target(entry: str, draft: Draft, context: Context) -> Diagnostic:
         return rules.DEAD_TARGET(what, fix=fix, where=where, severity=Severity.WARNING)
     fused = means_fused(entry, context.graph)
     if fused is not None:
-        return _not_for_experts(entry, fused, context)
+        asked = draft.source == "target_modules"
+        return _not_for_experts(entry, fused, context, Severity.ERROR if asked else Severity.WARNING)
     hint = did_you_mean(entry, _endings(_supported(context))) or f"The model has {adaptable(context.graph)}."
     severity = context.dead if draft.source == "target_modules" else Severity.WARNING
     return rules.DEAD_TARGET(f"No module is called `{entry}`", fix=hint, where=where, severity=severity)
 
 
-def _not_for_experts(entry: str, fused: FormerTarget, context: Context) -> Diagnostic:
-    """An entry that means layers which are a parameter now, for a method that adapts no parameters."""
+def _not_for_experts(
+    entry: str, fused: FormerTarget, context: Context, severity: Severity = Severity.ERROR
+) -> Diagnostic:
+    """An entry that means layers which are a parameter now, for a method that adapts no parameters: only a remark, where the
+    entry is a default that other layers have as well."""
     what = (
         f"`{entry}` is a part of the parameter `{fused.path}` now, and {context.method.peft_type} adapts no parameters"
     )
     fix = "Leave it out, or use a method that adapts experts: `peftc methods` says which do."
-    return rules.BAD_TARGET(what, why="", fix=fix, where=context.where("target_modules", entry))
+    return rules.BAD_TARGET(what, why="", fix=fix, where=context.where("target_modules", entry), severity=severity)
 
 
 def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagnostic:

@@ -281,7 +281,7 @@ CASES: dict[str, Case] = {
     ),
     "slots without size": Case(
         rules.PLUGIN_INVALID, plan(fail="shape"), ("`sample_B` has the shape [8, 0]",),
-        (sites, "if any(size < 1 for size in s.shape)]", "if False]"),
+        (sites, "if any(size < least for size in s.shape)]", "if False]"),
     ),
     "a module to save that is not there": Case(
         rules.DEAD_SAVE, plan(options=STRICT, modules_to_save=["lm_haed"]), ("`lm_haed`", "Did you mean `lm_head`", "modules_to_save.lm_haed"),
