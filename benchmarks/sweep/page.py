@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
@@ -90,10 +91,15 @@ def _unexplained(sweep: Sweep) -> Iterator[str]:
 def _failed(sweep: Sweep) -> Iterator[str]:
     yield "## Not built"
     yield "transformers does not build these from the defaults of their config class, whatever adapts them."
-    rows = [[f"`{kind}`", said.replace("|", "/")] for kind, said in sorted(sweep.failed.items())]
+    rows = [[f"`{kind}`", _told(said)] for kind, said in sorted(sweep.failed.items())]
     yield _table(["type", "what transformers says"], rows)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _told(said: str) -> str:
+    """A message of transformers in one cell, without where it is installed."""
+    return re.sub(r" from '[^']*'?", "", said).replace("|", "/")
