@@ -421,10 +421,14 @@ def test_a_prompt_that_is_loaded_can_be_trained_on(tmp_path: Path) -> None:
 )
 def test_caches_that_the_reference_cannot_use(config: str, options: dict[str, Any]) -> None:
     call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "pad_token_id": 0}
-    with pytest.raises((KeyError, RuntimeError)):
-        prompted(peft, "llama", config).generate(**call, **options)
     ours = prompted(peftc, "llama", config)
-    assert torch.equal(ours.generate(**call, **options), ours.generate(**call))
+    expected = ours.generate(**call)
+    assert torch.equal(ours.generate(**call, **options), expected)
+    try:
+        found = prompted(peft, "llama", config).generate(**call, **options)
+    except (KeyError, RuntimeError):
+        return
+    assert not torch.equal(found, expected)  # since transformers 5.24 it leaves a prefix out
 
 
 def test_checkpointing_that_is_switched_on_later() -> None:
