@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,11 @@ def expected_parameters(plan: InjectionPlan) -> dict[str, Parameter]:
     """Shape, dtype and trainability of every parameter that the plan says the model will have, by name."""
     assert plan.graph is not None
     (adapter,) = plan.adapters
-    wrapped = {site.path for site in adapter.maps}
+    wrapped = Counter(site.path for site in adapter.maps)  # each parameter of a module that is adapted has a wrapper
     expected: dict[str, Parameter] = {}
     for name, tensor in plan.graph.parameters():
         owner, _, leaf = name.rpartition(".")
-        place = f"{owner}.base_layer.{leaf}" if owner in wrapped else name
+        place = f"{owner}{'.base_layer' * wrapped[owner]}.{leaf}" if owner in wrapped else name
         expected[adapter.root + place] = (tensor.shape, tensor.dtype, False)
     for parameter in plan.parameters():
         expected[parameter.name] = (parameter.shape, parameter.dtype, parameter.trainable)
