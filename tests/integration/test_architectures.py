@@ -48,8 +48,9 @@ def expected_parameters(plan: InjectionPlan) -> dict[str, Parameter]:
     wrapped = Counter(site.path for site in adapter.maps)  # each parameter of a module that is adapted has a wrapper
     expected: dict[str, Parameter] = {}
     for name, tensor in plan.graph.parameters():
-        owner, _, leaf = name.rpartition(".")
-        place = f"{owner}{'.base_layer' * wrapped[owner]}.{leaf}" if owner in wrapped else name
+        parts, place = name.split("."), ""
+        for count, part in enumerate(parts, 1):  # what is inside of a wrapped module is inside of its wrappers
+            place += part + ".base_layer" * wrapped[".".join(parts[:count])] + ("." if count < len(parts) else "")
         expected[adapter.root + place] = (tensor.shape, tensor.dtype, False)
     for parameter in plan.parameters():
         expected[parameter.name] = (parameter.shape, parameter.dtype, parameter.trainable)
