@@ -262,7 +262,7 @@ def test_slots_of_any_method_on_single_layers_are_stacked(method: TunerMethod, t
     assert set(back.config.target_modules) == {"w2"}
 
 
-@pytest.mark.parametrize("method", stackable(), ids=lambda method: method.peft_type)
+@pytest.mark.parametrize("method", stackable())
 def test_methods_that_cannot_join_layers_say_so(method: TunerMethod, tmp_path: Path) -> None:
     old = old_of_any_method(method, ("w1", "w3"))
     with pytest.raises(PeftcError, match=rf"{rules.CANNOT_JOIN.code}(?s:.*){method.peft_type} on `w1`, `w3`"):

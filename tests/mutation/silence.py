@@ -28,7 +28,7 @@ _LOCATE = "tests/unit/test_graph_locate.py::"
 
 PROVOKED = {
     "PICKLE_CONTENT": "tests/unit/test_checkpoint_pickled.py::test_what_is_no_plain_adapter_is_refused[a list]",
-    "CANNOT_JOIN": "tests/e2e/test_former_layers.py::test_methods_that_cannot_join_layers_say_so[LOHA]",
+    "CANNOT_JOIN": "tests/e2e/test_former_layers.py::test_methods_that_cannot_join_layers_say_so[method0]",
     "OPTION_NOT_AVAILABLE": (
         "tests/methods/test_refused_options.py::test_an_option_of_the_reference_that_is_not_there_yet[layer_replication]"
     ),
