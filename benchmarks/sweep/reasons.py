@@ -14,6 +14,8 @@ from typing import Any
 _ROOT = "base_model.model."
 _SLOT = re.compile(r"\.(lora_[AB]|ia3_l)\b.*$")
 _EXPERTS = re.compile(r"\.experts(\.|$)")
+#: An adapter on parameters that hold all experts, as the reference has one in families that it knows.
+_FUSED = re.compile(r"\.experts\.(base_layer\.)*(lora_[AB]|ia3_l)\b")
 _ROUTER = re.compile(r"\.(gate|router)(\.|$)")
 
 
@@ -95,7 +97,7 @@ def _lost(difference: Difference) -> frozenset[str]:
 
 def _unknown(difference: Difference) -> frozenset[str]:
     """Experts and routers, in a model of which the reference adapts none."""
-    if any(_EXPERTS.search(name) for name in difference.theirs.get("trained", {})):
+    if any(_FUSED.search(name) for name in difference.theirs.get("trained", {})):
         return frozenset()
     return frozenset(path for path in difference.only_ours if _EXPERTS.search(path) or _ROUTER.search(path))
 
