@@ -56,11 +56,7 @@ def fits(told: int, held: int, what: str) -> None:
     """Raise `PeftcError` unless what says so is about as many tokens, without virtual ones, as cache and input hold."""
     if told != held:
         what = f"{what} is about {told} tokens, cache and input hold {held}"
-        fix = (
-            "Give masks and positions for the whole input without virtual tokens, or none. If nothing of that kind was \
-given, this release of transformers prepares its steps in a way that is not known here: `use_cache=False` may help."
-        )
-        raise PeftcError(rules.STEP_UNFIT(what, fix=fix))
+        raise PeftcError(rules.STEP_UNFIT(what, fix=_UNKNOWN_STEPS))
 
 
 class Steps:
