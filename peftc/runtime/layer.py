@@ -18,14 +18,16 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import gated
 from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.storage import Dropout, Initializer, derived, drop, filled, find, view_class
 from peftc.runtime.stores import Stock
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
@@ -53,6 +55,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
 
     _path: Path
     _under: Under
@@ -72,7 +78,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
         self._first = _first_argument(type(self.get_base_layer()).forward)
-        #: the parameter that is adapted, where it is a single one of the module's
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
@@ -125,7 +130,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = _Dropout(self, p) if p > 0 else None
+        dropout = Dropout(self, p) if p > 0 and not site.parameter else None  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
@@ -298,21 +303,26 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
         return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
                 raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
@@ -471,7 +481,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _get_name(self) -> str:
         """How it is printed and reported: by method and kind of layer, as in the reference."""
         kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
-        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"
@@ -483,16 +494,3 @@ def _first_argument(forward: Callable[..., Any]) -> str:
     names = iter(inspect.signature(forward).parameters)
     next(names)
     return next(names, "")
-
-
-class _Dropout:
-    """Dropout that follows the layer's training mode, without a module whose name would be in the model."""
-
-    __slots__ = ("layer", "p")
-
-    def __init__(self, layer: nn.Module, p: float) -> None:
-        self.layer = layer
-        self.p = p
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.p, self.layer.training)

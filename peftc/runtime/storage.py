@@ -237,6 +237,19 @@ def filled(
     return made
 
 
+class Dropout:
+    """Dropout that follows the layer's training mode, without a module whose name would be in the model."""
+
+    __slots__ = ("layer", "p")
+
+    def __init__(self, layer: nn.Module, p: float) -> None:
+        self.layer = layer
+        self.p = p
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, self.layer.training)
+
+
 class Owner(Protocol):
     """What a view asks of its layer."""
 

@@ -16,7 +16,8 @@ _FLAG: Schema = {"type": "boolean"}
 _SIZE: Schema = {"type": "integer", "minimum": 0}
 _SHAPE: Schema = {"type": "array", "items": _SIZE}
 _PLACE = (("module", _TEXT), ("index in `kinds`", _SIZE))
-_PARAMETER = (("parameter", _TEXT), ("wrappers outside", _SIZE))
+_UNDER = ("path in memory, under wrappers of the adapter", _TEXT)
+_PARAMETER = (("parameter", _TEXT), ("wrappers outside", _SIZE), _UNDER)
 _DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 
 
@@ -79,15 +80,6 @@ def plan_schema() -> Schema:
 
 def _definitions() -> dict[str, Schema]:
     tensor = _row("A tensor.", ("name", _TEXT), ("shape", _SHAPE), ("dtype", _TEXT))
-    trained = _row(
-        "A base parameter that becomes trainable.",
-        ("module", _TEXT),
-        ("parameter", _TEXT),
-        ("shape", _SHAPE),
-        ("dtype", _TEXT),
-        ("in an adapted module", _FLAG),
-        ("reason", _TEXT),
-    )
     return {
         **_layer_definitions(),
         "tensor": tensor,
@@ -126,7 +118,7 @@ def _definitions() -> dict[str, Schema]:
                 "Adapted modules, in order.",
             ),
             saves=_list(_ref("save")),
-            trains=_list(trained),
+            trains=_list(_trained()),
             prompt=_or_null(_ref("prompt"), "Null for methods that change layers."),
             modules=_list(_ref("wrapped"), "Wrapped modules, in order; missing if there is none."),
             call=_ref("call"),
@@ -158,6 +150,20 @@ def _call() -> Schema:
         dtype=_TEXT,
         needs=_list(_TEXT, "Adapters that it weighs."),
         layers=_list(_TEXT, "Layers that those change, in the model's order."),
+    )
+
+
+def _trained() -> Schema:
+    return _row(
+        "A base parameter that becomes trainable.",
+        ("module", _TEXT),
+        ("parameter", _TEXT),
+        ("shape", _SHAPE),
+        ("dtype", _TEXT),
+        ("in an adapted module", _FLAG),
+        ("reason", _TEXT),
+        _UNDER,
+        optional=1,
     )
 
 
@@ -206,10 +212,7 @@ def _layer_definitions() -> dict[str, Schema]:
             share={**_TEXT, "description": "Layers with the same key have one tensor; missing if each has its own."},
             value={"type": "number", "description": "What a constant is filled with; missing for others."},
             home={**_TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
-            blocks={
-                "type": "integer",
-                "description": "Parts along the first dimension that are padded each by itself.",
-            },
+            blocks={**_SIZE, "description": "Parts along the first dimension; missing if there is one."},
         ),
         "kind": _object(
             "What adapted modules of one kind have in common.",
