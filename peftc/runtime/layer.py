@@ -27,7 +27,7 @@ from peftc.runtime.journal import Journal
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Dropout, Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.storage import Dropout, Initializer, derived, drop, filled, find, half_of, view_class
 from peftc.runtime.stores import Stock
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
@@ -102,7 +102,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init, helper = call(tuner.init), Initializer(self.pristine)
+        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
         stock = stock or Stock()
         shared = stock.found(site.slots)
         made = filled(
