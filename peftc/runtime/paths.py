@@ -346,30 +346,42 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
     running, pristine = opened(under)
+    trained = {
+        name: under.backend.to_logical(name, own)
+        for name, own in under.inner._parameters.items()
+        if own is not None and own.requires_grad
+    }
 
-    def fold(parts: Sequence[Part]) -> dict[str, Tensor]:
-        folded = _folded(under, parts, running, pristine)
-        before = {} if beyond is None else _folded(under, parts[:beyond], running, pristine)
+    def fold(parts: Sequence[Part], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        now = {**running, **trained}
+        folded = _folded(under, parts, now, pristine)
+        before = {} if beyond is None else _folded(under, parts[:beyond], now, pristine)
         return {name: tensor - before[name] if before else tensor for name, tensor in folded.items()}
 
     alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
     if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0], args[0].dtype):
-        return _linear_folded(fold, parts, args[0])
-    return under.backend.run(under.inner, fold(parts), args, kwargs)
+        return _linear_folded(fold, parts, args[0], trained)
+    return under.backend.run(under.inner, fold(parts, trained), args, kwargs)
 
 
-def _linear_folded(fold: Callable[[Sequence[Part]], Mapping[str, Tensor]], parts: Sequence[Part], x: Tensor) -> Tensor:
+def _linear_folded(
+    fold: Callable[[Sequence[Part], Mapping[str, Tensor]], Mapping[str, Tensor]],
+    parts: Sequence[Part],
+    x: Tensor,
+    trained: Mapping[str, Tensor],
+) -> Tensor:
+    """`trained` are parameters of the layer itself that train along, such as its bias."""
     slots = [part.view.tensors() for part in parts]
     parts = [part.fixed(part.view.training) for part in parts]  # backward folds as forward did
 
     def refold(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         rest = iter(tensors)
         over = [part.over({name: next(rest) for name in own}) for part, own in zip(parts, slots, strict=True)]
-        folded = fold(over)
+        folded = fold(over, dict(zip(trained, rest, strict=True)))
         weight, bias = folded["weight"], folded.get("bias")
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
-    return linear_folded(x, refold, [tensor for own in slots for tensor in own.values()])
+    return linear_folded(x, refold, [*(tensor for own in slots for tensor in own.values()), *trained.values()])
 
 
 def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -434,6 +446,9 @@ def _changed(
     if not tuner.lowerings & {"input", "output"}:
         what = f"{view.config.peft_type} says what it adds to an output, not how it changes the weight"
         fix = "Keep it beside the model, alone on its layer; the plugin would have to give `params` or `thin`."
+        if tuner.beside:
+            what = f"The update of `{part.path}` is no change of its weight: {tuner.beside}"
+            fix = "Keep the adapter beside the model, or exclude such layers when it is trained (`exclude_modules`)."
         raise PeftcError(rules.CANNOT_MERGE(what, fix=fix, where=part.path))
     changed = dict(p)
     if "input" in tuner.lowerings:

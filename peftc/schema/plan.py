@@ -190,7 +190,7 @@ def _layer_definitions() -> dict[str, Schema]:
         ),
         "slot": _object(
             "A tensor that the adapter adds to a layer.",
-            optional=("named", "derived", "share", "home", "value"),
+            optional=("named", "derived", "share", "home", "value", "blocks"),
             name=_TEXT,
             shape=_SHAPE,
             container={"enum": ["module", "parameter"]},
@@ -206,6 +206,10 @@ def _layer_definitions() -> dict[str, Schema]:
             share={**_TEXT, "description": "Layers with the same key have one tensor; missing if each has its own."},
             value={"type": "number", "description": "What a constant is filled with; missing for others."},
             home={**_TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
+            blocks={
+                "type": "integer",
+                "description": "Parts along the first dimension that are padded each by itself.",
+            },
         ),
         "kind": _object(
             "What adapted modules of one kind have in common.",
