@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+
+from peftc.limits import MOST_TOLD
 
 
 class Severity(StrEnum):
@@ -154,8 +156,15 @@ class Collector:
 
 
 def render(diagnostics: Iterable[Diagnostic]) -> str:
-    """Plain text, one block per diagnostic."""
-    return "\n".join(str(d) for d in diagnostics)
+    """Plain text, one block per diagnostic; of very many the first and their number."""
+    found = list(diagnostics)
+    more = [and_more(found)] if len(found) > MOST_TOLD else []
+    return "\n".join([*map(str, found[:MOST_TOLD]), *more])
+
+
+def and_more(found: Sized) -> str:
+    """The line after those that are shown."""
+    return f"… and {len(found) - MOST_TOLD:,} more"
 
 
 def warn(diagnostics: Iterable[Diagnostic]) -> None:

@@ -1,4 +1,4 @@
-"""JSON Schemas made from the configs, which are the one source: per method, for specs, and for plans.
+"""JSON Schemas made from the configs, which are the one source: per method and for specs; those of plans and graphs.
 
 The text is canonical (sorted keys, two spaces, newline at the end), so that a committed schema is compared byte by byte and
 a diff shows every change of the options. Types of other distributions get theirs the same way, at run time.
@@ -18,12 +18,13 @@ from peftc.config.docs import describe
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, did_you_mean
 from peftc.registry.manager import Registry
+from peftc.schema.graph import graph_schema
 from peftc.schema.plan import plan_schema
 from peftc.tuner.method import TunerMethod
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-SPEC, PLAN = "spec", "plan"
+SPEC, PLAN, GRAPH = "spec", "plan", "graph"
 
 #: The distribution whose schemas are committed.
 OWN = "peftc"
@@ -83,14 +84,15 @@ def bundled(registry: Registry) -> list[str]:
 
 def names(registry: Registry) -> list[str]:
     """Names of the schemas that are committed."""
-    return [*(peft_type.lower() for peft_type in bundled(registry)), PLAN, SPEC]
+    return [*(peft_type.lower() for peft_type in bundled(registry)), GRAPH, PLAN, SPEC]
 
 
 def schema_named(name: str, registry: Registry) -> Schema:
-    """The schema called `spec`, `plan`, or like a PEFT type in any case. Raises `PeftcError` for an unknown type."""
+    """The schema called `spec`, `plan`, `graph`, or like a PEFT type in any case. Raises `PeftcError` for an unknown type."""
     special: Mapping[str, Callable[[], Schema]] = {
         SPEC: lambda: spec_schema(registry),
         PLAN: lambda: _headed(plan_schema(), PLAN, "peftc plan: exactly what an adapter changes"),
+        GRAPH: lambda: _headed(graph_schema(), GRAPH, "peftc graph: the modules of a model, without its weights"),
     }
     make = special.get(name.lower())
     if make is not None:
