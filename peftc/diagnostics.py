@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
-from peftc.limits import MOST_TOLD
+from peftc.limits import MOST_SHOWN
 
 
 class Severity(StrEnum):
@@ -110,6 +110,10 @@ class ConfigError(PeftcError, TypeError, ValueError):
     """A config that cannot be made. Also a `TypeError`: other libraries catch that for an unknown keyword."""
 
 
+class MissingNameError(PeftcError, ImportError):
+    """A public name of a method that cannot be loaded. Also an `ImportError`, which is what `from peftc import …` may raise."""
+
+
 class NoMatchingPeftModuleError(PeftcError, ValueError):
     """An adapter that would be put on no module at all."""
 
@@ -158,13 +162,13 @@ class Collector:
 def render(diagnostics: Iterable[Diagnostic]) -> str:
     """Plain text, one block per diagnostic; of very many the first and their number."""
     found = list(diagnostics)
-    more = [and_more(found)] if len(found) > MOST_TOLD else []
-    return "\n".join([*map(str, found[:MOST_TOLD]), *more])
+    more = [and_more(found)] if len(found) > MOST_SHOWN else []
+    return "\n".join([*map(str, found[:MOST_SHOWN]), *more])
 
 
 def and_more(found: Sized) -> str:
     """The line after those that are shown."""
-    return f"… and {len(found) - MOST_TOLD:,} more"
+    return f"… and {len(found) - MOST_SHOWN:,} more"
 
 
 def warn(diagnostics: Iterable[Diagnostic]) -> None:

@@ -62,6 +62,8 @@ MAX_SLOTS = 1_000
 # What is told ---------------------------------------------------------------------------------------------------------
 #: Problems of one document that are told one by one; of the others only the number.
 MOST_TOLD = 50
+#: Problems that are shown in a terminal or in the text of an error, of however many documents.
+MOST_SHOWN = 100
 #: Lines of training data that are told one by one.
 MOST_LINES_TOLD = 20
 

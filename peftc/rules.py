@@ -165,6 +165,7 @@ NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that
 TASK_MISFIT = Rule(
     "PC433", "Task does not fit the model", "The virtual tokens would go to inputs that it does not have."
 )
+TENSOR_TOO_LARGE = Rule("PC434", "Adapter is too large", "No machine could hold such a tensor, nor count its numbers.")
 BLOCKS_ADJUSTED = Rule(
     "PC446",
     "Size of blocks adjusted",

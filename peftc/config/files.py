@@ -27,6 +27,7 @@ from peftc.config.reader import read_text
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Where, did_you_mean, nearest, warn
 from peftc.limits import MAX_JSON, MOST_TOLD
 from peftc.registry import origin
+from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
 
 if TYPE_CHECKING:
@@ -210,7 +211,9 @@ def check_config(
     elif stray := not_stored(model, data):
         return None, stray
     try:
-        return model.__pydantic_validator__.validate_python(dict(data)), warnings
+        return validated(model, data), warnings
+    except PeftcError as error:
+        return None, [*warnings, *(Problem((), told) for told in error.diagnostics)]
     except ValidationError as error:
         return None, [*warnings, *problems(error, data, models_below(model))]
 
@@ -221,10 +224,21 @@ def valid_config(data: Any, registry: Registry) -> PeftConfig | None:
     if isinstance(model, Problem) or not_stored(model, data):
         return None
     try:
-        config: PeftConfig = model.__pydantic_validator__.validate_python(dict(data))
-    except ValidationError:
+        return validated(model, data)
+    except (ValidationError, PeftcError):
         return None
-    return config
+
+
+def validated(model: type[PeftConfig], data: Mapping[str, Any]) -> PeftConfig:
+    """The config of plain data. Raises `ValidationError` for wrong options, and `PeftcError` if the class itself fails."""
+    with boundary(str(model.model_fields["peft_type"].default), "options"):
+        try:
+            config: PeftConfig = model.__pydantic_validator__.validate_python(dict(data))
+        except ValidationError as error:
+            wrong = error  # not a failure of the plugin
+        else:
+            return config
+    raise wrong
 
 
 def class_for(data: Any, registry: Registry) -> type[PeftConfig] | Problem:
@@ -271,7 +285,9 @@ def _without_unknown(model: type[PeftConfig], data: Mapping[str, Any]) -> tuple[
     kept: dict[str, Any] = {key: value for key, value in data.items() if key != _RUN_KEY}
     warnings = [_run_key()] if data.get(_RUN_KEY) is not None else []
     try:
-        model.__pydantic_validator__.validate_python(kept)
+        validated(model, kept)
+    except PeftcError:
+        pass  # told when the options are read in earnest
     except ValidationError as error:
         models_at = models_below(model)
         unknown = unknown_keys(error, kept)

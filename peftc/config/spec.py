@@ -30,7 +30,7 @@ from pydantic import (
 
 from peftc import rules
 from peftc.config.base import CONFIG_NAME, ConfigModel, PeftConfig
-from peftc.config.files import check_config, class_for, not_stored, place, valid_config
+from peftc.config.files import check_config, class_for, not_stored, place, valid_config, validated
 from peftc.config.kinds import kind_of, use_of
 from peftc.config.places import Document, Location
 from peftc.config.problems import ModelsAt, Problem, as_validation_error, by_place, models_below, problems
@@ -67,6 +67,13 @@ def _adapter_name(name: str) -> str:
     return name
 
 
+def _not_too_many(value: Any) -> Any:
+    """Says so at once, before any of the adapters is looked at."""
+    if isinstance(value, Mapping) and len(value) > MAX_ADAPTERS:
+        raise ValueError(f"has {len(value):,} adapters, more than {MAX_ADAPTERS}")
+    return value
+
+
 def _adapter(value: Any, handler: Any, info: ValidationInfo) -> PeftConfig:
     """An adapter's options, validated by the class that its type names."""
     if isinstance(value, PeftConfig):
@@ -80,8 +87,10 @@ def _adapter(value: Any, handler: Any, info: ValidationInfo) -> PeftConfig:
         stray = not_stored(model, value)
         if stray:
             raise as_validation_error(stray)
-    config: PeftConfig = model.__pydantic_validator__.validate_python(dict(value))
-    return config
+    try:
+        return validated(model, value)
+    except PeftcError as error:
+        raise as_validation_error(Problem((), told) for told in error.diagnostics) from error
 
 
 AdapterName = Annotated[str, AfterValidator(_adapter_name)]
@@ -101,7 +110,9 @@ class AdapterSpec(ConfigModel):
     """Version of the document's form: 1."""
     base: Annotated[BaseSection, BeforeValidator(section_of_word, json_schema_input_type=str | BaseSection)]
     """The base model: a section, or one word (hub id, `./folder`, `file.gguf`, `config.json`)."""
-    adapters: dict[AdapterName, AdapterConfig] = Field(min_length=1, max_length=MAX_ADAPTERS)
+    adapters: Annotated[
+        dict[AdapterName, AdapterConfig], Field(min_length=1, max_length=MAX_ADAPTERS), BeforeValidator(_not_too_many)
+    ]
     """Adapters by name, each with its `peft_type` and the options of that method."""
     active: list[str] | None = Field(default=None, min_length=1)
     """Names of the adapters that act and are trained; left out, the first one."""

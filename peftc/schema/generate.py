@@ -17,7 +17,8 @@ from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, did_you_mean
-from peftc.registry.manager import Registry
+from peftc.registry.boundary import boundary
+from peftc.registry.manager import OWN, Registry
 from peftc.schema.graph import graph_schema
 from peftc.schema.plan import plan_schema
 from peftc.tuner.method import TunerMethod
@@ -25,9 +26,6 @@ from peftc.tuner.method import TunerMethod
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 SPEC, PLAN, GRAPH = "spec", "plan", "graph"
-
-#: The distribution whose schemas are committed.
-OWN = "peftc"
 
 Schema = dict[str, Any]
 
@@ -49,7 +47,8 @@ class _Generator(GenerateJsonSchema):
 
 def structure_of(method: TunerMethod) -> Schema:
     """The schema of a config of one method, without texts: for validation."""
-    return _typed(method.config.model_json_schema(), method)
+    with boundary(method.peft_type, "options"):
+        return _typed(method.config.model_json_schema(), method)
 
 
 def structure_of_spec() -> Schema:
@@ -59,7 +58,8 @@ def structure_of_spec() -> Schema:
 
 def method_schema(method: TunerMethod) -> Schema:
     """The schema of a config of one method."""
-    schema = method.config.model_json_schema(schema_generator=_Generator)
+    with boundary(method.peft_type, "options"):
+        schema = method.config.model_json_schema(schema_generator=_Generator)
     return _headed(
         _typed(schema, method), method.peft_type.lower(), f"{method.peft_type}: {method.summary}".rstrip(": ")
     )

@@ -15,13 +15,14 @@ from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.config.files import class_for, place
 from peftc.config.kinds import kind_of
-from peftc.config.places import Document, Location
+from peftc.config.places import Document
 from peftc.config.problems import Problem, by_place, capped
 from peftc.config.spec import AdapterSpec, Reading, check_plain, is_config, read_spec
 from peftc.diagnostics import Diagnostic, Severity, Where
 from peftc.limits import MAX_ADAPTERS
 from peftc.registry.manager import Registry, default_registry
 from peftc.schema.generate import structure_of, structure_of_spec
+from peftc.schema.parts import Schema
 from peftc.schema.structure import structure_problems
 
 #: A key or an index of a place as text.
@@ -47,7 +48,7 @@ def check_document(document: Document, registry: Registry | None = None) -> Verd
     registry = registry or default_registry()
     if is_config(document):
         config, told = check_plain(document, registry)
-        merged = _merge(document, told, list(_of_adapter(document.data, (), registry)))
+        merged = _merge(document, told, list(_of_adapter(document.data, registry, {})))
         return Verdict(document, merged, config=config)
     reading: Reading = read_spec(document, registry)
     structure = (
@@ -60,15 +61,20 @@ def _of_spec(data: Any, registry: Registry) -> Iterator[Problem]:
     yield from structure_problems(data, structure_of_spec())
     adapters = data.get("adapters") if isinstance(data, Mapping) else None
     if isinstance(adapters, Mapping) and len(adapters) <= MAX_ADAPTERS:
+        known: dict[str, Schema] = {}
         for name, options in adapters.items():
-            yield from _of_adapter(options, ("adapters", name), registry)
+            for problem in _of_adapter(options, registry, known):
+                yield Problem(("adapters", name, *problem.location), problem.diagnostic, problem.on_key)
 
 
-def _of_adapter(options: Any, location: Location, registry: Registry) -> Iterator[Problem]:
+def _of_adapter(options: Any, registry: Registry, known: dict[str, Schema]) -> Iterator[Problem]:
+    """What the schema of its method says; `known` keeps schemas that were made."""
     if isinstance(class_for(options, registry), Problem):
         return
-    for problem in structure_problems(options, structure_of(registry.get(options["peft_type"]))):
-        yield Problem((*location, *problem.location), problem.diagnostic, problem.on_key)
+    peft_type = options["peft_type"]
+    if peft_type not in known:
+        known[peft_type] = structure_of(registry.get(peft_type))
+    yield from structure_problems(options, known[peft_type])
 
 
 def _merge(document: Document, told: tuple[Diagnostic, ...], structure: list[Problem]) -> tuple[Diagnostic, ...]:

@@ -30,7 +30,7 @@ from peftc.config.reader import read_document
 from peftc.config.spec import load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Rule
 from peftc.registry import boundary as boundary_module
-from peftc.registry import manager
+from peftc.registry import contract, manager
 from peftc.registry.manager import Registry
 from peftc.schema import structure
 from peftc.schema.validate import check_document
@@ -224,9 +224,9 @@ CASES = {
     "a schema out of date": Case(rules.SCHEMA_DRIFT, stale_schema, "is not what the configs say", "plan.schema.json", cli_schema, "if committed == text:", "if True:"),
     # plugins
     "two claims": Case(rules.PLUGIN_CONFLICT, asked(claim("fake", "one"), claim("fake", "two")), "one from somebody 1.0; two from", "", manager, "if len(claims) > 1:", "if False:"),
-    "a blocked plugin": Case(rules.PLUGIN_BLOCKED, asked(claim("fake"), blocked=frozenset({"fake"})), "out of PEFTC_BLOCK", "", manager, "if claims[0].name in self.blocked:", "if False:"),
+    "a blocked plugin": Case(rules.PLUGIN_BLOCKED, asked(claim("fake"), blocked=frozenset({"fake"})), "out of PEFTC_BLOCK", "", manager, "if not claims and any(c.peft_type == peft_type for c in self.claims):", "if False:"),
     "a plugin that is not there": Case(rules.PLUGIN_BROKEN, asked(claim("fake", "no_such_module")), "ModuleNotFoundError", "", manager, "raise PeftcError(rules.PLUGIN_BROKEN(what, fix=fix)) from error", "raise"),
-    "a record without a prefix": Case(rules.PLUGIN_INVALID, broken_hook, "needs a `prefix`", "", manager, "and not (method.prefix and method.layer_names):", "and False:"),
+    "a record without a prefix": Case(rules.PLUGIN_INVALID, broken_hook, "needs a `prefix`", "", contract, "and not (method.prefix and method.layer_names):", "and False:"),
     "a plugin that raises": Case(rules.PLUGIN_RAISED, own_check_fails, "RuntimeError: a mistake in the plugin", "doc.yaml:3:21", boundary_module, "return PeftcError(rules.PLUGIN_RAISED(what, fix=fix, where=path))", "return error"),
     # the frame
     "a refusal of the system": Case(rules.SYSTEM_REFUSED, command("schema", "plan", "--write", "--dir", "/dev/null/x"), "Not a directory", "", cli_main, "console.show([_system_refused(error)])", "pass"),

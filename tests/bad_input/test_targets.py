@@ -279,6 +279,22 @@ CASES: dict[str, Case] = {
         rules.PLUGIN_INVALID, plan(fail="prefix"), ("`other` does not begin with `sample_`",),
         (sites, "if not slot.name.startswith(context.method.prefix)]", "if False]"),
     ),
+    "slots of no whole size": Case(
+        rules.PLUGIN_INVALID, plan(fail="float"), ("`sample_B` has the shape (8, 2.5)",),
+        (sites, "any(type(size) is not int for size in slot.shape)", "False"),
+    ),
+    "slots that are none": Case(
+        rules.PLUGIN_INVALID, plan(fail="text"), ("`'sample_B'` is none",),
+        (sites, "if not isinstance(slot, Slot)]", "if False]"),
+    ),
+    "slots without an end": Case(
+        rules.PLUGIN_INVALID, plan(fail="endless"), ("more than 1,000",),
+        (sites, "if len(slots) > MAX_SLOTS:", "if False:"),
+    ),
+    "a rank beyond all memory": Case(
+        rules.TENSOR_TOO_LARGE, plan(r=2**60), ("`sample_A` has 9.2e+18 numbers", "Choose smaller options"),
+        (sites, "    if large:", "    if False:"),
+    ),
     "slots without size": Case(
         rules.PLUGIN_INVALID, plan(fail="shape"), ("`sample_B` has the shape [8, 0]",),
         (sites, "if any(size < least for size in s.shape)]", "if False]"),
