@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import Kind
 from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
@@ -28,6 +28,13 @@ from peftc.runtime.experts import over_experts
 from peftc.runtime.storage import LayerView
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
+
+#: What each of a method's functions gives.
+_GIVES: Mapping[str, type[object]] = {
+    **dict.fromkeys(("branch", "input", "output"), Tensor),
+    **dict.fromkeys(("thin", "vectors"), tuple),
+    "params": Mapping,
+}
 
 #: x and whatever else the layer is called with -> y
 Path = Callable[..., Tensor]
@@ -64,7 +71,7 @@ class Part:
 
     def lowering(self, name: str) -> Callable[..., Any]:
         """One of the method's functions; what it raises names the plugin and the layer."""
-        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path)
+        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path, _GIVES[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,7 +440,10 @@ def _changed(
 ) -> Mapping[str, Tensor]:
     tuner, view = part.tuner, part.view
     if "params" in tuner.lowerings:
-        return dict(part.lowering("params")(view, p, p0))
+        changed = dict(part.lowering("params")(view, p, p0))
+        if not changed.keys() <= p.keys():
+            raise PeftcError(_of_no_parameter(part, p, changed))
+        return changed
     if "thin" in tuner.lowerings:
         A, B, scale = part.lowering("thin")(view)
         if view.layer.experts:
@@ -459,6 +469,13 @@ def _changed(
         if "bias" in changed and not tuner.spares_bias:
             changed["bias"] = output(view, changed["bias"])
     return changed
+
+
+def _of_no_parameter(part: Part, known: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Diagnostic:
+    names = ", ".join(f"`{name}`" for name in changed if name not in known)
+    what = f"`params` of {part.view.config.peft_type} gives {names}, which the layer has not; it has {', '.join(known)}"
+    fix = "Give only parameters that are in `p`: `a.layer.has_bias` tells whether there is a bias."
+    return rules.PLUGIN_INVALID(what, fix=fix, where=part.path)
 
 
 def _weight_after_input(base: nn.Module, backend: Backend, part: Part, weight: Tensor) -> Tensor:
