@@ -460,7 +460,7 @@ class PeftModel(PromptsMixin, nn.Module):
     ) -> PeftModel:
         """Load an adapter onto a base model, in the class of its task. Raises `PeftcError`, with the model as it was.
         `kwargs`: `torch_device`, `ignore_mismatched_sizes`, `subfolder`, those of the hub's client; others are ignored.
-        A file is mapped and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
+        Tensors are read once and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
         """
         device = kwargs.pop("torch_device", None)
         given = (is_trainable, autocast_adapter_dtype, device, key_mapping, ephemeral_gpu_offload)
