@@ -77,7 +77,7 @@ class AdapterFile:
         tensor = torch.empty(facts.shape, dtype=dtype)
         if facts.numel:
             known = tensor if facts.dtype in _OF_NUMPY else tensor.view(-1).view(torch.uint8)
-            self._read(memoryview(known.numpy()), start)
+            self._read(known.numpy().data, start)
         return tensor
 
     def equal(self, one: str, other: str) -> bool:
