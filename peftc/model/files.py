@@ -218,7 +218,7 @@ def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool, 
     active = model.session.active
     trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
     journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
-    model.delete_adapter(name)
+    model._drop(name)
     model._attach(found.plan, found.source, journal)
     if name in active:
         model.set_adapter(active, inference_mode=not trained)

@@ -21,6 +21,7 @@ from peftc.diagnostics import PeftcError
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.apply import SESSION, session_of
 from peftc.runtime.session import Session
+from peftc.runtime.succession import delete
 
 ATTRIBUTE = "peft_config"
 
@@ -88,8 +89,7 @@ def followed(model: nn.Module) -> Session | None:
     gone = [name for name in session.plans if name not in names]
     in_place = any(_in_place(model, path, layer) for path, layer in session.layers.items())
     if gone and in_place:
-        for name in gone:
-            session.delete(name)
+        delete(session, gone)
     if session.plans and (in_place or not gone):
         _notice(session)
         return session

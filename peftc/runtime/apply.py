@@ -95,7 +95,7 @@ def hold(model: nn.Module, session: Session) -> None:
 
 def _remove(session: Session, name: str) -> None:
     if name in session.plans:
-        session.delete(name)
+        session.remove(name)
     session.prune()
 
 

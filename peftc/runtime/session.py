@@ -100,7 +100,7 @@ class Session:
                     layer = self._wrap(site.path, partial(make, plan.peft_type, site), journal)
                     self._remember(self.layers, site.path, layer, journal)
                     layer.join(self.shared)
-                journal.note(layer.delete_adapter, plan.name)
+                journal.note(layer.remove, plan.name)
                 layer.add(plan.name, site, tuners[site.path, site.parameter], source, stock)
             self.stores.show()
             self._add_around(plan, method, source, journal)
@@ -155,6 +155,10 @@ class Session:
         if not self.holders or not self.enabled:
             return None
         return next((found for name in self.active if (found := self.caller(name)) is not None), None)
+
+    def is_weighed(self, name: str) -> bool:
+        """Whether an adapter is there for another that weighs it."""
+        return name in self.plans and bool(self.plans[name].needed_by)
 
     def needed_by(self, names: Iterable[str]) -> list[str]:
         """The adapters that these weigh."""
@@ -349,17 +353,15 @@ class Session:
 
     # removing -----------------------------------------------------------------------------------------------------
 
-    def delete(self, name: str) -> None:
-        """Remove an adapter; its layers keep the others."""
-        self.require([name])
-        self.refuse_merged(name)
+    def remove(self, name: str) -> None:
+        """Remove an adapter; its layers keep the others, and nothing takes over."""
         self.set_requires_grad(name, False)
-        for layer in (*self.layers_of(name), *self.modules_of(name)):
-            layer.delete_adapter(name)
-        for copy in self.copies_of(name):
-            copy.delete_adapter(name)
+        for layer in self.layers_of(name):
+            layer.remove(name)
+        for module in (*self.modules_of(name), *self.copies_of(name)):
+            module.delete_adapter(name)
         for needed in self.needed_by([name]):
-            self.delete(needed)
+            self.remove(needed)
         call = self.plans[name].call
         if call is not None:
             del self.holders[call.owner]._modules[name]
@@ -373,6 +375,9 @@ class Session:
         """Fold adapters into the base weights where they are; all layers or none."""
         names = self.active if names is None else names
         self.require(names)
+        if not names:
+            what, why = "No adapter is active, so nothing is merged", "The base weights stay as they are."
+            warn([rules.NOT_MERGED(what, why=why, fix="Activate one, or name some.")])
         again = [name for name in names if name in self.merged]
         if again:
             what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"

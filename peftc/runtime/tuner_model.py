@@ -22,6 +22,7 @@ from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
+from peftc.runtime.succession import delete
 from peftc.runtime.ties import refuse_parting
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
@@ -125,7 +126,8 @@ class TunerModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.session.active)
+        session = session_of(self.model)
+        return [] if session is None else list(session.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -214,10 +216,13 @@ class TunerModel(nn.Module):
         for name in names:
             session.set_requires_grad(name, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors."""
-        self.session.delete(adapter_name)
-        self.peft_config.pop(adapter_name, None)
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several, and their tensors. If nothing is active any more, another adapter takes over, with a
+        warning, and trains if the one that was active did. Raises `PeftcError`, with nothing changed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        delete(self.session, names)
+        for name in names:
+            self.peft_config.pop(name, None)
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act."""
