@@ -216,7 +216,7 @@ def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool) 
     """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
     active = model.session.active
     trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
-    model.delete_adapter(name)
+    model._drop(name)
     model._attach(found.plan, found.source)
     if name in active:
         model.set_adapter(active, inference_mode=not trained)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,10 +22,10 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.host.generation import calls_replaced
 from peftc.host.layers import recomputes
 from peftc.model import files
+from peftc.model.activation import ActivationMixin
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
 from peftc.model.loading import LoadOptions, loadable, needed_sources, opened
-from peftc.model.prompts import PromptsMixin
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
@@ -44,7 +44,7 @@ from peftc.runtime.values import taken, values_given
 DEFAULT = files.AT_ROOT
 
 
-class PeftModel(PromptsMixin, nn.Module):
+class PeftModel(ActivationMixin, nn.Module):
     """A base model with adapters. Attributes that it does not have itself are those of the base model.
 
     `peft_config` maps adapter names to configs; `base_model` is the level that gives parameters their names.
@@ -125,7 +125,7 @@ class PeftModel(PromptsMixin, nn.Module):
     def session(self) -> Session:
         """The adapters that are applied. Raises `PeftcError` after unloading."""
         session: Session | None = self.__dict__.get("_session")
-        if session is None or not self.peft_config:
+        if session is None or (not session.plans and session_of(session.model) is not session):
             raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again."))
         return session
 
@@ -235,20 +235,6 @@ class PeftModel(PromptsMixin, nn.Module):
 
     # adapters -----------------------------------------------------------------------------------------------------
 
-    @property
-    def active_adapters(self) -> list[str]:
-        plans = self.session.plans
-        return [name for name in self.session.active if name not in plans or not plans[name].needed_by]
-
-    @property
-    def active_adapter(self) -> str:
-        active = self.active_adapters
-        return active[0] if active else ""
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
-
     @whole
     @collector_paused()
     def add_adapter(
@@ -278,30 +264,10 @@ class PeftModel(PromptsMixin, nn.Module):
             raise PeftcError(mixed_types(config, {str(self.peft_type)}))
         hold(self.get_base_model(), self.session)
 
-    @whole
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate an adapter, or several in order; exactly their tensors become trainable."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if self.prompt_encoder is not None:
-            self._refuse_several(names)
-        self.session.set_active(names, trainable=not inference_mode)
-        for name, encoder in self._encoders().items():
-            encoder.set_trainable(name in names and not inference_mode)
-
-    @whole
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make the trainable tensors of adapters require gradients, or not, active or not."""
-        session, names = self.session, [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        session.require(names)
-        for name in names:
-            session.set_requires_grad(name, requires_grad)
-            if name in self._encoders():
-                self._encoders()[name].set_trainable(requires_grad)
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether any adapter acts."""
-        return self.session.enabled and bool(self.session.active)
+    def _drop(self, name: str) -> None:
+        """Remove an adapter; nothing takes over."""
+        self.session.remove(name)
+        self._forget([name])
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -313,27 +279,6 @@ class PeftModel(PromptsMixin, nn.Module):
     def base_model_torch_dtype(self) -> torch.dtype | None:
         """The base model's dtype, where it tells one."""
         return getattr(self.base_model, "dtype", None)
-
-    @whole
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors."""
-        self.session.delete(adapter_name)
-        if self.prompt_encoder is not None:
-            keep_entries(self.prompt_encoder._modules)
-            self.prompt_encoder._modules.pop(adapter_name, None)
-        keep_entries(self.peft_config)
-        self.peft_config.pop(adapter_name, None)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes as its base does. Trainability is not touched."""
-        session = self.session
-        before = session.enabled
-        session.enable(False)
-        try:
-            yield
-        finally:
-            session.enable(before)
 
     # merging ------------------------------------------------------------------------------------------------------
 
@@ -424,6 +369,8 @@ class PeftModel(PromptsMixin, nn.Module):
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
+        if not names:
+            raise PeftcError(rules.NOT_ADAPTED("There is no adapter to save", fix="Add or load one first."))
         files.check_format(safe_serialization, path_initial_model_for_weight_conversion)
         if is_main_process:
             files.save(self, save_directory, names, save_embedding_layers, state_dict)

@@ -99,11 +99,12 @@ def note(undo: Callable[..., Any], *args: Any) -> None:
         journal._undo.append((undo, args))
 
 
-def keep(thing: Any) -> None:
-    """Keep which objects the attributes of a thing are; not what is in them."""
+def keep(*things: Any) -> None:
+    """Keep which objects the attributes of things are; not what is in them."""
     journal = _open.get()
     if journal is not None:
-        journal._undo.append((_restore_attributes, (thing.__dict__, dict(thing.__dict__))))
+        for thing in things:
+            journal._undo.append((_restore_attributes, (thing.__dict__, dict(thing.__dict__))))
 
 
 def keep_entry(mapping: MutableMapping[Any, Any], key: Any) -> None:

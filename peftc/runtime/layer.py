@@ -6,9 +6,8 @@ adapters' tensors; the mathematics is the method's. Live names are the ecosystem
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +21,13 @@ from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import gated
+from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
 from peftc.runtime.stores import Stock
+from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -67,7 +68,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
-        self._first = _first_argument(type(self.get_base_layer()).forward)
+        self._first = first_argument(type(self.get_base_layer()).forward)
         #: the parameter that is adapted, where it is a single one of the module's
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
@@ -109,9 +110,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             value = made[label]
             as_it_is = slot.derived or label in shared
             stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
-        keep_entry(self.scaling, adapter)
-        keep_entry(self._sites, adapter)
-        keep_entry(self._parts, adapter)
+        for known in (self.scaling, self._sites, self._parts):
+            keep_entry(known, adapter)
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
@@ -124,7 +124,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = _Dropout(self, p) if p > 0 else None
+        dropout = Dropout(self, p) if p > 0 else None
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
@@ -135,14 +135,28 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @whole
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""
+        """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
+        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did.
+        """
+        acted = adapter_name in self._active
+        trained = any(tensor.requires_grad for _, tensor in self.parameters_of(adapter_name))
+        self.remove(adapter_name)
+        if not acted or self._active:
+            return
+        if not self._shared.active and self._sites:  # other layers follow this one
+            self._shared.active = (min(self._sites),)
+            tell([adapter_name], *self._shared.active)
+        self.activate(self._shared.active)
+        self.set_requires_grad(self._active, trained)
+
+    def remove(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors, and let nothing take over."""
         if adapter_name not in self._sites:
             return
         if adapter_name in self.merged_adapters:
             what = f"`{adapter_name}` is merged into the weight of this layer"
             raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
-        keep(self)
-        keep(self._shared)
+        keep(self, self._shared)
         keep_entries(self._sites, self._parts, self.scaling, self.held)
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
@@ -355,8 +369,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             return
         self._refuse_order(names)
         base = self.get_base_layer()
-        keep(self)
-        keep(self._shared)
+        keep(self, self._shared)
         keep_entries(self.merged_adapters, self._pristine, base._parameters)
         for name, parameter in self.merged_parameters(names, check).items():
             own = base._parameters[name]
@@ -485,24 +498,3 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"
-
-
-@cache
-def _first_argument(forward: Callable[..., Any]) -> str:
-    """What a class of layers calls its input, for calls by keyword."""
-    names = iter(inspect.signature(forward).parameters)
-    next(names)
-    return next(names, "")
-
-
-class _Dropout:
-    """Dropout that follows the layer's training mode, without a module whose name would be in the model."""
-
-    __slots__ = ("layer", "p")
-
-    def __init__(self, layer: nn.Module, p: float) -> None:
-        self.layer = layer
-        self.p = p
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.p, self.layer.training)

@@ -157,6 +157,10 @@ class Session:
             return None
         return next((found for name in self.active if (found := self.caller(name)) is not None), None)
 
+    def is_weighed(self, name: str) -> bool:
+        """Whether an adapter is there for another that weighs it."""
+        return name in self.plans and bool(self.plans[name].needed_by)
+
     def needed_by(self, names: Iterable[str]) -> list[str]:
         """The adapters that these weigh."""
         return [name for name, plan in self.plans.items() if plan.needed_by and plan.needed_by in names]
@@ -335,11 +339,8 @@ class Session:
         if enabled == self.enabled:
             return
         keep(self)
-        wrappers = [
-            wrapper
-            for name in self.active
-            for wrapper in (*self.layers_of(name), *self.modules_of(name), *self.copies_of(name))
-        ]
+        of = (self.layers_of, self.modules_of, self.copies_of)
+        wrappers = [wrapper for name in self.active for found in of for wrapper in found(name)]
         note(_enable, wrappers, [not wrapper.disable_adapters for wrapper in wrappers])
         for wrapper in wrappers:
             wrapper.enable_adapters(enabled)
@@ -361,17 +362,15 @@ class Session:
     # removing -----------------------------------------------------------------------------------------------------
 
     @whole
-    def delete(self, name: str) -> None:
-        """Remove an adapter; its layers keep the others."""
-        self.require([name])
-        self.refuse_merged(name)
+    def remove(self, name: str) -> None:
+        """Remove an adapter; its layers keep the others, and nothing takes over."""
         self.set_requires_grad(name, False)
-        for layer in (*self.layers_of(name), *self.modules_of(name)):
-            layer.delete_adapter(name)
-        for copy in self.copies_of(name):
-            copy.delete_adapter(name)
+        for layer in self.layers_of(name):
+            layer.remove(name)
+        for module in (*self.modules_of(name), *self.copies_of(name)):
+            module.delete_adapter(name)
         for needed in self.needed_by([name]):
-            self.delete(needed)
+            self.remove(needed)
         call = self.plans[name].call
         if call is not None:
             keep_entries(self.holders[call.owner]._modules)
@@ -388,6 +387,9 @@ class Session:
         """Fold adapters into the base weights where they are; all layers or none."""
         names = self.active if names is None else names
         self.require(names)
+        if not names:
+            what, why = "No adapter is active, so nothing is merged", "The base weights stay as they are."
+            warn([rules.NOT_MERGED(what, why=why, fix="Activate one, or name some.")])
         again = [name for name in names if name in self.merged]
         if again:
             what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
@@ -435,8 +437,7 @@ class Session:
     @whole
     def unload(self) -> None:
         """Take every wrapper out again: the same module objects as before are back in their places."""
-        keep(self)
-        keep(self.shared)
+        keep(self, self.shared)
         for name in self.plans:
             for parameter in self.base.trained(self.plans[name]).values():
                 keep_trained(parameter, False)

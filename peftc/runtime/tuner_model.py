@@ -23,6 +23,7 @@ from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
+from peftc.runtime.succession import delete
 from peftc.runtime.ties import refuse_parting
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
@@ -127,7 +128,8 @@ class TunerModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.session.active)
+        session = session_of(self.model)
+        return [] if session is None else list(session.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -223,11 +225,14 @@ class TunerModel(nn.Module):
             session.set_requires_grad(name, requires_grad)
 
     @whole
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors."""
-        self.session.delete(adapter_name)
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several, and their tensors. If nothing is active any more, another adapter takes over, with a
+        warning, and trains if the one that was active did. Raises `PeftcError`, with nothing changed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        delete(self.session, names)
         keep_entries(self.peft_config)
-        self.peft_config.pop(adapter_name, None)
+        for name in names:
+            self.peft_config.pop(name, None)
 
     @whole
     def enable_adapter_layers(self) -> None:
