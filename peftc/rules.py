@@ -273,6 +273,12 @@ GIVEN_TARGETS = Rule(
     WARNING,
 )
 COMPILED_ALREADY = Rule("PC553", "Model is compiled already", "What was compiled holds the old shapes and numbers.")
+ACTIVE_DELETED = Rule(
+    "PC560",
+    "Active adapter is deleted",
+    "What the model answers, and what it trains, is another's from now on.",
+    WARNING,
+)
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
