@@ -17,6 +17,7 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.torch_modules import KeepsAside
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
@@ -39,7 +40,7 @@ class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
-class TunerLayer(nn.Module, BaseTunerLayer):
+class TunerLayer(KeepsAside, BaseTunerLayer):
     """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
 
     The base layer may itself be one, of another method: then the adapters of that come first.
@@ -74,7 +75,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
-        self._pristine: dict[str, nn.Parameter] = {}
         self._choose_path()
 
     # adapters -----------------------------------------------------------------------------------------------------
