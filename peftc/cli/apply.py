@@ -74,6 +74,8 @@ def read_plan(path: Path) -> InjectionPlan:
             what = f"The file has {path.stat().st_size:,} bytes, more than {_MAX_BYTES:,}"
             raise PeftcError(rules.PLAN_INVALID(what, fix="Name a plan that `peftc plan --out` wrote.", where=where))
         text = path.read_text(encoding="utf-8")
+    except PeftcError:  # may be an `OSError` itself
+        raise
     except OSError as error:
         what = f"The file cannot be read: {error.strerror}"
         raise PeftcError(rules.PLAN_INVALID(what, fix="Correct the path.", where=where, why="")) from error

@@ -6,15 +6,15 @@ is compiled; what is wrong comes out as diagnostics, all at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from peftc.config.problems import models_below, problems, unknown_key
+from peftc.config.problems import Problem, as_validation_error, models_below, problems, unknown_key
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import ConfigError
+from peftc.diagnostics import ConfigError, Diagnostic
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -148,6 +148,20 @@ class PeftConfigMixin(ConfigModel):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The options of a file as this class wants them; a subclass may change or refuse those of an older version."""
         return kwargs
+
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """What is wrong with options that fit each by itself, where no model is needed to see it; for subclasses.
+
+        Errors only, with the option as `where`: a config with one of them cannot be made.
+        """
+        return ()
+
+    @model_validator(mode="after")
+    def _has_no_contradictions(self) -> Self:
+        found = [Problem((str(told.where.path),), told) for told in self.contradictions()]
+        if found:
+            raise as_validation_error(found)
+        return self
 
     def revalidated(self) -> Self:
         """A validated copy: attributes may have been assigned since. Raises `ConfigError`."""
