@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import pprint
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+from transformers import HfArgumentParser
 
 import peftc
 from peftc import rules
@@ -118,7 +120,7 @@ def test_each_reads_the_others_file(method: TunerMethod, options: dict[str, Any]
     theirs = theirs_of(method, options)
     theirs.save_pretrained(tmp_path / "theirs")
     read = PeftConfig.from_pretrained(tmp_path / "theirs")
-    assert {**read.to_dict(), "peft_version": None} == {**method.config(**options).to_dict()}
+    assert {**read.to_dict(), "peft_version": None} == {**method.config(**options).to_dict(), "peft_version": None}
     method.config(**options).save_pretrained(tmp_path / "ours")
     assert {**peft.PeftConfig.from_pretrained(tmp_path / "ours").to_dict(), "peft_version": None} == {
         **theirs.to_dict(),
@@ -140,6 +142,50 @@ def test_attributes_of_the_class(method: TunerMethod) -> None:
         assert ours.peft_type.value == theirs.peft_type.value == method.peft_type
         assert ours.is_prompt_learning == theirs.is_prompt_learning
         assert ours.is_adaption_prompt == theirs.is_adaption_prompt
+
+
+@each_example
+def test_dataclasses_take_it_for_one_as_the_references(method: TunerMethod, options: dict[str, Any]) -> None:
+    ours, theirs = method.config(**options), theirs_of(method, options)
+    assert dataclasses.is_dataclass(ours) and dataclasses.is_dataclass(method.config)
+    fields, known = ({field.name: field for field in dataclasses.fields(config)} for config in (ours, theirs))
+    assert known.keys() <= fields.keys()
+    assert all(field.metadata["help"] and field.init for field in fields.values())
+    made, wanted = dataclasses.asdict(ours), dataclasses.asdict(theirs)
+    assert {name: made[name] for name in wanted if name != "peft_version"} == {
+        name: value for name, value in wanted.items() if name != "peft_version"
+    }
+    other = dataclasses.replace(ours, inference_mode=True)
+    assert (type(other), other.inference_mode, ours.inference_mode) == (type(ours), True, False)
+    assert other.__replace__(inference_mode=False) == ours  # what `copy.replace` calls, from Python 3.13 on
+    with pytest.raises(TypeError, match="no_such_option"):
+        dataclasses.replace(ours, no_such_option=1)
+    with pytest.raises(ValueError, match="inference_mode"):
+        dataclasses.replace(ours, inference_mode="perhaps")
+    pprint.pformat(ours)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)
+def test_a_parser_of_dataclasses_takes_what_it_takes_of_the_references(method: TunerMethod) -> None:
+    def parsed(cls: type) -> bool:
+        try:
+            HfArgumentParser(cls)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    assert parsed(method.config) or not parsed(reference(method))
+
+
+@each_method
+def test_a_config_knows_which_version_made_it(method: TunerMethod) -> None:
+    least = LEAST[method.peft_type]
+    ours, theirs = method.config(**least), theirs_of(method, least)
+    for version, known in (
+        (ours.peft_version, theirs.peft_version),
+        (ours.to_dict()["peft_version"], peft.__version__),
+    ):
+        assert str(version).partition("@")[0] == known
 
 
 # as an object --------------------------------------------------------------------------------------------------------
