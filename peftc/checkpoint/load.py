@@ -131,6 +131,8 @@ def _weights_path(source: str, subfolder: str | None, hub_options: Mapping[str, 
             return local / WEIGHTS_NAME
         if Path(source).is_dir() or not is_repository(source):
             raise PeftcError(_missing(local))
+    except PeftcError:  # may be an `OSError` itself
+        raise
     except OSError as error:
         raise PeftcError(_unreadable(local, error)) from error
     return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
@@ -168,4 +170,4 @@ def _damaged(path: Path, error: FormatError) -> Diagnostic:
 def _unreadable(path: Path, error: OSError) -> Diagnostic:
     reason = error.strerror or str(error)
     fix = "Have the permissions of the file and its folders changed, or copy it to where you may read it."
-    return rules.CHECKPOINT_UNREADABLE(f"`{path}`: {reason}", fix=fix, where=Where(file=str(path)))
+    return rules.CHECKPOINT_UNREADABLE(f"`{path}`: {reason}", fix=fix, where=Where(file=str(path)), also=type(error))
