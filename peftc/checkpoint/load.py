@@ -1,13 +1,15 @@
 """Opening an adapter folder: the header at once and checked, the tensors when they are asked for, mapped and not copied.
 
-Only safetensors is read: a pickle is refused with the command that converts it. The folder may be local or a repository of the hub;
-what is not there, not readable or damaged ends in a diagnostic that says what is there instead.
+A folder without safetensors may have what `torch.save` writes: that is read as data, and nothing is unpickled (`zipped.py`). The
+folder may be local or a repository of the hub; what is not there, not readable or damaged ends in a diagnostic that says what is
+there instead.
 """
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from peftc import rules
 from peftc.checkpoint.format import FormatError, Header, read_header
 from peftc.checkpoint.keys import renamed
-from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME
+from peftc.checkpoint.zipped import read_zipped_header
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.nodes import TensorFacts
@@ -24,7 +27,8 @@ from peftc.graph.nodes import TensorFacts
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLE_NAME = "adapter_model.bin"
+#: Endings of files that `torch.save` wrote.
+PICKLED = frozenset({".bin", ".pt", ".pth"})
 
 #: Bytes that torch's own tensors start at a multiple of. Products of tensors that start elsewhere are rounded otherwise,
 #: and an adapter must give the same output after loading, bit for bit.
@@ -93,14 +97,24 @@ def open_adapter(folder: str | Path, subfolder: str | None = None, **hub_options
     """Open the adapter in a local folder or a repository of the hub, reading the header alone.
 
     `subfolder` is below it. `hub_options` (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`) go to the
-    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle, damaged, not readable, hub not reachable.
+    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle of more than tensors, damaged, not readable,
+    hub not reachable.
     """
-    path = _weights_path(str(folder), subfolder, hub_options)
+    return open_weights(_weights_path(str(folder), subfolder, hub_options))
+
+
+def open_weights(path: Path) -> AdapterFile:
+    """Open a file of weights, reading the header alone: safetensors, or by its name what `torch.save` writes.
+
+    Raises `PeftcError`: a pickle of more than tensors, damaged, not there or not readable.
+    """
+    pickled = path.suffix in PICKLED
     try:
-        return AdapterFile(path, read_header(path))
+        return AdapterFile(path, read_zipped_header(path) if pickled else read_header(path))
     except FormatError as error:
-        fix = "Copy or download the file again, or go back to an earlier checkpoint."
-        raise PeftcError(rules.CHECKPOINT_DAMAGED(f"`{path}`: {error}", fix=fix, where=Where(file=str(path)))) from None
+        raise PeftcError(_pickled(path, error) if pickled else _damaged(path, error)) from None
+    except FileNotFoundError:
+        raise PeftcError(_missing(path)) from None
     except OSError as error:
         raise PeftcError(_unreadable(path, error)) from error
 
@@ -113,13 +127,19 @@ def load_adapter_tensors(folder: str | Path, subfolder: str | None = None, **hub
 def _weights_path(source: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Path:
     local = Path(source, subfolder) if subfolder else Path(source)
     try:
-        if (local / WEIGHTS_NAME).is_file():
-            return local / WEIGHTS_NAME
+        for name in (WEIGHTS_NAME, PICKLE_NAME):
+            if (local / name).is_file():
+                return local / name
         if Path(source).is_dir() or not is_repository(source):
             raise PeftcError(_missing(local))
     except OSError as error:
         raise PeftcError(_unreadable(local, error)) from error
-    return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+    try:
+        return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+    except PeftcError:
+        with suppress(PeftcError):
+            return fetch(source, PICKLE_NAME, subfolder, hub_options)
+        raise
 
 
 def _missing(folder: Path) -> Diagnostic:
@@ -132,10 +152,6 @@ def _missing(folder: Path) -> Diagnostic:
         fix = did_you_mean(folder.name, siblings) or "Check the path; a repository of the hub is `owner/name`."
         return rules.CHECKPOINT_MISSING(f"There is no folder `{folder}`", fix=fix, where=where)
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    if PICKLE_NAME in names:
-        what = f"`{folder / PICKLE_NAME}` is not read: only `{WEIGHTS_NAME}` is"
-        fix = f"Convert it, which runs none of its code: `peftc convert {folder} --to safetensors`."
-        return rules.CHECKPOINT_PICKLED(what, fix=fix, where=where)
     there = ", ".join(f"`{name}`" for name in names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     inside = [p.parent.name for p in sorted(folder.glob(f"*/{WEIGHTS_NAME}"))]
     if inside:
@@ -144,6 +160,16 @@ def _missing(folder: Path) -> Diagnostic:
         fix = did_you_mean(WEIGHTS_NAME, names) or "Give the folder that `save_pretrained` wrote."
     what = f"`{folder}` has no `{WEIGHTS_NAME}`; it has {there or 'nothing'}"
     return rules.CHECKPOINT_MISSING(what, fix=fix, where=where)
+
+
+def _damaged(path: Path, error: FormatError) -> Diagnostic:
+    fix = "Copy or download the file again, or go back to an earlier checkpoint."
+    return rules.CHECKPOINT_DAMAGED(f"`{path}`: {error}", fix=fix, where=Where(file=str(path)))
+
+
+def _pickled(path: Path, error: FormatError) -> Diagnostic:
+    fix = f"Convert it, which runs none of its code: `peftc convert {path.parent} --to safetensors`."
+    return rules.CHECKPOINT_PICKLED(f"`{path}` is not read as it is: {error}", fix=fix, where=Where(file=str(path)))
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> Diagnostic:
