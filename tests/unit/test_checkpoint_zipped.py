@@ -17,8 +17,14 @@ from tests.unit.test_checkpoint_pickled import HELD, MARK
 
 WHOLE = torch.randn(10, 4)
 TENSORS = {
-    **{name: torch.ones(3, 2).to(getattr(torch, name)) for name in ("float32", "bfloat16", "float16", "float64", "int8")},
-    **{name: torch.ones(5).to(getattr(torch, name)) for name in ("int64", "bool", "complex64", "float8_e4m3fn", "uint16")},
+    **{
+        name: torch.ones(3, 2).to(getattr(torch, name))
+        for name in ("float32", "bfloat16", "float16", "float64", "int8")
+    },
+    **{
+        name: torch.ones(5).to(getattr(torch, name))
+        for name in ("int64", "bool", "complex64", "float8_e4m3fn", "uint16")
+    },
     **{"rows of another": WHOLE[2:5], "one element": torch.tensor(2.5), "none": torch.empty(0, 3)},
     **{"trained": torch.nn.Parameter(torch.randn(4)), "grown": torch.randn(1, 4).expand(1, 4)},
 }
