@@ -56,6 +56,10 @@ DROPPED_KEY = Rule(
 )
 SCHEMA_DRIFT = RuntimeRule("PC123", "Committed schema is out of date", "Editors and reviewers read the committed file.")
 CANNOT_WRITE = Rule("PC124", "File cannot be written", "Nothing was changed.", builtins=(OSError, AssertionError))
+NUMBER_BEYOND = Rule(
+    "PC125", "Whole number beyond 64 bits", "Nothing is as large, and other programs read such a number as another."
+)
+MORE_PROBLEMS = Rule("PC126", "Further problems", "Nobody reads thousands; most often they have one cause.")
 
 # PC2xx: plugins -----------------------------------------------------------------------------------------------------
 UNKNOWN_TYPE = KeyRule("PC201", "Unknown PEFT type", "No installed plugin registers this type.")
@@ -187,6 +191,7 @@ NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that
 TASK_MISFIT = Rule(
     "PC433", "Task does not fit the model", "The virtual tokens would go to inputs that it does not have."
 )
+TENSOR_TOO_LARGE = Rule("PC434", "Adapter is too large", "No machine could hold such a tensor, nor count its numbers.")
 BLOCKS_ADJUSTED = Rule(
     "PC446",
     "Size of blocks adjusted",
@@ -296,6 +301,12 @@ GIVEN_TARGETS = Rule(
     WARNING,
 )
 COMPILED_ALREADY = Rule("PC553", "Model is compiled already", "What was compiled holds the old shapes and numbers.")
+ACTIVE_DELETED = Rule(
+    "PC560",
+    "Active adapter is deleted",
+    "What the model answers, and what it trains, is another's from now on.",
+    WARNING,
+)
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
