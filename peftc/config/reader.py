@@ -13,10 +13,7 @@ from pathlib import Path
 from peftc import rules
 from peftc.config.places import Document
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean
-
-#: Largest files in bytes. YAML is written by people; JSON may list every module of a large model.
-MAX_YAML = 1 << 20
-MAX_JSON = 16 << 20
+from peftc.limits import MAX_JSON, MAX_YAML
 
 # What YAML 1.2 does not call printable (section 5.1), and a byte order mark inside the text.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
@@ -45,6 +42,8 @@ def read_text(file: str, limit: int) -> str:
             raise PeftcError(_too_large(file, status.st_size, limit))
         with open(file, "rb") as stream:
             raw = stream.read(limit + 1)
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_unreadable(file, error)) from None
     except ValueError:  # a NUL in the name
@@ -91,7 +90,7 @@ def _unreadable(file: str, error: OSError) -> Diagnostic:
     if isinstance(error, FileNotFoundError):
         fix = did_you_mean(Path(file).name, _siblings(Path(file))) or "Check the path."
     what = f"`{file}` cannot be read: {error.strerror or error}"
-    return rules.UNREADABLE(what, fix=fix, where=Where(file))
+    return rules.UNREADABLE(what, fix=fix, where=Where(file), also=type(error))
 
 
 def _siblings(path: Path) -> list[str]:

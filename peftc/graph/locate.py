@@ -16,9 +16,7 @@ from typing import Any
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.base_ref import BaseRef
-
-CONFIG_FILE = "config.json"
+from peftc.graph.base_ref import CONFIG_FILE, BaseRef
 
 #: A config is a few kilobytes; some list every label of a large classifier. More than this is not a config.
 MAX_CONFIG_BYTES = 32 * 2**20
@@ -80,6 +78,8 @@ def read_json_config(path: Path) -> Mapping[str, Any]:
                 )
             )
         data = json.loads(path.read_text(encoding="utf-8"))
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_no_file(path, error)) from error
     except (ValueError, RecursionError) as error:
