@@ -301,6 +301,12 @@ GIVEN_TARGETS = Rule(
     WARNING,
 )
 COMPILED_ALREADY = Rule("PC553", "Model is compiled already", "What was compiled holds the old shapes and numbers.")
+BIAS_GAINED = Rule(
+    "PC561",
+    "Merge adds a bias",
+    "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
+    WARNING,
+)
 ACTIVE_DELETED = Rule(
     "PC560",
     "Active adapter is deleted",

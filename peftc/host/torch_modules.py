@@ -38,7 +38,7 @@ class KeepsAside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         #: parameters that others stand in for
-        self._pristine: dict[str, nn.Parameter] = {}
+        self._pristine: dict[str, nn.Parameter | None] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._pristine:

@@ -22,10 +22,13 @@ from peftc.host.torch_modules import KeepsAside
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.folding import adapted, opened
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
-from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.merging import merged_parameters, refuse_order
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path, compose
 from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
@@ -377,29 +380,16 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
         if not names:
             return
-        self._refuse_order(names)
+        refuse_order(self._under.between(), [self._parts[name] for name in names])
         base = self.get_base_layer()
         keep(self, self._shared)
         keep_entries(self.merged_adapters, self._pristine, base._parameters)
         for name, parameter in self.merged_parameters(names, check).items():
-            own = base._parameters[name]
-            assert own is not None
-            self._pristine.setdefault(name, own)
+            self._pristine.setdefault(name, base._parameters[name])
             base._parameters[name] = parameter
         self.merged_adapters.extend(names)
         self._shared.merges = True
         self._choose_path()
-
-    def _refuse_order(self, names: Sequence[str]) -> None:
-        """Merged, these act before what is pending below: only sums may change places."""
-        below = self._under.between()
-        own = [self._parts[name] for name in names]
-        if not below or all(part.tuner.additive for part in (*below, *own)):
-            return
-        where, first = own[0].path, ", ".join(f"`{part.view.adapter}`" for part in below)
-        what = f"Merging {', '.join(f'`{name}`' for name in names)} alone would change places with {first}"
-        fix = f"Merge {first} as well, or deactivate it before."
-        raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=where))
 
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
@@ -408,27 +398,18 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
-        base = self.get_base_layer()
         parts = [
             wrapper._parts[name].fixed(training=False)
             for wrapper in self.chain()
             for name in names
             if name in wrapper._parts and name not in wrapper.merged_adapters
         ]
-        with torch.no_grad():
-            logical = adapted(self._under, parts)
-            before = self.backend.opened(base)
-            changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
-            if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"Merging {', '.join(names)} gives NaN or infinity"
-                raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
-            result = {}
-            for name, tensor in changed.items():
-                own = base._parameters[name]
-                assert own is not None
-                stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
-                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-            return result
+        return merged_parameters(self._under, parts, check)
+
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
 
     @whole
     def unmerge(self) -> None:
@@ -447,7 +428,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         with torch.no_grad():
             before = self.backend.opened(self.get_base_layer())
             after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
-            return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""

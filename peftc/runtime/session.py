@@ -30,7 +30,7 @@ from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
-from peftc.runtime.together import keep_ties, refuse_clashes
+from peftc.runtime.together import gained, keep_ties, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -404,6 +404,7 @@ class Session:
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
+        warn(gained(self.layers))
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
