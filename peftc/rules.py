@@ -377,12 +377,6 @@ EMBEDDINGS_UNKNOWN = Rule(
     "Which modules are the embeddings is only known of transformers models.",
     WARNING,
 )
-PICKLE_NOT_WRITTEN = Rule(
-    "PC643",
-    "Saved as safetensors",
-    "Unpickling runs code, so that others refuse such files; both libraries read safetensors.",
-    WARNING,
-)
 CARD_UNREADABLE = Rule("PC644", "Model card left as it is", "Writing over it would lose what a person wrote.", WARNING)
 PUSH_FAILED = SystemRule("PC645", "The hub did not take the upload", "Nothing there was changed by this call's commit.")
 WITHOUT_EFFECT = Rule("PC646", "Keyword without effect", "What it asks for does not exist here.", WARNING)

@@ -19,7 +19,7 @@ from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
-from peftc.diagnostics import PeftcError, warn
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
@@ -48,6 +48,7 @@ def save(
     names: Sequence[str],
     save_embedding_layers: str | bool = AUTO,
     state_dict: Mapping[str, Tensor] | None = None,
+    pickled: bool = False,
 ) -> None:
     """Save adapters and the model card below a folder, each adapter in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
     root = Path(folder)
@@ -56,14 +57,15 @@ def save(
     for name in names:
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
-        config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]))
+        config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]), pickled)
         plan = _saved_as(_plan_of(model, name), tensors)
-        save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None, of_base)
+        beside = {CARD: card} if card is not None else None
+        save_adapter(place, tensors, config, plan, beside, of_base, pickled=pickled)
     if AT_ROOT not in names:
         write_card(facts, root)
 
 
-def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -> PeftConfig:
+def _with_needed(session: Session, name: str, place: Path, config: PeftConfig, pickled: bool) -> PeftConfig:
     """Save the adapters that one weighs beside it, if they were trained along; its config then names these."""
     plan, tuner = session.plans[name], default_registry().method_of(config).call_tuner
     needed = () if plan.call is None else tuple(session.plans[other] for other in plan.call.needs)
@@ -73,20 +75,17 @@ def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -
     for key, other in zip(tuner.needs(config), needed, strict=True):
         folders[key] = str(place / BESIDE / key)
         tensors = {k: t.detach() for k, t in session.tensors(other.name).items()}
-        save_adapter(folders[key], exported(session, other.name, tensors), other.config)
+        save_adapter(folders[key], exported(session, other.name, tensors), other.config, pickled=pickled)
     return config.model_copy(update={tuner.option: folders})
 
 
-def check_format(safe_serialization: bool, path_of_start: str | None) -> None:
-    """Warn that nothing is pickled if that was asked for. Raises `PeftcError` for a conversion that does not exist here."""
+def check_start(path_of_start: str | None) -> None:
+    """Raise `PeftcError` for a conversion that does not exist here."""
     if path_of_start is not None:
         what = (
             "`path_initial_model_for_weight_conversion` is not available: no method here changes the base at its start"
         )
         raise PeftcError(rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out."))
-    if not safe_serialization:
-        what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
-        warn([rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")])
 
 
 def adapter_tensors(

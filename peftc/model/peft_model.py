@@ -368,15 +368,16 @@ class PeftModel(ActivationMixin, nn.Module):
         """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
-        Files are always safetensors; further keywords are accepted. Raises `PeftcError` with the folder as it was.
+        The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
+        Raises `PeftcError` with the folder as it was.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
         if not names:
             raise PeftcError(rules.NOT_ADAPTED("There is no adapter to save", fix="Add or load one first."))
-        files.check_format(safe_serialization, path_initial_model_for_weight_conversion)
+        files.check_start(path_initial_model_for_weight_conversion)
         if is_main_process:
-            files.save(self, save_directory, names, save_embedding_layers, state_dict)
+            files.save(self, save_directory, names, save_embedding_layers, state_dict, not safe_serialization)
 
     def adapter_tensors(
         self,

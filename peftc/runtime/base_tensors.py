@@ -117,6 +117,7 @@ class BaseTensors:
 
 
 def _put_back(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Where and in what dtype the model has them now: it may have been moved or cast meanwhile."""
     for parameter, data in before:
         keep_memory(parameter)
-        parameter.data = data
+        parameter.data = data.to(parameter.device, parameter.dtype)
