@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from peftc.checkpoint.format import DTYPES, MAX_HEADER, STORABLE, Entry, FormatError, Header
@@ -60,14 +59,14 @@ class _Tensor:
     stride: tuple[int, ...]
 
 
-def read_zipped_header(path: Path) -> Header:
-    """Tensors of a file that `torch.save` wrote from a mapping of tensors, in its order, and where their bytes begin.
+def zipped_header_of(file: BinaryIO) -> Header:
+    """Tensors of an open file that `torch.save` wrote from a mapping of tensors, in its order, and where their bytes begin.
 
     Raises `FormatError` for a file of another format, one that is cut short, one that holds anything but whole tensors by
     name, and one with a tensor whose elements do not lie one after the other; `OSError` from reading.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
             entries = {info.filename: info for info in archive.infolist()}
             pickled = [name for name in entries if name.endswith("/data.pkl")]
             if len(pickled) != 1:
