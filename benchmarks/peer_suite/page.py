@@ -96,4 +96,6 @@ def _others(by_cause: Mapping[str, Sequence[str]], table: Mapping[str, Cause]) -
 def _functions(tests: Sequence[str]) -> list[str]:
     """The functions of tests, and how many sets of parameters of each."""
     counts = Counter(map(function_of, tests))
-    return [f"- `{name.removeprefix('tests/')}`" + (f" × {count}" if count > 1 else "") for name, count in counts.items()]
+    return [
+        f"- `{name.removeprefix('tests/')}`" + (f" × {count}" if count > 1 else "") for name, count in counts.items()
+    ]

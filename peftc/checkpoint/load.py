@@ -10,10 +10,11 @@ cut short. Header and tensors are those of one file, though another may have its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,10 @@ class AdapterFile:
     content: Content
 
     @classmethod
-    def of(cls, path: Path) -> AdapterFile:
-        """Open a file. Raises `FormatError` for one that is damaged, and `OSError`."""
+    def of(cls, path: Path, read: Callable[[FileIO], Header] = header_of) -> AdapterFile:
+        """Open a file; `read` knows its format. Raises `FormatError` for one that is damaged, and `OSError`."""
         content = Content(path)
-        return cls(path, (zipped_header_of if path.suffix in PICKLED else header_of)(content.file), content)
+        return cls(path, read(content.file), content)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorFacts]:
@@ -123,10 +124,11 @@ def open_weights(path: Path) -> AdapterFile:
 
     Raises `PeftcError`: a pickle of more than tensors, damaged, not there or not readable.
     """
+    pickled = path.suffix in PICKLED
     try:
-        return AdapterFile.of(path)
+        return AdapterFile.of(path, zipped_header_of if pickled else header_of)
     except FormatError as error:
-        raise PeftcError(_pickled(path, error) if path.suffix in PICKLED else _damaged(path, error)) from None
+        raise PeftcError(_pickled(path, error) if pickled else _damaged(path, error)) from None
     except FileNotFoundError:
         raise PeftcError(_missing(path)) from None
     except OSError as error:

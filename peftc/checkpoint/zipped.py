@@ -15,11 +15,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
-from peftc.checkpoint.format import DTYPES, MAX_HEADER, STORABLE, Entry, FormatError, Header
+from peftc.checkpoint.format import DTYPES, STORABLE, Entry, FormatError, Header
 from peftc.graph.nodes import TensorFacts
+from peftc.limits import MAX_DIMENSIONS, MAX_HEADER
 
 _SIZES = dict(DTYPES.values())
 #: Names of the classes that stand for the dtype of a storage.
@@ -32,8 +34,6 @@ _STORAGES = {
 #: What the standard library raises for files that are no archive, or a damaged one.
 _NO_ARCHIVE = (zipfile.BadZipFile, EOFError, ValueError, OverflowError, RuntimeError, struct.error, zlib.error)
 _MARK = object()
-#: More than any tensor has.
-_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class _Tensor:
     stride: tuple[int, ...]
 
 
-def zipped_header_of(file: BinaryIO) -> Header:
-    """Tensors of an open file that `torch.save` wrote from a mapping of tensors, in its order, and where their bytes begin.
+def zipped_header_of(file: FileIO) -> Header:
+    """Tensors of a file that `torch.save` wrote from a mapping of tensors, in its order, and where their bytes begin.
 
     Raises `FormatError` for a file of another format, one that is cut short, one that holds anything but whole tensors by
     name, and one with a tensor whose elements do not lie one after the other; `OSError` from reading.
@@ -88,7 +88,7 @@ def zipped_header_of(file: BinaryIO) -> Header:
         raise FormatError("the file is damaged: it points to before its beginning") from None
 
 
-def _entry(name: Any, found: Any, entries: Mapping[str, zipfile.ZipInfo], root: str, file: BinaryIO) -> Entry:
+def _entry(name: Any, found: Any, entries: Mapping[str, zipfile.ZipInfo], root: str, file: FileIO) -> Entry:
     if not isinstance(found, _Tensor):
         raise FormatError(f"it holds more than tensors by name: `{name[:80]}`")
     facts = TensorFacts(found.shape, found.dtype)
@@ -106,7 +106,7 @@ def _entry(name: Any, found: Any, entries: Mapping[str, zipfile.ZipInfo], root: 
     return Entry(facts, _start(file, info) + begin)
 
 
-def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+def _start(file: FileIO, info: zipfile.ZipInfo) -> int:
     """Where the bytes of an entry begin: after its own header, which has two parts of any length."""
     file.seek(info.header_offset)
     head = file.read(30)
@@ -230,7 +230,7 @@ def _called(called: Any, arguments: Any) -> Any:
     if called == _Name("torch._utils", "_rebuild_tensor_v2"):
         return _tensor(*arguments[:4])
     if called == _Name("torch._utils", "_rebuild_tensor_v3"):
-        return _tensor(*arguments[:4], dtype=arguments[6])
+        return _tensor(*arguments[:4], arguments[6])
     if called == _Name("torch._utils", "_rebuild_parameter") and isinstance(arguments[0], _Tensor):
         return arguments[0]
     named = f"`{called.module}.{called.name}`" if isinstance(called, _Name) else "something"
@@ -241,6 +241,6 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = Non
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
         raise FormatError("a tensor in it is not whole")
     named = storage.dtype if dtype is None else dtype.name
-    if named not in STORABLE or not len(shape) == len(stride) <= _DIMENSIONS or prod(shape) >= 2**63:
+    if named not in STORABLE or not len(shape) == len(stride) <= MAX_DIMENSIONS or prod(shape) >= 2**63:
         raise FormatError("a tensor in it is of a kind that is not known")
     return _Tensor(storage, named, offset, tuple(shape), tuple(stride))

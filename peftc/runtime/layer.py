@@ -17,6 +17,7 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
 from peftc.host.torch_modules import KeepsAside
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
@@ -25,6 +26,7 @@ from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
 from peftc.runtime.stores import Stock
@@ -51,6 +53,10 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
 
     _path: Path
     _under: Under
@@ -70,7 +76,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
         self._first = first_argument(type(self.get_base_layer()).forward)
-        #: the parameter that is adapted, where it is a single one of the module's
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
@@ -124,7 +129,7 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = Dropout(self, p) if p > 0 else None
+        dropout = Dropout(self, p) if p > 0 and not site.parameter else None  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
@@ -319,21 +324,26 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
         return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
                 raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
@@ -494,7 +504,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     def _get_name(self) -> str:
         """How it is printed and reported: by method and kind of layer, as in the reference."""
         kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
-        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"

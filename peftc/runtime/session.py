@@ -18,6 +18,7 @@ from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
+from peftc.host.attention import is_read_past
 from peftc.registry.manager import Registry
 from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
@@ -169,6 +170,8 @@ class Session:
         parent, name, module = self._place(path)
         wrapper = wrap(module)
         wrapper.training = module.training
+        if isinstance(wrapper, TunerLayer):
+            wrapper.read_past = is_read_past(parent, wrapper.get_base_layer())
         keep_entry(parent._modules, name)
         parent._modules[name] = wrapper
         return wrapper

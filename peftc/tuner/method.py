@@ -364,8 +364,9 @@ class TunerMethod:
 
     @property
     def supports(self) -> frozenset[Kind]:
-        """Kinds of layer that the method can adapt."""
-        return frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        """Kinds of layer that the method can adapt. Attention consists of single parameters and a linear layer."""
+        found = frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        return found | {Kind.ATTENTION} if {Kind.EXPERTS, Kind.LINEAR} <= found else found
 
     @property
     def public_names(self) -> dict[str, str]:

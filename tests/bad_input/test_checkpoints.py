@@ -147,7 +147,7 @@ CASES = {
     "a pickle": Case(
         rules.CHECKPOINT_PICKLED,
         only_pickle,
-        in_source(load, "_pickled(path, error) if path.suffix in PICKLED else", ""),
+        in_source(load, "_pickled(path, error) if pickled else", ""),
         "--to safetensors",
     ),
     "a folder without it": Case(
