@@ -12,7 +12,6 @@ from peftc import rules
 from peftc.diagnostics import PeftcError, PeftcWarning, Where
 from peftc.integrations.transformers.data import (
     IGNORED,
-    MOST_TOLD,
     Collator,
     Encoded,
     Encoder,
@@ -21,6 +20,7 @@ from peftc.integrations.transformers.data import (
     read_examples,
     stop_ids,
 )
+from peftc.limits import MOST_LINES_TOLD
 from tests.integration import tiny
 
 ASKED = {"question": "Why?", "answer": "So."}
@@ -97,11 +97,11 @@ def test_a_bad_line_is_told_with_its_number(tmp_path: Path, line: str, told: str
 
 def test_all_bad_lines_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text("nope\n" * (MOST_TOLD + 5), encoding="utf-8")
+    file.write_text("nope\n" * (MOST_LINES_TOLD + 5), encoding="utf-8")
     with pytest.raises(PeftcError) as raised:
         read_examples(file)
     *told, last = raised.value.diagnostics
-    assert [d.where.line for d in told] == list(range(1, MOST_TOLD + 1))
+    assert [d.where.line for d in told] == list(range(1, MOST_LINES_TOLD + 1))
     assert "5 more lines" in last.what
 
 

@@ -121,7 +121,7 @@ def test_a_config_that_is_none(tmp_path: Path, content: str, code: str) -> None:
 
 
 def test_a_config_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate_module, "MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr(locate_module, "MAX_BASE_CONFIG", 10)
     assert problem(BaseRef(path=str(folder_with(tmp_path)))).code == "PC303"
 
 
