@@ -20,10 +20,8 @@ from peftc import rules
 from peftc.config.places import Location, json_path
 from peftc.config.problems import shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.base_ref import BaseRef
+from peftc.graph.base_ref import CONFIG_FILE, BaseRef
 from peftc.limits import MAX_BASE_CONFIG, MAX_DEPTH, MAX_EXPERTS, MAX_LABELS, MAX_LAYERS, MOST_TOLD
-
-CONFIG_FILE = "config.json"
 
 #: Keys of a config that say where it came from, not what the model is.
 _PROVENANCE = ("_name_or_path", "transformers_version")
@@ -82,6 +80,8 @@ def read_json_config(path: Path) -> Mapping[str, Any]:
                 )
             )
         data = json.loads(path.read_text(encoding="utf-8"))
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_no_file(path, error)) from error
     except (ValueError, RecursionError) as error:

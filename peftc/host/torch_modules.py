@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -53,6 +53,26 @@ def counted_modules(most: int, refusal: Callable[[], Exception]) -> Iterator[Non
         yield
     finally:
         handle.remove()
+
+
+class KeepsAside(nn.Module):
+    """A module with parameters that are no part of the model for now, and are cast and moved with it all the same.
+
+    Relied on: `to`, `half`, `cuda`, `to_empty` and the like all come down to `_apply(function, recurse)` of every module,
+    which works on `_parameters` (1.0).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: parameters that others stand in for
+        self._pristine: dict[str, nn.Parameter] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._pristine:
+            beside = nn.Module()
+            beside.__dict__["_parameters"] = self._pristine
+            beside._apply(fn)
+        return super()._apply(fn, recurse)
 
 
 @cache

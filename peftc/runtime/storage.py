@@ -21,7 +21,9 @@ from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
+from peftc.runtime.backends import Backend
 from peftc.runtime.call import Call
+from peftc.runtime.journal import keep_entries, keep_entry
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
 
@@ -139,6 +141,7 @@ def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
     """The dict of adapters for a slot on a layer, made on first use."""
     container = owner._modules.get(slot.name)
     if container is None:
+        keep_entry(owner._modules, slot.name)
         container = owner._modules[slot.name] = container_for(slot)
     return container
 
@@ -148,18 +151,28 @@ def put(owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> tuple[dic
     container = container_of(owner, slot)
     if slot.container is Container.PARAMETER:
         if isinstance(container, nn.ParameterDict):
+            keep_entry(container._keys, adapter)
+            keep_entry(container._parameters, adapter)
             container[adapter] = tensor
         else:
-            container.register_buffer(adapter, tensor, persistent=slot.saved)
+            _put_buffer(container, adapter, tensor, slot.saved)
         return _tensors(container, slot), adapter
     holder = container._modules.get(adapter)
     if holder is None:
+        keep_entry(container._modules, adapter)
         holder = container._modules[adapter] = SlotModule.holding()
     if slot.derived:
-        holder.register_buffer(slot.tail, tensor, persistent=slot.saved)
+        _put_buffer(holder, slot.tail, tensor, slot.saved)
     else:
+        keep_entry(holder._parameters, slot.tail)
         holder._parameters[slot.tail] = cast(nn.Parameter, tensor)
     return _tensors(holder, slot), slot.tail
+
+
+def _put_buffer(holder: nn.Module, name: str, tensor: Tensor, saved: bool) -> None:
+    keep_entry(holder._buffers, name)
+    keep_entries(holder._non_persistent_buffers_set)
+    holder.register_buffer(name, tensor, persistent=saved)
 
 
 def _tensors(holder: nn.Module, slot: Slot) -> dict[str, Any]:
@@ -187,15 +200,19 @@ def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
         return
     if slot.home == "":
         holders: Counter[str] = container.__dict__[HOLDERS]
+        keep_entry(holders, adapter)
         holders[adapter] -= 1
         if holders[adapter] > 0:  # other layers hold it as well
             return
     if slot.container is Container.MODULE:
+        keep_entries(container._modules)
         container._modules.pop(adapter, None)
     elif isinstance(container, nn.ParameterDict):
         if adapter in container:
+            keep_entries(container._keys, container._parameters)
             del container[adapter]
     else:
+        keep_entries(container._buffers, container._non_persistent_buffers_set)
         container._buffers.pop(adapter, None)
         container._non_persistent_buffers_set.discard(adapter)
 
@@ -242,6 +259,11 @@ class Owner(Protocol):
     training: bool
 
     def pristine(self) -> Mapping[str, Tensor]: ...
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    @property
+    def backend(self) -> Backend: ...
 
     @property
     def call(self) -> Call | None: ...
@@ -334,6 +356,12 @@ class LayerView:
         tensor: Tensor = container[key]
         return tensor
 
+    def down(self, A: Tensor, x: Tensor) -> Tensor:
+        return self._owner.backend.down(self._owner.get_base_layer(), A, x)
+
+    def up(self, B: Tensor, h: Tensor) -> Tensor:
+        return self._owner.backend.up(self._owner.get_base_layer(), B, h)
+
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""
         call = self._owner.call
@@ -377,6 +405,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What an adapter has of a tensor that was made larger, for others to be swapped in; a view."""
-    return tensor if tensor.shape == shape else tensor[tuple(slice(size) for size in shape)]
+def unpadded(tensor: Tensor, slot: Slot) -> Tensor:
+    """What an adapter has of a slot's tensor that was made larger, for others to be swapped in; a view where it can be."""
+    if tensor.shape == slot.shape:
+        return tensor
+    blocks = tensor.unflatten(0, (slot.blocks, -1))
+    own = blocks[:, : slot.shape[0] // slot.blocks].flatten(0, 1)
+    return own[tuple(slice(size) for size in slot.shape)]

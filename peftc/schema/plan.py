@@ -26,7 +26,8 @@ from peftc.schema.parts import (
 from peftc.tuner.prompt import Place
 
 _PLACE = (("module", TEXT), ("index in `kinds`", SIZE))
-_PARAMETER = (("parameter", TEXT), ("wrappers outside", SIZE))
+_UNDER = ("path in memory, under wrappers of the adapter", TEXT)
+_PARAMETER = (("parameter", TEXT), ("wrappers outside", SIZE), _UNDER)
 
 
 def plan_schema() -> Schema:
@@ -51,15 +52,6 @@ def plan_schema() -> Schema:
 
 
 def _definitions() -> dict[str, Schema]:
-    trained = row(
-        "A base parameter that becomes trainable.",
-        ("module", TEXT),
-        ("parameter", TEXT),
-        ("shape", SHAPE),
-        ("dtype", TEXT),
-        ("in an adapted module", FLAG),
-        ("reason", TEXT),
-    )
     return {
         **_layer_definitions(),
         "tensor": tensor(),
@@ -105,7 +97,7 @@ def _definitions() -> dict[str, Schema]:
                 "Adapted modules, in order.",
             ),
             saves=list_of(ref("save")),
-            trains=list_of(trained),
+            trains=list_of(_trained()),
             prompt=or_null(ref("prompt"), "Null for methods that change layers."),
             modules=list_of(ref("wrapped"), "Wrapped modules, in order; missing if there is none."),
             call=ref("call"),
@@ -148,6 +140,20 @@ def _call() -> Schema:
     )
 
 
+def _trained() -> Schema:
+    return row(
+        "A base parameter that becomes trainable.",
+        ("module", TEXT),
+        ("parameter", TEXT),
+        ("shape", SHAPE),
+        ("dtype", TEXT),
+        ("in an adapted module", FLAG),
+        ("reason", TEXT),
+        _UNDER,
+        optional=1,
+    )
+
+
 def _layer_definitions() -> dict[str, Schema]:
     return {
         "layer": layer(),
@@ -163,7 +169,7 @@ def _layer_definitions() -> dict[str, Schema]:
         ),
         "slot": obj(
             "A tensor that the adapter adds to a layer.",
-            optional=("named", "derived", "share", "home", "value"),
+            optional=("named", "derived", "share", "home", "value", "blocks"),
             name=TEXT,
             shape=SHAPE,
             container={"enum": ["module", "parameter"]},
@@ -179,6 +185,10 @@ def _layer_definitions() -> dict[str, Schema]:
             share={**TEXT, "description": "Layers with the same key have one tensor; missing if each has its own."},
             value={"type": "number", "description": "What a constant is filled with; missing for others."},
             home={**TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
+            blocks={
+                **SIZE,
+                "description": "Parts along the first dimension; missing if there is one.",
+            },
         ),
         "kind": obj(
             "What adapted modules of one kind have in common.",

@@ -23,7 +23,8 @@ from transformers.utils import logging
 from peftc import rules
 from peftc.config.problems import shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.locate import CONFIG_FILE, LocatedBase, refuse_large
+from peftc.graph.base_ref import CONFIG_FILE
+from peftc.graph.locate import LocatedBase, refuse_large
 from peftc.host.architectures import auto_classes, classes_in, known_types
 
 #: What transformers' constructors and loaders raise on a config or a file that makes no sense to them.
