@@ -193,6 +193,8 @@ def _located_gguf(ref: BaseRef, path: Path) -> LocatedBase:
         size = _require_regular(path)
         with path.open("rb") as file:
             head = file.read(_GGUF_HEAD)
+    except PeftcError:
+        raise
     except OSError as error:
         raise PeftcError(_no_file(path, error)) from error
     if not head.startswith(_GGUF_MAGIC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, PeftcWarning, Where
+from peftc.integrations.transformers import data
 from peftc.integrations.transformers.data import (
     IGNORED,
     Collator,
@@ -73,6 +75,8 @@ BAD_LINES = [
     ('{"question": "a", "answer": "  "}', "`answer` is empty"),
     ('{"text": null}', "`text` is null, not a string"),
     ('{"text": "a", "prompt": "b", "completion": "c"}', "several forms at once"),
+    ('{"text": "\\ud800"}', "half of a surrogate pair"),
+    ('{"messages": [{"role": "assistant", "content": "a", "x": {"\\udc00": 1}}]}', "half of a surrogate pair"),
     ('{"messages": []}', "an empty list"),
     ('{"messages": "hi"}', "a string, not a list"),
     ('{"messages": [{"role": "user"}]}', "lacks `role` or `content`"),
@@ -93,6 +97,32 @@ def test_a_bad_line_is_told_with_its_number(tmp_path: Path, line: str, told: str
     assert problem.code == rules.DATA_LINE.code
     assert told in str(problem)
     assert (problem.where.file, problem.where.line) == (str(file), 2)
+
+
+def test_a_pair_of_escapes_is_one_character(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "\\ud83d\\ude00"}\n', encoding="utf-8")
+    assert read_examples(file)[0].completion == "\U0001f600"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path, "a folder"),
+        (tmp_path / "a\0b", "null byte"),
+    ):
+        with pytest.raises(PeftcError, match=told) as raised:
+            read_examples(path)
+        assert raised.value.diagnostics[0].code == rules.DATA_UNREADABLE.code
+
+
+def test_a_line_without_an_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_DATA_LINE", 40)
+    tiny.write_lines(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long" * 20}])
+    with pytest.raises(PeftcError, match="more than 40 bytes") as raised:
+        read_examples(tmp_path / "a.jsonl")
+    assert raised.value.diagnostics[0].where.line == 2
 
 
 def test_all_bad_lines_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ def _lines(path: Path) -> Iterator[tuple[Where, str]]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield Where(file=str(path), line=number), text
+    except PeftcError:
+        raise
     except UnicodeDecodeError as error:
         where = Where(file=str(path), line=number)
         problem = rules.DATA_UNREADABLE(f"`{path}` is not UTF-8: {error.reason}", fix="Save it as UTF-8.", where=where)

@@ -61,6 +61,8 @@ def meta_model(base: LocatedBase) -> PreTrainedModel:
         try:
             with torch.device("meta"), counted_modules(MAX_MODULES, lambda: _too_many(base)):
                 model: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype)
+        except PeftcError:
+            raise
         except FAILURES as error:
             raise PeftcError(unbuildable(base, error)) from error
     if base.has_weights:

@@ -173,10 +173,10 @@ class AdapterTrainer(Trainer):
                 own = {name: tensor.detach() for name, tensor in _own(self._adapted).items()}
                 torch.save({"tensors": own, "steps": step_states(self._adapted.session)}, stage / ARCHIVES[0])
                 (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            except (OSError, RuntimeError) as error:  # the latter is how torch says that a disk is full
-                raise PeftcError(_not_written(target, error)) from error
             except PeftcError as error:  # of saving the adapter, which knows only where it is staged
                 raise PeftcError(_not_written(target, error.diagnostics[0].what)) from error
+            except (OSError, RuntimeError) as error:  # the latter is how torch says that a disk is full
+                raise PeftcError(_not_written(target, error)) from error
 
         try:
             replace_files(target, write, commit=STATE_NAME)
@@ -207,7 +207,7 @@ def _from_checkpoint(folder: str | None, name: str) -> Iterator[None]:
     """What is not a checkpoint's content is told by its file: a pickle of something else, tensors of another training."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (PeftcError, torch.OutOfMemoryError):
         raise
     except (*FAILURES, pickle.PickleError) as error:
         what = f"`{name}` of the checkpoint is not what a training wrote: {told(error)}"
@@ -400,10 +400,10 @@ def _damage(path: Path) -> Diagnostic | None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         reason = f"`{bad}` in it has a wrong checksum" if bad else None
-    except OSError as error:
-        reason = error.strerror or str(error)
     except PeftcError as error:
         reason = error.diagnostics[0].what
+    except OSError as error:
+        reason = error.strerror or str(error)
     except (TypeError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error)
     if reason is None:
