@@ -108,6 +108,9 @@ BASE_RENAMED = Rule(
 AUTO_CLASS = Rule(
     "PC311", "Base model cannot be chosen", "Base model and model class follow from the adapter's config."
 )
+BASE_TOO_LARGE = Rule(
+    "PC312", "Model is too large", "A document must be safe to plan: building the model would not end."
+)
 
 # PC4xx: targets and plans -------------------------------------------------------------------------------------------
 BAD_TARGET = UnableRule("PC401", "Layer cannot be adapted", "The method's mathematics does not fit this layer.")

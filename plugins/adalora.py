@@ -105,13 +105,13 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
         yield constant_slot("ranknum", (1,), float(c.init_r))
 
     def init(self, c: AdaLoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        std = 0.02 if c.init_lora_weights else 1.0
-        init.normal(slots["lora_A"], std)
-        init.normal(slots["lora_B"], std)
+        for name in ("lora_A", "lora_E", "lora_B"):
+            init.normal(slots[name])
+        init.skip_normal(slots["ranknum"])  # which the reference fills twice as well
         if c.init_lora_weights:
             init.zeros(slots["lora_E"])
-        else:
-            init.normal(slots["lora_E"])
+            init.normal(slots["lora_A"], 0.02)
+            init.normal(slots["lora_B"], 0.02)
 
     def scaling(self, c: AdaLoraConfig, layer: LayerFacts) -> float:
         return float(c.lora_alpha if c.lora_alpha > 0 else c.init_r)

@@ -28,7 +28,7 @@ from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, 
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
 from peftc.runtime.stores import Stock
 from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
@@ -99,7 +99,7 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init, helper = call(tuner.init), Initializer(self.pristine)
+        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
         stock = stock or Stock()
         shared = stock.found(site.slots)
         made = filled(

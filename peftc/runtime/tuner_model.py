@@ -32,6 +32,13 @@ from peftc.runtime.weighted import combined, recipe
 NO_CONFIG = {"model_type": "custom"}
 
 
+def let_property_say(module: nn.Module, name: str) -> None:
+    """Ask a property again, which raised an `AttributeError`: for that Python goes on to `__getattr__`, and forgets it."""
+    found = getattr(type(module), name, None)
+    if isinstance(found, property):
+        found.__get__(module)
+
+
 class TunerModel(nn.Module):
     """A base model with adapters of one method on its layers. Final but for empty subclasses.
 
@@ -114,6 +121,7 @@ class TunerModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            let_property_say(self, name)
             return getattr(self.model, name)
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -123,7 +131,9 @@ class TunerModel(nn.Module):
         """What is applied. Raises `PeftcError` if nothing is any more."""
         session = session_of(self.model)
         if session is None:
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again."))
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again.", also=AttributeError)
+            )
         return session
 
     @property
@@ -294,7 +304,7 @@ class TunerModel(nn.Module):
         found = next((module for name in names if (module := self.session.caller(name)) is not None), None)
         if found is None:
             what = "No active adapter acts around calls"
-            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`."))
+            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`.", also=AttributeError))
         return found
 
     # facts --------------------------------------------------------------------------------------------------------

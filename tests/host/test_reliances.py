@@ -323,6 +323,14 @@ def test_buffers_that_are_not_saved_have_names() -> None:
     assert set(torch_modules.transient_buffers(layer)) == {"passing"}
 
 
+def test_modules_are_counted_while_a_model_is_built() -> None:
+    with torch_modules.counted_modules(3, lambda: OverflowError("too many")):
+        nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)])
+        with pytest.raises(OverflowError):
+            nn.Sequential(nn.Linear(1, 1))
+    nn.ModuleList([nn.Linear(1, 1) for _ in range(5)])  # not after it
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_repeat_what_is_given_in_place_of_a_function(
     reentrant: bool, monkeypatch: pytest.MonkeyPatch

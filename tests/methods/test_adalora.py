@@ -171,7 +171,7 @@ def test_layers_and_state_dicts_are_resized_by_a_pattern_as_in_the_reference() -
         assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
         found.append((live, logits(model)))
     assert all(torch.equal(found[0][0][name], tensor) for name, tensor in found[1][0].items())
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
 
 
 def test_two_adapters_are_allocated_each_by_itself() -> None:

@@ -257,15 +257,31 @@ CASES = {
     ),
     "a name with a dot": Case(
         rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "v1.2"),
-        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `v1.2`",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called `v1.2`",
     ),
     "a name that is a folder": Case(
         rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("../other", narrow()),
-        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `../other`",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called `../other`",
     ),
     "no name": Case(
         rules.ADAPTER_NAME, Net, lambda m: inject_adapter_in_model(narrow(), m, ""),
-        (apply, "if not adapter.name or any(", "if any("), "cannot be called ``",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called ``",
+    ),
+    "a name with a NUL": Case(
+        rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "a\0b"),
+        (apply, "not name.isprintable() or ", ""), r"cannot be called `a\x00b`",
+    ),
+    "half of a character as a name": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("\ud800", narrow()),
+        (apply, "not name.isprintable() or ", ""), r"cannot be called `\ud800`",
+    ),
+    "a name that no folder can have": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("é" * 101, narrow()),
+        (apply, "<= MAX_NAME", "<= 9999"), "Use up to 200 bytes",
+    ),
+    "a prompt of no usable name": Case(
+        rules.ADAPTER_NAME, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(), "a\nb"),
+        (apply, "if not is_usable(adapter.name):", "if False:"), r"cannot be called `a\nb`",
     ),
     "a prompt without a wrapper": Case(
         rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
