@@ -420,7 +420,7 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
             before = self.backend.opened(base)
             changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
             if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"Merging {', '.join(names)} gives NaN or infinity"
+                what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
                 raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
             result = {}
             for name, tensor in changed.items():

@@ -30,7 +30,7 @@ from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
-from peftc.runtime.together import keep_ties, refuse_clashes
+from peftc.runtime.together import keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -356,7 +356,7 @@ class Session:
             have = ", ".join(f"`{n}`" for n in self.plans) or "none"
             raise PeftcError(
                 rules.ADAPTER_UNKNOWN(
-                    f"There is no adapter `{name}`; there is {have}",
+                    f"Adapter {name} does not exist; there is {have}",
                     fix=did_you_mean(name, self.plans) or f"Use {have}.",
                 )
                 for name in missing
@@ -395,10 +395,7 @@ class Session:
             warn([rules.NOT_MERGED(what, why=why, fix="Activate one, or name some.")])
         again = [name for name in names if name in self.merged]
         if again:
-            what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
-            warn(
-                [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
-            )
+            warn([merged_already(again, names, "unmerge_adapter")])
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):

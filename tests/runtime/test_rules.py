@@ -40,7 +40,20 @@ from peftc.model import assistance, base_state, files, hotswap, injected, mappin
 from peftc.model import conversion as converting
 from peftc.model import peft_model as runtime_model
 from peftc.model.assistance import row_values
-from peftc.runtime import apply, call, calls, conversion, drift, layer, planning, session, storage, values, weighted
+from peftc.runtime import (
+    apply,
+    call,
+    calls,
+    conversion,
+    drift,
+    layer,
+    planning,
+    session,
+    storage,
+    succession,
+    values,
+    weighted,
+)
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.prompt import cache, driver, encoder, streams
@@ -160,19 +173,19 @@ CASES = {
     ),
     "activating one of two that is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter(["default", "nobody"]),
-        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "no adapter `nobody`",
+        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "nobody does not exist",
     ),
     "deleting what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
-        (session, "self.require([name])", "pass"), "no adapter `nobody`",
+        (session, "self.require([name])", "pass"), "nobody does not exist",
     ),
     "merging what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.merge_adapter(["default", "nobody"]),
-        (session, "        self.require(names)\n        again", "        again"), "no adapter `nobody`",
+        (session, "        self.require(names)\n        again", "        again"), "nobody does not exist",
     ),
     "saving what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.save_pretrained("nowhere", selected_adapters=["nobody"]),
-        (runtime_model, "self.session.require(names)", "pass"), "no adapter `nobody`",
+        (runtime_model, "self.session.require(names)", "pass"), "nobody does not exist",
     ),
     "wrapping twice": Case(
         rules.MIXED_TYPES, adapted, lambda m: get_peft_model(m.get_base_model(), narrow(), "another"),
@@ -200,7 +213,7 @@ CASES = {
         (converting, "if made.error > _ROUNDING:", "if False:"), "The changes differ by",
     ),
     "merging twice": Case(
-        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "Merged already: `default`, `other`",
+        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "already merged, nothing to do: `default`, `other`",
     ),
     "unmerging what is not merged": Case(
         rules.NOT_MERGED, adapted, lambda m: m.unmerge_adapter(),
@@ -212,11 +225,11 @@ CASES = {
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
-        (layer, "if check and not all(", "if False and not all("), "Merging default gives NaN or infinity",
+        (layer, "if check and not all(", "if False and not all("), "The adapter default seems to be broken",
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
-        (layer, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "Merging default gives NaN or infinity",
+        (layer, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "The adapter default seems to be broken",
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
@@ -232,7 +245,7 @@ CASES = {
     ),
     "deleting what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.delete_adapter("default"),
-        (session, "if name in self.merged:", "if False:"), "`default` is merged into the base weights",
+        (succession, "if merged:", "if False:"), "Cannot delete adapter(s) ['default'] while they are merged",
     ),
     "loading over what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.load_adapter("nowhere", "other"),
@@ -388,7 +401,7 @@ CASES = {
     ),
     "swapping what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: hotswap_adapter_from_state_dict(m, {}, "nobody", narrow()),
-        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "no adapter `nobody`",
+        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "nobody does not exist",
     ),
     "preparing a compiled model": Case(
         rules.COMPILED_ALREADY, lambda: torch.compile(adapted(), backend="eager"), prepare_model_for_compiled_hotswap,
@@ -416,7 +429,7 @@ CASES = {
     ),
     "loading into what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: set_peft_model_state_dict(m, {}, "nobody"),
-        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "no adapter `nobody`",
+        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "nobody does not exist",
     ),
     "other base weights under what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: set_base_model_state_dict(m, get_base_model_state_dict(m)),
