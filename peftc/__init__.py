@@ -191,15 +191,22 @@ def __getattr__(name: str) -> Any:
 
 
 def _name_of_a_method(name: str) -> Any:
-    """What an installed method declares under this name, such as its config class, or an `AttributeError`."""
-    from peftc.diagnostics import did_you_mean
+    """What an installed method declares under this name, such as its config class. Raises `AttributeError`, and
+    `MissingNameError` if the name's own plugin cannot be loaded."""
+    from peftc.diagnostics import MissingNameError, did_you_mean
     from peftc.registry.manager import default_registry
 
     registry = default_registry()
     found = registry.find_name(name)
     if found is None:
+        reason = registry.reason_missing(name)
+        if reason is not None:  # not an `AttributeError`: `from peftc import …` would leave its text out
+            raise MissingNameError(reason.diagnostics) from reason
         hint = did_you_mean(name, [*__all__, *registry.public_names()])
-        raise AttributeError(f"Neither peftc nor an installed method has the public name `{name}`. {hint}".rstrip())
+        broken = "".join(f"\nIt may be of a plugin that cannot be used: {told.what}." for told in registry.out_of_order)
+        raise AttributeError(
+            f"Neither peftc nor an installed method has the public name `{name}`. {hint}".rstrip() + broken
+        )
     method, role = found
     if role == "config":
         return method.config

@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+
+from peftc.limits import MOST_SHOWN
 
 
 class Severity(StrEnum):
@@ -108,6 +110,10 @@ class ConfigError(PeftcError, TypeError, ValueError):
     """A config that cannot be made. Also a `TypeError`: other libraries catch that for an unknown keyword."""
 
 
+class MissingNameError(PeftcError, ImportError):
+    """A public name of a method that cannot be loaded. Also an `ImportError`, which is what `from peftc import …` may raise."""
+
+
 class NoMatchingPeftModuleError(PeftcError, ValueError):
     """An adapter that would be put on no module at all."""
 
@@ -154,8 +160,15 @@ class Collector:
 
 
 def render(diagnostics: Iterable[Diagnostic]) -> str:
-    """Plain text, one block per diagnostic."""
-    return "\n".join(str(d) for d in diagnostics)
+    """Plain text, one block per diagnostic; of very many the first and their number."""
+    found = list(diagnostics)
+    more = [and_more(found)] if len(found) > MOST_SHOWN else []
+    return "\n".join([*map(str, found[:MOST_SHOWN]), *more])
+
+
+def and_more(found: Sized) -> str:
+    """The line after those that are shown."""
+    return f"… and {len(found) - MOST_SHOWN:,} more"
 
 
 def warn(diagnostics: Iterable[Diagnostic]) -> None:

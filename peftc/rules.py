@@ -40,6 +40,10 @@ DROPPED_KEY = Rule(
 )
 SCHEMA_DRIFT = Rule("PC123", "Committed schema is out of date", "Editors and reviewers read the committed file.")
 CANNOT_WRITE = Rule("PC124", "File cannot be written", "Nothing was changed.")
+NUMBER_BEYOND = Rule(
+    "PC125", "Whole number beyond 64 bits", "Nothing is as large, and other programs read such a number as another."
+)
+MORE_PROBLEMS = Rule("PC126", "Further problems", "Nobody reads thousands; most often they have one cause.")
 
 # PC2xx: plugins -----------------------------------------------------------------------------------------------------
 UNKNOWN_TYPE = Rule("PC201", "Unknown PEFT type", "No installed plugin registers this type.")
@@ -161,6 +165,7 @@ NO_BIAS = Rule("PC432", "No bias to train", "The option asks for parameters that
 TASK_MISFIT = Rule(
     "PC433", "Task does not fit the model", "The virtual tokens would go to inputs that it does not have."
 )
+TENSOR_TOO_LARGE = Rule("PC434", "Adapter is too large", "No machine could hold such a tensor, nor count its numbers.")
 BLOCKS_ADJUSTED = Rule(
     "PC446",
     "Size of blocks adjusted",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftc.plugin import (
     CONV_KINDS,
@@ -50,6 +50,8 @@ class AdaLoraConfig(lora.LoraConfig):
     peft_type: PeftType | None = PeftType("ADALORA")
     target_r: int = Field(default=8, ge=1)
     """The average rank of a layer that is left in the end."""
+    bias: Literal["none", "all", "lora_only", "adalora_only"] = "none"  # type: ignore[assignment]  # one more
+    """Biases of the base model to train along: none, all, or those of adapted layers (`lora_only` means the same)."""
     init_r: int = Field(default=12, ge=1)
     """The rank that every layer starts with."""
     tinit: int = Field(default=0, ge=0)
@@ -82,7 +84,7 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
         return self._of_rank(c, layer, c.init_r)
 
     def _of_rank(self, c: AdaLoraConfig, layer: LayerFacts, rank: int) -> Iterable[Slot]:
-        yield parameter_slot("lora_A", (rank, layer.in_features * math.prod(layer.kernel)))
+        yield parameter_slot("lora_A", (rank, layer.in_features // layer.groups * math.prod(layer.kernel)))
         yield parameter_slot("lora_B", (layer.out_features, rank))
         yield parameter_slot("lora_E", (rank, 1))
         yield constant_slot("ranknum", (1,), float(c.init_r))
@@ -102,14 +104,6 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
     def dropout(self, c: AdaLoraConfig) -> float:
         return c.lora_dropout
 
-    def check(self, c: AdaLoraConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
-            yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which has no low-rank update",
-                fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
-
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         A, B = a.lora_A, a.lora_B
         singular = a.lora_E / (a.ranknum + EPSILON)
@@ -118,7 +112,7 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
         else:
             B = B * singular.t()
         if a.layer.kernel:
-            A = A.view(A.shape[0], a.layer.in_features, *a.layer.kernel)
+            A = A.view(A.shape[0], -1, *a.layer.kernel)
             B = B.view(*B.shape, *(1,) * len(a.layer.kernel))
         return A, B, a.scaling
 

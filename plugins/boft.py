@@ -68,7 +68,7 @@ class BoftTuner(MapTuner[BOFTConfig]):
     spares_bias = True
 
     def slots(self, c: BOFTConfig, layer: LayerFacts) -> Iterable[Slot]:
-        size = layer.in_features * math.prod(layer.kernel)
+        size = layer.in_features // layer.groups * math.prod(layer.kernel)
         block = min(c.boft_block_size, size) or max(1, size // c.boft_block_num)
         yield parameter_slot("boft_R", (c.boft_n_butterfly_factor, size // block, block, block))
         yield parameter_slot("boft_s", (1, layer.out_features) if layer.kernel else (layer.out_features, 1))
@@ -90,8 +90,8 @@ class BoftTuner(MapTuner[BOFTConfig]):
             slots["boft_s"].add_(1)
 
     def check(self, c: BOFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        size = layer.in_features * math.prod(layer.kernel)
-        misfit = f"{layer.groups} groups" if layer.groups > 1 else _misfit(c, size)
+        size = layer.in_features // layer.groups * math.prod(layer.kernel)
+        misfit = _misfit(c, size)
         if misfit:
             yield rules.BAD_TARGET(
                 f"Butterfly factors do not fit `{path}`: {misfit}",

@@ -76,7 +76,7 @@ class OftTuner(MapTuner[OFTConfig]):
 
     def size(self, layer: LayerFacts) -> int:
         """How many features are rotated."""
-        return layer.in_features * math.prod(layer.kernel)
+        return layer.in_features // layer.groups * math.prod(layer.kernel)
 
     def slots(self, c: OFTConfig, layer: LayerFacts) -> Iterable[Slot]:
         size = self.size(layer)
@@ -90,12 +90,6 @@ class OftTuner(MapTuner[OFTConfig]):
             init.normal(slots[self.slot], std=0.1)
 
     def check(self, c: OFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
-            yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which rotations do not fit",
-                fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
         size = self.size(layer)
         block = _block_size(c, size)
         if block == 1:

@@ -21,6 +21,7 @@ from peftc.compiler.serial import plan_to_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import config_text
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
+from peftc.graph.base_ref import lasting
 from peftc.graph.nodes import TensorFacts
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ def save_adapter(
     config: PeftConfig,
     plan: InjectionPlan | None = None,
     extra: Mapping[str, str] | None = None,
+    remarks: Mapping[str, str] | None = None,
 ) -> None:
     """Save an adapter into a folder, which is made if needed; other files in it stay.
 
     `tensors` are by checkpoint key, on any device, contiguous or not, shared or not. `plan` is what it was
-    made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card.
-    The config is written as frozen (`inference_mode`) and is itself not changed.
+    made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card,
+    `remarks` what stands in the head of the weights' file. The config is written as frozen (`inference_mode`), with a base
+    model in a local folder named so that it is found from any other, and is itself not changed.
 
     Raises `PeftcError` for tensors without content and for a folder that cannot be written (no room, no permission), and
     then leaves the folder as it was. Warns of NaN and infinity.
@@ -56,7 +59,7 @@ def save_adapter(
         texts[PLAN_NAME] = plan_to_text(plan)
 
     def write(staged: Path) -> None:
-        write_tensors(staged / WEIGHTS_NAME, tensors)
+        write_tensors(staged / WEIGHTS_NAME, tensors, remarks)
         for name, text in texts.items():
             (staged / name).write_text(text, encoding="utf-8")
 
@@ -71,14 +74,16 @@ def save_adapter(
 
 
 def stored(config: PeftConfig) -> PeftConfig:
-    """The config as it is written: frozen, and with this version named."""
-    return config.model_copy(update={"inference_mode": True, "peft_version": FILE_VERSION})
+    """The config as it is written: frozen, with this version named, and a local base by its absolute path."""
+    base = None if config.base_model_name_or_path is None else lasting(config.base_model_name_or_path)
+    named = {"base_model_name_or_path": base, "peft_version": FILE_VERSION}
+    return config.model_copy(update={"inference_mode": True, **named})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file as others expect it. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], remarks: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file as others expect it, with further remarks in its head. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
     facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
-    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt"})
+    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt", **(remarks or {})})
 
 
 def _content(tensor: Tensor) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from peftc import rules
@@ -18,6 +19,7 @@ from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
@@ -198,14 +200,19 @@ class _Declarer:
         if type(tuner).declare is MapTuner.declare:  # each by itself, so that a problem is that of one kind
             return [None] * len(kinds)
         with boundary(self._context.method.peft_type, "declare", kinds[0].node.path):
-            return [tuple(slots) for slots in tuner.declare([(kind.config, kind.node.facts) for kind in kinds])]
+            declared = tuner.declare([(kind.config, kind.node.facts) for kind in kinds])
+            found = [all_of(slots) for slots in islice(declared, len(kinds) + 1)]
+        if len(found) != len(kinds):
+            what = f"`declare` of {self._context.method.peft_type} gives {len(found)} answers for {len(kinds)} kinds of layer"
+            raise PeftcError(rules.PLUGIN_INVALID(what, fix="Give one for each.", where=kinds[0].node.path))
+        return found
 
     def _finish(self, kind: _Kind, declared: Iterable[Slot] | None) -> None:
         method, node = self._context.method.peft_type, kind.node
         try:
             with boundary(method, "slots", node.path):
                 slots = kind.tuner.slots(kind.config, node.facts) if declared is None else declared
-                kind.slots = tuple(slots)
+                kind.slots = all_of(slots)
             check_slots(
                 kind.slots, self._context, node.path, empty=0 in (node.facts.in_features, node.facts.out_features)
             )
@@ -248,6 +255,7 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, emp
     Raises `PeftcError` naming what is wrong with its slots.
     """
     name, least = context.method.peft_type, 0 if empty else 1
+    check_form(slots, name, path)
     wrong = [f"`{s.name}` has the shape {list(s.shape)}" for s in slots if any(size < least for size in s.shape)]
     if not context.method.is_prompt:
         named = [slot for slot in slots if slot.saved and not slot.derived]
@@ -263,11 +271,39 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, emp
     if not slots:
         wrong.append("there is none")
     if wrong:
-        raise PeftcError(
-            rules.PLUGIN_INVALID(
-                f"Slots of {name}: {'; '.join(wrong)}", fix="Correct the plugin's `slots`.", where=path
-            )
-        )
+        raise PeftcError(_slots_wrong(name, wrong, path))
+
+
+def all_of(slots: Iterable[Slot]) -> tuple[Slot, ...]:
+    """What a method declares, called inside the plugin boundary: of a declaration without an end, too many."""
+    return tuple(islice(slots, MAX_SLOTS + 1))
+
+
+def check_form(slots: Sequence[Slot], method: str, path: str | None = None) -> None:
+    """Raise `PeftcError` if what a method declares is no list of slots, or tensors that no machine can hold."""
+    if len(slots) > MAX_SLOTS:
+        raise PeftcError(_slots_wrong(method, [f"more than {MAX_SLOTS:,}"], path))
+    strange = [f"`{slot!r:.60}` is none" for slot in slots if not isinstance(slot, Slot)] or list(_not_sizes(slots))
+    if strange:
+        raise PeftcError(_slots_wrong(method, strange, path))
+    large = [f"`{slot.name}` {reason}" for slot in slots if (reason := misshapen(slot.shape))]
+    if large:
+        fix = "Choose smaller options, such as the rank."
+        raise PeftcError(rules.TENSOR_TOO_LARGE("; ".join(large), fix=fix, where=path))
+
+
+def _not_sizes(slots: Iterable[Slot]) -> Iterator[str]:
+    for slot in slots:
+        if not isinstance(slot.name, str) or not isinstance(slot.tail, str):
+            yield f"`{slot.name!r:.60}` is no name"
+        elif not isinstance(slot.shape, tuple) or any(type(size) is not int for size in slot.shape):
+            yield f"`{slot.name}` has the shape {slot.shape!r:.60}, which is no tuple of whole numbers"
+
+
+def _slots_wrong(method: str, wrong: Iterable[str], path: str | None) -> Diagnostic:
+    return rules.PLUGIN_INVALID(
+        f"Slots of {method}: {'; '.join(wrong)}", fix="Correct the plugin's `slots`.", where=path
+    )
 
 
 def _check_params(tuner: MapTuner[Any], context: Context, path: str) -> None:

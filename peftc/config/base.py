@@ -7,14 +7,18 @@ is compiled; what is wrong comes out as diagnostics, all at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from os import PathLike
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from peftc.config.problems import models_below, problems, unknown_key
+from peftc import rules
+from peftc.config.places import beyond_64_bits, json_path
+from peftc.config.problems import Problem, as_validation_error, models_below, problems, unknown_key
 from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import ConfigError
+from peftc.limits import MAX_INTEGER, MOST_TOLD
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -33,6 +37,16 @@ class ConfigModel(BaseModel):
 
     # pydantic's own mark: a nested config is validated as part of the outer one, which keeps the paths of its problems
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Self:
+        """In Python a number may be of any size; nothing beyond 64 bits could be saved, or made into a tensor."""
+        large = list(islice(beyond_64_bits(self.__dict__), MOST_TOLD))
+        if large:
+            fix = f"Give a number of at most {MAX_INTEGER:,}."
+            told = [(place, f"`{json_path(place, root='')}` does not fit into 64 bits") for place in large]
+            raise as_validation_error(Problem(place, rules.NUMBER_BEYOND(what, fix=fix)) for place, what in told)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:

@@ -13,10 +13,7 @@ from pathlib import Path
 from peftc import rules
 from peftc.config.places import Document
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean
-
-#: Largest files in bytes. YAML is written by people; JSON may list every module of a large model.
-MAX_YAML = 1 << 20
-MAX_JSON = 16 << 20
+from peftc.limits import MAX_JSON, MAX_YAML
 
 # What YAML 1.2 does not call printable (section 5.1), and a byte order mark inside the text.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")

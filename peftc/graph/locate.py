@@ -16,9 +16,7 @@ from typing import Any
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.base_ref import BaseRef
-
-CONFIG_FILE = "config.json"
+from peftc.graph.base_ref import CONFIG_FILE, BaseRef
 
 #: A config is a few kilobytes; some list every label of a large classifier. More than this is not a config.
 MAX_CONFIG_BYTES = 32 * 2**20

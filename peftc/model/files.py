@@ -25,6 +25,7 @@ from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
 from peftc.registry.manager import default_registry
+from peftc.runtime import identity
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
 from peftc.runtime.prompt.encoder import Exporter
@@ -52,12 +53,13 @@ def save(
     """Save adapters and the model card below a folder, each adapter in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
     root = Path(folder)
     facts = facts_of(model, AT_ROOT)
+    of_base = identity.remarks_of(model.session)
     for name in names:
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
         config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]))
         plan = _saved_as(_plan_of(model, name), tensors)
-        save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None)
+        save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None, of_base)
     if AT_ROOT not in names:
         write_card(facts, root)
 

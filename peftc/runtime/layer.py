@@ -254,7 +254,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
-        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._aside)
+        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self.aside)
         pending = self._pending()
         path = compose(under, pending)
         if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
@@ -266,10 +266,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Active adapters that are not merged, first to last."""
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def _aside(self) -> dict[str, nn.Parameter]:
+    def aside(self) -> dict[str, nn.Parameter]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
-        return {**self._pristine, **(base._aside() if isinstance(base, TunerLayer) else {})}
+        return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
 
     def pristine(self) -> Mapping[str, Tensor]:
         """The base layer's parameters as they were before anything was merged into them, logical and frozen."""

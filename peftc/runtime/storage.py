@@ -21,6 +21,7 @@ from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
+from peftc.runtime.backends import Backend
 from peftc.runtime.call import Call
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
@@ -243,6 +244,11 @@ class Owner(Protocol):
 
     def pristine(self) -> Mapping[str, Tensor]: ...
 
+    def get_base_layer(self) -> nn.Module: ...
+
+    @property
+    def backend(self) -> Backend: ...
+
     @property
     def call(self) -> Call | None: ...
 
@@ -334,6 +340,12 @@ class LayerView:
         tensor: Tensor = container[key]
         return tensor
 
+    def down(self, A: Tensor, x: Tensor) -> Tensor:
+        return self._owner.backend.down(self._owner.get_base_layer(), A, x)
+
+    def up(self, B: Tensor, h: Tensor) -> Tensor:
+        return self._owner.backend.up(self._owner.get_base_layer(), B, h)
+
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""
         call = self._owner.call
@@ -377,6 +389,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What an adapter has of a tensor that was made larger, for others to be swapped in; a view."""
-    return tensor if tensor.shape == shape else tensor[tuple(slice(size) for size in shape)]
+def unpadded(tensor: Tensor, slot: Slot) -> Tensor:
+    """What an adapter has of a slot's tensor that was made larger, for others to be swapped in; a view where it can be."""
+    if tensor.shape == slot.shape:
+        return tensor
+    blocks = tensor.unflatten(0, (slot.blocks, -1))
+    own = blocks[:, : slot.shape[0] // slot.blocks].flatten(0, 1)
+    return own[tuple(slice(size) for size in slot.shape)]

@@ -194,7 +194,7 @@ def _wrong_way(members: Mapping[str, _Member], how: Recipe) -> list[Diagnostic]:
             what = f"`{path}` is adapted in different ways by {', '.join(f'`{name}`' for name in member.names)}"
             problems[path] = rules.CANNOT_COMBINE(what, fix="Combine adapters with the same options.", where=path)
         elif not tuner.is_rankable and not tuner.is_combinable:
-            what = f"`{kind}` says no way to combine adapters"
+            what = f"`{kind}` says no way to combine adapters on a {member.site.layer.cls} such as `{path}`"
             problems[what] = rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`.")
         elif not tuner.is_rankable and how.kind not in ("svd", "linear"):
             what = f"`{kind}` combines adapters in one way of its own, not by `{how.kind}`"

@@ -185,6 +185,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (features.other_kinds_are_refused, once_with_targets),
     (features.excluded_modules_are_left_alone, once),
     (features.patterns_reach_their_layer, once),
+    (features.biases_train_along, once),
     (features.saved_modules_ride_along, once),
     (features.what_experts_cannot_is_refused, on_experts),
     (features.swapping_exchanges_values, on_few_layers),

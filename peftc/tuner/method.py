@@ -56,6 +56,8 @@ class MapTuner(ABC, Generic[C]):
     input_space: ClassVar[str] = "features"
     #: whether the change of the weight does not depend on the weight (`W' = W + ΔW`); thin updates are always so
     additive: ClassVar[bool] = False
+    #: why a `branch` is no change of the layer's weight, where it cannot be one; for who wants to merge it
+    beside: ClassVar[str] = ""
     #: whether `output` acts on `W x` alone, and the layer's bias is added afterwards as it is
     spares_bias: ClassVar[bool] = False
     #: whether `branch` costs as much as the layer itself: then `params` serves where the base is not in half precision,
@@ -137,10 +139,14 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether slots of one rank, padded with zeros, are those of a larger one that does the same."""
+        return type(self).of_rank is not MapTuner.of_rank
+
+    @property
     def is_rankable(self) -> bool:
         """Whether the method makes slots of thin factors."""
-        given = type(self).of_thin is not MapTuner.of_thin and type(self).of_rank is not MapTuner.of_rank
-        return given and "thin" in self.lowerings
+        return self.has_ranks and type(self).of_thin is not MapTuner.of_thin and "thin" in self.lowerings
 
     @property
     def joins(self) -> bool:
@@ -353,8 +359,8 @@ class TunerMethod:
 
     @property
     def is_rankable(self) -> bool:
-        """Whether adapters of the method can be made of thin factors, on every layer."""
-        return bool(self.map_tuners) and all(tuner.is_rankable for tuner in self.map_tuners)
+        """Whether adapters of the method can be made of thin factors, if not on every layer."""
+        return any(tuner.is_rankable for tuner in self.map_tuners)
 
     @property
     def supports(self) -> frozenset[Kind]:

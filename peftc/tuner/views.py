@@ -44,6 +44,13 @@ class View(Protocol):
 
     def __getitem__(self, label: str) -> Tensor: ...
 
+    def down(self, A: Tensor, x: Tensor) -> Tensor:
+        """`A x` with the layer's own geometry, for a `branch` that is thin in a way of its own: A `(r, in · kernel)` on the
+        channels of all groups or, where it has no more, on those of each; a table for ids."""
+
+    def up(self, B: Tensor, h: Tensor) -> Tensor:
+        """`B h` of what `down` gave: B `(out, r)`, or `(out, r / groups)` for a part of it in each group."""
+
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the call gives for each row of `x`, by one of the method's `keywords`: `(rows,)`, on the device of `x`.
 

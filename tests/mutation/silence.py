@@ -42,7 +42,7 @@ PROVOKED = {
     "BASE_UNBUILDABLE": f"{_BASES}test_a_task_that_the_architecture_has_no_class_for",
     "DEPENDENCY_MISSING": f"{_LOCATE}test_problems_with_a_distribution",
     "REMOTE_CODE": f"{_BASES}test_configs_that_make_no_model[config3-PC306-mine]",
-    "GRAPH_INVALID": "tests/unit/test_graph_nodes.py::test_a_missing_graph_file_is_a_diagnostic",
+    "GRAPH_INVALID": "tests/unit/test_graph_nodes.py::test_every_mistake_of_a_graph_is_told_with_its_line",
     "QUANTIZED_BASE": f"{_BASES}test_a_quantised_base_is_planned_with_a_warning_each_time",
     "DATA_UNREADABLE": f"{_DATA}test_files_that_give_nothing[None-code0-No such file]",
     "DATA_LINE": f"{_DATA}test_a_bad_line_is_told_with_its_number[no keys]",

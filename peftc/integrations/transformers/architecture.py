@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.locate import CONFIG_FILE, LocatedBase
+from peftc.graph.base_ref import CONFIG_FILE
+from peftc.graph.locate import LocatedBase
 from peftc.host.architectures import auto_classes, classes_in, known_types
 
 #: What transformers' constructors and loaders raise on a config or a file that makes no sense to them.

@@ -34,6 +34,7 @@ from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import live_names
+from peftc.runtime import identity
 from peftc.runtime.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
@@ -42,6 +43,9 @@ STATE_NAME = "trainer_state.json"
 #: What carries on a training, the adapter as it lives in the model first: an adapter's own file may hold less, as the
 #: tables that an encoder gives. The others are Trainer's; all are archives with checksums.
 ARCHIVES = ("adapter_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+#: What only a hash tells of.
+_CONTENTS = {"data.content": "The training data has changed", "base.weights": "The base model has other weights"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +305,8 @@ def _run_facts(model: PeftModel, rows: Sequence[Encoded], how: TrainSection) -> 
     for name, config in model.peft_config.items():
         kept = {key: value for key, value in config.to_json().items() if key not in ("peft_version", "inference_mode")}
         adapters[f"adapters.{name}"] = kept
-    return {"train": options, "data": {"content": content.hexdigest()}, **adapters}
+    base = hashlib.sha256((identity.print_of(model.session) or "").encode()).hexdigest()
+    return {"train": options, "data": {"content": content.hexdigest()}, "base": {"weights": base}, **adapters}
 
 
 def _check_resumable(checkpoint: Path | None, folder: Path, run: Mapping[str, Any]) -> None:
@@ -315,7 +320,7 @@ def _check_resumable(checkpoint: Path | None, folder: Path, run: Mapping[str, An
         stored = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
         problems = [
             rules.CANNOT_RESUME(
-                "The training data has changed" if key == "data.content" else f"`{key}` was {old} and is now {new}",
+                _CONTENTS.get(key) or f"`{key}` was {old} and is now {new}",
                 fix="Set it back, or start anew in another `--output`.",
                 where=Where(file=str(checkpoint)),
             )

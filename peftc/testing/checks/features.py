@@ -109,6 +109,20 @@ def excluded_modules_are_left_alone(s: Subject) -> None:
     same_names(adapted, s.targets[1:], "The set of adapted modules, of which one is excluded,", _CORE)
 
 
+def biases_train_along(s: Subject) -> None:
+    """The option `bias` has the same values for all methods: `none`, `all`, and `<type>_only` for those of adapted layers."""
+    if not features_of(s.method)["options"]["bias"]:
+        return
+    own = f"{s.method.peft_type.lower()}_only"
+    biased = [node.path for node in s.model.graph.nodes if node.facts.has_bias]
+    for mode in ("all", own):
+        with quiet():
+            plan = compile_plan(s.model.graph, {"default": s.config(bias=mode)}).adapters[0]
+        wanted = [path for path in biased if mode == "all" or path in {site.path for site in plan.maps}]
+        fix = f"Let `bias` take `none`, `all` and `{own}`."
+        same_names([train.path for train in plan.trains], wanted, f"The set of biases that `bias={mode}` trains", fix)
+
+
 def patterns_reach_their_layer(s: Subject) -> None:
     """An option set by a pattern counts on the modules it means, and nowhere else."""
     if not s.targets:
