@@ -119,6 +119,7 @@ class Session:
                 self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
+            self.base.act(self.active if self.enabled else ())
 
     def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
         """The part of an adapter that acts around modules."""
@@ -285,6 +286,7 @@ class Session:
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
         self.active = tuple(names)
+        self.base.act(self.active if self.enabled else ())
 
     def _take_out_merged(self, names: Sequence[str]) -> None:
         """Unmerge, with a warning, before others than the active adapters are activated."""
@@ -329,14 +331,17 @@ class Session:
 
     def enable(self, enabled: bool) -> None:
         """Let the active adapters act, or not."""
-        if enabled == self.enabled:
-            return
-        for name in self.active:
-            for layer in (*self.layers_of(name), *self.modules_of(name)):
-                layer.enable_adapters(enabled)
-            for copy in self.copies_of(name):
-                copy.enable_adapters(enabled)
+        for wrapper in self.acting_wrappers():
+            if wrapper.disable_adapters is enabled:
+                wrapper.enable_adapters(enabled)
         self.enabled = enabled
+        self.base.act(self.active if enabled else ())
+
+    def acting_wrappers(self) -> list[TunerLayer | ModuleWrapper | ModulesToSaveWrapper]:
+        """What holds adapters that are active or merged; that act unless they are switched off."""
+        names = [name for name in dict.fromkeys((*self.active, *self.merged)) if name in self.plans]
+        found = [w for n in names for w in (*self.layers_of(n), *self.modules_of(n), *self.copies_of(n))]
+        return list({id(wrapper): wrapper for wrapper in found}.values())
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` naming every adapter that is not there."""
@@ -390,6 +395,9 @@ class Session:
             for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
                 for layer in self.layers[path].chain():
                     journal.note(layer.restore_merge, layer.merge_state())
+                    if not self.enabled:
+                        journal.note(layer.enable_adapters, not layer.disable_adapters)
+                        layer.enable_adapters(False)
                 self.layers[path].merge(safe, names)
             keep_ties(self.graph, self.layers)
 
@@ -473,6 +481,6 @@ class Session:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict(keep_vars=True).items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
-        tensors |= self.base.trained(plan)
+        tensors |= self.base.values(plan)
         caller = self.caller(name)
         return tensors if caller is None else tensors | caller.tensors()
