@@ -70,8 +70,13 @@ def read_header(path: Path) -> Header:
     Raises `FormatError` for a file that is cut short, damaged or contradicts itself, and `OSError` from reading.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return _parse(_header_bytes(file, size), size)
+        return header_of(file)
+
+
+def header_of(file: BinaryIO) -> Header:
+    """The same of an open file, which is at its beginning."""
+    size = os.fstat(file.fileno()).st_size
+    return _parse(_header_bytes(file, size), size)
 
 
 def _header_bytes(file: BinaryIO, size: int) -> bytes:

@@ -33,7 +33,7 @@ def read_pickle(folder: Path) -> dict[str, Tensor]:
     file = folder / PICKLE_NAME
     where = Where(file=str(file))
     try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
+        held: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except FileNotFoundError:
         what = f"`{folder}` has no `{PICKLE_NAME}`"
         raise PeftcError(rules.CHECKPOINT_MISSING(what, fix="Check the folder.", where=where)) from None

@@ -163,7 +163,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "peft_type": adapter.peft_type,
-        "config": adapter.config.to_json(),
+        "config": {**adapter.config.to_json(), "peft_version": None},  # which version made it decides nothing
         "kinds": [json.loads(kind) for kind in table],
         "maps": rows,
         "saves": [

@@ -9,6 +9,7 @@ from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.model.prompts import PromptsMixin
+from peftc.runtime.journal import keep_entries, whole
 from peftc.runtime.session import Session
 from peftc.runtime.succession import delete
 from peftc.runtime.switched import disabled
@@ -44,6 +45,7 @@ class ActivationMixin(PromptsMixin):
         session: Session | None = self.__dict__.get("_session")
         return session is not None and session.enabled and bool(session.active)
 
+    @whole
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several in order; exactly their tensors become trainable."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -53,6 +55,7 @@ class ActivationMixin(PromptsMixin):
         for name, encoder in self._encoders().items():
             encoder.set_trainable(name in names and not inference_mode)
 
+    @whole
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make the trainable tensors of adapters require gradients, or not, active or not."""
         session, names = self.session, [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -62,6 +65,7 @@ class ActivationMixin(PromptsMixin):
             if name in self._encoders():
                 self._encoders()[name].set_trainable(requires_grad)
 
+    @whole
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove an adapter, or several, and their tensors. If nothing is active any more, another adapter takes over, with a
         warning, and trains if the one that was active did. Raises `PeftcError`, with nothing changed."""
@@ -76,8 +80,10 @@ class ActivationMixin(PromptsMixin):
 
     def _forget(self, names: Sequence[str]) -> None:
         """Let adapters go that the session has no more."""
+        keep_entries(self.peft_config)
         for name in names:
             if self.prompt_encoder is not None:
+                keep_entries(self.prompt_encoder._modules)
                 self.prompt_encoder._modules.pop(name, None)
             self.peft_config.pop(name, None)
 

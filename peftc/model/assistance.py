@@ -16,6 +16,7 @@ from peftc.config.files import read_config
 from peftc.diagnostics import ConfigError, PeftcError
 from peftc.model.injected import adapters_of, unwrapped
 from peftc.model.peft_model import PeftModel
+from peftc.runtime.journal import whole
 from peftc.runtime.layer import BaseTunerLayer, TunerLayer
 from peftc.runtime.steps import take
 from peftc.runtime.succession import delete
@@ -157,6 +158,7 @@ def row_values(model: nn.Module, **values: Any) -> Iterator[None]:
 # adapters of any model ------------------------------------------------------------------------------------------------
 
 
+@whole
 def set_adapter(
     model: nn.Module,
     adapter_name: str | Sequence[str],
@@ -175,6 +177,7 @@ def set_adapter(
         adapters_of(model).set_active(names, trainable=not inference_mode)
 
 
+@whole
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type[BaseTunerLayer] = BaseTunerLayer
 ) -> list[str] | None:
@@ -193,6 +196,7 @@ def delete_adapter(
     return list(session.active) or None
 
 
+@whole
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Make adapters' trainable tensors require gradients, or not, whichever are active.
 

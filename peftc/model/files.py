@@ -26,8 +26,7 @@ from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
 from peftc.registry.manager import default_registry
 from peftc.runtime import identity
-from peftc.runtime.journal import Journal
-from peftc.runtime.layer import Source
+from peftc.runtime.journal import keep_values, note, whole
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
@@ -185,6 +184,7 @@ def _with_mapping(model: PeftModel, config: PeftConfig) -> PeftConfig:
 # loading --------------------------------------------------------------------------------------------------------------
 
 
+@whole
 def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: LoadOptions) -> LoadReport:
     """Load a further adapter; one of that name is overwritten, in place if it has the same tensors.
 
@@ -199,29 +199,27 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     same = name in session.plans and (
         session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted)
     )
-    with Journal() as journal:
-        if same:
-            _overwrite(model, found, journal)
-        elif name in session.plans:
-            _exchange(model, name, found, options.is_trainable, journal)
-        else:
-            model._attach(found.plan, found.source, journal)
-            if options.is_trainable:  # the reference makes it so although it is not active
-                model.set_requires_grad(name)
-        if same and options.is_trainable and name in session.active:  # loading in place does not end a training
-            model.set_adapter(session.active)
+    if same:
+        _overwrite(model, found)
+    elif name in session.plans:
+        _exchange(model, name, found, options.is_trainable)
+    else:
+        model._attach(found.plan, found.source)
+        if options.is_trainable:  # the reference makes it so although it is not active
+            model.set_requires_grad(name)
+    if same and options.is_trainable and name in session.active:  # loading in place does not end a training
+        model.set_adapter(session.active)
     if not options.is_trainable and model.training:
-        model.eval()
+        evaluate(model)
     return found.report
 
 
-def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool, journal: Journal) -> None:
+def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool) -> None:
     """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
     active = model.session.active
     trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
-    journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
     model._drop(name)
-    model._attach(found.plan, found.source, journal)
+    model._attach(found.plan, found.source)
     if name in active:
         model.set_adapter(active, inference_mode=not trained)
 
@@ -232,7 +230,7 @@ def _own(model: PeftModel, name: str) -> list[Tensor]:
     return [*model.session.tensors(name).values(), *encoder]
 
 
-def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
+def _overwrite(model: PeftModel, found: Loadable) -> None:
     """Load into the parameters that there are: an optimiser may hold them."""
     session, plan = model.session, found.adapter
     with torch.no_grad():
@@ -243,20 +241,15 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
             pairs += model._encoders()[plan.name].restored(found.source)
         for tensor, stored in pairs:
             if stored is not None:
-                journal.note(tensor.copy_, tensor.clone())
+                keep_values(tensor)
                 tensor.copy_(stored)
-        session.base.carry(plan, found.source, journal)
-        patch(session, plan.name, differing(session, plan), journal)
+        session.base.carry(plan, found.source)
+        patch(session, plan.name, differing(session, plan))
 
 
-def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """All that loading an adapter may have brought, to be put back."""
-    vocabulary = model.session.base.vocabulary(model.session.plans[name])
-    return {**_live_tensors(model, model.session, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
-
-
-def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
-    """Undo the replacement of an adapter."""
-    with Journal() as journal:
-        model._attach(replace(plan, active=()), source, journal)
-    model.set_adapter(active)
+def evaluate(model: nn.Module) -> None:
+    """Switch a model to evaluation, as `eval` does."""
+    for module in model.modules():
+        if module.training:
+            note(setattr, module, "training", True)
+    model.eval()

@@ -33,7 +33,7 @@ from peftc.runtime.apply import apply_plan, freeze, hold, let_go, mixed_types, s
 from peftc.runtime.calls import CallModule
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session
@@ -53,6 +53,7 @@ class PeftModel(ActivationMixin, nn.Module):
     #: whether adapters of several methods may be on the model
     mixes: ClassVar[bool] = False
 
+    @whole
     def __init__(
         self,
         model: nn.Module,
@@ -67,6 +68,7 @@ class PeftModel(ActivationMixin, nn.Module):
         self._start(model, plan, {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {})
 
     @classmethod
+    @whole
     def from_plan(cls, model: nn.Module, plan: InjectionPlan, sources: dict[str, Source] | None = None) -> Self:
         """Apply a compiled plan. Raises `PeftcError`, with the model as it was, if it does not fit."""
         self = cls.__new__(cls)
@@ -89,10 +91,9 @@ class PeftModel(ActivationMixin, nn.Module):
         self.peft_type = PeftType(first.peft_type)
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
         sources = {**needed_sources(plan, LoadOptions()), **sources}
-        with Journal() as journal, collector_paused():
-            freeze(model, journal)
+        with collector_paused():
+            freeze(model)
             session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes)
-            journal.note(strip, model, session)
             self.base_model = self._level(plan, session)
             self.__dict__["_session"] = session
             for adapter in plan.adapters:
@@ -110,6 +111,8 @@ class PeftModel(ActivationMixin, nn.Module):
     def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
         """What an adapter has beside its layers."""
         self._add_encoder(adapter, source)
+        keep(adapter.config)
+        keep_entry(self.peft_config, adapter.name)
         adapter.config.base_model_name_or_path = adapter.config.base_model_name_or_path or self._base_name()
         self.peft_config[adapter.name] = adapter.config
 
@@ -222,11 +225,17 @@ class PeftModel(ActivationMixin, nn.Module):
         """Have a model's input embeddings require gradients, if it is one of transformers; returns it."""
         enable: Any = getattr(model, "enable_input_require_grads", None)
         if enable is not None:
+            for (
+                module
+            ) in model.modules():  # it hooks on to embeddings, of inner models too, and notes that on the model
+                keep_entries(module._forward_hooks)
+            keep(model)
             enable()
         return model
 
     # adapters -----------------------------------------------------------------------------------------------------
 
+    @whole
     @collector_paused()
     def add_adapter(
         self,
@@ -241,15 +250,13 @@ class PeftModel(ActivationMixin, nn.Module):
         """
         self._refuse_type(peft_config)
         plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype, mixed=self.mixes)
-        with Journal() as journal:
-            self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None, journal)
+        self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None)
 
-    def _attach(self, plan: InjectionPlan, source: Source | None, journal: Journal) -> None:
+    def _attach(self, plan: InjectionPlan, source: Source | None) -> None:
         """Add the plan's one adapter, from a checkpoint or fresh."""
         adapter = plan.adapters[0]
         sources = needed_sources(plan, LoadOptions()) | ({} if source is None else {adapter.name: source})
         apply_plan(self.get_base_model(), plan, sources=sources, mixed=self.mixes)
-        journal.note(self._drop, adapter.name)
         self._join(adapter, source)
 
     def _refuse_type(self, config: PeftConfig) -> None:
@@ -275,17 +282,20 @@ class PeftModel(ActivationMixin, nn.Module):
 
     # merging ------------------------------------------------------------------------------------------------------
 
+    @whole
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; `unmerge_adapter` restores them bit for bit."""
         self._refuse_merge()
         self.session.merge(adapter_names, safe_merge)
 
+    @whole
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
         if not self.session.merged:
             warn([rules.NOT_MERGED("No adapter is merged", fix="Leave the call out, or merge first.")])
         self.session.unmerge()
 
+    @whole
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
@@ -297,11 +307,13 @@ class PeftModel(ActivationMixin, nn.Module):
         merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
         return merged
 
+    @whole
     def unload(self) -> nn.Module:
         """The base model as it was, with the same module objects. This object has no adapter afterwards."""
         session, model = self.session, self.get_base_model()
         session.unmerge()
         strip(model, session)
+        keep_entries(self.peft_config)
         self.peft_config.clear()
         return model
 
@@ -397,6 +409,7 @@ class PeftModel(ActivationMixin, nn.Module):
         return push(self, repo_id, DEFAULT, tags or (), commit)
 
     @classmethod
+    @whole
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -412,7 +425,7 @@ class PeftModel(ActivationMixin, nn.Module):
     ) -> PeftModel:
         """Load an adapter onto a base model, in the class of its task. Raises `PeftcError`, with the model as it was.
         `kwargs`: `torch_device`, `ignore_mismatched_sizes`, `subfolder`, those of the hub's client; others are ignored.
-        A file is mapped and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
+        Tensors are read once and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
         """
         device = kwargs.pop("torch_device", None)
         given = (is_trainable, autocast_adapter_dtype, device, key_mapping, ephemeral_gpu_offload)
@@ -425,8 +438,11 @@ class PeftModel(ActivationMixin, nn.Module):
         task_class = task_model_class(config)
         chosen = cls if cls.mixes or issubclass(cls, task_class) else task_class
         wrapped = chosen.from_plan(model, found.plan, {adapter_name: found.source})
-        return wrapped if is_trainable else wrapped.eval()
+        if not is_trainable:
+            files.evaluate(wrapped)
+        return wrapped
 
+    @whole
     @collector_paused()
     def load_adapter(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, note
 from peftc.runtime.layer import Source
 
 if TYPE_CHECKING:
@@ -46,34 +46,39 @@ class BaseTensors:
         """Whether any tensor may differ from what it was."""
         return any(self._before.values()) or any(self._trained.values())
 
-    def change(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
+    def change(self, plan: AdapterPlan, source: Source | None) -> None:
         """Load tensors that the checkpoint carries, and keep what they were: for trained ones, a copy."""
         before: list[tuple[nn.Parameter, Tensor]] = []
-        journal.note(_put_back, before)
         find = source or (lambda key: None)
         for disk, parameter in self.trained(plan).items():
             found = find(disk)
-            before.append((parameter, parameter.detach().clone()))
+            own = parameter.detach()
+            before.append((parameter, own.clone()))
+            note(own.copy_, before[-1][1])
             if found is not None:
                 parameter.copy_(found)
+        keep_entry(self._trained, plan.name)
+        keep_entry(self._before, plan.name)
         self._trained[plan.name], self._before[plan.name] = before, []
-        self.carry(plan, find, journal)
+        self.carry(plan, find)
 
-    def carry(self, plan: AdapterPlan, find: Source, journal: Journal) -> None:
+    def carry(self, plan: AdapterPlan, find: Source) -> None:
         """Load embeddings that the adapter's checkpoint carries; deleting the adapter restores them."""
         before = self._before[plan.name]
+        keep_entries(before)
         known = {id(parameter) for parameter, _ in (*self._trained[plan.name], *before)}
         for disk, _, own, _ in self.vocabulary(plan):
             found = find(disk)
             if found is None or torch.equal(found.to(own), own):
                 continue
-            journal.note(setattr, own, "data", own.data)
+            keep_memory(own)
             if id(own) not in known:
                 before.append((own, own.data))
             own.data = found.to(own.device, own.dtype)
 
     def act(self, names: Collection[str]) -> None:
         """Have what these adapters train as they made it, and what others train as it was before."""
+        keep_entries(self._own)
         for name, before in self._trained.items():
             if name in names and name in self._own:
                 own = self._own.pop(name)
@@ -84,13 +89,15 @@ class BaseTensors:
 
     def restore(self, names: Iterable[str]) -> None:
         """Put back what adapters changed."""
+        keep_entries(self._before, self._trained, self._own)
         for name in names:
             self._own.pop(name, None)
             _put_back(self._before.pop(name, ()))
             _put_back(self._trained.pop(name, ()))
 
-    def keep(self) -> None:
+    def keep_changes(self) -> None:
         """Let tensors stay as adapters made them."""
+        keep(self)
         self._before, self._trained = {}, {}
 
     def values(self, plan: AdapterPlan) -> dict[str, Tensor]:
@@ -135,5 +142,7 @@ class BaseTensors:
 
 
 def _put_back(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Where and in what dtype the model has them now: it may have been moved or cast meanwhile."""
     for parameter, data in before:
-        parameter.data = data.to(parameter.device, parameter.dtype)  # where the model has gone meanwhile
+        keep_memory(parameter)
+        parameter.data = data.to(parameter.device, parameter.dtype)

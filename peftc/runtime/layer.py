@@ -23,7 +23,7 @@ from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.merging import Merging
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
 from peftc.runtime.rows import by_rows
@@ -76,7 +76,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
-        self._pristine, self._folded, self._is_aside = {}, {}, False
+        self._is_aside = False
         self._nest()
         self._choose_path()
 
@@ -113,6 +113,8 @@ class TunerLayer(Merging, BaseTunerLayer):
             value = made[label]
             as_it_is = slot.derived or label in shared
             stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
+        for known in (self.scaling, self._sites, self._parts):
+            keep_entry(known, adapter)
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
@@ -134,6 +136,7 @@ class TunerLayer(Merging, BaseTunerLayer):
             site.parameter,
         )
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
         if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did.
@@ -154,8 +157,10 @@ class TunerLayer(Merging, BaseTunerLayer):
         if adapter_name not in self._sites:
             return
         if adapter_name in self.merged_adapters:
-            what = f"`{adapter_name}` is merged into the base weights"
+            what = f"`{adapter_name}` is merged into the weight of this layer"
             raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
+        keep(self, self._shared)
+        keep_entries(self._sites, self._parts, self.scaling, self.held)
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
             drop(self, slot, adapter_name)
@@ -168,6 +173,7 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     def join(self, shared: Shared) -> None:
         """Have in common with other layers what a model's layers share."""
+        keep(self)
         self.__dict__["_shared"] = shared
         if shared.by_rows:
             self._choose_path()
@@ -185,21 +191,21 @@ class TunerLayer(Merging, BaseTunerLayer):
                 container, key = find(self, slot, adapter)
                 yield slot.trainable and label not in held, container[key]
 
-    def exchange(self, adapter: str, site: MapSite, journal: Journal) -> None:
+    def exchange(self, adapter: str, site: MapSite) -> None:
         """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
         tensor stays one, and nothing is composed anew."""
         old, tuner = self._sites[adapter]
         scaling = guarded(tuner.scaling, str(site.config.peft_type), site.path)(site.config, site.layer)
         own: float | Tensor = self.scaling[adapter]
-        journal.note(self._sites.__setitem__, adapter, (old, tuner))
-        journal.note(setattr, self._parts[adapter].view, "config", old.config)
+        keep_entry(self._sites, adapter)
+        note(setattr, self._parts[adapter].view, "config", old.config)
         self._sites[adapter] = (site, tuner)
         self._parts[adapter].view.config = site.config
         if isinstance(own, Tensor):
-            journal.note(own.copy_, own.clone())
+            keep_values(own)
             own.fill_(scaling)
         else:
-            journal.note(self.scaling.__setitem__, adapter, own)
+            keep_entry(self.scaling, adapter)
             self.scaling[adapter] = scaling
 
     def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
@@ -224,11 +230,13 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     # activation ---------------------------------------------------------------------------------------------------
 
+    @whole
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.set_requires_grad(self._sites, False)
         self.set_requires_grad(names, not inference_mode)
+        keep(self._shared)
         self._shared.active = names  # who calls this calls it on every layer
         self.activate(names)
 
@@ -236,15 +244,17 @@ class TunerLayer(Merging, BaseTunerLayer):
         """Make the trainable slots of adapters require gradients, or all their slots not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             for trainable, parameter in self.parameters_of(name):
-                parameter.requires_grad_(trainable and requires_grad)
+                keep_trained(parameter, trainable and requires_grad)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate without touching what requires gradients; names that the layer does not have are passed over."""
+        keep(self)
         self.__dict__["_active"] = tuple(name for name in names if name in self._sites)
         self._choose_path()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
+        keep(self)
         self._disabled = not enabled
         if self._shared.merges:
             self.settle()
@@ -410,15 +420,20 @@ class TunerLayer(Merging, BaseTunerLayer):
         """Multiply the adapter's own scaling by `scale`."""
         if adapter in self._sites:
             site, tuner = self._sites[adapter]
+            keep_entry(self.scaling, adapter)
             self.scaling[adapter] = scale * tuner.scaling(site.config, site.layer)
 
+    @whole
     def scale_layer(self, scale: float) -> None:
         """Multiply the current scaling of the active adapters."""
+        keep_entries(self.scaling)
         for name in self._active:
             self.scaling[name] *= scale
 
+    @whole
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the current scaling of the active adapters; without a number, back to their own."""
+        keep_entries(self.scaling)
         for name in self._active:
             if scale is None:
                 self.set_scale(name, 1.0)

@@ -6,43 +6,28 @@ while its adapters are switched off, what it made of it; so each state comes bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 from weakref import ReferenceType
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
-from peftc.runtime.journal import Journal
+from peftc.host.torch_modules import KeepsAside
+from peftc.runtime.journal import keep, keep_entries, whole
 
 if TYPE_CHECKING:
     from peftc.runtime.call import Shared
     from peftc.runtime.layer import TunerLayer
     from peftc.runtime.paths import Part, Under
 
-#: the parameters of a layer by name
-Parameters = dict[str, nn.Parameter]
 
-
-class MergeState(NamedTuple):
-    """What a wrapper has merged, what it found and made, whether that is set aside, and the base layer's parameters."""
-
-    merged: list[str]
-    pristine: Parameters
-    folded: Parameters
-    is_aside: bool
-    in_place: Mapping[str, nn.Parameter | None]
-
-
-class Merging(nn.Module):
+class Merging(KeepsAside):
     """The part of a layer's wrapper that is about merging."""
 
     merged_adapters: list[str]
-    #: parameters that merging replaced, as this wrapper found them, and those that it put there, while they are set aside
-    _pristine: Parameters
-    _folded: Parameters
+    #: whether the parameters that this wrapper found are in place, and what it made of them is in `_folded`
     _is_aside: bool
     _active: tuple[str, ...]
     _disabled: bool
@@ -60,7 +45,7 @@ class Merging(nn.Module):
     def get_base_layer(self) -> nn.Module:
         raise NotImplementedError
 
-    def merged_parameters(self, names: Sequence[str], check: bool = False) -> Parameters:
+    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         raise NotImplementedError
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -75,6 +60,7 @@ class Merging(nn.Module):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    @whole
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
         with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
@@ -88,27 +74,25 @@ class Merging(nn.Module):
         if first is None:
             return
         off = [layer for layer in chain if layer.disable_adapters]
-        with Journal() as journal:
-            for layer in off:
-                journal.note(layer.enable_adapters, False)
-                layer.enable_adapters(True)
-            for layer in chain:
-                journal.note(layer.restore_merge, layer.merge_state())
-            again = [layer._take_out() for layer in reversed(chain[first + 1 :])]  # what lies over it is folded in anew
-            for layer, names, new in zip(chain[first:], [[], *reversed(again)], wanted[first:], strict=True):
-                layer._merge_own(safe_merge, [*names, *new])
-            for layer in off:
-                layer.enable_adapters(False)
+        for layer in off:
+            layer.enable_adapters(True)
+        again = [layer._take_out() for layer in reversed(chain[first + 1 :])]  # what lies over it is folded in anew
+        for layer, names, new in zip(chain[first:], [[], *reversed(again)], wanted[first:], strict=True):
+            layer._merge_own(safe_merge, [*names, *new])
+        for layer in off:
+            layer.enable_adapters(False)
 
     def _to_merge(self, wanted: Sequence[str] | None) -> list[str]:
         wanted = self._active if wanted is None else wanted
-        return [name for name in wanted if name in self._parts and name not in self.merged_adapters]
+        return [name for name in dict.fromkeys(wanted) if name in self._parts and name not in self.merged_adapters]
 
     def _merge_own(self, check: bool, names: Sequence[str]) -> None:
         if not names:
             return
         self._refuse_order(names)
         base = self.get_base_layer()
+        keep(self, self._shared)
+        keep_entries(self.merged_adapters, self._pristine, base._parameters)
         for name, parameter in self.merged_parameters(names, check).items():
             own = base._parameters[name]
             assert own is not None
@@ -129,6 +113,7 @@ class Merging(nn.Module):
         fix = f"Merge {first} as well, or deactivate it before."
         raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=where))
 
+    @whole
     def unmerge(self) -> None:
         """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath. What
         others merged over it is folded in anew."""
@@ -142,24 +127,21 @@ class Merging(nn.Module):
         """Put back what this wrapper found; returns what it had merged."""
         names = self.merged_adapters
         if names:
-            self.restore_merge(MergeState([], {}, {}, False, dict(self._pristine)))
+            self._put(self._pristine)
+            self.merged_adapters, self._pristine, self._folded, self._is_aside = [], {}, {}, False
+            self._choose_path()
         return names
 
-    def merge_state(self) -> MergeState:
-        """What `restore_merge` needs."""
-        in_place = dict(self.get_base_layer()._parameters)
-        return MergeState(
-            list(self.merged_adapters), dict(self._pristine), dict(self._folded), self._is_aside, in_place
-        )
-
-    def restore_merge(self, state: MergeState) -> None:
-        """Go back to what was merged then."""
-        self.merged_adapters, self._pristine, self._folded, self._is_aside, in_place = state
-        self.get_base_layer()._parameters.update(in_place)
-        self._choose_path()
+    def _put(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Have these in the base layer; what was there, and this wrapper's state, are kept for undoing."""
+        in_place = self.get_base_layer()._parameters
+        keep(self)
+        keep_entries(in_place)
+        in_place.update(parameters)
 
     # switched off -------------------------------------------------------------------------------------------------
 
+    @whole
     def settle(self) -> None:
         """Have the weights in place that belong there: with what was merged by wrappers whose adapters act, up to the first
         whose do not. What is merged further out acts beside the weights meanwhile."""
@@ -180,25 +162,11 @@ class Merging(nn.Module):
     def _set_aside(self) -> None:
         if not self._is_aside:
             in_place = self.get_base_layer()._parameters
-            self._folded = {name: parameter for name in self._pristine if (parameter := in_place[name]) is not None}
-            in_place.update(self._pristine)
-            self._is_aside = True
+            folded = {name: parameter for name in self._pristine if (parameter := in_place[name]) is not None}
+            self._put(self._pristine)
+            self._folded, self._is_aside = folded, True
 
     def _put_in(self) -> None:
         if self._is_aside:
-            self.get_base_layer()._parameters.update(self._folded)
+            self._put(self._folded)
             self._folded, self._is_aside = {}, False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Casts and moves reach the weights that are not in place as well."""
-        in_place = self.get_base_layer()._parameters
-        out = [(kept, n, p) for kept in (self._pristine, self._folded) for n, p in kept.items() if in_place[n] is not p]
-        super()._apply(fn, recurse)
-        for kept, name, parameter in out:
-            with torch.no_grad():
-                data: Any = fn(parameter.data)
-            if data.is_meta is parameter.is_meta:
-                parameter.data = data
-            else:  # which is another kind of tensor
-                kept[name] = nn.Parameter(data, parameter.requires_grad)
-        return self

@@ -33,7 +33,7 @@ from peftc.tuner.method import MapTuner
 _GIVES: Mapping[str, type[object]] = {
     **dict.fromkeys(("branch", "input", "output"), Tensor),
     **dict.fromkeys(("thin", "vectors"), tuple),
-    "params": Mapping,
+    **dict.fromkeys(("params", "combine"), Mapping),
 }
 
 #: x and whatever else the layer is called with -> y

@@ -23,12 +23,13 @@ from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
 from peftc.runtime.calls import CallModule
 from peftc.runtime.drift import drift, home_of
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
+from peftc.runtime.switched import switch
 from peftc.runtime.together import keep_ties, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
@@ -83,6 +84,7 @@ class Session:
 
     # adding -------------------------------------------------------------------------------------------------------
 
+    @whole
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
         problems = tuple(drift(self, plan))
@@ -93,27 +95,27 @@ class Session:
         tuners = {
             (site.path, site.parameter): method.tuner_for(plan.config, site.node(self.graph)) for site in plan.maps
         }
-        with Journal() as journal, torch.no_grad():
+        with torch.no_grad():
             for site in plan.maps:
                 layer = home_of(self.layers.get(site.path), site)
                 if layer is None:
-                    layer = self._wrap(site.path, partial(make, plan.peft_type, site), journal)
-                    self._remember(self.layers, site.path, layer, journal)
+                    layer = self._wrap(site.path, partial(make, plan.peft_type, site))
+                    self._remember(self.layers, site.path, layer)
                     layer.join(self.shared)
-                journal.note(layer.remove, plan.name)
                 layer.add(plan.name, site, tuners[site.path, site.parameter], source, stock)
             self.stores.show()
-            self._add_around(plan, method, source, journal)
-            self._add_call(plan, method, source, journal)
+            self._add_around(plan, method, source)
+            self._add_call(plan, method, source)
             for save in plan.saves:
                 copy = self.copies.get(save.path)
                 if copy is None:
-                    copy = self._wrap(save.path, ModulesToSaveWrapper, journal)
-                    self._remember(self.copies, save.path, copy, journal)
+                    copy = self._wrap(save.path, ModulesToSaveWrapper)
+                    self._remember(self.copies, save.path, copy)
                     copy.join(self.shared)
-                journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
-            self.base.change(plan, source, journal)
+            self.base.change(plan, source)
+            for known in (self.readers, self.seams, self.plans):
+                keep_entry(known, plan.name)
             readers = [tuner for tuner in tuners.values() if tuner.keywords]
             if readers:
                 self.readers[plan.name] = readers[0]
@@ -121,27 +123,27 @@ class Session:
             self.plans[plan.name] = plan
             self.base.act(self.active if self.enabled else ())
 
-    def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
+    def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around modules."""
         for site in plan.modules:
             wrapper = self.modules.get(site.path)
             if wrapper is None:
                 parent, _, module = self._place(site.path)
                 wrapper = wrapper_class(method)(module, site, parent)
-                self._remember(self.modules, site.path, wrapper, journal)
+                self._remember(self.modules, site.path, wrapper)
             assert method.module_tuner is not None
-            journal.note(wrapper.delete_adapter, plan.name)
             wrapper.add(plan.name, site, method.module_tuner, source)
 
-    def _add_call(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
+    def _add_call(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around calls."""
         if plan.call is None or method.call_tuner is None:
             return
         module = CallModule(plan, plan.call, method.call_tuner)
         parameter = next(self.model.parameters(), None)
         module.fill(source, torch.device("cpu") if parameter is None else parameter.device)
+        keep_entry(self.holders, plan.call.owner)
         holder = self.holders.setdefault(plan.call.owner, nn.ModuleDict())
-        journal.note(holder._modules.pop, plan.name, None)
+        keep_entry(holder._modules, plan.name)
         holder._modules[plan.name] = module.train(self.model.training)
 
     def caller(self, name: str) -> CallModule | None:
@@ -165,20 +167,17 @@ class Session:
         """The adapters that these weigh."""
         return [name for name, plan in self.plans.items() if plan.needed_by and plan.needed_by in names]
 
-    def _wrap(self, path: str, wrap: Callable[[nn.Module], W], journal: Journal) -> W:
+    def _wrap(self, path: str, wrap: Callable[[nn.Module], W]) -> W:
         parent, name, module = self._place(path)
         wrapper = wrap(module)
         wrapper.training = module.training
-        journal.note(parent._modules.__setitem__, name, module)
+        keep_entry(parent._modules, name)
         parent._modules[name] = wrapper
         return wrapper
 
     @staticmethod
-    def _remember(known: dict[str, W], path: str, wrapper: W, journal: Journal) -> None:
-        if path in known:
-            journal.note(known.__setitem__, path, known[path])
-        else:
-            journal.note(known.pop, path)
+    def _remember(known: dict[str, W], path: str, wrapper: W) -> None:
+        keep_entry(known, path)
         known[path] = wrapper
 
     def gone(self, path: str) -> Diagnostic:
@@ -187,7 +186,8 @@ class Session:
         return rules.MODEL_DRIFTED(f"There is no module `{path}`", fix=hint or "Plan again for this model.", where=path)
 
     def prune(self) -> None:
-        """Take out wrappers that hold no adapter: what is left of one that could not be added."""
+        """Take out wrappers that hold no adapter: what is left where others took one out."""
+        keep_entries(self.layers, self.modules, self.copies)
         for path, layer in [item for item in self.layers.items() if not item[1].adapters]:
             below: nn.Module = layer
             while isinstance(below, TunerLayer) and not below.adapters:
@@ -255,6 +255,7 @@ class Session:
 
     # activation ---------------------------------------------------------------------------------------------------
 
+    @whole
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
         self.require(names)
@@ -276,6 +277,7 @@ class Session:
         return None if layer is None else layer.part(plan.name).tuner
 
     def _activate(self, names: Sequence[str]) -> None:
+        keep(self.shared)
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
@@ -296,6 +298,7 @@ class Session:
             warn([rules.WHILE_MERGED(what, fix=fix, severity=Severity.WARNING)])
             self.unmerge()
 
+    @whole
     def bring_in(self, name: str, trainable: bool = True) -> None:
         """Activate an adapter in place of those of its own method, beside those of others. What trained before goes on to."""
         own = self.plans[name].peft_type
@@ -304,44 +307,38 @@ class Session:
         self.set_requires_grad(name, trainable)
         self._activate([*others, name])
 
+    @whole
     def let_rows_differ(self) -> None:
         """From now on layers look whether a call names adapters by row."""
         if not self.shared.by_rows:
+            keep(self.shared)
             self.shared.by_rows = True
             for layer in self.wrappers():
                 layer.join(self.shared)
 
+    @whole
     def set_requires_grad(self, name: str, required: bool) -> None:
         """Make an adapter's trainable tensors require gradients, or not."""
+        keep_entries(self.requiring)
         (self.requiring.add if required else self.requiring.discard)(name)
         for layer in self.layers_of(name):
             layer.set_requires_grad(name, required)
         for wrapper in self.modules_of(name):
             for trainable, parameter in wrapper.parameters_of(name):
-                parameter.requires_grad_(trainable and required)
+                keep_trained(parameter, trainable and required)
         caller = self.caller(name)
         if caller is not None:
             caller.set_trainable(required)
         for copy in self.copies_of(name):
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
-                    parameter.requires_grad_(required)
+                    keep_trained(parameter, required)
         for parameter in self.base.trained(self.plans[name]).values():
-            parameter.requires_grad_(required)
+            keep_trained(parameter, required)
 
     def enable(self, enabled: bool) -> None:
-        """Let the active adapters act, or not."""
-        for wrapper in self.acting_wrappers():
-            if wrapper.disable_adapters is enabled:
-                wrapper.enable_adapters(enabled)
-        self.enabled = enabled
-        self.base.act(self.active if enabled else ())
-
-    def acting_wrappers(self) -> list[TunerLayer | ModuleWrapper | ModulesToSaveWrapper]:
-        """What holds adapters that are active or merged; that act unless they are switched off."""
-        names = [name for name in dict.fromkeys((*self.active, *self.merged)) if name in self.plans]
-        found = [w for n in names for w in (*self.layers_of(n), *self.modules_of(n), *self.copies_of(n))]
-        return list({id(wrapper): wrapper for wrapper in found}.values())
+        """Let the active adapters, and merged ones, act, or not."""
+        switch(self, enabled)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` naming every adapter that is not there."""
@@ -358,6 +355,7 @@ class Session:
 
     # removing -----------------------------------------------------------------------------------------------------
 
+    @whole
     def remove(self, name: str) -> None:
         """Remove an adapter; its layers keep the others, and nothing takes over."""
         self.set_requires_grad(name, False)
@@ -369,13 +367,16 @@ class Session:
             self.remove(needed)
         call = self.plans[name].call
         if call is not None:
+            keep_entries(self.holders[call.owner]._modules)
             del self.holders[call.owner]._modules[name]
+        keep_entries(self.plans, self.seams, self.steps, self.readers)
         del self.plans[name], self.seams[name]
         self.steps.pop(name, None)
         self.readers.pop(name, None)
         self.base.restore([name])
         self._activate([n for n in self.active if n != name])
 
+    @whole
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
         """Fold adapters into the base weights where they are; all layers or none."""
         names = self.active if names is None else names
@@ -391,15 +392,11 @@ class Session:
             )
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
-        with Journal() as journal:
-            for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
-                for layer in self.layers[path].chain():
-                    journal.note(layer.restore_merge, layer.merge_state())
-                    if not self.enabled:
-                        journal.note(layer.enable_adapters, not layer.disable_adapters)
-                        layer.enable_adapters(False)
-                self.layers[path].merge(safe, names)
-            keep_ties(self.graph, self.layers)
+        for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
+            for layer in self.layers[path].chain() if not self.enabled else ():
+                layer.enable_adapters(False)
+            self.layers[path].merge(safe, names)
+        keep_ties(self.graph, self.layers)
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -412,8 +409,10 @@ class Session:
             what = f"`{weighs}` weighs adapters anew in every call"
             raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
 
+    @whole
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
+        keep(self.shared)
         for layer in self.layers.values():
             layer.unmerge()
         self.shared.merges = False
@@ -431,11 +430,13 @@ class Session:
             return ()
         return tuple(dict.fromkeys(name for layer in self.wrappers() for name in layer.merged_adapters))
 
+    @whole
     def unload(self) -> None:
         """Take every wrapper out again: the same module objects as before are back in their places."""
+        keep(self, self.shared)
         for name in self.plans:
             for parameter in self.base.trained(self.plans[name]).values():
-                parameter.requires_grad_(False)
+                keep_trained(parameter, False)
         for path, layer in self.layers.items():
             self._put_back(path, layer.get_base_layer())
         for wrapper in self.modules.values():
@@ -447,11 +448,13 @@ class Session:
         self.layers, self.modules, self.copies, self.plans = {}, {}, {}, {}
         self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
         for holder in self.holders.values():
+            keep_entries(holder._modules)
             holder.clear()
 
     def keep_trained(self) -> None:
         """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
-        self.base.keep()
+        self.base.keep_changes()
+        keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
             self._put_back(path, copy.current)
             del self.copies[path]
@@ -460,6 +463,7 @@ class Session:
         head, _, name = path.rpartition(".")
         parent = self.find(head)
         assert parent is not None
+        keep_entry(parent._modules, name)
         parent._modules[name] = module
 
     # state --------------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, warn
+from peftc.runtime.journal import whole
 
 if TYPE_CHECKING:
     from peftc.runtime.session import Session
 
 
+@whole
 def delete(session: Session, names: Iterable[str], trained: bool = False) -> None:
     """Remove adapters; layers keep the others. If nothing is active any more, the first of them takes over, with a warning,
     and trains if one that was active did, in the model or, by `trained`, beside it.

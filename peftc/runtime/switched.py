@@ -1,13 +1,35 @@
-"""Having a model compute as its base for a while, whatever state its adapters are in."""
+"""Switching adapters off and on; having a model compute as its base for a while, whatever state its adapters are in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from peftc import rules
 from peftc.diagnostics import warn
-from peftc.runtime.session import Session
+from peftc.runtime.journal import keep, note, whole
+from peftc.runtime.layer import TunerLayer
+from peftc.runtime.modules import ModuleWrapper
+from peftc.runtime.saved_modules import ModulesToSaveWrapper
+
+if TYPE_CHECKING:
+    from peftc.runtime.session import Session
+
+Wrapper = TunerLayer | ModuleWrapper | ModulesToSaveWrapper
+
+
+@whole
+def switch(session: Session, enabled: bool) -> None:
+    """Let the active adapters, and merged ones, act, or not; what they train of the base is theirs, or as it was before."""
+    keep(session)
+    wrappers = _acting(session)
+    note(_enable, wrappers, [not wrapper.disable_adapters for wrapper in wrappers])
+    for wrapper in wrappers:
+        if wrapper.disable_adapters is enabled:
+            wrapper.enable_adapters(enabled)
+    session.enabled = enabled
+    session.base.act(session.active if enabled else ())
 
 
 @contextmanager
@@ -16,7 +38,7 @@ def disabled(session: Session) -> Iterator[None]:
 
     Where only some layers were switched off one by one, all are on afterwards, with a warning.
     """
-    wrappers = session.acting_wrappers()
+    wrappers = _acting(session)
     off = [wrapper for wrapper in wrappers if wrapper.disable_adapters]
     if off and len(off) < len(wrappers):
         what = f"{len(off)} of {len(wrappers)} layers are disabled already; after the block all are enabled"
@@ -27,3 +49,15 @@ def disabled(session: Session) -> Iterator[None]:
         yield
     finally:
         session.enable(before)
+
+
+def _acting(session: Session) -> list[Wrapper]:
+    """What holds adapters that are active or merged."""
+    names = [name for name in dict.fromkeys((*session.active, *session.merged)) if name in session.plans]
+    of = (session.layers_of, session.modules_of, session.copies_of)
+    return list({id(wrapper): wrapper for name in names for found in of for wrapper in found(name)}.values())
+
+
+def _enable(wrappers: Sequence[Wrapper], enabled: Sequence[bool]) -> None:
+    for wrapper, acts in zip(wrappers, enabled, strict=True):
+        wrapper.enable_adapters(acts)

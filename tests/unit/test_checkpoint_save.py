@@ -102,7 +102,7 @@ def test_saving_again_replaces_and_removes_only_what_is_ours(tmp_path: Path) -> 
     assert all(torch.equal(found[key], tensors[key] + 1) for key in tensors)
 
 
-def test_a_mapped_adapter_outlives_the_next_save(tmp_path: Path) -> None:
+def test_a_loaded_adapter_outlives_the_next_save(tmp_path: Path) -> None:
     """A model holds tensors of the file that it is then saved over."""
     config, _, tensors = first()
     save_adapter(tmp_path, tensors, config)
