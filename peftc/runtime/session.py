@@ -24,12 +24,13 @@ from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
 from peftc.runtime.calls import CallModule
 from peftc.runtime.drift import drift, home_of
-from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
+from peftc.runtime.switched import switch
 from peftc.runtime.together import keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
@@ -121,6 +122,7 @@ class Session:
                 self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
+            self.base.act(self.active if self.enabled else ())
 
     def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around modules."""
@@ -289,6 +291,7 @@ class Session:
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
         self.active = tuple(names)
+        self.base.act(self.active if self.enabled else ())
 
     def _take_out_merged(self, names: Sequence[str]) -> None:
         """Unmerge, with a warning, before others than the active adapters are activated."""
@@ -336,18 +339,9 @@ class Session:
         for parameter in self.base.trained(self.plans[name]).values():
             keep_trained(parameter, required)
 
-    @whole
     def enable(self, enabled: bool) -> None:
-        """Let the active adapters act, or not."""
-        if enabled == self.enabled:
-            return
-        keep(self)
-        of = (self.layers_of, self.modules_of, self.copies_of)
-        wrappers = [wrapper for name in self.active for found in of for wrapper in found(name)]
-        note(_enable, wrappers, [not wrapper.disable_adapters for wrapper in wrappers])
-        for wrapper in wrappers:
-            wrapper.enable_adapters(enabled)
-        self.enabled = enabled
+        """Let the active adapters, and merged ones, act, or not."""
+        switch(self, enabled)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` naming every adapter that is not there."""
@@ -399,6 +393,8 @@ class Session:
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
+            for layer in self.layers[path].chain() if not self.enabled else ():
+                layer.enable_adapters(False)
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
 
@@ -489,11 +485,6 @@ class Session:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict(keep_vars=True).items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
-        tensors |= self.base.trained(plan)
+        tensors |= self.base.values(plan)
         caller = self.caller(name)
         return tensors if caller is None else tensors | caller.tensors()
-
-
-def _enable(wrappers: Sequence[TunerLayer | ModuleWrapper | ModulesToSaveWrapper], enabled: Sequence[bool]) -> None:
-    for wrapper, acts in zip(wrappers, enabled, strict=True):
-        wrapper.enable_adapters(acts)

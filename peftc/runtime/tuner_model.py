@@ -280,6 +280,7 @@ class TunerModel(nn.Module):
         session = self.session
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
         refuse_parting(session, adapter_names)
+        session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
         session.keep_trained()
         return self._left(session)
