@@ -203,27 +203,25 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
         if same:
             _overwrite(model, found, journal)
         elif name in session.plans:
-            _exchange(model, name, found, options.is_trainable, journal)
+            _exchange(model, name, found, journal)
         else:
             model._attach(found.plan, found.source, journal)
-            if options.is_trainable:  # the reference makes it so although it is not active
-                model.set_requires_grad(name)
-        if same and options.is_trainable and name in session.active:  # loading in place does not end a training
-            model.set_adapter(session.active)
+        if options.is_trainable:  # the reference makes it so although it is not active
+            model.set_requires_grad(name)
     if not options.is_trainable and model.training:
         model.eval()
     return found.report
 
 
-def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool, journal: Journal) -> None:
-    """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
+def _exchange(model: PeftModel, name: str, found: Loadable, journal: Journal) -> None:
+    """Replace an adapter by one with other tensors. It is active again, and trainable, if it was; others stay as they are."""
     active = model.session.active
-    trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
-    journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
+    trained = any(tensor.requires_grad for tensor in _own(model, name))
+    journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active, trained)
     model.delete_adapter(name)
     model._attach(found.plan, found.source, journal)
-    if name in active:
-        model.set_adapter(active, inference_mode=not trained)
+    model.session.activate(active)
+    model.set_requires_grad(name, trained)
 
 
 def _own(model: PeftModel, name: str) -> list[Tensor]:
@@ -255,8 +253,9 @@ def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {**_live_tensors(model, model.session, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
 
 
-def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
+def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str], trained: bool) -> None:
     """Undo the replacement of an adapter."""
     with Journal() as journal:
         model._attach(replace(plan, active=()), source, journal)
-    model.set_adapter(active)
+    model.session.activate(active)
+    model.set_requires_grad(plan.adapters[0].name, trained)

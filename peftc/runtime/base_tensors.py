@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftc.compiler.plan import AdapterPlan
+from peftc.compiler.plan import AdapterPlan, TrainSite
 from peftc.diagnostics import PeftcError
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
@@ -83,12 +83,26 @@ class BaseTensors:
         names = [p.name for p in replace(plan, maps=(), modules=(), saves=()).parameters()] if plan.trains else []
         found = {}
         for name, site in zip(names, plan.trains, strict=True):
-            module = self._session.find(site.path)
-            parameter = module._parameters.get(site.name) if module is not None else None
+            parameter = self._own(site)
             if parameter is None:
                 raise PeftcError(self._session.gone(f"{site.path}.{site.name}"))
             found[name] = parameter
         return found
+
+    def _own(self, site: TrainSite) -> nn.Parameter | None:
+        """The base model's own parameter, also while another stands in for it because an adapter is merged."""
+        layer, module = self._session.layers.get(site.path), self._session.find(site.path)
+        aside = layer.aside().get(site.name) if layer is not None else None
+        return aside if aside is not None or module is None else module._parameters.get(site.name)
+
+    def still(self) -> None:
+        """Have nothing train that stands in for a trained tensor: it goes when the adapter is taken out again."""
+        for plan in self._session.plans.values():
+            for site in plan.trains:
+                module, own = self._session.find(site.path), self._own(site)
+                live = None if module is None else module._parameters.get(site.name)
+                if live is not None and live is not own:
+                    live.requires_grad_(False)
 
     def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
         """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.

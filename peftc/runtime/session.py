@@ -260,7 +260,7 @@ class Session:
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, trainable)
-        self._activate(names)
+        self.activate(names)
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if these adapters cannot act at the same time."""
@@ -270,7 +270,8 @@ class Session:
         layer = self.layer_of(plan.name, path)
         return None if layer is None else layer.part(plan.name).tuner
 
-    def _activate(self, names: Sequence[str]) -> None:
+    def activate(self, names: Sequence[str]) -> None:
+        """Let these adapters act, in this order. What requires gradients stays as it is."""
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
@@ -296,7 +297,7 @@ class Session:
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
-        self._activate([*others, name])
+        self.activate([*others, name])
 
     def let_rows_differ(self) -> None:
         """From now on layers look whether a call names adapters by row."""
@@ -367,7 +368,7 @@ class Session:
         self.steps.pop(name, None)
         self.readers.pop(name, None)
         self.base.restore([name])
-        self._activate([n for n in self.active if n != name])
+        self.activate([n for n in self.active if n != name])
 
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
         """Fold adapters into the base weights where they are; all layers or none."""
@@ -387,6 +388,7 @@ class Session:
                     journal.note(layer.restore_merge, layer.merge_state())
                 self.layers[path].merge(safe, names)
             keep_ties(self.graph, self.layers)
+        self.base.still()
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -436,11 +438,13 @@ class Session:
         for holder in self.holders.values():
             holder.clear()
 
-    def keep_trained(self) -> None:
-        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
+    def keep_trained(self, names: Iterable[str]) -> None:
+        """Before unloading a merged model: copies that these adapters trained become the modules, or those of others that are
+        merged, whatever is active or disabled; trained base tensors stay."""
         self.base.keep()
+        merged = (*names, *self.merged)
         for path, copy in list(self.copies.items()):
-            self._put_back(path, copy.current)
+            self._put_back(path, copy.of(merged))
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:

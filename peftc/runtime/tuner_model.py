@@ -251,7 +251,7 @@ class TunerModel(nn.Module):
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
         refuse_parting(session, adapter_names)
         session.merge(adapter_names, safe_merge)
-        session.keep_trained()
+        session.keep_trained(session.active if adapter_names is None else adapter_names)
         return self._left(session)
 
     def unload(self) -> nn.Module:
