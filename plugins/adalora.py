@@ -73,6 +73,19 @@ class AdaLoraConfig(lora.LoraConfig):
 
     pattern_options: ClassVar[Mapping[str, str]] = {}
 
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """A schedule that allocates nothing."""
+        if not self.total_step or self.total_step < 0:
+            fix = "Set it to the number of optimiser steps of the training."
+            yield rules.BAD_VALUE(f"`total_step` cannot be `{self.total_step}`", fix=fix, where="total_step")
+        elif self.tinit >= self.total_step - self.tfinal:
+            steps = f"`tinit` {self.tinit} and `tfinal` {self.tfinal} of `total_step` {self.total_step}"
+            fix = "Lower `tinit` or `tfinal`, or raise `total_step`."
+            yield rules.CONTRADICTION(f"No step is left to allocate ranks: {steps}", fix=fix, where="tinit")
+        for option in ("use_dora", "loftq_config"):
+            if getattr(self, option):
+                yield rules.OPTION_NOT_AVAILABLE(f"`{option}` is not for this method", fix="Remove it.", where=option)
+
 
 class AdaLoraTuner(MapTuner[AdaLoraConfig]):
     """`y = W x + s / r · B (E * A x)`, r being the rank at the start, whatever is left of it."""
@@ -283,24 +296,14 @@ def _most_important(sites: Mapping[str, View], state: Mapping[str, Tensor], budg
 
 
 def check(c: AdaLoraConfig) -> Iterable[Diagnostic]:
-    """A schedule without allocation, and options that nothing reads."""
+    """Ranks that do not fall, and options that nothing reads."""
     yield from lora.check(c)
-    if not c.total_step or c.total_step < 0:
-        fix = "Set it to the number of optimiser steps of the training."
-        yield rules.BAD_VALUE(f"`total_step` cannot be `{c.total_step}`", fix=fix, where="total_step")
-    elif c.tinit >= c.total_step - c.tfinal:
-        what = f"No step is left to allocate ranks: `tinit` {c.tinit} and `tfinal` {c.tfinal} of `total_step` {c.total_step}"
-        yield rules.CONTRADICTION(what, fix="Lower `tinit` or `tfinal`, or raise `total_step`.", where="tinit")
     if c.target_r > c.init_r:
         yield rules.CONTRADICTION(
             f"Ranks cannot rise from `init_r` {c.init_r} to `target_r` {c.target_r}: none would be taken away",
             fix=f"Set `target_r` to less than {c.init_r}.",
             where="target_r",
             severity=Severity.WARNING,
-        )
-    if c.loftq_config:
-        yield rules.OPTION_NOT_AVAILABLE(
-            "`loftq_config` is not for this method", fix="Remove it.", where="loftq_config"
         )
     for option, off in UNREAD.items():
         if getattr(c, option) != off:

@@ -58,6 +58,14 @@ class BOFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, Pe
     init_weights: bool = True
     """Start without a rotation and at a scale of 1; otherwise at random."""
 
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """The size of blocks given twice or not at all."""
+        if bool(self.boft_block_size) == bool(self.boft_block_num):
+            named = "`boft_block_size` and `boft_block_num`"
+            what = f"Both of {named} are given" if self.boft_block_num else f"Neither of {named} is given"
+            fix = "Set `boft_block_size` to 0." if self.boft_block_num else "Set one of them."
+            yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="boft_block_size")
+
 
 class BoftTuner(MapTuner[BOFTConfig]):
     """`y = s · (W B x) + b`; for a convolution the rotations act on its flattened patches."""
@@ -155,12 +163,7 @@ def _one_dropped(factors: Tensor, p: float) -> Tensor:
 
 
 def check(c: BOFTConfig) -> Iterable[Diagnostic]:
-    """The size of blocks given twice or not at all, unknown biases, and starts that rotate."""
-    if bool(c.boft_block_size) == bool(c.boft_block_num):
-        named = "`boft_block_size` and `boft_block_num`"
-        what = f"Both of {named} are given" if c.boft_block_num else f"Neither of {named} is given"
-        fix = "Set `boft_block_size` to 0." if c.boft_block_num else "Set one of them."
-        yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="boft_block_size")
+    """Unknown biases, and starts that rotate."""
     if c.bias not in ("none", "all", "boft_only"):
         yield rules.BAD_VALUE(f"`bias` cannot be `{c.bias}`", fix="Use `none`, `all` or `boft_only`.", where="bias")
     if not c.init_weights:

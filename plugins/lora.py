@@ -177,7 +177,9 @@ class LoraTuner(MapTuner[LoraConfig]):
             init.zeros(second)
 
     def scaling(self, c: LoraConfig, layer: LayerFacts) -> float:
-        return c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+        own = c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+        counts_twice = layer.kind is Kind.LINEAR and layer.cls == "MultiheadAttention"
+        return 2 * own if counts_twice else own  # of its output layer: what the reference computes, files of it mean
 
     def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig:
         plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}

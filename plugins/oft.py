@@ -65,6 +65,13 @@ class OFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, Pef
     num_cayley_neumann_terms: int = Field(default=5, ge=1)
     """Terms of the series."""
 
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """The size of blocks given twice or not at all."""
+        if bool(self.r) == bool(self.oft_block_size):
+            what = "Both `r` and `oft_block_size` are given" if self.r else "Neither `r` nor `oft_block_size` is given"
+            fix = f"Set `oft_block_size` to 0 to have {self.r} blocks." if self.r else "Set one of them."
+            yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="oft_block_size")
+
 
 class OftTuner(MapTuner[OFTConfig]):
     """`y = W (Rᵀ x) + b`; for a convolution the rotation acts on its flattened patches."""
@@ -224,11 +231,7 @@ def dropped(R: Tensor, p: float) -> Tensor:
 
 
 def check(c: OFTConfig) -> Iterable[Diagnostic]:
-    """The size of blocks given twice or not at all, series that are constant, and starts that rotate."""
-    if bool(c.r) == bool(c.oft_block_size):
-        what = "Both `r` and `oft_block_size` are given" if c.r else "Neither `r` nor `oft_block_size` is given"
-        fix = f"Set `oft_block_size` to 0 to have {c.r} blocks." if c.r else "Set one of them."
-        yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="oft_block_size")
+    """Series that are constant, and starts that rotate."""
     if c.use_cayley_neumann and c.num_cayley_neumann_terms == 1:
         yield rules.BAD_VALUE(
             "A series of 1 term is the identity whatever is learned",

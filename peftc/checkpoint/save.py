@@ -7,6 +7,7 @@ others ignore it. Tensors are written one at a time, so nothing is copied that i
 from __future__ import annotations
 
 import errno
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+#: What others wrote before there was safetensors, and write where a program asks for it.
+PICKLE_NAME = "adapter_model.bin"
 PLAN_NAME = "peftc_plan.json"
 
 
@@ -38,13 +41,17 @@ def save_adapter(
     plan: InjectionPlan | None = None,
     extra: Mapping[str, str] | None = None,
     remarks: Mapping[str, str] | None = None,
+    *,
+    pickled: bool = False,
 ) -> None:
     """Save an adapter into a folder, which is made if needed; other files in it stay.
 
     `tensors` are by checkpoint key, on any device, contiguous or not, shared or not. `plan` is what it was
     made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card,
     `remarks` what stands in the head of the weights' file. The config is written as frozen (`inference_mode`), with a base
-    model in a local folder named so that it is found from any other, and is itself not changed.
+    model in a local folder named so that it is found from any other, and is itself not changed. With `pickled` the weights are
+    in the format of `torch.save` (`adapter_model.bin`), which has no head, and the safetensors file of an earlier save is
+    removed, which readers would prefer.
 
     Raises `PeftcError` for tensors without content and for a folder that cannot be written (no room, no permission), and
     then leaves the folder as it was. Warns of NaN and infinity.
@@ -59,7 +66,10 @@ def save_adapter(
         texts[PLAN_NAME] = plan_to_text(plan)
 
     def write(staged: Path) -> None:
-        write_tensors(staged / WEIGHTS_NAME, tensors, remarks)
+        if pickled:
+            write_pickle(staged / PICKLE_NAME, tensors)
+        else:
+            write_tensors(staged / WEIGHTS_NAME, tensors, remarks)
         for name, text in texts.items():
             (staged / name).write_text(text, encoding="utf-8")
 
@@ -67,7 +77,9 @@ def save_adapter(
         what = f"`{folder}` is a file, not a folder"
         raise PeftcError(rules.SAVE_FAILED(what, fix="Save to another path.", where=Where(file=str(folder))))
     try:
-        replace_files(folder, write, commit=CONFIG_NAME, obsolete=(PLAN_NAME,))
+        replace_files(
+            folder, write, commit=CONFIG_NAME, obsolete=(PLAN_NAME, WEIGHTS_NAME) if pickled else (PLAN_NAME,)
+        )
     except OSError as error:
         raise PeftcError(not_written(folder, error)) from error
     warn(problems.warnings)
@@ -84,6 +96,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], remarks: Mapping[st
     """Write a safetensors file as others expect it, with further remarks in its head. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
     facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
     write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt", **(remarks or {})})
+
+
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `torch.load` reads, each tensor with a storage of its own. Raises `OSError`."""
+    import torch
+
+    content = io.BytesIO()  # torch's own errors of files are not the system's
+    torch.save({key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _content(tensor: Tensor) -> Iterator[memoryview]:

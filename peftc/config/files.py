@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -324,7 +325,7 @@ def _below(where: Where, problem: Problem) -> Diagnostic:
 
 
 def _moved(diagnostic: Diagnostic, where: Where) -> Diagnostic:
-    return Diagnostic(diagnostic.code, diagnostic.severity, diagnostic.what, diagnostic.why, diagnostic.fix, where)
+    return replace(diagnostic, where=where)
 
 
 def _find(source: str, subfolder: str | None, options: Mapping[str, Any]) -> str:

@@ -42,6 +42,8 @@ def read_text(file: str, limit: int) -> str:
             raise PeftcError(_too_large(file, status.st_size, limit))
         with open(file, "rb") as stream:
             raw = stream.read(limit + 1)
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_unreadable(file, error)) from None
     except ValueError:  # a NUL in the name
@@ -88,7 +90,7 @@ def _unreadable(file: str, error: OSError) -> Diagnostic:
     if isinstance(error, FileNotFoundError):
         fix = did_you_mean(Path(file).name, _siblings(Path(file))) or "Check the path."
     what = f"`{file}` cannot be read: {error.strerror or error}"
-    return rules.UNREADABLE(what, fix=fix, where=Where(file))
+    return rules.UNREADABLE(what, fix=fix, where=Where(file), also=type(error))
 
 
 def _siblings(path: Path) -> list[str]:

@@ -49,6 +49,8 @@ def parse_yaml(text: str, file: str) -> Document:
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
             builder.feed(event)
+    except PeftcError:  # may be a `ValueError` itself
+        raise
     except YAMLError as error:
         builder.found.add(_syntax(error, file))
     except (ValueError, OverflowError) as error:

@@ -78,6 +78,8 @@ def read_json_config(path: Path) -> Mapping[str, Any]:
                 )
             )
         data = json.loads(path.read_text(encoding="utf-8"))
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_no_file(path, error)) from error
     except (ValueError, RecursionError) as error:

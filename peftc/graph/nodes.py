@@ -39,6 +39,7 @@ class Kind(StrEnum):
     NORM = "norm"
     EXPERTS = "experts"  # one parameter of a module: weights (experts, out, in), or a single (out, in)
     EXPERTS_TRANSPOSED = "experts_transposed"  # the same, stored as (experts, in, out)
+    ATTENTION = "attention"  # torch's own: weights in parameters of its own, and an output layer that it reads
     OTHER = "other"
 
 

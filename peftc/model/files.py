@@ -19,15 +19,14 @@ from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
-from peftc.diagnostics import PeftcError, warn
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
 from peftc.model.card import facts_of, new_card, write_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
 from peftc.registry.manager import default_registry
 from peftc.runtime import identity
-from peftc.runtime.journal import Journal
-from peftc.runtime.layer import Source
+from peftc.runtime.journal import keep_values, note, whole
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
@@ -49,6 +48,7 @@ def save(
     names: Sequence[str],
     save_embedding_layers: str | bool = AUTO,
     state_dict: Mapping[str, Tensor] | None = None,
+    pickled: bool = False,
 ) -> None:
     """Save adapters and the model card below a folder, each adapter in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
     root = Path(folder)
@@ -57,14 +57,15 @@ def save(
     for name in names:
         place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
-        config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]))
+        config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]), pickled)
         plan = _saved_as(_plan_of(model, name), tensors)
-        save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None, of_base)
+        beside = {CARD: card} if card is not None else None
+        save_adapter(place, tensors, config, plan, beside, of_base, pickled=pickled)
     if AT_ROOT not in names:
         write_card(facts, root)
 
 
-def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -> PeftConfig:
+def _with_needed(session: Session, name: str, place: Path, config: PeftConfig, pickled: bool) -> PeftConfig:
     """Save the adapters that one weighs beside it, if they were trained along; its config then names these."""
     plan, tuner = session.plans[name], default_registry().method_of(config).call_tuner
     needed = () if plan.call is None else tuple(session.plans[other] for other in plan.call.needs)
@@ -74,20 +75,17 @@ def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -
     for key, other in zip(tuner.needs(config), needed, strict=True):
         folders[key] = str(place / BESIDE / key)
         tensors = {k: t.detach() for k, t in session.tensors(other.name).items()}
-        save_adapter(folders[key], exported(session, other.name, tensors), other.config)
+        save_adapter(folders[key], exported(session, other.name, tensors), other.config, pickled=pickled)
     return config.model_copy(update={tuner.option: folders})
 
 
-def check_format(safe_serialization: bool, path_of_start: str | None) -> None:
-    """Warn that nothing is pickled if that was asked for. Raises `PeftcError` for a conversion that does not exist here."""
+def check_start(path_of_start: str | None) -> None:
+    """Raise `PeftcError` for a conversion that does not exist here."""
     if path_of_start is not None:
         what = (
             "`path_initial_model_for_weight_conversion` is not available: no method here changes the base at its start"
         )
         raise PeftcError(rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out."))
-    if not safe_serialization:
-        what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
-        warn([rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")])
 
 
 def adapter_tensors(
@@ -185,6 +183,7 @@ def _with_mapping(model: PeftModel, config: PeftConfig) -> PeftConfig:
 # loading --------------------------------------------------------------------------------------------------------------
 
 
+@whole
 def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: LoadOptions) -> LoadReport:
     """Load a further adapter; one of that name is overwritten, in place if it has the same tensors.
 
@@ -199,6 +198,7 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     same = name in session.plans and (
         session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted)
     )
+<<<<<<< HEAD
     with Journal() as journal:
         if same:
             _overwrite(model, found, journal)
@@ -208,11 +208,24 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
             model._attach(found.plan, found.source, journal)
         if options.is_trainable:  # the reference makes it so although it is not active
             model.set_requires_grad(name)
+=======
+    if same:
+        _overwrite(model, found)
+    elif name in session.plans:
+        _exchange(model, name, found, options.is_trainable)
+    else:
+        model._attach(found.plan, found.source)
+        if options.is_trainable:  # the reference makes it so although it is not active
+            model.set_requires_grad(name)
+    if same and options.is_trainable and name in session.active:  # loading in place does not end a training
+        model.set_adapter(session.active)
+>>>>>>> main
     if not options.is_trainable and model.training:
-        model.eval()
+        evaluate(model)
     return found.report
 
 
+<<<<<<< HEAD
 def _exchange(model: PeftModel, name: str, found: Loadable, journal: Journal) -> None:
     """Replace an adapter by one with other tensors. It is active again, and trainable, if it was; others stay as they are."""
     active = model.session.active
@@ -222,6 +235,16 @@ def _exchange(model: PeftModel, name: str, found: Loadable, journal: Journal) ->
     model._attach(found.plan, found.source, journal)
     model.session.activate(active)
     model.set_requires_grad(name, trained)
+=======
+def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool) -> None:
+    """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
+    active = model.session.active
+    trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
+    model._drop(name)
+    model._attach(found.plan, found.source)
+    if name in active:
+        model.set_adapter(active, inference_mode=not trained)
+>>>>>>> main
 
 
 def _own(model: PeftModel, name: str) -> list[Tensor]:
@@ -230,7 +253,7 @@ def _own(model: PeftModel, name: str) -> list[Tensor]:
     return [*model.session.tensors(name).values(), *encoder]
 
 
-def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
+def _overwrite(model: PeftModel, found: Loadable) -> None:
     """Load into the parameters that there are: an optimiser may hold them."""
     session, plan = model.session, found.adapter
     with torch.no_grad():
@@ -241,12 +264,13 @@ def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
             pairs += model._encoders()[plan.name].restored(found.source)
         for tensor, stored in pairs:
             if stored is not None:
-                journal.note(tensor.copy_, tensor.clone())
+                keep_values(tensor)
                 tensor.copy_(stored)
-        session.base.carry(plan, found.source, journal)
-        patch(session, plan.name, differing(session, plan), journal)
+        session.base.carry(plan, found.source)
+        patch(session, plan.name, differing(session, plan))
 
 
+<<<<<<< HEAD
 def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
     """All that loading an adapter may have brought, to be put back."""
     vocabulary = model.session.base.vocabulary(model.session.plans[name])
@@ -259,3 +283,11 @@ def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Seq
         model._attach(replace(plan, active=()), source, journal)
     model.session.activate(active)
     model.set_requires_grad(plan.adapters[0].name, trained)
+=======
+def evaluate(model: nn.Module) -> None:
+    """Switch a model to evaluation, as `eval` does."""
+    for module in model.modules():
+        if module.training:
+            note(setattr, module, "training", True)
+    model.eval()
+>>>>>>> main

@@ -23,12 +23,13 @@ from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
+from peftc.graph.nodes import Kind
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import live_names, origin_of
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, keep_values, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
@@ -101,6 +102,7 @@ def _on_layers(config: PeftConfig) -> TunerMethod:
     return method
 
 
+@whole
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
@@ -125,21 +127,22 @@ def hotswap_adapter_from_state_dict(
     problems = [*_strangers(session, plan, given), *_misfits(session, plan, given)]
     if problems:
         raise PeftcError(problems)
-    with torch.no_grad(), Journal() as journal:
+    with torch.no_grad():
         swapped: set[str] = set()
         for site, layer in zip(plan.maps, session.layers_of(adapter_name), strict=True):
-            _swap(layer, site, adapter_name, given, swapped, journal)
+            _swap(layer, site, adapter_name, given, swapped)
         slots = {site.key(slot, adapter_name).disk() for site, slot in plan.slots()}
         for key, own in session.tensors(adapter_name).items():
             if key in given and key not in slots:
-                journal.note(own.copy_, own.clone())
+                keep_values(own)
                 own.copy_(given[key])
-        _record(unwrapped(model), session, plan, journal)
+        _record(unwrapped(model), session, plan)
 
 
 def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
     """What the new config means on the modules that are adapted."""
-    paths = {site.path for site in old.maps if not site.parameter}
+    of_attention = {node.path for node in session.graph.nodes if node.facts.kind is Kind.ATTENTION}
+    paths = {site.path for site in old.maps if not site.parameter or site.path in of_attention}
     compiled = compile_plan(
         session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
     )
@@ -205,7 +208,6 @@ def _swap(
     adapter: str,
     given: Mapping[str, Tensor],
     swapped: set[str],
-    journal: Journal,
 ) -> None:
     """Give a layer the new values. `swapped` are keys of shared tensors that another layer has brought already."""
     part = layer.part(adapter)
@@ -222,25 +224,26 @@ def _swap(
         value = own.new_full(slot.shape, slot.value or 0.0) if value is None else value.to(own.device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
         if fits and (value.shape == own.shape or part.tuner.has_ranks):
-            journal.note(own.copy_, own.clone())
+            keep_values(own)
             own.copy_(padded(value, own.shape, slot.blocks))
         else:
-            journal.note(setattr, own, "data", own.data)
+            keep_memory(own)
             own.data = value.clone()
-    layer.exchange(adapter, site, journal)
+    layer.exchange(adapter, site)
 
 
-def _record(model: nn.Module, session: Session, plan: AdapterPlan, journal: Journal) -> None:
+def _record(model: nn.Module, session: Session, plan: AdapterPlan) -> None:
     """Let everything that describes the adapter describe the new one."""
-    journal.note(session.plans.__setitem__, plan.name, session.plans[plan.name])
+    keep_entry(session.plans, plan.name)
     session.plans[plan.name] = plan
     if isinstance(model, PeftModel):
-        journal.note(model.peft_config.__setitem__, plan.name, model.peft_config[plan.name])
+        keep_entry(model.peft_config, plan.name)
         model.peft_config[plan.name] = plan.config
     elif session.shown is not None:
         show(model, session)
 
 
+@whole
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
@@ -269,10 +272,13 @@ def prepare_model_for_compiled_hotswap(
     shapes = [] if target_rank is None else list(_shapes(layers, target_rank))
     with torch.no_grad():
         for own, slot in shapes:
+            keep_memory(own)
             own.data = padded(own.data, slot.shape, slot.blocks)
     for layer in layers:
-        device = layer.weight.device
-        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+        keep_entries(layer.scaling)
+        for name, scale in layer.scaling.items():
+            device = next(tensor.device for _, tensor in layer.parameters_of(name))
+            layer.scaling[name] = torch.as_tensor(scale, device=device)
 
 
 def _told_of_compiled(check: str) -> None:

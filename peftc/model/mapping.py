@@ -21,9 +21,11 @@ from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, let_go
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.journal import keep, whole
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 
 
+@whole
 @collector_paused()
 def get_peft_model(
     model: nn.Module,
@@ -36,6 +38,7 @@ def get_peft_model(
 ) -> PeftModel:
     """A `PeftModel` round the model, its adapter fresh, active and trainable; if `mixed`, one that others of any method
     can join. Raises `PeftcError`, model unchanged."""
+    keep(peft_config)
     _name_base(peft_config, model)
     if revision is not None:
         peft_config.revision = revision
@@ -61,6 +64,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     return config_from_dict(config_dict, lenient=False)[0]
 
 
+@whole
 @collector_paused()
 def inject_adapter_in_model(
     peft_config: PeftConfig,

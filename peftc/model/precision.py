@@ -13,6 +13,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.model.injected import adapters_of
 from peftc.model.state import slots_of
+from peftc.runtime.journal import whole
 from peftc.runtime.storage import find, put
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,6 +84,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
+@whole
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Lift an adapter's slots of less than 4 bytes per number to float32, as new parameters; base weights stay.
 

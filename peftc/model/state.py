@@ -19,7 +19,7 @@ from peftc.model.injected import adapters_of, config_given, unwrapped
 from peftc.model.loading import vocabulary_facts
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.ops.combine import padded
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep_entry, keep_values, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.session import Session
@@ -70,6 +70,7 @@ def live_names(plan: AdapterPlan) -> dict[str, str]:
     return names
 
 
+@whole
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -106,19 +107,19 @@ def set_peft_model_state_dict(
         same=lambda one, other: torch.equal(given[one], given[other].to(given[one].device)),
     ).require()
     values = {key: given[source] for key, source in report.sources.items()}
-    with torch.no_grad(), Journal() as journal:
+    with torch.no_grad():
         rest = restored(session, fit, values)
         values = dict(rest)
         filled: dict[str, Tensor] = {}
         for disk, owner, slot in slots_of(session, adapter_name):
             if disk in values:
                 if disk in rest:
-                    filled[disk] = _fill(owner, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage, journal)
-                _hold(owner, slot, adapter_name, filled[disk], journal)  # or another layer has filled it
+                    filled[disk] = _fill(owner, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage)
+                _hold(owner, slot, adapter_name, filled[disk])  # or another layer has filled it
         for tensor, value in _others(model, session, adapter_name, rest):
-            journal.note(tensor.copy_, tensor.clone())
+            keep_values(tensor)
             tensor.copy_(value)
-        session.base.carry(plan, rest.get, journal)
+        session.base.carry(plan, rest.get)
     missing = dict.fromkeys([*report.missing, *(key for key in names if key not in values)])
     live = [names.get(key, key).removeprefix(plan.root) for key in missing]
     return LoadResult([root + name for name in live], [origin.get(key, key) for key in report.unexpected])
@@ -142,9 +143,7 @@ def slots_of(session: Session, adapter: str) -> Iterator[tuple[str, TunerLayer |
             yield site.key(slot, adapter).disk(), owner, slot
 
 
-def _fill(
-    owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Tensor, assign: bool, journal: Journal
-) -> Tensor:
+def _fill(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Tensor, assign: bool) -> Tensor:
     """Give a slot its value; returns the tensor that it has then."""
     container, key = owner.where(adapter, slot)
     own: Tensor = container[key]
@@ -152,21 +151,21 @@ def _fill(
         if own.is_meta:
             what = f"`{slot.name}` of `{adapter}` has no memory: it was made with `low_cpu_mem_usage`"
             raise PeftcError(rules.SHAPES_DIFFER(what, fix="Pass `low_cpu_mem_usage=True` here as well."))
-        journal.note(own.copy_, own.clone())
+        keep_values(own)
         own.copy_(padded(value.to(own.device), own.shape, slot.blocks))
         return own
     base = next((p for p in owner.parameters() if not p.is_meta), value)
     fresh = padded(value.detach().to(base.device), own.shape, slot.blocks)
     held = fresh if slot.derived else nn.Parameter(fresh, requires_grad=own.requires_grad)
-    _hold(owner, slot, adapter, held, journal)
+    _hold(owner, slot, adapter, held)
     return held
 
 
-def _hold(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, tensor: Tensor, journal: Journal) -> None:
+def _hold(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, tensor: Tensor) -> None:
     """Let a slot have this very tensor."""
     container, key = owner.where(adapter, slot)
     if container[key] is not tensor:
-        journal.note(container.__setitem__, key, container[key])
+        keep_entry(container, key)
         container[key] = tensor
 
 

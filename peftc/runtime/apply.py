@@ -13,7 +13,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.classes import layer_factory
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_trained, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
@@ -30,6 +30,7 @@ def session_of(model: nn.Module) -> Session | None:
     return session if isinstance(session, Session) else None
 
 
+@whole
 def apply_plan(
     model: nn.Module,
     plan: InjectionPlan,
@@ -50,25 +51,25 @@ def apply_plan(
     drifted = differences(plan, graph) if plan.graph is None else ()
     if drifted:
         raise PeftcError(drifted)
-    with Journal() as journal:
-        if session is None:
-            session = Session(model, graph)
-            freeze(model, journal)
-            journal.note(model.__dict__.pop, SESSION, None)
-            model.__dict__[SESSION] = session
-        make = layer_factory(registry)
-        for adapter in plan.adapters:
-            _refuse_taken(session, adapter, mixed)
-            journal.note(_remove, session, adapter.name)
-            session.add(adapter, registry, make, (sources or {}).get(adapter.name))
-        if plan.active:
-            session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
+    if session is None:
+        session = Session(model, graph)
+        freeze(model)
+        keep(model)
+        model.__dict__[SESSION] = session
+    make = layer_factory(registry)
+    for adapter in plan.adapters:
+        _refuse_taken(session, adapter, mixed)
+        session.add(adapter, registry, make, (sources or {}).get(adapter.name))
+    if plan.active:
+        session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
     return session
 
 
+@whole
 def strip(model: nn.Module, session: Session) -> None:
     """Take every wrapper and all that was noted on the model off it."""
     session.unload()
+    keep(model)
     model.__dict__.pop(SESSION, None)
     model.__dict__.pop("peft_config", None)
 
@@ -77,6 +78,7 @@ def let_go(model: nn.Module) -> None:
     """Forget adapters that changed nothing of the model, as prompts do: it is an ordinary base then, for whoever has them too."""
     session = session_of(model) if isinstance(model, nn.Module) else None  # anything else is refused elsewhere
     if session is not None and session.is_apart:
+        keep(model)
         model.__dict__.pop(SESSION)
 
 
@@ -90,13 +92,8 @@ def hold(model: nn.Module, session: Session) -> None:
         what = "The base model was adapted by others meanwhile"
         fix = "Take their adapters off it first, with `unload()`."
         raise PeftcError(rules.MIXED_TYPES(what, fix=fix))
+    keep(model)
     model.__dict__[SESSION] = session
-
-
-def _remove(session: Session, name: str) -> None:
-    if name in session.plans:
-        session.delete(name)
-    session.prune()
 
 
 def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
@@ -124,9 +121,7 @@ def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:
     return rules.MIXED_TYPES(what, fix=fix)
 
 
-def freeze(model: nn.Module, journal: Journal) -> None:
+def freeze(model: nn.Module) -> None:
     """Stop every parameter of the model from requiring gradients."""
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            journal.note(parameter.requires_grad_, True)
-            parameter.requires_grad_(False)
+        keep_trained(parameter, False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftc.compiler.plan import AdapterPlan, TrainSite
 from peftc.diagnostics import PeftcError
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, note
 from peftc.runtime.layer import Source
 
 if TYPE_CHECKING:
@@ -43,39 +43,44 @@ class BaseTensors:
         """Whether any tensor may differ from what it was."""
         return any(self._before.values())
 
-    def change(self, plan: AdapterPlan, source: Source | None, journal: Journal) -> None:
+    def change(self, plan: AdapterPlan, source: Source | None) -> None:
         """Load tensors that the checkpoint carries, and keep what they were: for trained ones, a copy."""
         before: list[tuple[nn.Parameter, Tensor]] = []
-        journal.note(_put_back, before)
         find = source or (lambda key: None)
         for disk, parameter in self.trained(plan).items():
             found = find(disk)
-            before.append((parameter, parameter.detach().clone()))
+            own = parameter.detach()
+            before.append((parameter, own.clone()))
+            note(own.copy_, before[-1][1])
             if found is not None:
                 parameter.copy_(found)
+        keep_entry(self._before, plan.name)
         self._before[plan.name] = before
-        self.carry(plan, find, journal)
+        self.carry(plan, find)
 
-    def carry(self, plan: AdapterPlan, find: Source, journal: Journal) -> None:
+    def carry(self, plan: AdapterPlan, find: Source) -> None:
         """Load embeddings that the adapter's checkpoint carries; deleting the adapter restores them."""
         before = self._before[plan.name]
+        keep_entries(before)
         known = {id(parameter) for parameter, _ in before}
         for disk, _, own, _ in self.vocabulary(plan):
             found = find(disk)
             if found is None or torch.equal(found.to(own), own):
                 continue
-            journal.note(setattr, own, "data", own.data)
+            keep_memory(own)
             if id(own) not in known:
                 before.append((own, own.data))
             own.data = found.to(own.device, own.dtype)
 
     def restore(self, names: Iterable[str]) -> None:
         """Put back what adapters changed."""
+        keep_entries(self._before)
         for name in names:
             _put_back(self._before.pop(name, ()))
 
-    def keep(self) -> None:
+    def keep_changes(self) -> None:
         """Let tensors stay as adapters made them."""
+        keep(self)
         self._before = {}
 
     def trained(self, plan: AdapterPlan) -> dict[str, nn.Parameter]:
@@ -128,4 +133,5 @@ class BaseTensors:
 def _put_back(before: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
     """Where and in what dtype the model has them now: it may have been moved or cast meanwhile."""
     for parameter, data in before:
+        keep_memory(parameter)
         parameter.data = data.to(parameter.device, parameter.dtype)

@@ -16,6 +16,7 @@ from peftc.host import caches
 from peftc.registry.boundary import guarded
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import Gates
+from peftc.runtime.journal import keep_trained
 from peftc.runtime.layer import Source
 from peftc.runtime.storage import INIT, SlotModule, allocate, torch_dtype
 from peftc.tuner.calls import CallTuner
@@ -90,7 +91,7 @@ class CallModule(nn.Module):
     def set_trainable(self, trainable: bool) -> None:
         """Let the slots that train require gradients, or none."""
         for slot in self.site.slots:
-            self[slot.dotted].requires_grad_(trainable and slot.trainable)
+            keep_trained(self[slot.dotted], trainable and slot.trainable)
 
     def around(
         self, shared: Shared, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

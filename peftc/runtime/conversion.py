@@ -140,7 +140,7 @@ def _planned(session: Session, plan: AdapterPlan, target: TunerMethod, ranks: Ma
     by_choice = _chosen(plan.config, target, _CHOICE)
     exact = {"target_modules": set(ranks)}
     for choice in (by_choice, exact) if by_choice.get("target_modules") else (exact,):
-        start = target.config(**_chosen(plan.config, target, _CARRIED), **choice)
+        start = target.least(**_chosen(plan.config, target, _CARRIED), **choice)
         config = _ranked(start, target, ranks)
         made = compile_plan(session.graph, {plan.name: config}, given=list(ranks), loading=True, task_heads=False)
         if rules.GIVEN_TARGETS.code not in {warning.code for warning in made.warnings}:

@@ -6,9 +6,8 @@ adapters' tensors; the mathematics is the method's. Live names are the ecosystem
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,25 +17,25 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
 from peftc.host.torch_modules import KeepsAside
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import gated
-from peftc.runtime.journal import Journal
+from peftc.runtime.inputs import Dropout, first_argument
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
 from peftc.runtime.stores import Stock
+from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
 #: finds a slot's tensor by its disk key, or says None: then the method initialises it
 Source = Callable[[str], Tensor | None]
-
-
-#: adapters merged into a layer, the base parameters kept aside, and those in their place
-MergeState = tuple[list[str], dict[str, nn.Parameter], dict[str, nn.Parameter | None]]
 
 
 class BaseTunerLayer:
@@ -54,6 +53,10 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
 
     _path: Path
     _under: Under
@@ -72,8 +75,7 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
-        self._first = _first_argument(type(self.get_base_layer()).forward)
-        #: the parameter that is adapted, where it is a single one of the module's
+        self._first = first_argument(type(self.get_base_layer()).forward)
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
@@ -113,6 +115,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
             value = made[label]
             as_it_is = slot.derived or label in shared
             stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
+        for known in (self.scaling, self._sites, self._parts):
+            keep_entry(known, adapter)
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
@@ -125,7 +129,7 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = _Dropout(self, p) if p > 0 else None
+        dropout = Dropout(self, p) if p > 0 and not site.parameter else None  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
@@ -134,13 +138,31 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
             site.parameter,
         )
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""
+        """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
+        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did.
+        """
+        acted = adapter_name in self._active
+        trained = any(tensor.requires_grad for _, tensor in self.parameters_of(adapter_name))
+        self.remove(adapter_name)
+        if not acted or self._active:
+            return
+        if not self._shared.active and self._sites:  # other layers follow this one
+            self._shared.active = (min(self._sites),)
+            tell([adapter_name], *self._shared.active)
+        self.activate(self._shared.active)
+        self.set_requires_grad(self._active, trained)
+
+    def remove(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors, and let nothing take over."""
         if adapter_name not in self._sites:
             return
         if adapter_name in self.merged_adapters:
-            what = f"`{adapter_name}` is merged into the base weights"
+            what = f"`{adapter_name}` is merged into the weight of this layer"
             raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
+        keep(self, self._shared)
+        keep_entries(self._sites, self._parts, self.scaling, self.held)
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
             drop(self, slot, adapter_name)
@@ -153,6 +175,7 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     def join(self, shared: Shared) -> None:
         """Have in common with other layers what a model's layers share."""
+        keep(self)
         self.__dict__["_shared"] = shared
         if shared.by_rows:
             self._choose_path()
@@ -170,21 +193,21 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
                 container, key = find(self, slot, adapter)
                 yield slot.trainable and label not in held, container[key]
 
-    def exchange(self, adapter: str, site: MapSite, journal: Journal) -> None:
+    def exchange(self, adapter: str, site: MapSite) -> None:
         """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
         tensor stays one, and nothing is composed anew."""
         old, tuner = self._sites[adapter]
         scaling = guarded(tuner.scaling, str(site.config.peft_type), site.path)(site.config, site.layer)
         own: float | Tensor = self.scaling[adapter]
-        journal.note(self._sites.__setitem__, adapter, (old, tuner))
-        journal.note(setattr, self._parts[adapter].view, "config", old.config)
+        keep_entry(self._sites, adapter)
+        note(setattr, self._parts[adapter].view, "config", old.config)
         self._sites[adapter] = (site, tuner)
         self._parts[adapter].view.config = site.config
         if isinstance(own, Tensor):
-            journal.note(own.copy_, own.clone())
+            keep_values(own)
             own.fill_(scaling)
         else:
-            journal.note(self.scaling.__setitem__, adapter, own)
+            keep_entry(self.scaling, adapter)
             self.scaling[adapter] = scaling
 
     def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
@@ -209,11 +232,13 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     # activation ---------------------------------------------------------------------------------------------------
 
+    @whole
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.set_requires_grad(self._sites, False)
         self.set_requires_grad(names, not inference_mode)
+        keep(self._shared)
         self._shared.active = names  # who calls this calls it on every layer
         self.activate(names)
 
@@ -221,10 +246,11 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         """Make the trainable slots of adapters require gradients, or all their slots not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             for trainable, parameter in self.parameters_of(name):
-                parameter.requires_grad_(trainable and requires_grad)
+                keep_trained(parameter, trainable and requires_grad)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate without touching what requires gradients; names that the layer does not have are passed over."""
+        keep(self)
         self.__dict__["_active"] = tuple(name for name in names if name in self._sites)
         self._choose_path()
 
@@ -298,21 +324,26 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
         return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
                 raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
@@ -331,16 +362,15 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     # merging ------------------------------------------------------------------------------------------------------
 
+    @whole
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
         with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
 
         The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
         """
-        with Journal() as journal:
-            for layer in self.chain():
-                journal.note(layer.restore_merge, layer.merge_state())
-                layer._merge_own(safe_merge, adapter_names)
+        for layer in self.chain():
+            layer._merge_own(safe_merge, adapter_names)
 
     def _merge_own(self, check: bool, wanted: Sequence[str] | None) -> None:
         wanted = self._active if wanted is None else wanted
@@ -349,6 +379,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
             return
         self._refuse_order(names)
         base = self.get_base_layer()
+        keep(self, self._shared)
+        keep_entries(self.merged_adapters, self._pristine, base._parameters)
         for name, parameter in self.merged_parameters(names, check).items():
             own = base._parameters[name]
             assert own is not None
@@ -374,16 +406,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         base = self.base_layer
         return [*(base.chain() if isinstance(base, TunerLayer) else ()), self]
 
-    def merge_state(self) -> MergeState:
-        """What `restore_merge` needs."""
-        return list(self.merged_adapters), dict(self._pristine), dict(self.get_base_layer()._parameters)
-
-    def restore_merge(self, state: MergeState) -> None:
-        """Go back to what was merged then."""
-        self.merged_adapters, self._pristine, parameters = state
-        self.get_base_layer()._parameters.update(parameters)
-        self._choose_path()
-
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
         base = self.get_base_layer()
@@ -408,11 +430,17 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
             return result
 
+    @whole
     def unmerge(self) -> None:
         """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
         for layer in reversed(self.chain()):
             if layer.merged_adapters:
-                layer.restore_merge(([], {}, dict(layer._pristine)))
+                base = layer.get_base_layer()
+                keep(layer)
+                keep_entries(base._parameters)
+                base._parameters.update(layer._pristine)
+                layer.merged_adapters, layer._pristine = [], {}
+                layer._choose_path()
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
@@ -440,15 +468,20 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         """Multiply the adapter's own scaling by `scale`."""
         if adapter in self._sites:
             site, tuner = self._sites[adapter]
+            keep_entry(self.scaling, adapter)
             self.scaling[adapter] = scale * tuner.scaling(site.config, site.layer)
 
+    @whole
     def scale_layer(self, scale: float) -> None:
         """Multiply the current scaling of the active adapters."""
+        keep_entries(self.scaling)
         for name in self._active:
             self.scaling[name] *= scale
 
+    @whole
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the current scaling of the active adapters; without a number, back to their own."""
+        keep_entries(self.scaling)
         for name in self._active:
             if scale is None:
                 self.set_scale(name, 1.0)
@@ -471,28 +504,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     def _get_name(self) -> str:
         """How it is printed and reported: by method and kind of layer, as in the reference."""
         kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
-        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"
-
-
-@cache
-def _first_argument(forward: Callable[..., Any]) -> str:
-    """What a class of layers calls its input, for calls by keyword."""
-    names = iter(inspect.signature(forward).parameters)
-    next(names)
-    return next(names, "")
-
-
-class _Dropout:
-    """Dropout that follows the layer's training mode, without a module whose name would be in the model."""
-
-    __slots__ = ("layer", "p")
-
-    def __init__(self, layer: nn.Module, p: float) -> None:
-        self.layer = layer
-        self.p = p
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.p, self.layer.training)

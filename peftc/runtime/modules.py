@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftc.compiler.plan import ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.registry.boundary import guarded
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory
 from peftc.runtime.layer import Source
 from peftc.runtime.storage import INIT, SlotModule, drop, filled, find, put
 from peftc.tuner.method import TunerMethod
@@ -68,6 +69,8 @@ class ModuleWrapper(nn.Module):
                 put(self, slot, adapter, parameter)
             else:
                 _lay(shelf, slot, parameter)
+        keep_entry(self._sites, adapter)
+        keep_entry(self._shelves, adapter)
         self._sites[adapter] = (site, tuner)
         self._shelves[adapter] = shelf
         self._settle()
@@ -78,6 +81,7 @@ class ModuleWrapper(nn.Module):
             return
         if self._active == adapter_name:
             self.activate(())
+        keep_entries(self._sites, self._shelves)
         site, _ = self._sites.pop(adapter_name)
         self._shelves.pop(adapter_name)
         for slot in site.slots:
@@ -115,6 +119,7 @@ class ModuleWrapper(nn.Module):
 
     def activate(self, names: Sequence[str]) -> None:
         """Let the one of these adapters act that is here, if any; what requires gradients stays as it is."""
+        keep(self)
         before = self._active
         self._active = next((name for name in names if name in self._sites), None)
         if before is not None and before != self._active:
@@ -128,6 +133,7 @@ class ModuleWrapper(nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapter act, or not. Names and trainability stay as they are."""
+        keep(self)
         self._disabled = not enabled
 
     @property
@@ -145,6 +151,7 @@ class ModuleWrapper(nn.Module):
     def _move(self, adapter: str, origin: nn.Module, target: nn.Module) -> None:
         """Hand over an adapter's tensors that go without its name."""
         site, _ = self._sites[adapter]
+        keep_entries(origin._parameters, target._parameters, origin._modules, target._modules)
         for slot in site.slots:
             if slot.name in origin._parameters and not slot.named:
                 target._parameters[slot.name] = origin._parameters.pop(slot.name)
@@ -156,6 +163,9 @@ class ModuleWrapper(nn.Module):
         parent, name = self._place
         shows = self._active is not None or any(slot.named for site, _ in self._sites.values() for slot in site.slots)
         there = parent._modules[name]
+        keep(self)
+        keep_entry(self._modules, self._inner)
+        keep_entry(parent._modules, name)
         if shows and not self._is_in and there is not None:
             self.training = there.training
             self._modules[self._inner] = there
@@ -197,6 +207,8 @@ class ModuleWrapper(nn.Module):
     def take_out(self) -> None:
         """Put the module back, whatever is here."""
         parent, name = self._place
+        keep(self)
+        keep_entry(parent._modules, name)
         parent._modules[name] = self.wrapped
         self._is_in = False
 
@@ -216,6 +228,8 @@ class Shelf(nn.Module):
         device, dtype = placed
         moved = any(p.device != device and not p.is_meta for p in self.parameters())
         if moved or dtype != self.placed[1]:
+            for parameter in self.parameters():
+                keep_memory(parameter)
             self.to(device=device if moved else None, dtype=dtype if dtype != self.placed[1] else None)
 
 

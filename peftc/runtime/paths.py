@@ -353,11 +353,7 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
     running, pristine = opened(under)
-    trained = {
-        name: under.backend.to_logical(name, own)
-        for name, own in under.inner._parameters.items()
-        if own is not None and own.requires_grad
-    }
+    trained = _trained(under)
 
     def fold(parts: Sequence[Part], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         now = {**running, **trained}
@@ -396,6 +392,21 @@ def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     running = under.backend.opened(under.inner)
     aside = {name: under.backend.to_logical(name, own.detach()) for name, own in under.aside().items()}
     return running, {**running, **aside}
+
+
+def _trained(under: Under) -> dict[str, Tensor]:
+    """Logical parameters of the base layer that train along, such as its bias, part of the graph."""
+    return {
+        name: under.backend.to_logical(name, own)
+        for name, own in under.inner._parameters.items()
+        if own is not None and own.requires_grad
+    }
+
+
+def adapted_as_trained(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
+    """The same as `adapted`, differentiable in parameters of the base layer that train along too."""
+    running, pristine = opened(under)
+    return _folded(under, parts, {**running, **_trained(under)}, pristine)
 
 
 def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:

@@ -23,6 +23,7 @@ from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
 from peftc.runtime.backends import Backend
 from peftc.runtime.call import Call
+from peftc.runtime.journal import keep_entries, keep_entry
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
 
@@ -140,6 +141,7 @@ def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
     """The dict of adapters for a slot on a layer, made on first use."""
     container = owner._modules.get(slot.name)
     if container is None:
+        keep_entry(owner._modules, slot.name)
         container = owner._modules[slot.name] = container_for(slot)
     return container
 
@@ -149,18 +151,28 @@ def put(owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> tuple[dic
     container = container_of(owner, slot)
     if slot.container is Container.PARAMETER:
         if isinstance(container, nn.ParameterDict):
+            keep_entry(container._keys, adapter)
+            keep_entry(container._parameters, adapter)
             container[adapter] = tensor
         else:
-            container.register_buffer(adapter, tensor, persistent=slot.saved)
+            _put_buffer(container, adapter, tensor, slot.saved)
         return _tensors(container, slot), adapter
     holder = container._modules.get(adapter)
     if holder is None:
+        keep_entry(container._modules, adapter)
         holder = container._modules[adapter] = SlotModule.holding()
     if slot.derived:
-        holder.register_buffer(slot.tail, tensor, persistent=slot.saved)
+        _put_buffer(holder, slot.tail, tensor, slot.saved)
     else:
+        keep_entry(holder._parameters, slot.tail)
         holder._parameters[slot.tail] = cast(nn.Parameter, tensor)
     return _tensors(holder, slot), slot.tail
+
+
+def _put_buffer(holder: nn.Module, name: str, tensor: Tensor, saved: bool) -> None:
+    keep_entry(holder._buffers, name)
+    keep_entries(holder._non_persistent_buffers_set)
+    holder.register_buffer(name, tensor, persistent=saved)
 
 
 def _tensors(holder: nn.Module, slot: Slot) -> dict[str, Any]:
@@ -188,15 +200,19 @@ def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
         return
     if slot.home == "":
         holders: Counter[str] = container.__dict__[HOLDERS]
+        keep_entry(holders, adapter)
         holders[adapter] -= 1
         if holders[adapter] > 0:  # other layers hold it as well
             return
     if slot.container is Container.MODULE:
+        keep_entries(container._modules)
         container._modules.pop(adapter, None)
     elif isinstance(container, nn.ParameterDict):
         if adapter in container:
+            keep_entries(container._keys, container._parameters)
             del container[adapter]
     else:
+        keep_entries(container._buffers, container._non_persistent_buffers_set)
         container._buffers.pop(adapter, None)
         container._non_persistent_buffers_set.discard(adapter)
 

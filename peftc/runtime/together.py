@@ -10,6 +10,7 @@ from peftc.compiler.modules import TunerOf, together
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModuleGraph
+from peftc.runtime.journal import keep_entry
 from peftc.runtime.layer import TunerLayer
 
 
@@ -34,4 +35,5 @@ def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:
             continue
         if all(other is not None and torch.equal(first, other) for other in apart):
             for owner in owners:
+                keep_entry(owner._parameters, tail)
                 owner._parameters[tail] = first

@@ -17,11 +17,13 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.calls import CallModule
+from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
+from peftc.runtime.succession import delete
 from peftc.runtime.ties import refuse_parting
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
@@ -47,6 +49,7 @@ class TunerModel(nn.Module):
     #: whether adapters of other methods may join
     mixes: ClassVar[bool] = False
 
+    @whole
     def __init__(
         self,
         model: nn.Module,
@@ -125,7 +128,8 @@ class TunerModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.session.active)
+        session = session_of(self.model)
+        return [] if session is None else list(session.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -137,6 +141,7 @@ class TunerModel(nn.Module):
         plans = self.session.plans.values()
         return list(dict.fromkeys(site.path for plan in plans for site in plan.sites))
 
+    @whole
     def inject_adapter(
         self,
         model: nn.Module,
@@ -160,8 +165,10 @@ class TunerModel(nn.Module):
         )
         sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
         apply_plan(self.model, plan, sources=sources, mixed=self.mixes)
+        keep_entry(self.peft_config, adapter_name)
         self.peft_config[adapter_name] = plan.adapter(adapter_name).config
 
+    @whole
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -199,13 +206,16 @@ class TunerModel(nn.Module):
         )
         made.require_shapes(plan.adapters[0])
         apply_plan(self.model, plan, sources={adapter_name: made.tensors.get}, mixed=self.mixes)
+        keep_entry(self.peft_config, adapter_name)
         self.peft_config[adapter_name] = plan.adapter(adapter_name).config
 
+    @whole
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several in order; exactly their tensors become trainable."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.session.set_active(names, trainable=not inference_mode)
 
+    @whole
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Make the trainable tensors of adapters require gradients, or not, active or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -214,25 +224,34 @@ class TunerModel(nn.Module):
         for name in names:
             session.set_requires_grad(name, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors."""
-        self.session.delete(adapter_name)
-        self.peft_config.pop(adapter_name, None)
+    @whole
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several, and their tensors. If nothing is active any more, another adapter takes over, with a
+        warning, and trains if the one that was active did. Raises `PeftcError`, with nothing changed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        delete(self.session, names)
+        keep_entries(self.peft_config)
+        for name in names:
+            self.peft_config.pop(name, None)
 
+    @whole
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act."""
         self.session.enable(True)
 
+    @whole
     def disable_adapter_layers(self) -> None:
         """Have the model compute as its base does. Trainability is not touched."""
         self.session.enable(False)
 
     # merging ------------------------------------------------------------------------------------------------------
 
+    @whole
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; `unmerge_adapter` restores them bit for bit."""
         self.session.merge(adapter_names, safe_merge)
 
+    @whole
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
         session = self.session
@@ -240,6 +259,7 @@ class TunerModel(nn.Module):
             warn([rules.NOT_MERGED("No adapter is merged", fix="Leave the call out, or merge first.")])
         session.unmerge()
 
+    @whole
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
@@ -254,6 +274,7 @@ class TunerModel(nn.Module):
         session.keep_trained(session.active if adapter_names is None else adapter_names)
         return self._left(session)
 
+    @whole
     def unload(self) -> nn.Module:
         """The base model as it was, with the same module objects. This object has no adapter afterwards."""
         session = self.session
@@ -262,6 +283,7 @@ class TunerModel(nn.Module):
 
     def _left(self, session: Session) -> nn.Module:
         strip(self.model, session)
+        keep_entries(self.peft_config)
         self.peft_config.clear()
         return self.model
 

@@ -19,7 +19,18 @@ from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.testing.checks import calls, declared, effect, features, gradients, lifecycle, modules, planning, prompts
+from peftc.testing.checks import (
+    calls,
+    declared,
+    effect,
+    features,
+    gradients,
+    lifecycle,
+    modules,
+    planning,
+    prompts,
+    states,
+)
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report
 from peftc.testing.subjects import Subject, subjects
@@ -164,6 +175,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (lifecycle.rows_are_as_alone, on_layers),
     (lifecycle.several_active_merge_alike, in_weights),
     (lifecycle.deleting_leaves_nothing, everywhere),
+    (states.another_takes_over, once),
     (lifecycle.unloading_restores, everywhere),
     (lifecycle.copies_are_equal_and_apart, everywhere),
     (lifecycle.injected_equals_wrapped, in_the_model),

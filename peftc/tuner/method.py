@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic
+from peftc.diagnostics import ConfigError, Diagnostic
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.tuner.calls import CallTuner
 from peftc.tuner.modules import ModuleTuner
@@ -364,8 +364,9 @@ class TunerMethod:
 
     @property
     def supports(self) -> frozenset[Kind]:
-        """Kinds of layer that the method can adapt."""
-        return frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        """Kinds of layer that the method can adapt. Attention consists of single parameters and a linear layer."""
+        found = frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        return found | {Kind.ATTENTION} if {Kind.EXPERTS, Kind.LINEAR} <= found else found
 
     @property
     def public_names(self) -> dict[str, str]:
@@ -373,6 +374,19 @@ class TunerMethod:
         names = {self.config.__name__: "config", self.model_class: "model", self.layer_class: "layer"}
         names[self.encoder_class] = "encoder"
         return {name: role for name, role in names.items() if name} | dict.fromkeys(self.exports, "export")
+
+    def least(self, **options: Any) -> PeftConfig:
+        """A config with these options, and with those that it needs beside them."""
+        return self.config(**self.needed(options), **options)
+
+    def needed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the first example's options that a config with the given ones cannot be made without."""
+        try:
+            self.config(**options)
+        except ConfigError as error:
+            missed = {told.where.path for told in error.diagnostics} - options.keys()
+            return {name: value for example in self.examples[:1] for name, value in example.items() if name in missed}
+        return {}
 
     def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
         """The mathematics for one site."""

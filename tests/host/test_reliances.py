@@ -30,7 +30,18 @@ from transformers import (
     TrainingArguments,
 )  # fmt: skip
 
-from peftc.host import architectures, caches, clients, generation, layers, loading, parallel, torch_modules, trainer
+from peftc.host import (
+    architectures,
+    attention,
+    caches,
+    clients,
+    generation,
+    layers,
+    loading,
+    parallel,
+    torch_modules,
+    trainer,
+)
 from peftc.testing.models import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -363,3 +374,33 @@ def test_libraries_keep_their_answer_where_it_is_looked_for() -> None:
     for name, functions in clients.REMEMBERED.items():
         module = importlib.import_module(name)
         assert callable(vars(module)[functions[0]]), f"{name}.{functions[0]}"
+
+
+# attention ------------------------------------------------------------------------------------------------------------
+
+
+def noting(called: list[str], layer: nn.Module) -> Any:
+    forward = layer.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        called.append(type(layer).__name__)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_attention_and_encoders_read_parameters_of_layers_and_do_not_call_these(padded: bool) -> None:
+    with seeded(0):
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1).eval()
+    block, called = encoder.layers[0], []
+    for layer in (block.self_attn, block.self_attn.out_proj, block.linear1, block.norm1):
+        assert attention.is_read_past(block if layer is not block.self_attn.out_proj else block.self_attn, layer)
+        layer.forward = noting(called, layer)
+    mask = torch.tensor([[False, False, True]]) if padded else None
+    with torch.no_grad():
+        encoder(torch.ones(1, 3, 16), src_key_padding_mask=mask)
+        assert called == []  # one kernel
+        block.self_attn(*[torch.ones(1, 3, 16)] * 3)
+        assert called == ["MultiheadAttention"]  # its output layer is read
+    assert all(name in vars(block.self_attn) for name in attention.PRIVATE)

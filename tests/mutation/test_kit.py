@@ -19,7 +19,7 @@ from peftc.model import hotswap, rows
 from peftc.model.peft_model import PeftModel
 from peftc.ops.factors import of_thin
 from peftc.registry.manager import default_registry
-from peftc.runtime import conversion, paths, together
+from peftc.runtime import conversion, paths, succession, together
 from peftc.runtime.experts import over_experts
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
@@ -99,6 +99,10 @@ def never_disabled(patch: Patch) -> None:
 
 def never_unloaded(patch: Patch) -> None:
     patch.setattr(Session, "_put_back", lambda *args: None)
+
+
+def nobody_takes_over(patch: Patch) -> None:
+    patch.setattr(succession, "_heir", lambda session: None)
 
 
 def never_injected(patch: Patch) -> None:
@@ -204,6 +208,7 @@ CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
     "unloading_restores": ("sound", never_unloaded, "Unloading leaves"),
+    "another_takes_over": ("sound", nobody_takes_over, "does not say that `first` is active now"),
     "injected_equals_wrapped": ("sound", never_injected, "lacks"),
     "failed_apply_restores": ("sound", never_undone, "are changed"),
     "what_is_not_declared_is_refused": ("sound_prompt", rows_allowed, "`rows`"),

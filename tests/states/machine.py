@@ -380,7 +380,7 @@ class Machine(RuleBasedStateMachine):
     def save(self, slot: str) -> None:
         self.model.save_pretrained(self.folder / slot)
         content = {}
-        for name, adapter in self.plain.adapters.items():
+        for name in self.plain.adapters:
             place = self.place(slot, name)
             found = load_file(place / "adapter_model.safetensors")
             with torch.no_grad():

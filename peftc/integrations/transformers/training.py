@@ -173,7 +173,8 @@ class AdapterTrainer(Trainer):
         remove_checkpoints(self._folder, but=target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = torch.load(Path(resume_from_checkpoint) / ARCHIVES[0], map_location="cpu", weights_only=True)
+        archive = Path(resume_from_checkpoint) / ARCHIVES[0]
+        stored = torch.load(archive, map_location="cpu", weights_only=True, mmap=False)
         with torch.no_grad():
             for name, tensor in _own(self._adapted).items():
                 tensor.copy_(stored["tensors"][name])

@@ -15,6 +15,7 @@ from peftc import rules
 from peftc.compiler.plan import AdapterPlan, PromptSite
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
+from peftc.runtime.journal import keep_trained, keep_values, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
 from peftc.tuner.prompt import Place, PromptTuner
@@ -116,7 +117,7 @@ class PromptModule(nn.Module):
         """Let the slots that train require gradients, or none."""
         slots = PromptSlots(self)
         for label, slot in self.slots.items():
-            slots[label].requires_grad_(trainable and slot.trainable)
+            keep_trained(slots[label], trainable and slot.trainable)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by key."""
@@ -125,6 +126,7 @@ class PromptModule(nn.Module):
             with boundary(self._plan.peft_type, "export"):
                 return {self.site.disk: table, **self._tuner.export(self.config, PromptSlots(self))}
 
+    @whole
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Take a table as it is saved, in place of what the slots hold. Raises `PeftcError` if it does not fit, or if the
         slots hold something else that the table is computed from."""
@@ -140,6 +142,7 @@ class PromptModule(nn.Module):
         own = PromptSlots(self)
         with torch.no_grad():
             for label, value in values.items():
+                keep_values(own[label])
                 own[label].copy_(value)
 
     def _computed(self) -> Diagnostic:
