@@ -198,53 +198,27 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     same = name in session.plans and (
         session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted)
     )
-<<<<<<< HEAD
-    with Journal() as journal:
-        if same:
-            _overwrite(model, found, journal)
-        elif name in session.plans:
-            _exchange(model, name, found, journal)
-        else:
-            model._attach(found.plan, found.source, journal)
-        if options.is_trainable:  # the reference makes it so although it is not active
-            model.set_requires_grad(name)
-=======
     if same:
         _overwrite(model, found)
     elif name in session.plans:
-        _exchange(model, name, found, options.is_trainable)
+        _exchange(model, name, found)
     else:
         model._attach(found.plan, found.source)
-        if options.is_trainable:  # the reference makes it so although it is not active
-            model.set_requires_grad(name)
-    if same and options.is_trainable and name in session.active:  # loading in place does not end a training
-        model.set_adapter(session.active)
->>>>>>> main
+    if options.is_trainable:  # the reference makes it so although it is not active
+        model.set_requires_grad(name)
     if not options.is_trainable and model.training:
         evaluate(model)
     return found.report
 
 
-<<<<<<< HEAD
-def _exchange(model: PeftModel, name: str, found: Loadable, journal: Journal) -> None:
+def _exchange(model: PeftModel, name: str, found: Loadable) -> None:
     """Replace an adapter by one with other tensors. It is active again, and trainable, if it was; others stay as they are."""
     active = model.session.active
     trained = any(tensor.requires_grad for tensor in _own(model, name))
-    journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active, trained)
-    model.delete_adapter(name)
-    model._attach(found.plan, found.source, journal)
-    model.session.activate(active)
-    model.set_requires_grad(name, trained)
-=======
-def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool) -> None:
-    """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
-    active = model.session.active
-    trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
     model._drop(name)
     model._attach(found.plan, found.source)
-    if name in active:
-        model.set_adapter(active, inference_mode=not trained)
->>>>>>> main
+    model.session.activate(active)
+    model.set_requires_grad(name, trained)
 
 
 def _own(model: PeftModel, name: str) -> list[Tensor]:
@@ -270,24 +244,9 @@ def _overwrite(model: PeftModel, found: Loadable) -> None:
         patch(session, plan.name, differing(session, plan))
 
 
-<<<<<<< HEAD
-def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """All that loading an adapter may have brought, to be put back."""
-    vocabulary = model.session.base.vocabulary(model.session.plans[name])
-    return {**_live_tensors(model, model.session, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
-
-
-def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str], trained: bool) -> None:
-    """Undo the replacement of an adapter."""
-    with Journal() as journal:
-        model._attach(replace(plan, active=()), source, journal)
-    model.session.activate(active)
-    model.set_requires_grad(plan.adapters[0].name, trained)
-=======
 def evaluate(model: nn.Module) -> None:
     """Switch a model to evaluation, as `eval` does."""
     for module in model.modules():
         if module.training:
             note(setattr, module, "training", True)
     model.eval()
->>>>>>> main

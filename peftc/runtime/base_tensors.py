@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftc.compiler.plan import AdapterPlan, TrainSite
 from peftc.diagnostics import PeftcError
-from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, note
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, keep_trained, note
 from peftc.runtime.layer import Source
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class BaseTensors:
                 module, own = self._session.find(site.path), self._own(site)
                 live = None if module is None else module._parameters.get(site.name)
                 if live is not None and live is not own:
-                    live.requires_grad_(False)
+                    keep_trained(live, False)
 
     def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
         """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.

@@ -277,13 +277,9 @@ class Session:
         layer = self.layer_of(plan.name, path)
         return None if layer is None else layer.part(plan.name).tuner
 
-<<<<<<< HEAD
     def activate(self, names: Sequence[str]) -> None:
         """Let these adapters act, in this order. What requires gradients stays as it is."""
-=======
-    def _activate(self, names: Sequence[str]) -> None:
         keep(self.shared)
->>>>>>> main
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
@@ -406,19 +402,10 @@ class Session:
             )
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
-<<<<<<< HEAD
-        with Journal() as journal:
-            for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
-                for layer in self.layers[path].chain():
-                    journal.note(layer.restore_merge, layer.merge_state())
-                self.layers[path].merge(safe, names)
-            keep_ties(self.graph, self.layers)
-        self.base.still()
-=======
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
->>>>>>> main
+        self.base.still()
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -473,18 +460,11 @@ class Session:
             keep_entries(holder._modules)
             holder.clear()
 
-<<<<<<< HEAD
     def keep_trained(self, names: Iterable[str]) -> None:
-        """Before unloading a merged model: copies that these adapters trained become the modules, or those of others that are
-        merged, whatever is active or disabled; trained base tensors stay."""
-        self.base.keep()
-        merged = (*names, *self.merged)
-=======
-    def keep_trained(self) -> None:
-        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
+        """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
         self.base.keep_changes()
+        merged = (*names, *self.merged)
         keep_entries(self.copies)
->>>>>>> main
         for path, copy in list(self.copies.items()):
             self._put_back(path, copy.of(merged))
             del self.copies[path]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model
 from peftc.registry.manager import default_registry
-from peftc.testing.subjects import Subject, quiet, subjects
+from peftc.testing.subjects import Subject, subjects
 from tests.runtime.methods import Net, adapted, narrow, x
 
 METHODS = [default_registry().get(name) for name in default_registry().names]
@@ -70,7 +70,7 @@ def test_biases_go_back_in_the_dtype_of_the_model(end: str) -> None:
                 parameter.add_(1.0)
     base = model.get_base_model()
     model.to(torch.float64)
-    model.unload() if end == "unload" else model.session.delete("one")
+    model.unload() if end == "unload" else model.delete_adapter("one")
     after = {name.replace("base_layer.", ""): tensor for name, tensor in state(base).items()}
     assert all(torch.equal(after[name], tensor.double()) for name, tensor in before.items())
 

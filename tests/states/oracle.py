@@ -247,6 +247,14 @@ class Plain:
                 names.discard(name)
         self.active = [other for other in self.active if other != name]
 
+    def delete_and_succeed(self, name: str) -> None:
+        """Where nothing is active any more, another takes over, and trains if that did: the first by name, on layers."""
+        acted, trained = name in self.active, self.adapters[name].requires
+        self.delete(name)
+        if acted and not self.active and self.adapters:
+            on_layers = any(adapter.layers for adapter in self.adapters.values())
+            self.activate([min(self.adapters) if on_layers else next(iter(self.adapters))], trained)
+
     def load(self, new: Adapter) -> None:
         """An adapter from a file, in place of one of its name if there is one: no other is concerned."""
         old = self.adapters.get(new.name)
