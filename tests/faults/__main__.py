@@ -22,7 +22,9 @@ def main(names: list[str]) -> int:
             bad = list(failed(operation, range(1, len(places) + 1), failures=FAILURES))
             total += len(places) * len(FAILURES)
             wrong += len(bad)
-            print(f"{name:24} {operation!s:32} {len(places):5} calls, {len(bad)} failures that left something", flush=True)
+            print(
+                f"{name:24} {operation!s:32} {len(places):5} calls, {len(bad)} failures that left something", flush=True
+            )
             for line in bad[:20]:
                 print(f"    {line}", flush=True)
     print(f"{total:,} failures, {wrong} left something, {time.process_time() - start:.0f} s of one core")

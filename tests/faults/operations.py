@@ -134,7 +134,9 @@ def _on_layers(case: Case) -> Iterator[Operation]:
     if case.subject.merges:
         yield Operation("unmerge_adapter", case.merged, lambda m: m.unmerge_adapter())
         yield Operation("unload, merged", case.merged, lambda m: m.unload())
-        yield Operation("set_adapter, merged", lambda: _with_other(case.merged(), case), lambda m: m.set_adapter("other"))
+        yield Operation(
+            "set_adapter, merged", lambda: _with_other(case.merged(), case), lambda m: m.set_adapter("other")
+        )
     pair = ["default", "other"]
     weigh = lambda m: m.base_model.add_weighted_adapter(pair, [0.5, 0.5], "both")  # noqa: E731
     yield Operation("add_weighted_adapter", case.two, weigh)
