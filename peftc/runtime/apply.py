@@ -10,6 +10,7 @@ from peftc import rules
 from peftc.compiler.drift import differences
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
+from peftc.config.problems import shorten
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.classes import layer_factory
@@ -19,6 +20,9 @@ from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
 
 SESSION = "_peftc_session"
+
+#: Bytes that the name of a folder may have on the usual file systems.
+MAX_NAME = 255
 
 #: adapter name -> where its tensors come from
 Sources = Mapping[str, Source]
@@ -100,6 +104,10 @@ def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
     if not adapter.name or any(mark in adapter.name for mark in "./\\"):
         what = f"An adapter cannot be called `{adapter.name}`"
         raise PeftcError(rules.ADAPTER_NAME(what, fix="Use a name without dots and slashes, such as `default`."))
+    if not adapter.name.isprintable() or len(adapter.name.encode()) > MAX_NAME:
+        what = f"An adapter cannot be called {shorten(adapter.name)}"
+        fix = f"Use letters, digits and dashes, at most {MAX_NAME} bytes of them."
+        raise PeftcError(rules.ADAPTER_NAME(what, fix=fix))
     if adapter.name in session.plans:
         raise PeftcError(name_taken(adapter.name))
     types = {plan.peft_type for plan in session.plans.values() if not plan.needed_by}

@@ -6,6 +6,7 @@ Every rule here has a mutation, a small defect put into peftc, under which its c
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -353,6 +354,17 @@ def with_card(text: bytes) -> Callable[[Path], Any]:
     return start
 
 
+def with_large_card(folder: Path) -> Any:
+    (folder / "README.md").write_text("Mine.")
+    os.truncate(folder / "README.md", 1 << 23)
+    return adapted()
+
+
+def with_device(folder: Path) -> Any:
+    (folder / "README.md").symlink_to(os.devnull)  # as a pipe, but one that can be read to its end under a defect
+    return adapted()
+
+
 def broken_config(folder: Path) -> Any:
     model = wrapped(language_model(folder / "base"))
     (folder / "base" / "config.json").write_text("{")
@@ -447,6 +459,14 @@ CASES = {
     "a card that is not text": Case(
         rules.CARD_UNREADABLE, with_card(b"\xff\xfe"), lambda m, p: m.create_or_update_model_card(p),
         (checkpoint_card, "except (OSError, UnicodeDecodeError) as error:", "except ZeroDivisionError as error:"), "cannot be read",
+    ),
+    "a card that is too large": Case(
+        rules.CARD_UNREADABLE, with_large_card, lambda m, p: m.save_pretrained(p),
+        (checkpoint_card, "or status.st_size > MAX_CARD:", "or False:"), "is no file of at most 4 MiB",
+    ),
+    "a card that is a device": Case(
+        rules.CARD_UNREADABLE, with_device, lambda m, p: m.save_pretrained(p),
+        (checkpoint_card, "if not stat.S_ISREG(status.st_mode) or", "if"), "is no file of at most 4 MiB",
     ),
     "a folder that is a file": Case(
         rules.SAVE_FAILED, with_card(b"Mine."), lambda m, p: m.create_or_update_model_card(p / "README.md" / "below"),

@@ -250,6 +250,18 @@ CASES = {
         rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("../other", narrow()),
         (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `../other`",
     ),
+    "a name with a NUL": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("a\0b", narrow()),
+        (apply, "if not adapter.name.isprintable() or", "if"), 'cannot be called "a\\u0000b"',
+    ),
+    "a name with a line break": Case(
+        rules.ADAPTER_NAME, Net, lambda m: inject_adapter_in_model(narrow(), m, "a\nb"),
+        (apply, "if not adapter.name.isprintable() or", "if"), "Use letters, digits and dashes",
+    ),
+    "a name that no folder can have": Case(
+        rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "ä" * 128),
+        (apply, "> MAX_NAME", "> 1000"), "at most 255 bytes",
+    ),
     "no name": Case(
         rules.ADAPTER_NAME, Net, lambda m: inject_adapter_in_model(narrow(), m, ""),
         (apply, "if not adapter.name or any(", "if any("), "cannot be called ``",

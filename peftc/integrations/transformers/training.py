@@ -26,6 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
+from peftc.checkpoint.save import not_written
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
@@ -143,7 +144,12 @@ class AdapterTrainer(Trainer):
         return str(self._stage) if self._stage is not None else super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._adapted.save_pretrained(output_dir or self._folder)
+        try:
+            self._adapted.save_pretrained(output_dir or self._folder)
+        except PeftcError as error:
+            if self._stage is not None and isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None  # told of the checkpoint, not of where it is staged
+            raise
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         target = self._folder / f"checkpoint-{self.state.global_step}"
@@ -152,21 +158,27 @@ class AdapterTrainer(Trainer):
             self._stage = stage
             try:
                 super(AdapterTrainer, self)._save_checkpoint(model, trial)
+                self._complete(stage / target.name)
             except RuntimeError as error:  # how torch says that a disk is full
-                raise PeftcError(_not_written(target, error)) from error
-            made = stage / target.name
-            for item in sorted(made.iterdir()):
-                item.rename(stage / item.name)
-            made.rmdir()
-            own = {name: tensor.detach() for name, tensor in _own(self._adapted).items()}
-            torch.save({"tensors": own, "steps": step_states(self._adapted.session)}, stage / ARCHIVES[0])
-            (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                raise PeftcError(_torch_failed(target, stage, error)) from error
 
         try:
             replace_files(target, write, commit=STATE_NAME)
+        except OSError as error:
+            raise PeftcError(not_written(target, error, "checkpoint")) from error
         finally:
             self._stage = None
         remove_checkpoints(self._folder, but=target)
+
+    def _complete(self, made: Path) -> None:
+        """Move what Trainer wrote up into the staging folder, and write there what it does not know of."""
+        stage = made.parent
+        for item in sorted(made.iterdir()):
+            item.rename(stage / item.name)
+        made.rmdir()
+        own = {name: tensor.detach() for name, tensor in _own(self._adapted).items()}
+        torch.save({"tensors": own, "steps": step_states(self._adapted.session)}, stage / ARCHIVES[0])
+        (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         archive = Path(resume_from_checkpoint) / ARCHIVES[0]
@@ -282,8 +294,9 @@ def _steps_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-", 1)[1])
 
 
-def _not_written(target: Path, error: RuntimeError) -> Diagnostic:
-    what = f"`{target.name}` could not be written: {str(error).splitlines()[0]}"
+def _torch_failed(target: Path, stage: Path, error: RuntimeError) -> Diagnostic:
+    reason = str(error).splitlines()[0].replace(str(stage), str(target))
+    what = f"`{target.name}` could not be written: {reason}"
     return rules.SAVE_FAILED(what, fix="Free some space, or choose another `--output`.", where=Where(file=str(target)))
 
 
