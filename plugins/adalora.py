@@ -81,7 +81,9 @@ class AdaLoraConfig(lora.LoraConfig):
         elif self.tinit >= self.total_step - self.tfinal:
             steps = f"`tinit` {self.tinit} and `tfinal` {self.tfinal} of `total_step` {self.total_step}"
             fix = "Lower `tinit` or `tfinal`, or raise `total_step`."
-            yield rules.CONTRADICTION(f"No step is left to allocate ranks: {steps}", fix=fix, where="tinit")
+            yield rules.CONTRADICTION(
+                f"The supplied schedule values don't allow for a budgeting phase: {steps}", fix=fix, where="tinit"
+            )
         for option in ("use_dora", "loftq_config"):
             if getattr(self, option):
                 yield rules.OPTION_NOT_AVAILABLE(f"`{option}` is not for this method", fix="Remove it.", where=option)

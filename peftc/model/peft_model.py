@@ -38,7 +38,7 @@ from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished
-from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.tuner_model import TunerModel, let_property_say
 from peftc.runtime.values import taken, values_given
 
 DEFAULT = files.AT_ROOT
@@ -126,7 +126,9 @@ class PeftModel(ActivationMixin, nn.Module):
         """The adapters that are applied. Raises `PeftcError` after unloading."""
         session: Session | None = self.__dict__.get("_session")
         if session is None or (not session.plans and session_of(session.model) is not session):
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again."))
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again.", also=AttributeError)
+            )
         return session
 
     def get_base_model(self) -> nn.Module:
@@ -197,6 +199,7 @@ class PeftModel(ActivationMixin, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+            let_property_say(self, name)
             return getattr(self.base_model, name)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
 from peftc.host.attention import PRIVATE
-from peftc.host.torch_modules import KeepsAside
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
@@ -26,7 +26,8 @@ from peftc.runtime.folding import adapted, opened
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
-from peftc.runtime.merging import merged_parameters, refuse_order
+from peftc.runtime.merged import merged_parameters
+from peftc.runtime.merging import Merging
 from peftc.runtime.parts import Part, Under
 from peftc.runtime.paths import Path, compose
 from peftc.runtime.reading import as_read
@@ -45,7 +46,7 @@ class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
-class TunerLayer(KeepsAside, BaseTunerLayer):
+class TunerLayer(Merging, BaseTunerLayer):
     """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
 
     The base layer may itself be one, of another method: then the adapters of that come first.
@@ -83,6 +84,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
+        self._is_aside = False
+        self._nest()
         self._choose_path()
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -258,10 +261,22 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         self._choose_path()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapters act, or not. Trainability stays as it is."""
+        """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
+        keep(self)
+        self._disabled = not enabled
+        if self._shared.merges:
+            self.settle()
+        self._take_path()
+
+    def _take_path(self) -> None:
         state = self.__dict__
-        state["_disabled"] = not enabled
-        state["_path"] = state["_composed"] if enabled else state["_modules"]["base_layer"]
+        state["_path"] = state["_modules"]["base_layer"] if self._disabled else state["_composed"]
+
+    def _nest(self) -> None:
+        """Let a wrapper below know this one."""
+        self.__dict__["_outer"] = None
+        if isinstance(self.base_layer, TunerLayer):
+            self.base_layer.__dict__["_outer"] = ref(self)
 
     def _choose_path(self) -> None:
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
@@ -273,13 +288,15 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
             path = gated(path, self._shared, under, pending)
         state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
-        self.enable_adapters(not self._disabled)
+        self._take_path()
 
     def _pending(self) -> list[Part]:
-        """Active adapters that are not merged, first to last."""
+        """What acts beside the weights in place, first to last: active adapters that are not merged into them."""
+        if self._is_aside:
+            return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def aside(self) -> dict[str, nn.Parameter]:
+    def aside(self) -> dict[str, nn.Parameter | None]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
@@ -308,10 +325,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     @property
     def disable_adapters(self) -> bool:
         return self._disabled
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
 
     # the layer ----------------------------------------------------------------------------------------------------
 
@@ -365,32 +378,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     # merging ------------------------------------------------------------------------------------------------------
 
-    @whole
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
-        with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
-
-        The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
-        """
-        for layer in self.chain():
-            layer._merge_own(safe_merge, adapter_names)
-
-    def _merge_own(self, check: bool, wanted: Sequence[str] | None) -> None:
-        wanted = self._active if wanted is None else wanted
-        names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
-        if not names:
-            return
-        refuse_order(self._under.between(), [self._parts[name] for name in names])
-        base = self.get_base_layer()
-        keep(self, self._shared)
-        keep_entries(self.merged_adapters, self._pristine, base._parameters)
-        for name, parameter in self.merged_parameters(names, check).items():
-            self._pristine.setdefault(name, base._parameters[name])
-            base._parameters[name] = parameter
-        self.merged_adapters.extend(names)
-        self._shared.merges = True
-        self._choose_path()
-
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
         base = self.base_layer
@@ -410,18 +397,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     def gained(self) -> list[str]:
         """Parameters that the base layer has only because of what is merged into it."""
         return [name for name, own in self._pristine.items() if own is None]
-
-    @whole
-    def unmerge(self) -> None:
-        """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
-        for layer in reversed(self.chain()):
-            if layer.merged_adapters:
-                base = layer.get_base_layer()
-                keep(layer)
-                keep_entries(base._parameters)
-                base._parameters.update(layer._pristine)
-                layer.merged_adapters, layer._pristine = [], {}
-                layer._choose_path()
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
@@ -474,10 +449,12 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views and the chosen path refer to this object's containers: a copy makes its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_under", "_parts")}
+        own = ("_path", "_composed", "_under", "_parts", "_outer")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
+        self._nest()
         self._parts = {}
         for adapter, (site, tuner) in self._sites.items():
             self._view(adapter, tuner.dropout(site.config))

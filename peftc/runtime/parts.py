@@ -69,4 +69,4 @@ class Under:
     inner: nn.Module
     backend: Backend
     between: Callable[[], Sequence[Part]]
-    aside: Callable[[], Mapping[str, Tensor]]
+    aside: Callable[[], Mapping[str, Tensor | None]]

@@ -284,7 +284,7 @@ def test_peftcs_own_training_allocates_and_resumes_to_the_same(tmp_path: Path) -
     ("changes", "code", "says"),
     [
         ({"total_step": None}, "PC102", "`total_step` cannot be `None`"),
-        ({"tinit": 9}, "PC118", "No step is left to allocate ranks"),
+        ({"tinit": 9}, "PC118", "don't allow for a budgeting phase"),
         ({"target_r": 7}, "PC118", "Ranks cannot rise"),
         ({"r": 4}, "PC646", "`r` has no effect"),
         ({"use_rslora": True}, "PC646", "`use_rslora` has no effect"),

@@ -42,6 +42,7 @@ PROVOKED = {
     "BASE_UNREADABLE": f"{_LOCATE}test_a_config_that_is_too_large",
     "BASE_UNBUILDABLE": f"{_BASES}test_a_task_that_the_architecture_has_no_class_for",
     "DEPENDENCY_MISSING": f"{_LOCATE}test_problems_with_a_distribution",
+    "BASE_TOO_LARGE": f"{_LOCATE}test_a_config_that_asks_for_more_than_any_model_has[config0-num_hidden_layers]",
     "REMOTE_CODE": f"{_BASES}test_configs_that_make_no_model[config3-PC306-mine]",
     "GRAPH_INVALID": "tests/unit/test_graph_nodes.py::test_every_mistake_of_a_graph_is_told_with_its_line",
     "QUANTIZED_BASE": f"{_BASES}test_a_quantised_base_is_planned_with_a_warning_each_time",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftc
-from peftc import PeftcError, PeftcWarning, PeftModel, get_peft_model
+from peftc import PeftcError, PeftcWarning, PeftModel, get_peft_model, rules
 from peftc.plugin import (
     CONV_KINDS,
     EXPERT_KINDS,
@@ -32,9 +32,11 @@ from peftc.plugin import (
     parameter_slot,
 )
 from peftc.registry.manager import default_registry
+from peftc.runtime import session
 from peftc.runtime.affine import Form, form_of
 from peftc.testing import examine
 from peftc.testing.subjects import randomise
+from tests.defects import put_defect
 from tests.runtime.methods import narrow, stretch
 from tests.unit.fakes import plugin
 
@@ -156,13 +158,21 @@ def test_the_constant_goes_into_the_bias_and_comes_out_again(target: str, using:
 
 def test_a_bias_that_was_not_there_is_told(using: Any) -> None:
     using(ShiftTuner())
-    with pytest.warns(PeftcWarning, match=r"PC561.*`without`, `conv`"):
+    with pytest.warns(PeftcWarning, match=rf"{rules.BIAS_GAINED.code}.*`without`, `conv`"):
         merged = shifted().merge_and_unload()
     assert merged.without.bias is not None
     assert "without.bias" in merged.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftcWarning)
         shifted("with_bias").merge_adapter()
+
+
+def test_the_telling_can_fail(using: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    using(ShiftTuner())
+    put_defect(monkeypatch, session, "warn(gained(self.layers))", "pass")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftcWarning)
+        shifted("without").merge_adapter()
 
 
 def test_several_act_in_their_order_merged_or_not(using: Any) -> None:
@@ -250,5 +260,5 @@ def test_the_form_is_found_whatever_the_slots_hold(using: Any) -> None:
     assert form_of(Bends().output, part.view) is Form.NEITHER
     scaled = get_peft_model(Net(), stretch(target_modules=["without"])).get_base_model().without.part("default")
     assert form_of(scaled.tuner.output, scaled.view) is Form.LINEAR
-    with pytest.warns(PeftcWarning, match="PC561"):
+    with pytest.warns(PeftcWarning, match="PC565"):
         model.merge_adapter()
