@@ -7,6 +7,7 @@ others ignore it. Tensors are written one at a time, so nothing is copied that i
 from __future__ import annotations
 
 import errno
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,15 @@ from peftc.compiler.serial import plan_to_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import config_text
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
+from peftc.graph.base_ref import lasting
 from peftc.graph.nodes import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+#: What others wrote before there was safetensors, and write where a program asks for it.
+PICKLE_NAME = "adapter_model.bin"
 PLAN_NAME = "peftc_plan.json"
 
 
@@ -37,17 +41,23 @@ def save_adapter(
     config: PeftConfig,
     plan: InjectionPlan | None = None,
     extra: Mapping[str, str] | None = None,
+    remarks: Mapping[str, str] | None = None,
+    *,
+    pickled: bool = False,
 ) -> None:
     """Save an adapter into a folder, which is made if needed; other files in it stay.
 
     `tensors` are by checkpoint key, on any device, contiguous or not, shared or not. `plan` is what it was
-    made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card.
-    The config is written as frozen (`inference_mode`) and is itself not changed.
+    made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card,
+    `remarks` what stands in the head of the weights' file. The config is written as frozen (`inference_mode`), with a base
+    model in a local folder named so that it is found from any other, and is itself not changed. With `pickled` the weights are
+    in the format of `torch.save` (`adapter_model.bin`), which has no head, and the safetensors file of an earlier save is
+    removed, which readers would prefer.
 
     Raises `PeftcError` for tensors without content and for a folder that cannot be written (no room, no permission), and
     then leaves the folder as it was. Warns of NaN and infinity.
     """
-    save_adapters(folder, {"": Saved(tensors, config, plan)}, extra)
+    save_adapters(folder, {"": Saved(tensors, config, plan, remarks or {}, pickled)}, extra)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Saved:
     tensors: Mapping[str, Tensor]
     config: PeftConfig
     plan: InjectionPlan | None = None
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    pickled: bool = False
     texts: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,8 +83,16 @@ class Saved:
 
     def write(self, staged: Path) -> None:
         """Write the files into an empty folder."""
-        write_tensors(staged / WEIGHTS_NAME, self.tensors)
+        if self.pickled:
+            write_pickle(staged / PICKLE_NAME, self.tensors)
+        else:
+            write_tensors(staged / WEIGHTS_NAME, self.tensors, self.remarks)
         _write_texts(staged, self.texts)
+
+    @property
+    def obsolete(self) -> tuple[str, ...]:
+        """Files of an earlier save that go unless they are made anew."""
+        return (PLAN_NAME, WEIGHTS_NAME) if self.pickled else (PLAN_NAME,)
 
 
 def save_adapters(folder: str | Path, adapters: Mapping[str, Saved], extra: Mapping[str, str] | None = None) -> None:
@@ -92,8 +112,8 @@ def save_adapters(folder: str | Path, adapters: Mapping[str, Saved], extra: Mapp
             adapters[""].write(staged)
         _write_texts(staged, extra or {})
 
-    parts = {"": Part(write, (PLAN_NAME,) if "" in adapters else ())} if "" in adapters or extra else {}
-    parts |= {path: Part(adapter.write, (PLAN_NAME,)) for path, adapter in adapters.items() if path}
+    parts = {"": Part(write, adapters[""].obsolete if "" in adapters else ())} if "" in adapters or extra else {}
+    parts |= {path: Part(adapter.write, adapter.obsolete) for path, adapter in adapters.items() if path}
     for place in (folder / path for path in parts):
         if place.exists() and not place.is_dir():
             what = f"`{place}` is a file, not a folder"
@@ -111,14 +131,25 @@ def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def stored(config: PeftConfig) -> PeftConfig:
-    """The config as it is written: frozen, and with this version named."""
-    return config.model_copy(update={"inference_mode": True, "peft_version": FILE_VERSION})
+    """The config as it is written: frozen, with this version named, and a local base by its absolute path."""
+    base = None if config.base_model_name_or_path is None else lasting(config.base_model_name_or_path)
+    named = {"base_model_name_or_path": base, "peft_version": FILE_VERSION}
+    return config.model_copy(update={"inference_mode": True, **named})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file as others expect it. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], remarks: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file as others expect it, with further remarks in its head. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
     facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
-    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt"})
+    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt", **(remarks or {})})
+
+
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `torch.load` reads, each tensor with a storage of its own. Raises `OSError`."""
+    import torch
+
+    content = io.BytesIO()  # torch's own errors of files are not the system's
+    torch.save({key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _content(tensor: Tensor) -> Iterator[memoryview]:

@@ -9,7 +9,7 @@ from typing import Any
 from peftc import rules
 from peftc.compiler.draft import Draft, placed
 from peftc.compiler.plan import AdapterPlan, CallSite
-from peftc.compiler.sites import slot_dtype
+from peftc.compiler.sites import all_of, check_form, slot_dtype
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import Diagnostic, PeftcError
@@ -83,7 +83,8 @@ def _site(
     adapted = {site.path for plan in plans for site in plan.maps}
     layers = tuple(node.path for node in graph.nodes if node.path in adapted)
     with boundary(str(draft.config.peft_type), "slots"):
-        slots = tuple(tuner.slots(draft.config, len(layers)))
+        slots = all_of(tuner.slots(draft.config, len(layers)))
+    check_form(slots, str(draft.config.peft_type))
     first = next((tensor.dtype for node in graph.nodes for _, tensor in node.facts.params), "float32")
     needs = tuple(plan.name for plan in plans)
     return CallSite(tuner.owner, slots, slot_dtype(first, autocast), needs, layers)

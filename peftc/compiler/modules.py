@@ -12,7 +12,7 @@ from typing import Any
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, listed, placed
 from peftc.compiler.plan import AdapterPlan, ModuleSite
-from peftc.compiler.sites import below, check_slots, slot_dtype
+from peftc.compiler.sites import all_of, below, check_slots, slot_dtype
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
@@ -52,7 +52,7 @@ def _sites(draft: Draft, context: Context, chosen: Mapping[str, str]) -> Iterato
             raise PeftcError(rules.PLUGIN_INVALID(what, fix="Correct the plugin's `sites`.", where=path))
         node = graph.nodes[positions[path]]
         with boundary(context.method.peft_type, "slots", path):
-            slots = tuple(tuner.slots(draft.config, node, graph))
+            slots = all_of(tuner.slots(draft.config, node, graph))
         check_slots(slots, context, path)
         if slots in known:  # sites that are alike share their slots, which tells them apart from others at no cost
             slots = known[known.index(slots)]

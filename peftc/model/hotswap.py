@@ -23,6 +23,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
+from peftc.graph.nodes import Kind
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import live_names, origin_of
@@ -34,6 +35,7 @@ from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
 from peftc.runtime.storage import find
 from peftc.tuner.method import TunerMethod
+from peftc.tuner.slots import Slot
 
 #: Options that say which modules, how large, from where: what a swap brings along or what does not matter to it.
 _FREE = (
@@ -139,7 +141,8 @@ def hotswap_adapter_from_state_dict(
 
 def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
     """What the new config means on the modules that are adapted."""
-    paths = {site.path for site in old.maps if not site.parameter}
+    of_attention = {node.path for node in session.graph.nodes if node.facts.kind is Kind.ATTENTION}
+    paths = {site.path for site in old.maps if not site.parameter or site.path in of_attention}
     compiled = compile_plan(
         session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
     )
@@ -183,7 +186,7 @@ def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -
             continue
         keys = {site.key(slot, plan.name).disk(): slot for slot in site.slots if slot.saved}
         lacking = [key for key in keys if key not in given]
-        if lacking and (len(lacking) < len(keys) or not tuner.is_rankable):
+        if lacking and (len(lacking) < len(keys) or not tuner.has_ranks):
             what = f"`{site.path}` gets nothing for {listed(lacking)}"
             yield rules.CANNOT_SWAP(what, fix="Swap in an adapter of the same modules.", where=site.path)
         larger = site.parameter and any(
@@ -220,9 +223,9 @@ def _swap(
             value = layer.derived(adapter, site)[slot.name]
         value = own.new_full(slot.shape, slot.value or 0.0) if value is None else value.to(own.device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
-        if fits and (value.shape == own.shape or part.tuner.is_rankable):
+        if fits and (value.shape == own.shape or part.tuner.has_ranks):
             keep_values(own)
-            own.copy_(padded(value, own.shape))
+            own.copy_(padded(value, own.shape, slot.blocks))
         else:
             keep_memory(own)
             own.data = value.clone()
@@ -268,13 +271,14 @@ def prepare_model_for_compiled_hotswap(
         raise PeftcError(rules.NOT_ADAPTED(what, fix="Load the first adapter before, and compile after."))
     shapes = [] if target_rank is None else list(_shapes(layers, target_rank))
     with torch.no_grad():
-        for own, shape in shapes:
+        for own, slot in shapes:
             keep_memory(own)
-            own.data = padded(own.data, shape)
+            own.data = padded(own.data, slot.shape, slot.blocks)
     for layer in layers:
-        device = layer.weight.device
         keep_entries(layer.scaling)
-        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+        for name, scale in layer.scaling.items():
+            device = next(tensor.device for _, tensor in layer.parameters_of(name))
+            layer.scaling[name] = torch.as_tensor(scale, device=device)
 
 
 def _told_of_compiled(check: str) -> None:
@@ -286,13 +290,16 @@ def _told_of_compiled(check: str) -> None:
         warn([replace(told, severity=Severity.WARNING)])
 
 
-def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Every slot with the shape that it has at a rank. Raises `PeftcError` if one is larger, or no method here has ranks."""
+def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, Slot]]:
+    """Every slot's tensor with the slot as it is at a rank. Raises `PeftcError` if one is larger, or no method here has ranks."""
     found = False
     for layer in layers:
         for name in layer.adapters:
             tuner, site = layer.part(name).tuner, layer.site(name)
-            wider = tuner.of_rank(site.config, rank) if tuner.is_rankable else None
+            wider = tuner.of_rank(site.config, rank) if tuner.has_ranks else None
+            problems = () if wider is None else tuner.check(wider, site.layer, site.path)
+            if misfits := [problem for problem in problems if problem.severity is Severity.ERROR]:
+                raise PeftcError(misfits)
             for slot in tuner.slots(wider, site.layer) if wider is not None else ():
                 found = True
                 container, key = find(layer, slot, name)
@@ -301,7 +308,7 @@ def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, t
                     what = f"`{slot.name}` of `{name}` is {tuple(own.shape)}, which rank {rank} does not hold"
                     fix = "Use the largest rank of all adapters as `target_rank`."
                     raise PeftcError(rules.CANNOT_SWAP(what, fix=fix, where=site.path))
-                yield own, slot.shape
+                yield own, slot
     if not found:
         what = "The adapters here have no rank that could be raised"
         raise PeftcError(rules.CANNOT_SWAP(what, fix="Leave `target_rank` out."))

@@ -23,7 +23,6 @@ from peftc.runtime.journal import keep_entry, keep_values, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.session import Session
-from peftc.runtime.storage import unpadded
 from peftc.runtime.stored import fitted, restored
 from peftc.tuner.slots import Slot
 
@@ -153,10 +152,10 @@ def _fill(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Te
             what = f"`{slot.name}` of `{adapter}` has no memory: it was made with `low_cpu_mem_usage`"
             raise PeftcError(rules.SHAPES_DIFFER(what, fix="Pass `low_cpu_mem_usage=True` here as well."))
         keep_values(own)
-        unpadded(own, slot.shape).copy_(value)
+        own.copy_(padded(value.to(own.device), own.shape, slot.blocks))
         return own
     base = next((p for p in owner.parameters() if not p.is_meta), value)
-    fresh = padded(value.detach().to(base.device), own.shape)
+    fresh = padded(value.detach().to(base.device), own.shape, slot.blocks)
     held = fresh if slot.derived else nn.Parameter(fresh, requires_grad=own.requires_grad)
     _hold(owner, slot, adapter, held)
     return held

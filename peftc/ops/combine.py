@@ -90,10 +90,14 @@ def _elected(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Te
     return total / agrees.sum(dim=0).clamp(min=1.0)
 
 
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor in the corner of zeros of a shape that is as large or larger."""
+def padded(tensor: Tensor, shape: Sequence[int], blocks: int = 1) -> Tensor:
+    """The tensor in the corner of zeros of a shape that is as large or larger; each of the `blocks` that it consists of along
+    the first dimension by itself."""
     if tensor.shape == torch.Size(shape):
         return tensor
+    if blocks > 1:
+        split = (blocks, shape[0] // blocks, *shape[1:])
+        return padded(tensor.unflatten(0, (blocks, -1)), split).flatten(0, 1)
     full = tensor.new_zeros(tuple(shape))
     full[tuple(slice(size) for size in tensor.shape)] = tensor
     return full

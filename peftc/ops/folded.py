@@ -7,21 +7,22 @@ weight per layer between forward and backward. Random numbers that folding drew 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftc.ops.generators import Generators
+from peftc.ops.recomputed import pulled_back
 
 #: slots -> weight `(out, in)` and bias `(out,)`
 Fold = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None]]
 
 
 def linear_folded(x: Tensor, fold: Fold, slots: Sequence[Tensor]) -> Tensor:
-    """`x W'^T + b'` with `W', b' = fold(slots)`, for x `(..., in)`. Differentiable once, in x and the slots."""
+    """`x W'^T + b'` with `W', b' = fold(slots)`, for x `(..., in)`. Differentiable in x and the slots."""
     y: Tensor = _LinearFolded.apply(x, fold, *slots)
     return y
 
@@ -37,10 +38,13 @@ class _LinearFolded(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *slots = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # the gradients will be differentiated: by plain operations, with their history
+            with ctx.drawn.again():
+                grad_x, *rest = pulled_back(partial(_plain, ctx.fold), (x, *slots), (need_x, *need), grad)
+            return grad_x, None, *rest
         with torch.enable_grad(), ctx.drawn.again():
             own = [slot.detach().requires_grad_(wanted) for slot, wanted in zip(slots, need, strict=True)]
             weight, bias = ctx.fold(own)
@@ -56,3 +60,7 @@ class _LinearFolded(torch.autograd.Function):
         trained = [slot for slot in own if slot.requires_grad]
         found = iter(torch.autograd.grad(folded, trained, grown, allow_unused=True) if folded and trained else ())
         return grad_x, None, *(next(found, None) if wanted else None for wanted in need)
+
+
+def _plain(fold: Fold, x: Tensor, *slots: Tensor) -> Tensor:
+    return F.linear(x, *fold(slots))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from peftc.ops.lowrank import add_update, down, factor_gradients, is_traced
@@ -36,7 +35,7 @@ def is_bare(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
 def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`x W^T + b + scale · x A^T B^T`. Shapes: x `(..., in)`, weight `(out, in)`, A `(r, in)`, B `(out, r)`.
 
-    Differentiable once, in x, A and B. Hu et al. 2021, equation 3.
+    Differentiable in x, A and B. Hu et al. 2021, equation 3.
     """
     y: Tensor = _LinearLowRank.apply(x, weight, bias, A, B, scale)
     return y
@@ -53,7 +52,6 @@ class _LinearLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         x, weight, A, B, h = ctx.saved_tensors
         need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
     """`y += scale · x A^T B^T`, in place; returns `y`, or a new tensor if traced or if `scale` is a tensor.
 
     Shapes: y `(..., out)`, freshly made and owned by the caller; x `(..., in)`; A `(r, in)`; B `(out, r)`. Computed in the
-    dtype of A and rounded once into that of y. Differentiable once, in all four tensors. Hu et al. 2021, equation 3.
+    dtype of A and rounded once into that of y. Differentiable in all four tensors. Hu et al. 2021, equation 3.
     """
     if isinstance(scale, Tensor):  # so that what is compiled need not be again when the number changes
         return (y + scale * ((x.to(A.dtype) @ A.t()) @ B.t())).to(y.dtype)
@@ -35,9 +35,12 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tens
 
 
 def is_traced() -> bool:
-    """Whether the computation is compiled or transformed, and so must consist of plain operations: traced, a function that
-    writes into its input gets wrong gradients, and `torch.func` refuses functions with a backward of their own."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether the computation is compiled, transformed or differentiated forwards, and so must consist of plain operations:
+    traced, a function that writes into its input gets wrong gradients, and `torch.func` and `torch.autograd.forward_ad`
+    refuse functions with a backward of their own."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def down(x: Tensor, A: Tensor) -> Tensor:
@@ -65,7 +68,6 @@ class _AddLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
         x, A, B, h = ctx.saved_tensors
         _, need_x, need_A, need_B, _ = ctx.needs_input_grad
@@ -78,7 +80,12 @@ class _AddLowRank(torch.autograd.Function):
 def factor_gradients(
     rows: Tensor, x: Tensor, A: Tensor, B: Tensor, h: Tensor, scale: float, need_A: bool, need_B: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of h `(r, tokens)`, A and B from those of the output, rows `(tokens, out)` in the dtype of B."""
+    """Gradients of h `(r, tokens)`, A and B from those of the output, rows `(tokens, out)` in the dtype of B.
+
+    Where these will be differentiated in their turn, h is computed again: the one that was kept has no history.
+    """
+    if torch.is_grad_enabled():
+        h = down(x, A)
     grad_h = torch.mm(B.t(), rows.t()).mul_(scale)
     grad_A = torch.mm(grad_h, x.reshape(-1, x.shape[-1]).to(A.dtype)) if need_A else None
     grad_B = torch.mm(h.to(B.dtype), rows).mul_(scale).t() if need_B else None

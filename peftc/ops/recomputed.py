@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftc.ops.generators import Generators
 from peftc.ops.lowrank import is_traced
@@ -23,7 +22,7 @@ def can_recompute(x: Tensor) -> bool:
 
 
 def recomputed(function: Callable[..., Tensor], x: Tensor, slots: Sequence[Tensor]) -> Tensor:
-    """`function(x, *slots)`, differentiable once, in x and the slots."""
+    """`function(x, *slots)`, differentiable in x and the slots."""
     y: Tensor = _Recomputed.apply(function, x, *slots)
     return y
 
@@ -39,14 +38,22 @@ class _Recomputed(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad[1:]
-        with torch.enable_grad(), ctx.drawn.again():
-            own = [
-                tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(ctx.saved_tensors, need, strict=True)
-            ]
-            y = ctx.function(*own)
-        wanted = [tensor for tensor in own if tensor.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
-        return None, *(next(found) if asked else None for asked in need)
+        with ctx.drawn.again():
+            return None, *pulled_back(ctx.function, ctx.saved_tensors, ctx.needs_input_grad[1:], grad)
+
+
+def pulled_back(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of those inputs of a function that need one, from that of its output, by computing it again.
+
+    Within a backward: where its gradients are to be differentiated in their turn, they keep the history of the inputs.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [t.view_as(t) if again else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+        y = function(*own)
+        wanted = [tensor for tensor, need in zip(own, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again, allow_unused=True))
+    return [next(found) if need else None for need in needed]

@@ -170,13 +170,17 @@ class ConvBackend(Backend):
         kernel = base.kernel_size
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
         factor = A.reshape(A.shape[0], -1, *kernel)  # factors may be flat, as the contract has them, or as stored
-        h: Tensor = convolve(x, factor, None, base.stride, padding, base.dilation)
+        groups = base.in_channels // factor.shape[1]
+        if groups > 1:  # A is for the channels of one group, as the weight is: each gets it for its own
+            factor = factor.repeat(groups, *(1 for _ in factor.shape[1:]))
+        h: Tensor = convolve(x, factor, None, base.stride, padding, base.dilation, groups)
         return h
 
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
         kernel = _kernel_size(base)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
-        y: Tensor = convolve(h, B.reshape(*B.shape[:2], *(1 for _ in kernel)))
+        groups = h.shape[-1 - len(kernel)] // B.shape[1]  # in each group B has a part of what `down` gives
+        y: Tensor = convolve(h, B.reshape(*B.shape[:2], *(1 for _ in kernel)), groups=groups)
         return y
 
     def input_rows(self, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:

@@ -1,13 +1,15 @@
 """How the weights of a stack of experts change where a method's mathematics is that of one linear layer: all at once, by
-mapping its own fold over the leading dimension of weights and slots."""
+mapping its own fold over the leading dimension of weights and slots; one by one where torch cannot map it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 
+from peftc.ops.transposed import hides_saved
 from peftc.runtime.storage import LayerView
 from peftc.tuner.experts import PerExpert
 
@@ -29,5 +31,11 @@ def over_experts(
         return fold(view.of_expert({**tensors, **own}), {"weight": weight}, {"weight": pristine})["weight"]
 
     own = {label: tensor for label, tensor in tensors.items() if label in stacked}
+    if hides_saved() and not tuner.one.lowerings & {
+        "params",
+        "thin",
+    }:  # by vector-Jacobian products, for which see there
+        each = range(p["weight"].shape[0])
+        return torch.stack([of_one({k: t[i] for k, t in own.items()}, p["weight"][i], p0["weight"][i]) for i in each])
     changed: Tensor = vmap(of_one, randomness="different")(own, p["weight"], p0["weight"])
     return changed

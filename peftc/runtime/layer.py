@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,18 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
+from peftc.runtime.merging import Merging
 from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
 from peftc.runtime.stores import Stock
 from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
@@ -39,7 +43,7 @@ class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
-class TunerLayer(nn.Module, BaseTunerLayer):
+class TunerLayer(Merging, BaseTunerLayer):
     """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
 
     The base layer may itself be one, of another method: then the adapters of that come first.
@@ -50,6 +54,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
 
     _path: Path
     _under: Under
@@ -69,12 +77,12 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
         self._first = first_argument(type(self.get_base_layer()).forward)
-        #: the parameter that is adapted, where it is a single one of the module's
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
-        self._pristine: dict[str, nn.Parameter] = {}
+        self._is_aside = False
+        self._nest()
         self._choose_path()
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -94,7 +102,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init, helper = call(tuner.init), Initializer(self.pristine)
+        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
         stock = stock or Stock()
         shared = stock.found(site.slots)
         made = filled(
@@ -124,7 +132,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = Dropout(self, p) if p > 0 else None
+        dropout = Dropout(self, p) if p > 0 and not site.parameter else None  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
@@ -250,31 +258,45 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._choose_path()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapters act, or not. Trainability stays as it is."""
+        """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
+        keep(self)
+        self._disabled = not enabled
+        if self._shared.merges:
+            self.settle()
+        self._take_path()
+
+    def _take_path(self) -> None:
         state = self.__dict__
-        state["_disabled"] = not enabled
-        state["_path"] = state["_composed"] if enabled else state["_modules"]["base_layer"]
+        state["_path"] = state["_modules"]["base_layer"] if self._disabled else state["_composed"]
+
+    def _nest(self) -> None:
+        """Let a wrapper below know this one."""
+        self.__dict__["_outer"] = None
+        if isinstance(self.base_layer, TunerLayer):
+            self.base_layer.__dict__["_outer"] = ref(self)
 
     def _choose_path(self) -> None:
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
-        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._aside)
+        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self.aside)
         pending = self._pending()
         path = compose(under, pending)
         if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
             path = gated(path, self._shared, under, pending)
         state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
-        self.enable_adapters(not self._disabled)
+        self._take_path()
 
     def _pending(self) -> list[Part]:
-        """Active adapters that are not merged, first to last."""
+        """What acts beside the weights in place, first to last: active adapters that are not merged into them."""
+        if self._is_aside:
+            return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def _aside(self) -> dict[str, nn.Parameter]:
+    def aside(self) -> dict[str, nn.Parameter]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
-        return {**self._pristine, **(base._aside() if isinstance(base, TunerLayer) else {})}
+        return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
 
     def pristine(self) -> Mapping[str, Tensor]:
         """The base layer's parameters as they were before anything was merged into them, logical and frozen."""
@@ -301,10 +323,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def disable_adapters(self) -> bool:
         return self._disabled
 
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
     # the layer ----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -319,21 +337,26 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
         return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
                 raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
@@ -351,45 +374,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         return torch.device("cpu") if parameter is None else parameter.device
 
     # merging ------------------------------------------------------------------------------------------------------
-
-    @whole
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
-        with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
-
-        The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
-        """
-        for layer in self.chain():
-            layer._merge_own(safe_merge, adapter_names)
-
-    def _merge_own(self, check: bool, wanted: Sequence[str] | None) -> None:
-        wanted = self._active if wanted is None else wanted
-        names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
-        if not names:
-            return
-        self._refuse_order(names)
-        base = self.get_base_layer()
-        keep(self, self._shared)
-        keep_entries(self.merged_adapters, self._pristine, base._parameters)
-        for name, parameter in self.merged_parameters(names, check).items():
-            own = base._parameters[name]
-            assert own is not None
-            self._pristine.setdefault(name, own)
-            base._parameters[name] = parameter
-        self.merged_adapters.extend(names)
-        self._shared.merges = True
-        self._choose_path()
-
-    def _refuse_order(self, names: Sequence[str]) -> None:
-        """Merged, these act before what is pending below: only sums may change places."""
-        below = self._under.between()
-        own = [self._parts[name] for name in names]
-        if not below or all(part.tuner.additive for part in (*below, *own)):
-            return
-        where, first = own[0].path, ", ".join(f"`{part.view.adapter}`" for part in below)
-        what = f"Merging {', '.join(f'`{name}`' for name in names)} alone would change places with {first}"
-        fix = f"Merge {first} as well, or deactivate it before."
-        raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=where))
 
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
@@ -410,7 +394,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             before = self.backend.opened(base)
             changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
             if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"Merging {', '.join(names)} gives NaN or infinity"
+                what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
                 raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
             result = {}
             for name, tensor in changed.items():
@@ -419,18 +403,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
                 stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
             return result
-
-    @whole
-    def unmerge(self) -> None:
-        """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
-        for layer in reversed(self.chain()):
-            if layer.merged_adapters:
-                base = layer.get_base_layer()
-                keep(layer)
-                keep_entries(base._parameters)
-                base._parameters.update(layer._pristine)
-                layer.merged_adapters, layer._pristine = [], {}
-                layer._choose_path()
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
@@ -482,10 +454,12 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views and the chosen path refer to this object's containers: a copy makes its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_under", "_parts")}
+        own = ("_path", "_composed", "_under", "_parts", "_outer")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
+        self._nest()
         self._parts = {}
         for adapter, (site, tuner) in self._sites.items():
             self._view(adapter, tuner.dropout(site.config))
@@ -494,7 +468,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _get_name(self) -> str:
         """How it is printed and reported: by method and kind of layer, as in the reference."""
         kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
-        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"

@@ -25,6 +25,9 @@ from peftc.tuner.slots import Container, Slot, labelled
 #: Where pickles look the classes of wrappers up.
 _HOME = "peftc.runtime.classes"
 
+#: a device, and a dtype if there is any floating-point tensor
+Placed = tuple[torch.device, torch.dtype | None]
+
 _classes: dict[str, type[ModuleWrapper]] = {}
 
 
@@ -38,7 +41,7 @@ class ModuleWrapper(nn.Module):
         self._inner = site.inner
         self._place = (parent, site.path.rpartition(".")[2])  # in a tuple, which torch does not take for a child
         self._sites: dict[str, tuple[ModuleSite, ModuleTuner[Any]]] = {}
-        self._shelves: dict[str, nn.Module] = {}
+        self._shelves: dict[str, Shelf] = {}
         self._is_in = False
         self._active: str | None = None
         self._disabled = False
@@ -59,7 +62,7 @@ class ModuleWrapper(nn.Module):
         """
         init = guarded(tuner.init, str(site.config.peft_type), site.path)
         made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, fresh, INIT))
-        shelf = nn.Module()
+        shelf = Shelf(self._placed())
         for label, slot in labelled(site.slots).items():
             parameter = nn.Parameter(made[label], requires_grad=False)
             if slot.named:
@@ -121,12 +124,10 @@ class ModuleWrapper(nn.Module):
         self._active = next((name for name in names if name in self._sites), None)
         if before is not None and before != self._active:
             self._move(before, self, self._shelves[before])
+            self._shelves[before].placed = self._placed()
         if self._active is not None and before != self._active:
-            shelf, device = self._shelves[self._active], self._device()
-            if any(p.device != device and not p.is_meta for p in shelf.parameters()):
-                for parameter in shelf.parameters():
-                    keep_memory(parameter)
-                shelf.to(device)  # the model has gone there meanwhile
+            shelf = self._shelves[self._active]
+            shelf.follow(self._placed())
             self._move(self._active, shelf, self)
         self._settle()
 
@@ -196,8 +197,12 @@ class ModuleWrapper(nn.Module):
             return getattr(self.wrapped, name)
 
     def _device(self) -> torch.device:
-        parameter = next(self.wrapped.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return self._placed()[0]
+
+    def _placed(self) -> Placed:
+        """Where the wrapped module is, and in what dtype."""
+        found = next((p for p in self.wrapped.parameters() if p.is_floating_point()), None)
+        return (torch.device("cpu"), None) if found is None else (found.device, found.dtype)
 
     def take_out(self) -> None:
         """Put the module back, whatever is here."""
@@ -209,6 +214,23 @@ class ModuleWrapper(nn.Module):
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={self.active_adapters}"
+
+
+class Shelf(nn.Module):
+    """Tensors of one adapter that are not in the model for now. `placed` is where that was when they left it."""
+
+    def __init__(self, placed: Placed) -> None:
+        super().__init__()
+        self.placed = placed
+
+    def follow(self, placed: Placed) -> None:
+        """Go where the model has gone meanwhile, and be cast as it was."""
+        device, dtype = placed
+        moved = any(p.device != device and not p.is_meta for p in self.parameters())
+        if moved or dtype != self.placed[1]:
+            for parameter in self.parameters():
+                keep_memory(parameter)
+            self.to(device=device if moved else None, dtype=dtype if dtype != self.placed[1] else None)
 
 
 class View:

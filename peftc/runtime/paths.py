@@ -14,19 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import Kind
 from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.ops.recomputed import can_recompute, recomputed
+from peftc.ops.transposed import transposed
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.experts import over_experts
 from peftc.runtime.storage import LayerView
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
+
+#: What each of a method's functions gives.
+_GIVES: Mapping[str, type[object]] = {
+    **dict.fromkeys(("branch", "input", "output"), Tensor),
+    **dict.fromkeys(("thin", "vectors"), tuple),
+    **dict.fromkeys(("params", "combine"), Mapping),
+}
 
 #: x and whatever else the layer is called with -> y
 Path = Callable[..., Tensor]
@@ -63,7 +71,7 @@ class Part:
 
     def lowering(self, name: str) -> Callable[..., Any]:
         """One of the method's functions; what it raises names the plugin and the layer."""
-        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path)
+        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path, _GIVES[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,7 @@ def compose(under: Under, parts: Sequence[Part]) -> Path:
         return _through_parameters(under, parts)
     path: Path = under.base
     for part in parts:
-        path = _step(path, under, part)
+        path = _step(path, under, part, alone=len(parts) == 1)
     if under.base is under.inner and all(_is_dense(part) for part in parts):
         return _where_precise(under, _through_parameters(under, parts), path)
     return path
@@ -128,11 +136,13 @@ def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:
     return "input" in given or "output" in given
 
 
-def _step(path: Path, under: Under, part: Part) -> Path:
+def _step(path: Path, under: Under, part: Part, alone: bool) -> Path:
     given = part.tuner.lowerings
     if "thin" in given:
         fresh = under.base is under.inner  # else another method made the output, and may need it
-        return _fused(path, under.base, part) if fresh and under.backend.is_plain_linear else _thin(path, under, part)
+        if fresh and under.backend.is_plain_linear:
+            return _fused(path, under.base, part, alone)
+        return _thin(path, under, part)
     if "branch" in given:
         return _branch(path, under, part)
     if "vectors" in given:
@@ -142,14 +152,15 @@ def _step(path: Path, under: Under, part: Part) -> Path:
     return _output(path, change_of_output(under, part)) if "output" in given else path
 
 
-def _fused(path: Path, base: nn.Module, part: Part) -> Path:
-    """Base and update as one function in training, where the base allows it; else the update goes into its fresh output.
+def _fused(path: Path, base: nn.Module, part: Part, alone: bool) -> Path:
+    """Base and update as one function in training, where the base allows it and nothing is to be added to what that returns;
+    else the update goes into the base's fresh output.
 
     A hook of the base may have kept that output, or made a view of it: then it goes into a copy.
     """
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
     forward, backward, backward_pre = own_hooks(base)
-    linear = base if path is base and type(base) is nn.Linear and dropout is None else None
+    linear = base if alone and type(base) is nn.Linear and dropout is None else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         A, B, scale = thin(view)
@@ -342,30 +353,38 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
     running, pristine = opened(under)
+    trained = _trained(under)
 
-    def fold(parts: Sequence[Part]) -> dict[str, Tensor]:
-        folded = _folded(under, parts, running, pristine)
-        before = {} if beyond is None else _folded(under, parts[:beyond], running, pristine)
+    def fold(parts: Sequence[Part], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        now = {**running, **trained}
+        folded = _folded(under, parts, now, pristine)
+        before = {} if beyond is None else _folded(under, parts[:beyond], now, pristine)
         return {name: tensor - before[name] if before else tensor for name, tensor in folded.items()}
 
     alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
     if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0], args[0].dtype):
-        return _linear_folded(fold, parts, args[0])
-    return under.backend.run(under.inner, fold(parts), args, kwargs)
+        return _linear_folded(fold, parts, args[0], trained)
+    return under.backend.run(under.inner, fold(parts, trained), args, kwargs)
 
 
-def _linear_folded(fold: Callable[[Sequence[Part]], Mapping[str, Tensor]], parts: Sequence[Part], x: Tensor) -> Tensor:
+def _linear_folded(
+    fold: Callable[[Sequence[Part], Mapping[str, Tensor]], Mapping[str, Tensor]],
+    parts: Sequence[Part],
+    x: Tensor,
+    trained: Mapping[str, Tensor],
+) -> Tensor:
+    """`trained` are parameters of the layer itself that train along, such as its bias."""
     slots = [part.view.tensors() for part in parts]
     parts = [part.fixed(part.view.training) for part in parts]  # backward folds as forward did
 
     def refold(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         rest = iter(tensors)
         over = [part.over({name: next(rest) for name in own}) for part, own in zip(parts, slots, strict=True)]
-        folded = fold(over)
+        folded = fold(over, dict(zip(trained, rest, strict=True)))
         weight, bias = folded["weight"], folded.get("bias")
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
-    return linear_folded(x, refold, [tensor for own in slots for tensor in own.values()])
+    return linear_folded(x, refold, [*(tensor for own in slots for tensor in own.values()), *trained.values()])
 
 
 def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -373,6 +392,21 @@ def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     running = under.backend.opened(under.inner)
     aside = {name: under.backend.to_logical(name, own.detach()) for name, own in under.aside().items()}
     return running, {**running, **aside}
+
+
+def _trained(under: Under) -> dict[str, Tensor]:
+    """Logical parameters of the base layer that train along, such as its bias, part of the graph."""
+    return {
+        name: under.backend.to_logical(name, own)
+        for name, own in under.inner._parameters.items()
+        if own is not None and own.requires_grad
+    }
+
+
+def adapted_as_trained(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
+    """The same as `adapted`, differentiable in parameters of the base layer that train along too."""
+    running, pristine = opened(under)
+    return _folded(under, parts, {**running, **_trained(under)}, pristine)
 
 
 def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
@@ -417,7 +451,10 @@ def _changed(
 ) -> Mapping[str, Tensor]:
     tuner, view = part.tuner, part.view
     if "params" in tuner.lowerings:
-        return dict(part.lowering("params")(view, p, p0))
+        changed = dict(part.lowering("params")(view, p, p0))
+        if not changed.keys() <= p.keys():
+            raise PeftcError(_of_no_parameter(part, p, changed))
+        return changed
     if "thin" in tuner.lowerings:
         A, B, scale = part.lowering("thin")(view)
         if view.layer.experts:
@@ -430,6 +467,9 @@ def _changed(
     if not tuner.lowerings & {"input", "output"}:
         what = f"{view.config.peft_type} says what it adds to an output, not how it changes the weight"
         fix = "Keep it beside the model, alone on its layer; the plugin would have to give `params` or `thin`."
+        if tuner.beside:
+            what = f"The update of `{part.path}` is no change of its weight: {tuner.beside}"
+            fix = "Keep the adapter beside the model, or exclude such layers when it is trained (`exclude_modules`)."
         raise PeftcError(rules.CANNOT_MERGE(what, fix=fix, where=part.path))
     changed = dict(p)
     if "input" in tuner.lowerings:
@@ -442,10 +482,16 @@ def _changed(
     return changed
 
 
+def _of_no_parameter(part: Part, known: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Diagnostic:
+    names = ", ".join(f"`{name}`" for name in changed if name not in known)
+    what = f"`params` of {part.view.config.peft_type} gives {names}, which the layer has not; it has {', '.join(known)}"
+    fix = "Give only parameters that are in `p`: `a.layer.has_bias` tells whether there is a bias."
+    return rules.PLUGIN_INVALID(what, fix=fix, where=part.path)
+
+
 def _weight_after_input(base: nn.Module, backend: Backend, part: Part, weight: Tensor) -> Tensor:
     """`W M` where `input` is `x -> M x`: the vector-Jacobian product of `input` at W, so M is never formed."""
     patches = part.tuner.input_space == "patches"
     rows = backend.input_rows(weight, base, patches)
-    pull = torch.func.vjp(lambda x: part.lowering("input")(part.view, x), torch.zeros_like(rows))[1]
-    (product,) = pull(rows)
+    product = transposed(lambda x: part.lowering("input")(part.view, x), rows)
     return backend.from_input_rows(product, weight, base, patches)

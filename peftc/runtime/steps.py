@@ -17,12 +17,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, warn
+from peftc.ops.combine import padded
 from peftc.registry.boundary import boundary
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import Session
 from peftc.runtime.step_state import StepState
-from peftc.runtime.storage import LayerView, unpadded
+from peftc.runtime.storage import LayerView
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 from peftc.tuner.steps import Changes
@@ -108,9 +109,9 @@ def _require_valid(
 
 def _carry_out(session: Session, name: str, changes: Changes, layers: Mapping[str, TunerLayer]) -> None:
     for (path, slot), mask in changes.masks.items():
-        tensor = unpadded(_tensor(layers[path], name, slot), tuple(mask.shape))
+        tensor, blocks = _tensor(layers[path], name, slot), _slots(layers[path], name)[slot].blocks
         keep_values(tensor)
-        tensor.masked_fill_(~mask, 0)
+        tensor.masked_fill_(padded(~mask, tensor.shape, blocks), 0)
     for (path, slot), trains in changes.trainable.items():
         hold(layers[path], name, slot, not trains)
     patch(session, name, changes.options)

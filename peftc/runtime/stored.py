@@ -136,8 +136,8 @@ def differing(session: Session, source: AdapterPlan) -> dict[str, Any]:
 
 def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by checkpoint key, as large as planned."""
-    shapes = {site.key(slot, plan.name).disk(): slot.shape for site, slot in plan.slots()}
-    return {key: unpadded(tensor, shapes[key]) if key in shapes else tensor for key, tensor in tensors.items()}
+    slots = {site.key(slot, plan.name).disk(): slot for site, slot in plan.slots()}
+    return {key: unpadded(tensor, slots[key]) if key in slots else tensor for key, tensor in tensors.items()}
 
 
 def _keys(site: MapSite, adapter: str) -> dict[str, str]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from peftc import rules
 from peftc.compiler.modules import TunerOf, together
 from peftc.compiler.plan import AdapterPlan
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import ModuleGraph
 from peftc.runtime.journal import keep_entry
 from peftc.runtime.layer import TunerLayer
@@ -37,3 +38,10 @@ def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:
             for owner in owners:
                 keep_entry(owner._parameters, tail)
                 owner._parameters[tail] = first
+
+
+def merged_already(again: Sequence[str], wanted: Sequence[str], undo: str) -> Diagnostic:
+    """That some adapters, or all that are to be merged, are; the method `undo` takes them out."""
+    told = ", ".join(f"`{name}`" for name in again)
+    what = "All adapters are already merged, nothing to do" if set(again) == set(wanted) else "Merged already"
+    return rules.ALREADY_MERGED(f"{what}: {told}", fix=f"Leave the call out; `{undo}()` takes them out.")

@@ -32,6 +32,13 @@ from peftc.runtime.weighted import combined, recipe
 NO_CONFIG = {"model_type": "custom"}
 
 
+def let_property_say(module: nn.Module, name: str) -> None:
+    """Ask a property again, which raised an `AttributeError`: for that Python goes on to `__getattr__`, and forgets it."""
+    found = getattr(type(module), name, None)
+    if isinstance(found, property):
+        found.__get__(module)
+
+
 class TunerModel(nn.Module):
     """A base model with adapters of one method on its layers. Final but for empty subclasses.
 
@@ -114,6 +121,7 @@ class TunerModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            let_property_say(self, name)
             return getattr(self.model, name)
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -123,7 +131,9 @@ class TunerModel(nn.Module):
         """What is applied. Raises `PeftcError` if nothing is any more."""
         session = session_of(self.model)
         if session is None:
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again."))
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again.", also=AttributeError)
+            )
         return session
 
     @property
@@ -270,8 +280,9 @@ class TunerModel(nn.Module):
         session = self.session
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
         refuse_parting(session, adapter_names)
+        session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
-        session.keep_trained()
+        session.keep_trained(session.active if adapter_names is None else adapter_names)
         return self._left(session)
 
     @whole
@@ -294,7 +305,7 @@ class TunerModel(nn.Module):
         found = next((module for name in names if (module := self.session.caller(name)) is not None), None)
         if found is None:
             what = "No active adapter acts around calls"
-            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`."))
+            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`.", also=AttributeError))
         return found
 
     # facts --------------------------------------------------------------------------------------------------------

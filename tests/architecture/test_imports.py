@@ -10,7 +10,7 @@ from tests.architecture.tree import Import, Source, sources
 
 # Lowest first. A file belongs to the longest prefix that fits; files of one row may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("peftc._version", "peftc.diagnostics"),
+    ("peftc._version", "peftc.limits", "peftc.diagnostics"),
     ("peftc.rules",),
     ("peftc.installed",),
     ("peftc.config", "peftc.graph"),

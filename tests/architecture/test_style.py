@@ -67,6 +67,26 @@ def test_only_the_plugin_boundary_catches_everything(source: Source) -> None:
     assert not caught or source.module in CATCH_ALL, f"{source.name} catches everything in lines {caught}"
 
 
+@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+def test_a_handler_of_builtin_classes_lets_our_own_errors_pass(source: Source) -> None:
+    """A `PeftcError` may be an `OSError` or a `ValueError`: who raises one below such a handler has another before it."""
+    caught = [
+        node.lineno
+        for node in ast.walk(source.ast)
+        if isinstance(node, ast.Try)
+        and any(_raises_ours(inner) for part in node.body for inner in ast.walk(part))
+        and "PeftcError" not in (kind := ast.unparse(node.handlers[0].type or ast.Constant(None)))
+        and "Error" in kind
+    ]
+    assert not caught, (
+        f"{source.name} may catch its own errors in lines {caught}: begin with `except PeftcError: raise`"
+    )
+
+
+def _raises_ours(node: ast.AST) -> bool:
+    return isinstance(node, ast.Raise) and ast.unparse(node.exc or node).startswith(("PeftcError(", "ConfigError("))
+
+
 def _reraises(handler: ast.ExceptHandler) -> bool:
     """Whether the handler cleans up and lets the same exception go on."""
     last = handler.body[-1]

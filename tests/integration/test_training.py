@@ -198,6 +198,55 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("pwned"),)
+
+
+@pytest.mark.parametrize(
+    "content", [Payload(), {"tensors": {}, "steps": {}}, [1]], ids=["a payload", "empty", "a list"]
+)
+@pytest.mark.parametrize("name", training.ARCHIVES)
+def test_a_checkpoint_of_other_content_is_refused(
+    name: str, content: object, method: TunerMethod, interrupted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (checkpoint,) = interrupted.glob("checkpoint-*")
+    torch.save(content, checkpoint / name)
+    error = refused(lambda: fit(adapted(method), rows(), PAD, section(), interrupted, resume=True))
+    (diagnostic,) = error.diagnostics
+    assert diagnostic.code == rules.CANNOT_RESUME.code
+    assert name in diagnostic.what
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"train": 5}', "[" * 5000, '{"global_step": "x"}'])
+@pytest.mark.parametrize("name", [training.RUN_NAME, training.STATE_NAME])
+def test_a_checkpoint_with_other_facts_is_refused(name: str, text: str, method: TunerMethod, interrupted: Path) -> None:
+    (checkpoint,) = interrupted.glob("checkpoint-*")
+    (checkpoint / name).write_text(text, encoding="utf-8")
+    error = refused(lambda: fit(adapted(method), rows(), PAD, section(), interrupted, resume=True))
+    assert {d.code for d in error.diagnostics} == {rules.CANNOT_RESUME.code}
+
+
+def test_a_disk_that_is_full_for_the_adapters_state_is_told(
+    method: TunerMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(content: Any, path: Any, *rest: Any, **more: Any) -> None:
+        if Path(path).name == training.ARCHIVES[0]:
+            raise RuntimeError("[enforce fail] file write failed")
+        save(content, path, *rest, **more)
+
+    monkeypatch.setattr(torch, "save", full)
+    error = refused(lambda: fit(adapted(method), rows(), PAD, section(), tmp_path / "out"))
+    assert str(error.diagnostics[0].what) == "`checkpoint-2` could not be written: [enforce fail] file write failed"
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
 @pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "gone"])
 @pytest.mark.parametrize("name", training.ARCHIVES)
 def test_a_damaged_checkpoint_is_refused(
@@ -236,9 +285,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         count(file, RuntimeError(f"PytorchStreamWriter failed writing {file}: file write failed"))
         pickles(what, file, **rest)
 
-    def write(file: Path, content: Any) -> None:
+    def write(file: Path, content: Any, *rest: Any) -> None:
         count(file, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)))
-        tensors(file, content)
+        tensors(file, content, *rest)
 
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(saving, "write_tensors", write)

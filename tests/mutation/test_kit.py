@@ -101,6 +101,10 @@ def never_unloaded(patch: Patch) -> None:
     patch.setattr(Session, "_put_back", lambda *args: None)
 
 
+def never_set_aside(patch: Patch) -> None:
+    patch.setattr(TunerLayer, "settle", lambda layer: None)
+
+
 def nobody_takes_over(patch: Patch) -> None:
     patch.setattr(succession, "_heir", lambda session: None)
 
@@ -207,6 +211,7 @@ def experts_as_layers(patch: Patch) -> None:
 CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
+    "disabled_is_base_while_merged": ("sound", never_set_aside, "while merged and disabled"),
     "unloading_restores": ("sound", never_unloaded, "Unloading leaves"),
     "another_takes_over": ("sound", nobody_takes_over, "does not say that `first` is active now"),
     "injected_equals_wrapped": ("sound", never_injected, "lacks"),
