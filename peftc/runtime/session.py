@@ -31,7 +31,7 @@ from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
 from peftc.runtime.switched import switch
-from peftc.runtime.together import keep_ties, merged_already, refuse_clashes
+from peftc.runtime.together import gained, keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -269,7 +269,7 @@ class Session:
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, trainable)
-        self._activate(names)
+        self.activate(names)
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if these adapters cannot act at the same time."""
@@ -279,7 +279,8 @@ class Session:
         layer = self.layer_of(plan.name, path)
         return None if layer is None else layer.part(plan.name).tuner
 
-    def _activate(self, names: Sequence[str]) -> None:
+    def activate(self, names: Sequence[str]) -> None:
+        """Let these adapters act, in this order. What requires gradients stays as it is."""
         keep(self.shared)
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
@@ -308,7 +309,7 @@ class Session:
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
-        self._activate([*others, name])
+        self.activate([*others, name])
 
     @whole
     def let_rows_differ(self) -> None:
@@ -377,7 +378,7 @@ class Session:
         self.steps.pop(name, None)
         self.readers.pop(name, None)
         self.base.restore([name])
-        self._activate([n for n in self.active if n != name])
+        self.activate([n for n in self.active if n != name])
 
     @whole
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
@@ -397,6 +398,8 @@ class Session:
                 layer.enable_adapters(False)
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
+        warn(gained(self.layers))
+        self.base.still()
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -451,12 +454,13 @@ class Session:
             keep_entries(holder._modules)
             holder.clear()
 
-    def keep_trained(self) -> None:
-        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
+    def keep_trained(self, names: Iterable[str]) -> None:
+        """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
         self.base.keep_changes()
+        merged = (*names, *self.merged)
         keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
-            self._put_back(path, copy.current)
+            self._put_back(path, copy.of(merged))
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:
