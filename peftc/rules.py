@@ -109,6 +109,9 @@ BASE_RENAMED = Rule(
 AUTO_CLASS = Rule(
     "PC311", "Base model cannot be chosen", "Base model and model class follow from the adapter's config."
 )
+BASE_TOO_LARGE = Rule(
+    "PC312", "Model is too large", "A document must be safe to plan: building the model would not end."
+)
 
 # PC4xx: targets and plans -------------------------------------------------------------------------------------------
 BAD_TARGET = UnableRule("PC401", "Layer cannot be adapted", "The method's mathematics does not fit this layer.")
@@ -306,6 +309,18 @@ ACTIVE_DELETED = Rule(
     "PC560",
     "Active adapter is deleted",
     "What the model answers, and what it trains, is another's from now on.",
+    WARNING,
+)
+PARTLY_DISABLED = Rule(
+    "PC561",
+    "Some layers are disabled already",
+    "A model in which only some layers act is most often not meant.",
+    WARNING,
+)
+BIAS_GAINED = Rule(
+    "PC565",
+    "Merge adds a bias",
+    "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
     WARNING,
 )
 

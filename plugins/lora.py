@@ -166,18 +166,22 @@ class LoraTuner(MapTuner[LoraConfig]):
 
     def init(self, c: LoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         first, second = slots.values()
+        embeds = layer.kind is Kind.EMBEDDING
         if c.init_lora_weights is False:
-            init.kaiming_uniform(first, math.sqrt(5))
-            init.kaiming_uniform(second, math.sqrt(5))
-        elif layer.kind is Kind.EMBEDDING:
+            for factor in (first, second):
+                init.normal(factor) if embeds else init.kaiming_uniform(factor, math.sqrt(5))
+            return
+        for factor in (first, second):  # the reference's modules draw once when they are made, and A again
+            init.skip_normal(factor) if embeds else init.skip_uniform(factor)
+        if embeds:
             init.zeros(first)
             init.normal(second)
+            return
+        if c.init_lora_weights == "gaussian":
+            init.normal(first, std=1 / c.r)
         else:
-            if c.init_lora_weights == "gaussian":
-                init.normal(first, std=1 / c.r)
-            else:
-                init.kaiming_uniform(first, math.sqrt(5))
-            init.zeros(second)
+            init.kaiming_uniform(first, math.sqrt(5))
+        init.zeros(second)
 
     def scaling(self, c: LoraConfig, layer: LayerFacts) -> float:
         own = c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)

@@ -98,10 +98,13 @@ class MultitaskPromptTuner(PromptTuner[MultitaskPromptTuningConfig]):
         return {_COLS: a[_COLS].detach(), _ROWS: a[_ROWS].detach()}
 
     def init(self, c: MultitaskPromptTuningConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+        if c.prompt_tuning_init in _FROM_SOURCE:
+            context.init.skip_normal(slots["embedding"])
+        else:
+            start_of_table(c, PromptTuningInit(c.prompt_tuning_init), slots["embedding"], context)
         for key in (_COLS, _ROWS):
             context.init.normal(slots[key], 0.02)
         if c.prompt_tuning_init not in _FROM_SOURCE:
-            start_of_table(c, PromptTuningInit(c.prompt_tuning_init), slots["embedding"], context)
             return
         for key, tensor in _source(c).items():
             slot = slots["embedding" if key == "prompt_embeddings" else key]

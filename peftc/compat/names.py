@@ -150,6 +150,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft peft.utils peft.utils.constants peft.utils.other",
     ),
     ("peftc.compat", "__version__=VERSION", "peft"),
+    ("peftc.config.base", "__version__=FILE_VERSION", "peft.config"),
     ("peftc", "NoMatchingPeftModuleError PeftError", "peft peft.utils peft.utils.error"),
     ("peftc", "PeftWarning", "peft peft.utils peft.utils.warning"),
 )

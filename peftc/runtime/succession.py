@@ -26,8 +26,10 @@ def delete(session: Session, names: Iterable[str], trained: bool = False) -> Non
     gone = list(dict.fromkeys(names))
     session.require(gone)
     _refuse_weighed(session, gone)
-    for name in gone:
-        session.refuse_merged(name)
+    merged = [name for name in gone if name in session.merged]
+    if merged:
+        what = f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first."
+        raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
     acted = [name for name in gone if name in session.active]
     trained = trained or any(tensor.requires_grad for name in acted for tensor in session.tensors(name).values())
     for name in gone:

@@ -28,7 +28,7 @@ _METHODS = f"{_HOME.parent / 'plugins'}/"
 Place = tuple[CodeType, int]
 
 
-class Injected(RuntimeError):
+class Injected(Exception):
     """What no code expects."""
 
 

@@ -142,7 +142,8 @@ def _on_layers(case: Case) -> Iterator[Operation]:
     yield Operation("add_weighted_adapter", case.two, weigh)
     yield Operation("hotswap", case.one, lambda m: hotswap_adapter(m, place, "default"))
     yield Operation("prepare hotswap", case.one, lambda m: prepare_model_for_compiled_hotswap(m, target_rank=16))
-    yield Operation("scale", case.one, lambda m: next(m.session.wrappers()).scale_layer(2.0))
+    if case.subject.targets:
+        yield Operation("scale", case.one, lambda m: next(m.session.wrappers()).scale_layer(2.0))
     yield Operation("take_step", case.grown, lambda m: take_step(m, 1))
 
 
