@@ -269,7 +269,8 @@ def _of(method: TunerMethod, name: str) -> Any:
         return CLASSES[role](method)
     if method.is_prompt:
         raise KeyError(name)
-    return class_of(layer_class(method), method.peft_type.lower(), name)
+    layer: Any = layer_class(method)
+    return class_of(layer, method.peft_type.lower(), name)
 
 
 def _default_targets(name: str) -> dict[str, list[str] | str]:
