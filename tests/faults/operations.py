@@ -19,6 +19,7 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.config.mixins import ModulesToSaveMixin
+from peftc.diagnostics import PeftcError
 from peftc.model.assistance import delete_adapter, take_step
 from peftc.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peftc.registry.manager import default_registry
@@ -95,8 +96,11 @@ class Case:
         if not changes:
             return None
         if not place.is_dir():
-            with quiet():
-                self.one("default", **changes).save_pretrained(place)
+            try:
+                with quiet():
+                    self.one("default", **changes).save_pretrained(place)
+            except PeftcError:  # an option that others depend on
+                return None
         return place
 
     def grown(self) -> PeftModel:
