@@ -365,7 +365,8 @@ class PeftModel(ActivationMixin, nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
+        """Save adapters: `default` at the root of the folder, others in subfolders. All in one step where the file system
+        can exchange folders, else each in one.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
         The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
