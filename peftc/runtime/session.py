@@ -393,12 +393,14 @@ class Session:
             warn([merged_already(again, names, "unmerge_adapter")])
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
+        self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
             for layer in self.layers[path].chain() if not self.enabled else ():
                 layer.enable_adapters(False)
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
         self.base.still()
+        self.base.act(self.active if self.enabled else ())
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
