@@ -316,6 +316,12 @@ PARTLY_DISABLED = Rule(
     "A model in which only some layers act is most often not meant.",
     WARNING,
 )
+BIAS_GAINED = Rule(
+    "PC565",
+    "Merge adds a bias",
+    "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
+    WARNING,
+)
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")

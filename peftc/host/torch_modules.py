@@ -65,7 +65,7 @@ class KeepsAside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         #: parameters that others stand in for, and those that stood in for others
-        self._pristine: dict[str, nn.Parameter] = {}
+        self._pristine: dict[str, nn.Parameter | None] = {}
         self._folded: dict[str, nn.Parameter] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

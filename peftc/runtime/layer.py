@@ -22,11 +22,14 @@ from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.folding import adapted, opened
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
+from peftc.runtime.merged import merged_parameters
 from peftc.runtime.merging import Merging
-from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path, compose
 from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
@@ -293,7 +296,7 @@ class TunerLayer(Merging, BaseTunerLayer):
             return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def aside(self) -> dict[str, nn.Parameter]:
+    def aside(self) -> dict[str, nn.Parameter | None]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
@@ -382,34 +385,26 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
-        base = self.get_base_layer()
         parts = [
             wrapper._parts[name].fixed(training=False)
             for wrapper in self.chain()
             for name in names
             if name in wrapper._parts and name not in wrapper.merged_adapters
         ]
-        with torch.no_grad():
-            logical = adapted(self._under, parts)
-            before = self.backend.opened(base)
-            changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
-            if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-                raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
-            result = {}
-            for name, tensor in changed.items():
-                own = base._parameters[name]
-                assert own is not None
-                stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
-                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-            return result
+        return merged_parameters(self._under, parts, check)
+
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
         with torch.no_grad():
             before = self.backend.opened(self.get_base_layer())
             after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
-            return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""

@@ -31,7 +31,7 @@ from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
 from peftc.runtime.switched import switch
-from peftc.runtime.together import keep_ties, merged_already, refuse_clashes
+from peftc.runtime.together import gained, keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -399,6 +399,7 @@ class Session:
                 layer.enable_adapters(False)
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
+        warn(gained(self.layers))
         self.base.still()
         self.base.act(self.active if self.enabled else ())
 

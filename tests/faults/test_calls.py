@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peftc.registry.manager import default_registry
-from peftc.runtime import apply, collector, layer, saved_modules, session, storage
+from peftc.runtime import apply, collector, layer, saved_modules, session
 from tests.defects import put_defect
 from tests.faults.injection import Place, lines
 from tests.faults.operations import Case, operations
@@ -47,7 +47,8 @@ def test_an_interrupt_on_any_line_leaves_everything_as_it_was(case: Case) -> Non
 
 
 DEFECTS: dict[str, tuple[str, ModuleType, str, str]] = {
-    "a slot": ("add_adapter", storage, "keep_entry(container._modules, adapter)", "pass"),
+    "a plan": ("add_adapter", session, "keep_entry(known, plan.name)", "pass"),
+    "the sites of a layer": ("add_adapter", layer, "keep_entry(known, adapter)", "pass"),
     "a wrapper": ("get_peft_model", session, "keep_entry(parent._modules, name)\n        parent._modules[name] = wrapper", "parent._modules[name] = wrapper"),
     "a flag": ("set_adapter", layer, "keep_trained(parameter, trainable and requires_grad)", "parameter.requires_grad_(trainable and requires_grad)"),
     "what is active": ("set_adapter", session, "keep(self.shared)\n        self.shared.gated", "self.shared.gated"),
@@ -90,7 +91,7 @@ def test_memory_that_stays_full_does_not_keep_it_from_being_put_back(
                 for name in names:
                     own = getattr(torch, name)
                     patch.setattr(torch, name, lambda *a, own=own, **k: allocate(*a, made=own, **k))
-                patch.setattr(torch.Tensor, "clone", lambda t, own=torch.Tensor.clone: allocate(t, made=own))
+                patch.setattr(torch.Tensor, "clone", lambda t, own=torch.Tensor.clone, **k: allocate(t, made=own, **k))
                 try:
                     operation.act(model)
                 except torch.OutOfMemoryError as error:
