@@ -88,6 +88,8 @@ class Session:
     @whole
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
+        if plan.saves or self.copies:  # what deleted adapters left would be copied, or adapted, in place of the module
+            self.prune()
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)

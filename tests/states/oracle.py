@@ -218,6 +218,8 @@ class Plain:
         self.weights: dict[str, Tensor] = {}
         #: wrappers of each layer, innermost first: PEFT type and adapters
         self.chains: dict[str, list[tuple[str, set[str]]]] = {}
+        #: whether modules were copied since wrappers were taken out last
+        self.has_copied = False
         #: what dtype the model had when an adapter left it
         self.aside: dict[str, torch.dtype] = {}
         #: dtypes that the model had since nothing was merged
@@ -226,6 +228,11 @@ class Plain:
     # what happens -------------------------------------------------------------------------------------------------
 
     def add(self, adapter: Adapter) -> None:
+        if adapter.copies or self.has_copied:  # wrappers that hold nothing and lie on top are taken out
+            for chain in self.chains.values():
+                while chain and not chain[-1][1]:
+                    chain.pop()
+        self.has_copied = bool(adapter.copies) or any(other.copies for other in self.adapters.values())
         self.adapters[adapter.name] = adapter
         for path in adapter.layers:
             chain = self.chains.setdefault(path, [])
