@@ -88,6 +88,8 @@ class Session:
     @whole
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
+        if plan.saves or self.copies:  # what deleted adapters left would be copied, or adapted, in place of the module
+            self.prune()
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
@@ -393,6 +395,7 @@ class Session:
             warn([merged_already(again, names, "unmerge_adapter")])
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
+        self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
             for layer in self.layers[path].chain() if not self.enabled else ():
                 layer.enable_adapters(False)
@@ -400,6 +403,7 @@ class Session:
         keep_ties(self.graph, self.layers)
         warn(gained(self.layers))
         self.base.still()
+        self.base.act(self.active if self.enabled else ())
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
