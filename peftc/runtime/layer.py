@@ -391,6 +391,8 @@ class TunerLayer(Merging, BaseTunerLayer):
                 own = base._parameters[name]
                 assert own is not None
                 stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
+                if stored.stride() != own.stride():  # files and kernels want weights as they lay in memory before
+                    stored = torch.empty_like(own).copy_(stored)
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
             return result
 

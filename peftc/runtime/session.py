@@ -303,6 +303,7 @@ class Session:
         """Activate an adapter in place of those of its own method, beside those of others. What trained before goes on to."""
         own = self.plans[name].peft_type
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
+        self.refuse_clashes([*others, name])
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
         self._activate([*others, name])

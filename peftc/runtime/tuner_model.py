@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from peftc import rules
+from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
@@ -139,7 +140,18 @@ class TunerModel(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """Paths of all adapted layers, in the order of the adapters."""
         plans = self.session.plans.values()
-        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites))
+        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites if not _parameter(site)))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of all single parameters that are adapted, in the order of the adapters."""
+        found = (
+            f"{site.path}.{name}"
+            for plan in self.session.plans.values()
+            for site in plan.maps
+            if (name := site.parameter)
+        )
+        return list(dict.fromkeys(found))
 
     @whole
     def inject_adapter(
@@ -314,6 +326,11 @@ class TunerModel(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer adds a matrix to its weight that does not depend on the weight."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.session.wrappers())
+
+
+def _parameter(site: MapSite | ModuleSite) -> str:
+    """The single parameter of its module that a site adapts, if it does not adapt the module."""
+    return site.parameter if isinstance(site, MapSite) else ""
 
 
 class MixedModel(TunerModel):
