@@ -190,6 +190,9 @@ class PeftcWarning(_Also, PeftWarning):
     def __new__(cls, diagnostic: Diagnostic) -> Self:
         warning: Self = _made(_also(cls, diagnostic.builtins), str(diagnostic))  # type: ignore[arg-type]
         warning.diagnostic = diagnostic
+        warning.args = (
+            diagnostic,
+        )  # what it is made of: who carries warnings between processes makes it anew from these
         return warning
 
     def __init__(self, diagnostic: Diagnostic) -> None:

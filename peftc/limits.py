@@ -40,9 +40,12 @@ MAX_REPEATS = 100_000
 #: Seconds that all regular expressions of one pass may take together.
 DEADLINE = 2.0
 
+#: Bytes of an adapter's name, which becomes the name of a folder.
+MAX_NAME = 200
+
 # Models ---------------------------------------------------------------------------------------------------------------
-#: Layers that a config may ask for; the deepest model that was ever trained has 1,000.
-MAX_LAYERS = 2_000
+#: Layers that a config may ask for; the deepest model that was ever published has 1,000.
+MAX_LAYERS = 1_000
 #: Experts of a layer, and classes that are told apart, that a config may ask for.
 MAX_EXPERTS = 100_000
 MAX_LABELS = 2_000_000

@@ -108,6 +108,9 @@ BASE_RENAMED = Rule(
 AUTO_CLASS = Rule(
     "PC311", "Base model cannot be chosen", "Base model and model class follow from the adapter's config."
 )
+BASE_TOO_LARGE = Rule(
+    "PC312", "Model is too large", "A document must be safe to plan: building the model would not end."
+)
 
 # PC4xx: targets and plans -------------------------------------------------------------------------------------------
 BAD_TARGET = UnableRule("PC401", "Layer cannot be adapted", "The method's mathematics does not fit this layer.")
@@ -313,6 +316,12 @@ PARTLY_DISABLED = Rule(
     "A model in which only some layers act is most often not meant.",
     WARNING,
 )
+BIAS_GAINED = Rule(
+    "PC565",
+    "Merge adds a bias",
+    "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
+    WARNING,
+)
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
@@ -381,12 +390,6 @@ EMBEDDINGS_UNKNOWN = Rule(
     "PC642",
     "Embeddings are not saved",
     "Which modules are the embeddings is only known of transformers models.",
-    WARNING,
-)
-PICKLE_NOT_WRITTEN = Rule(
-    "PC643",
-    "Saved as safetensors",
-    "Unpickling runs code, so that others refuse such files; both libraries read safetensors.",
     WARNING,
 )
 CARD_UNREADABLE = Rule("PC644", "Model card left as it is", "Writing over it would lose what a person wrote.", WARNING)

@@ -81,7 +81,9 @@ class AdaLoraConfig(lora.LoraConfig):
         elif self.tinit >= self.total_step - self.tfinal:
             steps = f"`tinit` {self.tinit} and `tfinal` {self.tfinal} of `total_step` {self.total_step}"
             fix = "Lower `tinit` or `tfinal`, or raise `total_step`."
-            yield rules.CONTRADICTION(f"No step is left to allocate ranks: {steps}", fix=fix, where="tinit")
+            yield rules.CONTRADICTION(
+                f"The supplied schedule values don't allow for a budgeting phase: {steps}", fix=fix, where="tinit"
+            )
         for option in ("use_dora", "loftq_config"):
             if getattr(self, option):
                 yield rules.OPTION_NOT_AVAILABLE(f"`{option}` is not for this method", fix="Remove it.", where=option)
@@ -103,13 +105,13 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
         yield constant_slot("ranknum", (1,), float(c.init_r))
 
     def init(self, c: AdaLoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        std = 0.02 if c.init_lora_weights else 1.0
-        init.normal(slots["lora_A"], std)
-        init.normal(slots["lora_B"], std)
+        for name in ("lora_A", "lora_E", "lora_B"):
+            init.normal(slots[name])
+        init.skip_normal(slots["ranknum"])  # which the reference fills twice as well
         if c.init_lora_weights:
             init.zeros(slots["lora_E"])
-        else:
-            init.normal(slots["lora_E"])
+            init.normal(slots["lora_A"], 0.02)
+            init.normal(slots["lora_B"], 0.02)
 
     def scaling(self, c: AdaLoraConfig, layer: LayerFacts) -> float:
         return float(c.lora_alpha if c.lora_alpha > 0 else c.init_r)

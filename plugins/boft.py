@@ -94,8 +94,7 @@ class BoftTuner(MapTuner[BOFTConfig]):
             init.ones(slots["boft_s"])
         else:
             init.normal(slots["boft_R"], std=0.1)
-            init.normal(slots["boft_s"], std=0.1)
-            slots["boft_s"].add_(1)
+            init.normal(slots["boft_s"], std=0.1, mean=1.0)
 
     def check(self, c: BOFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
         size = layer.in_features // layer.groups * math.prod(layer.kernel)

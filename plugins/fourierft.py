@@ -77,7 +77,9 @@ class FourierTuner(MapTuner[FourierFTConfig]):
         yield derived_slot("fourierft_places", (c.n_frequency,), share=size, dtype="int64")
 
     def init(self, c: FourierFTConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        (init.zeros if c.init_weights else init.normal)(slots["fourierft_spectrum"])
+        init.normal(slots["fourierft_spectrum"])
+        if c.init_weights:
+            init.zeros(slots["fourierft_spectrum"])
 
     def derive(self, c: FourierFTConfig, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
         import torch

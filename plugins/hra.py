@@ -60,9 +60,12 @@ class HraTuner(MapTuner[HRAConfig]):
 
     def init(self, c: HRAConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         u = slots["hra_u"]
-        init.kaiming_uniform(u, math.sqrt(5))
-        if c.init_weights and c.r % 2 == 0 and not c.apply_GS:  # Gram-Schmidt leaves nothing of the second of a pair
-            u[:, 1::2] = u[:, 0::2]
+        if not c.init_weights or c.r % 2 or c.apply_GS:  # Gram-Schmidt would leave nothing of the second of a pair
+            init.kaiming_uniform(u, math.sqrt(5))
+            return
+        half = u.new_empty(u.shape[0], c.r // 2)
+        init.kaiming_uniform(half, math.sqrt(5))
+        u.copy_(half.repeat_interleave(2, dim=1))
 
     def check(self, c: HRAConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
         size = _inputs(layer)

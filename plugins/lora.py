@@ -163,21 +163,27 @@ class LoraTuner(MapTuner[LoraConfig]):
 
     def init(self, c: LoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         first, second = slots.values()
+        embeds = layer.kind is Kind.EMBEDDING
         if c.init_lora_weights is False:
-            init.kaiming_uniform(first, math.sqrt(5))
-            init.kaiming_uniform(second, math.sqrt(5))
-        elif layer.kind is Kind.EMBEDDING:
+            for factor in (first, second):
+                init.normal(factor) if embeds else init.kaiming_uniform(factor, math.sqrt(5))
+            return
+        for factor in (first, second):  # the reference's modules draw once when they are made, and A again
+            init.skip_normal(factor) if embeds else init.skip_uniform(factor)
+        if embeds:
             init.zeros(first)
             init.normal(second)
+            return
+        if c.init_lora_weights == "gaussian":
+            init.normal(first, std=1 / c.r)
         else:
-            if c.init_lora_weights == "gaussian":
-                init.normal(first, std=1 / c.r)
-            else:
-                init.kaiming_uniform(first, math.sqrt(5))
-            init.zeros(second)
+            init.kaiming_uniform(first, math.sqrt(5))
+        init.zeros(second)
 
     def scaling(self, c: LoraConfig, layer: LayerFacts) -> float:
-        return c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+        own = c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+        counts_twice = layer.kind is Kind.LINEAR and layer.cls == "MultiheadAttention"
+        return 2 * own if counts_twice else own  # of its output layer: what the reference computes, files of it mean
 
     def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig:
         plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}

@@ -84,11 +84,11 @@ class VeraTuner(MapTuner[VeraConfig]):
         ]
 
     def init(self, c: VeraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        init.normal(slots["vera_lambda_d"])
         if c.init_weights:
-            slots["vera_lambda_d"].fill_(c.d_initial)
+            init.fill(slots["vera_lambda_d"], c.d_initial)
             init.zeros(slots["vera_lambda_b"])
         else:
-            init.normal(slots["vera_lambda_d"])
             init.ones(slots["vera_lambda_b"])
 
     def derive(self, c: VeraConfig, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:

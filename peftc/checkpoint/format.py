@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from peftc.graph.nodes import TensorFacts
 from peftc.limits import MAX_HEADER, MAX_TENSORS, misshapen
@@ -64,22 +65,16 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_header(path: Path) -> Header:
-    """The header of a file, fully checked against the file's size.
+def header_of(file: FileIO) -> Header:
+    """The header of an open file, which is at its beginning, fully checked against the file's size.
 
     Raises `FormatError` for a file that is cut short, damaged or contradicts itself, and `OSError` from reading.
     """
-    with path.open("rb") as file:
-        return header_of(file)
-
-
-def header_of(file: BinaryIO) -> Header:
-    """The same of an open file, which is at its beginning."""
     size = os.fstat(file.fileno()).st_size
     return _parse(_header_bytes(file, size), size)
 
 
-def _header_bytes(file: BinaryIO, size: int) -> bytes:
+def _header_bytes(file: FileIO, size: int) -> bytes:
     if size < 8:
         raise FormatError(f"the file has {size} bytes and not even a header length; it was cut short")
     length = int.from_bytes(file.read(8), "little")

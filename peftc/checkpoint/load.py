@@ -1,7 +1,8 @@
 """Opening an adapter folder: the header at once and checked, the tensors when they are asked for, each into its own memory.
 
-Only safetensors is read: a pickle is refused with the command that converts it. The folder may be local or a repository of the hub;
-what is not there, not readable or damaged ends in a diagnostic that says what is there instead.
+A folder without safetensors may have what `torch.save` writes: that is read as data, and nothing is unpickled (`zipped.py`). The
+folder may be local or a repository of the hub; what is not there, not readable or damaged ends in a diagnostic that says what is
+there instead.
 
 Nothing is mapped: what happens to a file after a tensor was read has no effect on that, also if it is written in place or
 cut short. Header and tensors are those of one file, though another may have its name meanwhile.
@@ -9,9 +10,11 @@ cut short. Header and tensors are those of one file, though another may have its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,8 @@ from peftc import rules
 from peftc.checkpoint.content import Content
 from peftc.checkpoint.format import Entry, FormatError, Header, header_of
 from peftc.checkpoint.keys import renamed
-from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME
+from peftc.checkpoint.zipped import zipped_header_of
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.nodes import TensorFacts
@@ -27,7 +31,8 @@ from peftc.graph.nodes import TensorFacts
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLE_NAME = "adapter_model.bin"
+#: Endings of files that `torch.save` wrote.
+PICKLED = frozenset({".bin", ".pt", ".pth"})
 
 #: Dtypes that numpy has as well; the bytes of others are read as such.
 _OF_NUMPY = frozenset(
@@ -44,10 +49,10 @@ class AdapterFile:
     content: Content
 
     @classmethod
-    def of(cls, path: Path) -> AdapterFile:
-        """Open a file. Raises `FormatError` for one that is damaged, and `OSError`."""
+    def of(cls, path: Path, read: Callable[[FileIO], Header] = header_of) -> AdapterFile:
+        """Open a file; `read` knows its format. Raises `FormatError` for one that is damaged, and `OSError`."""
         content = Content(path)
-        return cls(path, header_of(content.file), content)
+        return cls(path, read(content.file), content)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorFacts]:
@@ -108,13 +113,24 @@ def open_adapter(folder: str | Path, subfolder: str | None = None, **hub_options
     """Open the adapter in a local folder or a repository of the hub, reading the header alone.
 
     `subfolder` is below it. `hub_options` (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`) go to the
-    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle, damaged, not readable, hub not reachable.
+    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle of more than tensors, damaged, not readable,
+    hub not reachable.
     """
-    path = _weights_path(str(folder), subfolder, hub_options)
+    return open_weights(_weights_path(str(folder), subfolder, hub_options))
+
+
+def open_weights(path: Path) -> AdapterFile:
+    """Open a file of weights, reading the header alone: safetensors, or by its name what `torch.save` writes.
+
+    Raises `PeftcError`: a pickle of more than tensors, damaged, not there or not readable.
+    """
+    pickled = path.suffix in PICKLED
     try:
-        return AdapterFile.of(path)
+        return AdapterFile.of(path, zipped_header_of if pickled else header_of)
     except FormatError as error:
-        raise PeftcError(_damaged(path, error)) from None
+        raise PeftcError(_pickled(path, error) if pickled else _damaged(path, error)) from None
+    except FileNotFoundError:
+        raise PeftcError(_missing(path)) from None
     except OSError as error:
         raise PeftcError(_unreadable(path, error)) from error
 
@@ -127,15 +143,21 @@ def load_adapter_tensors(folder: str | Path, subfolder: str | None = None, **hub
 def _weights_path(source: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Path:
     local = Path(source, subfolder) if subfolder else Path(source)
     try:
-        if (local / WEIGHTS_NAME).is_file():
-            return local / WEIGHTS_NAME
+        for name in (WEIGHTS_NAME, PICKLE_NAME):
+            if (local / name).is_file():
+                return local / name
         if Path(source).is_dir() or not is_repository(source):
             raise PeftcError(_missing(local))
     except PeftcError:  # may be an `OSError` itself
         raise
     except OSError as error:
         raise PeftcError(_unreadable(local, error)) from error
-    return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+    try:
+        return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+    except PeftcError:
+        with suppress(PeftcError):
+            return fetch(source, PICKLE_NAME, subfolder, hub_options)
+        raise
 
 
 def _missing(folder: Path) -> Diagnostic:
@@ -148,10 +170,6 @@ def _missing(folder: Path) -> Diagnostic:
         fix = did_you_mean(folder.name, siblings) or "Check the path; a repository of the hub is `owner/name`."
         return rules.CHECKPOINT_MISSING(f"There is no folder `{folder}`", fix=fix, where=where)
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    if PICKLE_NAME in names:
-        what = f"`{folder / PICKLE_NAME}` is not read: only `{WEIGHTS_NAME}` is"
-        fix = f"Convert it, which runs none of its code: `peftc convert {folder} --to safetensors`."
-        return rules.CHECKPOINT_PICKLED(what, fix=fix, where=where)
     there = ", ".join(f"`{name}`" for name in names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     inside = [p.parent.name for p in sorted(folder.glob(f"*/{WEIGHTS_NAME}"))]
     if inside:
@@ -165,6 +183,11 @@ def _missing(folder: Path) -> Diagnostic:
 def _damaged(path: Path, error: FormatError) -> Diagnostic:
     fix = "Copy or download the file again, or go back to an earlier checkpoint."
     return rules.CHECKPOINT_DAMAGED(f"`{path}`: {error}", fix=fix, where=Where(file=str(path)))
+
+
+def _pickled(path: Path, error: FormatError) -> Diagnostic:
+    fix = f"Convert it, which runs none of its code: `peftc convert {path.parent} --to safetensors`."
+    return rules.CHECKPOINT_PICKLED(f"`{path}` is not read as it is: {error}", fix=fix, where=Where(file=str(path)))
 
 
 def _unreadable(path: Path, error: OSError) -> Diagnostic:

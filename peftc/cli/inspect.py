@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.render import percent, size
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import plugin_named, read_config
+from peftc.config.hub import is_repository
 from peftc.diagnostics import Collector, PeftcError
 from peftc.graph.groups import grouped
 
@@ -96,6 +98,8 @@ def look(folder: str, values: bool) -> Findings:
     with suppress(PeftcError):  # told already
         found.plugin = plugin_named(Path(folder, CONFIG_NAME))
     has_method = all(problem.code != rules.PLUGIN_MISSING.code for problem in found.problems)
+    if found.config is None and not os.path.lexists(folder) and not is_repository(folder):
+        return found  # there is nothing, which has been told
     found.weights = found.attempt(lambda: open_adapter(folder))
     plan_file = Path(folder, PLAN_NAME)
     if plan_file.is_file() and has_method:

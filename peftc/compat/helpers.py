@@ -86,13 +86,12 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def check_adapters_to_merge(module: TunerLayer, adapter_names: list[str] | None = None) -> list[str]:
     """Those of the adapters, or of the active ones, that are not merged yet; warns if some are."""
-    from peftc import rules
+    from peftc.runtime.together import merged_already
 
     if isinstance(adapter_names, str):
         raise TypeError(f"`adapter_names` is a list of names, not `{adapter_names}`")
     wanted = module.active_adapters if adapter_names is None else adapter_names
     again = [name for name in wanted if name in module.merged_adapters]
     if again:
-        what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
-        warn([rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge()` takes it out.")])
+        warn([merged_already(again, wanted, "unmerge")])
     return [name for name in wanted if name not in again]

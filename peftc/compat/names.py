@@ -139,6 +139,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft peft.utils peft.utils.constants peft.utils.other",
     ),
     ("peftc.compat", "__version__=VERSION", "peft"),
+    ("peftc.config.base", "__version__=FILE_VERSION", "peft.config"),
     ("peftc", "NoMatchingPeftModuleError PeftError", "peft peft.utils peft.utils.error"),
     ("peftc", "PeftWarning", "peft peft.utils peft.utils.warning"),
 )
@@ -217,8 +218,7 @@ def names_of(module: str) -> list[str]:
     """Every name that a module of the alias has, sorted. Loads the plugins whose names are in it."""
     names = set(table().get(module, {}))
     if module in _WITH_METHODS:
-        registry = default_registry()
-        names |= {n for t in registry.names for n, r in registry.get(t).public_names.items() if r != "layer"}
+        names |= {n for m in default_registry().load_all() for n, role in m.public_names.items() if role != "layer"}
     method = method_of(module)
     if method is not None:
         names |= {*method.public_names, *([] if method.is_prompt else _KIND_NAMES)}
@@ -241,17 +241,15 @@ def of_a_method(module: str, name: str) -> Any:
 
 def _of(method: TunerMethod, name: str) -> Any:
     from peftc.compat.kinds import kind_class
-    from peftc.runtime.classes import layer_class, model_class  # below the torch line
+    from peftc.runtime.classes import CLASSES, layer_class  # below the torch line
 
     role = method.public_names.get(name)
     if role == "config":
         return method.config
     if role == "export":
         return method.exports[name]
-    if role == "model":
-        return model_class(method)
-    if role == "layer":
-        return layer_class(method)
+    if role is not None:
+        return CLASSES[role](method)
     if method.is_prompt:
         raise KeyError(name)
     return kind_class(layer_class(method), name, _KIND_NAMES[name])

@@ -159,7 +159,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         key = (id(site.layer), id(site.slots), id(site.config), site.dtype, site.reason, site.role)
         if key not in known:
             known[key] = table.setdefault(json.dumps(_kind_to_json(site), sort_keys=True), len(table))
-        rows.append([site.path, known[key], *([site.parameter, site.outside] if site.parameter else [])])
+        rows.append([site.path, known[key], *_beside_kind(site)])
     return {
         "name": adapter.name,
         "peft_type": adapter.peft_type,
@@ -170,7 +170,10 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
             {"path": s.path, "reason": s.reason, "tensors": _tensors(s.tensors), "buffers": _tensors(s.buffers)}
             for s in adapter.saves
         ],
-        "trains": [[t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason] for t in adapter.trains],
+        "trains": [
+            [t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason, *([t.place] if t.place else [])]
+            for t in adapter.trains
+        ],
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
         **({"modules": _modules_to_json(adapter.modules)} if adapter.modules else {}),
         **({"call": _call_to_json(adapter.call)} if adapter.call is not None else {}),
@@ -194,8 +197,8 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
             for s in data["saves"]
         ),
         trains=tuple(
-            TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), wrapped, reason)
-            for path, name, shape, dtype, wrapped, reason in data["trains"]
+            TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), *rest)
+            for path, name, shape, dtype, *rest in data["trains"]
         ),
         prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
         modules=tuple(site for item in data.get("modules", ()) for site in _modules_from_json(item, config)),
@@ -205,6 +208,13 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         notes=tuple(data.get("notes", ())),
         rewrites=tuple(_rewrite_from_json(item) for item in data.get("rewrites", ())),
     )
+
+
+def _beside_kind(site: MapSite) -> list[str | int]:
+    """What tells a site from others of its kind: nothing, for most."""
+    if site.place:
+        return [site.parameter, site.outside, site.place]
+    return [site.parameter, site.outside] if site.parameter else []
 
 
 def _rewrite_to_json(rewrite: Rewrite) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from itertools import islice
 from typing import Any
 
 from peftc import rules
+from peftc.compiler import attention
 from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
 from peftc.compiler.homes import Homes
 from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
@@ -68,7 +69,8 @@ class _Kind:
 
 def declare_slots(draft: Draft, context: Context) -> Draft:
     """A map site for every target, with the slots that the method declares for its kind of layer."""
-    nodes = context.graph.by_path
+    draft = attention.spread(draft, context)
+    nodes = attention.nodes_of(draft, context)
     declarer = _Declarer(draft, context)
     reasons: dict[str, str] = {}
     maps: list[MapSite] = []
@@ -92,7 +94,7 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
     except PeftcError as error:
         return draft.failed(error)  # it would raise for every other module as well
     problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
-    return draft.but(maps=tuple(maps)).told(*problems)
+    return draft.but(maps=attention.placed(maps)).told(*problems)
 
 
 def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator[tuple[MapSite, _Kind]]:
@@ -220,7 +222,7 @@ class _Declarer:
             with boundary(method, "check", node.path):
                 kind.problems = tuple(kind.tuner.check(kind.config, node.facts, node.path))
             if node.facts.experts:
-                kind.problems += tuple(_dropping(kind.tuner, kind.config, node.path))
+                kind.problems += tuple(_dropping(kind.tuner, kind.config, node, self._context))
         except PeftcError as error:
             kind.problems, kind.fails = error.diagnostics, True
 
@@ -323,12 +325,15 @@ def _check_per_expert(tuner: PerExpert, context: Context, path: str) -> None:
         raise PeftcError(rules.PLUGIN_INVALID(what, fix=fix, where=path))
 
 
-def _dropping(tuner: MapTuner[Any], config: PeftConfig, path: str) -> Iterator[Diagnostic]:
-    """Experts are adapted through their weights: the inputs that an adapter would drop are not seen."""
+def _dropping(tuner: MapTuner[Any], config: PeftConfig, node: ModuleNode, context: Context) -> Iterator[Diagnostic]:
+    """Single parameters are adapted through their weights: the inputs that an adapter would drop are not seen. Adapters of
+    attention are trained so elsewhere, without a word."""
     if tuner.dropout(config) > 0:
-        what = f"The options drop inputs of layers; `{path}` is adapted through its weights, and has none"
+        what = f"The options drop inputs of layers; `{node.path}` is adapted through its weights, and has none"
         fix = "Set the dropout to 0, or leave such parameters out: of `target_parameters`, or by `exclude_modules`."
-        yield rules.BAD_TARGET(what, fix=fix, where=path)
+        of_attention = context.graph.by_path[node.path.rpartition(".")[0]].facts.kind is Kind.ATTENTION
+        severity = Severity.WARNING if of_attention else Severity.ERROR
+        yield rules.BAD_TARGET(what, fix=fix, where=node.path, severity=severity)
 
 
 def _is_in_the_way(node: ModuleNode, context: Context) -> str:
@@ -435,7 +440,7 @@ def train_biases(draft: Draft, context: Context) -> Draft:
     mode = option(draft.config, "bias")
     if not isinstance(mode, str) or mode == "none":
         return draft
-    adapted = {site.path for site in draft.maps}
+    adapted, wrappers = {site.path for site in draft.maps}, attention.wrappers_of(draft.maps)
     copied = tuple(f"{save.path}." for save in draft.saves)
     aliases = context.graph.alias_of
     trains = []
@@ -445,7 +450,8 @@ def train_biases(draft: Draft, context: Context) -> Draft:
         if (mode != "all" and node.path not in adapted) or f"{node.path}.bias" in aliases:
             continue
         tensor = next(tensor for name, tensor in node.facts.params if name == "bias")
-        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}"))
+        place = attention.place_of(node.path, wrappers)
+        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}", place))
     if not trains:
         owner = "no layer of the model" if mode == "all" else "no adapted layer"
         what = f"`bias: {mode}` trains nothing: {owner} has a bias"

@@ -34,6 +34,11 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 def read_text(file: str, limit: int) -> str:
     """The text of a file of at most `limit` bytes. Raises `PeftcError` (unreadable, too large, not text)."""
+    return _decode(read_bytes(file, limit), file)
+
+
+def read_bytes(file: str, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. Raises `PeftcError` (unreadable, not a file, too large)."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe or a device could wait for ever
@@ -52,7 +57,7 @@ def read_text(file: str, limit: int) -> str:
         ) from None
     if len(raw) > limit:
         raise PeftcError(_too_large(file, len(raw), limit))
-    return _decode(raw, file)
+    return raw
 
 
 def _decode(raw: bytes, file: str) -> str:

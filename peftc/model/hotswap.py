@@ -23,6 +23,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
+from peftc.graph.nodes import Kind
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import live_names, origin_of
@@ -140,7 +141,8 @@ def hotswap_adapter_from_state_dict(
 
 def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
     """What the new config means on the modules that are adapted."""
-    paths = {site.path for site in old.maps if not site.parameter}
+    of_attention = {node.path for node in session.graph.nodes if node.facts.kind is Kind.ATTENTION}
+    paths = {site.path for site in old.maps if not site.parameter or site.path in of_attention}
     compiled = compile_plan(
         session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
     )
@@ -273,9 +275,10 @@ def prepare_model_for_compiled_hotswap(
             keep_memory(own)
             own.data = padded(own.data, slot.shape, slot.blocks)
     for layer in layers:
-        device = layer.weight.device
         keep_entries(layer.scaling)
-        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+        for name, scale in layer.scaling.items():
+            device = next(tensor.device for _, tensor in layer.parameters_of(name))
+            layer.scaling[name] = torch.as_tensor(scale, device=device)
 
 
 def _told_of_compiled(check: str) -> None:

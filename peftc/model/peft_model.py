@@ -38,7 +38,7 @@ from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished
-from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.tuner_model import TunerModel, let_property_say
 from peftc.runtime.values import taken, values_given
 
 DEFAULT = files.AT_ROOT
@@ -126,7 +126,9 @@ class PeftModel(ActivationMixin, nn.Module):
         """The adapters that are applied. Raises `PeftcError` after unloading."""
         session: Session | None = self.__dict__.get("_session")
         if session is None or (not session.plans and session_of(session.model) is not session):
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again."))
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again.", also=AttributeError)
+            )
         return session
 
     def get_base_model(self) -> nn.Module:
@@ -197,6 +199,7 @@ class PeftModel(ActivationMixin, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+            let_property_say(self, name)
             return getattr(self.base_model, name)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -301,7 +304,7 @@ class PeftModel(ActivationMixin, nn.Module):
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Raises `PeftcError`, with nothing changed, if an adapter on a tied weight would part it.
         """
         self._refuse_merge()
         merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
@@ -365,15 +368,16 @@ class PeftModel(ActivationMixin, nn.Module):
         """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
-        Files are always safetensors; further keywords are accepted. Raises `PeftcError` with the folder as it was.
+        The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
+        Raises `PeftcError` with the folder as it was.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
         if not names:
             raise PeftcError(rules.NOT_ADAPTED("There is no adapter to save", fix="Add or load one first."))
-        files.check_format(safe_serialization, path_initial_model_for_weight_conversion)
+        files.check_start(path_initial_model_for_weight_conversion)
         if is_main_process:
-            files.save(self, save_directory, names, save_embedding_layers, state_dict)
+            files.save(self, save_directory, names, save_embedding_layers, state_dict, not safe_serialization)
 
     def adapter_tensors(
         self,

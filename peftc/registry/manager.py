@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
@@ -160,6 +161,13 @@ class Registry:
     def public_names(self) -> list[str]:
         """Public names of the methods loaded so far; after a `find_name` that found nothing, those of all."""
         return sorted(name for method in self._methods.values() for name in method.public_names)
+
+    def load_all(self) -> list[TunerMethod]:
+        """Every method that can be loaded; what is wrong with another is told when it is asked for."""
+        for name in self.names:
+            with suppress(PeftcError):
+                self.get(name)
+        return [self._methods[name] for name in self.names if name in self._methods]
 
     def _only_claim(self, peft_type: str) -> Claim:
         claims = self.claims_for(peft_type)

@@ -11,6 +11,7 @@ from peftc.compiler.drift import differences
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.limits import MAX_NAME
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.classes import layer_factory
 from peftc.runtime.journal import keep, keep_trained, whole
@@ -97,9 +98,10 @@ def hold(model: nn.Module, session: Session) -> None:
 
 
 def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
-    if not adapter.name or any(mark in adapter.name for mark in "./\\"):
-        what = f"An adapter cannot be called `{adapter.name}`"
-        raise PeftcError(rules.ADAPTER_NAME(what, fix="Use a name without dots and slashes, such as `default`."))
+    if not is_usable(adapter.name):
+        what = f"An adapter cannot be called `{ascii(adapter.name)[1:-1]:.60}`"
+        fix = f"Use up to {MAX_NAME} bytes without dots, slashes and control characters, such as `default`."
+        raise PeftcError(rules.ADAPTER_NAME(what, fix=fix))
     if adapter.name in session.plans:
         raise PeftcError(name_taken(adapter.name))
     types = {plan.peft_type for plan in session.plans.values() if not plan.needed_by}
@@ -107,6 +109,13 @@ def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
         return
     if types - {adapter.peft_type} and not mixed:
         raise PeftcError(mixed_types(adapter.config, types))
+
+
+def is_usable(name: object) -> bool:
+    """Whether an adapter can have the name, which becomes part of names of parameters and the name of a folder."""
+    if not isinstance(name, str) or not name.isprintable() or any(mark in name for mark in "./\\"):
+        return False
+    return 0 < len(name.encode("utf-8", "replace")) <= MAX_NAME
 
 
 def name_taken(name: str) -> Diagnostic:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
-from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, note
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, keep_trained, note
 from peftc.runtime.layer import Source
 
 if TYPE_CHECKING:
@@ -120,6 +120,15 @@ class BaseTensors:
         """The base's parameters at a path, as they are without what is merged into them."""
         module, layer = self._session.find(path), self._session.layers.get(path)
         return {} if module is None else {**module._parameters, **({} if layer is None else layer.aside())}
+
+    def still(self) -> None:
+        """Have nothing train that stands in for a trained tensor: it goes when the adapter is taken out again."""
+        for plan in self._session.plans.values():
+            for site in plan.trains:
+                module, own = self._session.find(site.path), self._of(site.path).get(site.name)
+                live = None if module is None else module._parameters.get(site.name)
+                if live is not None and live is not own:
+                    keep_trained(live, False)
 
     def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
         """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.

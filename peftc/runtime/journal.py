@@ -32,6 +32,7 @@ class Journal:
     def __init__(self) -> None:
         self._undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self._outer = _open.get()
+        self._grad = torch.is_grad_enabled()
 
     def note(self, undo: Callable[..., Any], *args: Any) -> None:
         """Say how the next change is undone. It may be undone that was not made, or twice."""
@@ -58,17 +59,18 @@ class Journal:
     def undo(self, error: BaseException) -> None:
         """Restore everything, whatever goes wrong meanwhile: that is told by a note on the error."""
         _open.set(self._outer)
-        with torch.no_grad():
-            while self._undo:
-                restore, args = self._undo[-1]
-                for attempt in range(2):  # an interrupt is gone the second time
-                    try:
-                        restore(*args)
-                        break
-                    except BaseException as other:
-                        if attempt:
-                            error.add_note(f"Not all could be undone: {type(other).__name__}: {other}")
-                self._undo.pop()
+        torch.set_grad_enabled(False)
+        while self._undo:
+            restore, args = self._undo[-1]
+            for attempt in range(2):  # an interrupt is gone the second time
+                try:
+                    restore(*args)
+                    break
+                except BaseException as other:
+                    if attempt:
+                        error.add_note(f"Not all could be undone: {type(other).__name__}: {other}")
+            self._undo.pop()
+        torch.set_grad_enabled(self._grad)  # what switched it off may have been cut off before it could switch it on
 
 
 def whole(function: Callable[P, R]) -> Callable[P, R]:

@@ -18,16 +18,21 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.folding import adapted, opened
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
+from peftc.runtime.merged import merged_parameters
 from peftc.runtime.merging import Merging
-from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path, compose
+from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
 from peftc.runtime.stores import Stock
 from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
@@ -52,6 +57,10 @@ class TunerLayer(Merging, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
 
     _path: Path
     _under: Under
@@ -71,7 +80,6 @@ class TunerLayer(Merging, BaseTunerLayer):
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
         self._first = first_argument(type(self.get_base_layer()).forward)
-        #: the parameter that is adapted, where it is a single one of the module's
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
@@ -97,7 +105,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init, helper = call(tuner.init), Initializer(self.pristine)
+        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
         stock = stock or Stock()
         shared = stock.found(site.slots)
         made = filled(
@@ -127,7 +135,7 @@ class TunerLayer(Merging, BaseTunerLayer):
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
         slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = Dropout(self, p) if p > 0 else None
+        dropout = Dropout(self, p) if p > 0 and not site.parameter else None  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
@@ -288,7 +296,7 @@ class TunerLayer(Merging, BaseTunerLayer):
             return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def aside(self) -> dict[str, nn.Parameter]:
+    def aside(self) -> dict[str, nn.Parameter | None]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
@@ -332,21 +340,26 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
         return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
                 raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
@@ -372,36 +385,26 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
-        base = self.get_base_layer()
         parts = [
             wrapper._parts[name].fixed(training=False)
             for wrapper in self.chain()
             for name in names
             if name in wrapper._parts and name not in wrapper.merged_adapters
         ]
-        with torch.no_grad():
-            logical = adapted(self._under, parts)
-            before = self.backend.opened(base)
-            changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
-            if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"Merging {', '.join(names)} gives NaN or infinity"
-                raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
-            result = {}
-            for name, tensor in changed.items():
-                own = base._parameters[name]
-                assert own is not None
-                stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
-                if stored.stride() != own.stride():  # files and kernels want weights as they lay in memory before
-                    stored = torch.empty_like(own).copy_(stored)
-                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-            return result
+        return merged_parameters(self._under, parts, check)
+
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
         with torch.no_grad():
             before = self.backend.opened(self.get_base_layer())
             after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
-            return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
@@ -460,7 +463,8 @@ class TunerLayer(Merging, BaseTunerLayer):
     def _get_name(self) -> str:
         """How it is printed and reported: by method and kind of layer, as in the reference."""
         kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
-        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"

@@ -20,7 +20,7 @@ from peftc.runtime.journal import keep, keep_entries, whole
 if TYPE_CHECKING:
     from peftc.runtime.call import Shared
     from peftc.runtime.layer import TunerLayer
-    from peftc.runtime.paths import Part, Under
+    from peftc.runtime.parts import Part, Under
 
 
 class Merging(KeepsAside):
@@ -94,9 +94,7 @@ class Merging(KeepsAside):
         keep(self, self._shared)
         keep_entries(self.merged_adapters, self._pristine, base._parameters)
         for name, parameter in self.merged_parameters(names, check).items():
-            own = base._parameters[name]
-            assert own is not None
-            self._pristine.setdefault(name, own)
+            self._pristine.setdefault(name, base._parameters[name])
             base._parameters[name] = parameter
         self.merged_adapters.extend(names)
         self._shared.merges = True
@@ -132,7 +130,7 @@ class Merging(KeepsAside):
             self._choose_path()
         return names
 
-    def _put(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def _put(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
         """Have these in the base layer; what was there, and this wrapper's state, are kept for undoing."""
         in_place = self.get_base_layer()._parameters
         keep(self)

@@ -18,6 +18,7 @@ from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
+from peftc.host.attention import is_read_past
 from peftc.registry.manager import Registry
 from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
@@ -30,7 +31,7 @@ from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
 from peftc.runtime.switched import switch
-from peftc.runtime.together import keep_ties, refuse_clashes
+from peftc.runtime.together import gained, keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -171,6 +172,8 @@ class Session:
         parent, name, module = self._place(path)
         wrapper = wrap(module)
         wrapper.training = module.training
+        if isinstance(wrapper, TunerLayer):
+            wrapper.read_past = is_read_past(parent, wrapper.get_base_layer())
         keep_entry(parent._modules, name)
         parent._modules[name] = wrapper
         return wrapper
@@ -266,7 +269,7 @@ class Session:
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, trainable)
-        self._activate(names)
+        self.activate(names)
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if these adapters cannot act at the same time."""
@@ -276,7 +279,8 @@ class Session:
         layer = self.layer_of(plan.name, path)
         return None if layer is None else layer.part(plan.name).tuner
 
-    def _activate(self, names: Sequence[str]) -> None:
+    def activate(self, names: Sequence[str]) -> None:
+        """Let these adapters act, in this order. What requires gradients stays as it is."""
         keep(self.shared)
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
@@ -306,7 +310,7 @@ class Session:
         self.refuse_clashes([*others, name])
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
-        self._activate([*others, name])
+        self.activate([*others, name])
 
     @whole
     def let_rows_differ(self) -> None:
@@ -348,7 +352,7 @@ class Session:
             have = ", ".join(f"`{n}`" for n in self.plans) or "none"
             raise PeftcError(
                 rules.ADAPTER_UNKNOWN(
-                    f"There is no adapter `{name}`; there is {have}",
+                    f"Adapter {name} does not exist; there is {have}",
                     fix=did_you_mean(name, self.plans) or f"Use {have}.",
                 )
                 for name in missing
@@ -375,7 +379,7 @@ class Session:
         self.steps.pop(name, None)
         self.readers.pop(name, None)
         self.base.restore([name])
-        self._activate([n for n in self.active if n != name])
+        self.activate([n for n in self.active if n != name])
 
     @whole
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
@@ -387,10 +391,7 @@ class Session:
             warn([rules.NOT_MERGED(what, why=why, fix="Activate one, or name some.")])
         again = [name for name in names if name in self.merged]
         if again:
-            what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
-            warn(
-                [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
-            )
+            warn([merged_already(again, names, "unmerge_adapter")])
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
@@ -398,6 +399,8 @@ class Session:
                 layer.enable_adapters(False)
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
+        warn(gained(self.layers))
+        self.base.still()
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -452,12 +455,14 @@ class Session:
             keep_entries(holder._modules)
             holder.clear()
 
-    def keep_trained(self) -> None:
-        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
+    def keep_trained(self, names: Iterable[str]) -> None:
+        """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
+        merged = (*names, *self.merged)
+        self.base.act(merged)
         self.base.keep_changes()
         keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
-            self._put_back(path, copy.current)
+            self._put_back(path, copy.of(merged))
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:

@@ -32,6 +32,7 @@ _FORWARDS: Mapping[type[nn.Module], Kind] = {
     nn.Conv1d: Kind.CONV1D,
     nn.Conv2d: Kind.CONV2D,
     nn.Conv3d: Kind.CONV3D,
+    nn.MultiheadAttention: Kind.ATTENTION,
 }
 
 #: Rank of the weight of each kind: a layer whose `weight` is something else (packed, parametrised) is not of that kind.
@@ -188,6 +189,8 @@ def _describe(
 ) -> LayerFacts:
     cls = type(module).__name__
     weight = next((tensor for name, tensor in params if name == "weight"), None)
+    if isinstance(module, nn.MultiheadAttention) and kind is Kind.ATTENTION:
+        return LayerFacts(kind, cls, module.embed_dim, module.embed_dim, params=params, buffers=buffers)
     if kind is Kind.OTHER:
         transposed = layers.stores_transposed(module)
         return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=note, transposed=transposed)

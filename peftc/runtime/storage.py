@@ -35,6 +35,12 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def half_of(layer: LayerFacts) -> torch.dtype | None:
+    """The dtype of a layer in half precision; None for others."""
+    dtype = next((tensor.dtype for _, tensor in layer.params), "")
+    return torch_dtype(dtype) if dtype in ("float16", "bfloat16") else None
+
+
 class SlotModule(nn.Module):
     """Holds one adapter's tensor of a slot under the slot's tail: `lora_A.default` with its `weight`."""
 
@@ -59,19 +65,23 @@ _PLAIN = {key: value for key, value in _TEMPLATE.items() if not isinstance(value
 
 
 class Initializer:
-    """`SlotInit` on tensors. Runs under `no_grad`; tensors without data are left alone."""
+    """`SlotInit` on tensors. Runs under `no_grad`; tensors without data are left alone.
 
-    __slots__ = ("_opened",)
+    What is drawn beside a base layer in half precision is `rounded` to it, as the reference's parameters have once been.
+    """
 
-    def __init__(self, opened: Callable[[], Mapping[str, Tensor]] = dict) -> None:
+    __slots__ = ("_opened", "_rounded")
+
+    def __init__(self, opened: Callable[[], Mapping[str, Tensor]] = dict, rounded: torch.dtype | None = None) -> None:
         self._opened = opened
+        self._rounded = rounded
 
     @property
     def base(self) -> Mapping[str, Tensor]:
         return self._opened()
 
     def of_expert(self, name: str, index: int) -> Initializer:
-        return Initializer(lambda: {"weight": self._opened()[name][index]})
+        return Initializer(lambda: {"weight": self._opened()[name][index]}, self._rounded)
 
     def zeros(self, tensor: Tensor) -> None:
         tensor.zero_()
@@ -79,19 +89,47 @@ class Initializer:
     def ones(self, tensor: Tensor) -> None:
         tensor.fill_(1.0)
 
-    def normal(self, tensor: Tensor, std: float = 1.0) -> None:
-        if not tensor.is_meta:
-            tensor.normal_(0.0, std)
+    def fill(self, tensor: Tensor, value: float) -> None:
+        own = torch.tensor(value).to(self._rounded or torch.get_default_dtype())
+        tensor.fill_(own.item())
+
+    def normal(self, tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> None:
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            self._keep(tensor, drawn.normal_(mean, std))
 
     def uniform(self, tensor: Tensor, bound: float) -> None:
-        if not tensor.is_meta:
-            tensor.uniform_(-bound, bound)
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            self._keep(tensor, drawn.uniform_(-bound, bound))
 
     def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
         """He et al. 2015 with the fan of dimension 1 and up, as torch's own initialiser."""
-        if not tensor.is_meta:
-            bound = math.sqrt(6.0 / ((1.0 + a * a) * max(1, tensor.numel() // tensor.shape[0])))
-            tensor.uniform_(-bound, bound)
+        fan = max(1, tensor.numel() // tensor.shape[0])
+        self.uniform(tensor, math.sqrt(3.0) * (math.sqrt(2.0 / (1.0 + a * a)) / math.sqrt(fan)))  # in torch's order
+
+    def skip_normal(self, tensor: Tensor) -> None:
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            drawn.normal_()
+
+    def skip_uniform(self, tensor: Tensor) -> None:
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            drawn.uniform_()
+
+    def _keep(self, tensor: Tensor, drawn: Tensor) -> None:
+        if self._rounded is not None:
+            drawn = drawn.to(self._rounded)
+        if drawn is not tensor:
+            tensor.copy_(drawn)
+
+
+def _drawn_for(tensor: Tensor) -> Tensor | None:
+    """Where the numbers for a tensor are drawn: in itself, if it is as all are drawn, else beside it; None if it has no data."""
+    if tensor.is_cpu and tensor.dtype is torch.get_default_dtype() and tensor.is_contiguous():
+        return tensor
+    return None if tensor.is_meta else torch.empty(tensor.shape, device="cpu")
 
 
 INIT = Initializer()

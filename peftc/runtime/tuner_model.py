@@ -25,12 +25,19 @@ from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
 from peftc.runtime.succession import delete
-from peftc.runtime.ties import refuse_parting
+from peftc.runtime.ties import part
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
 
 #: The config of a model without one.
 NO_CONFIG = {"model_type": "custom"}
+
+
+def let_property_say(module: nn.Module, name: str) -> None:
+    """Ask a property again, which raised an `AttributeError`: for that Python goes on to `__getattr__`, and forgets it."""
+    found = getattr(type(module), name, None)
+    if isinstance(found, property):
+        found.__get__(module)
 
 
 class TunerModel(nn.Module):
@@ -115,6 +122,7 @@ class TunerModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            let_property_say(self, name)
             return getattr(self.model, name)
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -124,7 +132,9 @@ class TunerModel(nn.Module):
         """What is applied. Raises `PeftcError` if nothing is any more."""
         session = session_of(self.model)
         if session is None:
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again."))
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again.", also=AttributeError)
+            )
         return session
 
     @property
@@ -277,14 +287,15 @@ class TunerModel(nn.Module):
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Where a module that was trained whole parts weights that the base's config says are one, the config no longer says so.
+        Raises `PeftcError`, with nothing changed, if an adapter on one of them would.
         """
         session = self.session
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
-        refuse_parting(session, adapter_names)
+        part(session, adapter_names)
         session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
-        session.keep_trained()
+        session.keep_trained(session.active if adapter_names is None else adapter_names)
         return self._left(session)
 
     @whole
@@ -307,7 +318,7 @@ class TunerModel(nn.Module):
         found = next((module for name in names if (module := self.session.caller(name)) is not None), None)
         if found is None:
             what = "No active adapter acts around calls"
-            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`."))
+            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`.", also=AttributeError))
         return found
 
     # facts --------------------------------------------------------------------------------------------------------

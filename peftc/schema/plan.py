@@ -26,7 +26,8 @@ from peftc.schema.parts import (
 from peftc.tuner.prompt import Place
 
 _PLACE = (("module", TEXT), ("index in `kinds`", SIZE))
-_PARAMETER = (("parameter", TEXT), ("wrappers outside", SIZE))
+_UNDER = ("path in memory, under wrappers of the adapter", TEXT)
+_PARAMETER = (("parameter", TEXT), ("wrappers outside", SIZE), _UNDER)
 
 
 def plan_schema() -> Schema:
@@ -51,15 +52,6 @@ def plan_schema() -> Schema:
 
 
 def _definitions() -> dict[str, Schema]:
-    trained = row(
-        "A base parameter that becomes trainable.",
-        ("module", TEXT),
-        ("parameter", TEXT),
-        ("shape", SHAPE),
-        ("dtype", TEXT),
-        ("in an adapted module", FLAG),
-        ("reason", TEXT),
-    )
     return {
         **_layer_definitions(),
         "tensor": tensor(),
@@ -105,7 +97,7 @@ def _definitions() -> dict[str, Schema]:
                 "Adapted modules, in order.",
             ),
             saves=list_of(ref("save")),
-            trains=list_of(trained),
+            trains=list_of(_trained()),
             prompt=or_null(ref("prompt"), "Null for methods that change layers."),
             modules=list_of(ref("wrapped"), "Wrapped modules, in order; missing if there is none."),
             call=ref("call"),
@@ -148,6 +140,20 @@ def _call() -> Schema:
     )
 
 
+def _trained() -> Schema:
+    return row(
+        "A base parameter that becomes trainable.",
+        ("module", TEXT),
+        ("parameter", TEXT),
+        ("shape", SHAPE),
+        ("dtype", TEXT),
+        ("in an adapted module", FLAG),
+        ("reason", TEXT),
+        _UNDER,
+        optional=1,
+    )
+
+
 def _layer_definitions() -> dict[str, Schema]:
     return {
         "layer": layer(),
@@ -181,7 +187,7 @@ def _layer_definitions() -> dict[str, Schema]:
             home={**TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
             blocks={
                 **SIZE,
-                "description": "Parts along the first dimension that are padded each by itself.",
+                "description": "Parts along the first dimension; missing if there is one.",
             },
         ),
         "kind": obj(

@@ -74,6 +74,7 @@ _LAYERS = {
     Kind.NORM: "norms",
     Kind.EXPERTS: "single parameters, as the stacked weights of experts (`target_parameters`)",
     Kind.EXPERTS_TRANSPOSED: "those stored as (experts, in, out)",
+    Kind.ATTENTION: "torch's `MultiheadAttention`: all of its projections",
     Kind.OTHER: "any module with parameters",
 }
 #: kinds of layer

@@ -232,7 +232,9 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def output(self, a: View, y: Tensor) -> Tensor:
-        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`."""
+        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`. It may
+        add a constant, which is merged into the bias: a layer without one gets it, if its kind has any. What is neither is
+        not merged; then give `branch`."""
         raise NotImplementedError
 
     def vectors(self, a: View) -> tuple[Tensor, Tensor]:
@@ -364,8 +366,9 @@ class TunerMethod:
 
     @property
     def supports(self) -> frozenset[Kind]:
-        """Kinds of layer that the method can adapt."""
-        return frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        """Kinds of layer that the method can adapt. Attention consists of single parameters and a linear layer."""
+        found = frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        return found | {Kind.ATTENTION} if {Kind.EXPERTS, Kind.LINEAR} <= found else found
 
     @property
     def public_names(self) -> dict[str, str]:

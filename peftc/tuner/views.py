@@ -61,13 +61,24 @@ class View(Protocol):
 
 
 class SlotInit(Protocol):
-    """Initialisers, so that a method needs no import for the usual ones. Meta tensors are left alone."""
+    """Initialisers, so that a method needs no import for the usual ones. Meta tensors are left alone.
+
+    Random numbers are those of torch's global generator on the CPU, in its default dtype, whatever the tensor's: one seed
+    gives one start, on every device. `skip_…` draws as many as the tensor has numbers and keeps none, so that those that
+    follow are the reference's; what is in the tensor is lost.
+    """
 
     def zeros(self, tensor: Tensor) -> None: ...
 
     def ones(self, tensor: Tensor) -> None: ...
 
-    def normal(self, tensor: Tensor, std: float = 1.0) -> None: ...
+    def fill(self, tensor: Tensor, value: float) -> None: ...
+
+    def normal(self, tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> None: ...
+
+    def skip_normal(self, tensor: Tensor) -> None: ...
+
+    def skip_uniform(self, tensor: Tensor) -> None: ...
 
     def uniform(self, tensor: Tensor, bound: float) -> None: ...
 

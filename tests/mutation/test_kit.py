@@ -19,7 +19,7 @@ from peftc.model import hotswap, rows
 from peftc.model.peft_model import PeftModel
 from peftc.ops.factors import of_thin
 from peftc.registry.manager import default_registry
-from peftc.runtime import conversion, paths, succession, together
+from peftc.runtime import conversion, folding, succession, together
 from peftc.runtime.experts import over_experts
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
@@ -194,7 +194,7 @@ def half_converted(patch: Patch) -> None:
 
 
 def experts_mixed_up(patch: Patch) -> None:
-    patch.setattr(paths, "over_experts", lambda *args: over_experts(*args).roll(1, dims=0))
+    patch.setattr(folding, "over_experts", lambda *args: over_experts(*args).roll(1, dims=0))
 
 
 def experts_joined_backwards(patch: Patch) -> None:

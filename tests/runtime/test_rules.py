@@ -174,19 +174,19 @@ CASES = {
     ),
     "activating one of two that is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter(["default", "nobody"]),
-        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "no adapter `nobody`",
+        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "nobody does not exist",
     ),
     "deleting what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
-        (succession, "    session.require(gone)\n", "    gone = []\n"), "no adapter `nobody`",
+        (succession, "    session.require(gone)\n", "    gone = []\n"), "nobody does not exist",
     ),
     "merging what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.merge_adapter(["default", "nobody"]),
-        (session, "        self.require(names)\n        if not names", "        if not names"), "no adapter `nobody`",
+        (session, "        self.require(names)\n        if not names", "        if not names"), "nobody does not exist",
     ),
     "saving what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.save_pretrained("nowhere", selected_adapters=["nobody"]),
-        (runtime_model, "self.session.require(names)", "pass"), "no adapter `nobody`",
+        (runtime_model, "self.session.require(names)", "pass"), "nobody does not exist",
     ),
     "wrapping twice": Case(
         rules.MIXED_TYPES, adapted, lambda m: get_peft_model(m.get_base_model(), narrow(), "another"),
@@ -214,7 +214,7 @@ CASES = {
         (converting, "if made.error > _ROUNDING:", "if False:"), "The changes differ by",
     ),
     "merging twice": Case(
-        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "Merged already: `default`, `other`",
+        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "already merged, nothing to do: `default`, `other`",
     ),
     "unmerging what is not merged": Case(
         rules.NOT_MERGED, adapted, lambda m: m.unmerge_adapter(),
@@ -226,11 +226,11 @@ CASES = {
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
-        (layer, "if check and not all(", "if False and not all("), "Merging default gives NaN or infinity",
+        (layer, "if check and not all(", "if False and not all("), "The adapter default seems to be broken",
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
-        (merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "Merging default gives NaN or infinity",
+        (merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "The adapter default seems to be broken",
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
@@ -246,7 +246,7 @@ CASES = {
     ),
     "deleting what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.delete_adapter("default"),
-        (session, "if name in self.merged:", "if False:"), "`default` is merged into the base weights",
+        (succession, "if merged:", "if False:"), "Cannot delete adapter(s) ['default'] while they are merged",
     ),
     "loading over what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.load_adapter("nowhere", "other"),
@@ -258,15 +258,31 @@ CASES = {
     ),
     "a name with a dot": Case(
         rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "v1.2"),
-        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `v1.2`",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called `v1.2`",
     ),
     "a name that is a folder": Case(
         rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("../other", narrow()),
-        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `../other`",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called `../other`",
     ),
     "no name": Case(
         rules.ADAPTER_NAME, Net, lambda m: inject_adapter_in_model(narrow(), m, ""),
-        (apply, "if not adapter.name or any(", "if any("), "cannot be called ``",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called ``",
+    ),
+    "a name with a NUL": Case(
+        rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "a\0b"),
+        (apply, "not name.isprintable() or ", ""), r"cannot be called `a\x00b`",
+    ),
+    "half of a character as a name": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("\ud800", narrow()),
+        (apply, "not name.isprintable() or ", ""), r"cannot be called `\ud800`",
+    ),
+    "a name that no folder can have": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("é" * 101, narrow()),
+        (apply, "<= MAX_NAME", "<= 9999"), "Use up to 200 bytes",
+    ),
+    "a prompt of no usable name": Case(
+        rules.ADAPTER_NAME, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(), "a\nb"),
+        (apply, "if not is_usable(adapter.name):", "if False:"), r"cannot be called `a\nb`",
     ),
     "a prompt without a wrapper": Case(
         rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
@@ -386,7 +402,7 @@ CASES = {
     ),
     "swapping what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: hotswap_adapter_from_state_dict(m, {}, "nobody", narrow()),
-        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "no adapter `nobody`",
+        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "nobody does not exist",
     ),
     "preparing a compiled model": Case(
         rules.COMPILED_ALREADY, lambda: torch.compile(adapted(), backend="eager"), prepare_model_for_compiled_hotswap,
@@ -414,7 +430,7 @@ CASES = {
     ),
     "loading into what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: set_peft_model_state_dict(m, {}, "nobody"),
-        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "no adapter `nobody`",
+        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "nobody does not exist",
     ),
     "other base weights under what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: set_base_model_state_dict(m, get_base_model_state_dict(m)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from peftc import rules
-from peftc.checkpoint.format import DTYPES, FormatError, read_header, write_file
+from peftc.checkpoint.format import DTYPES, FormatError, Header, header_of, write_file
 from peftc.checkpoint.load import AdapterFile
 from peftc.checkpoint.save import write_tensors
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
+
+
+def read_header(path: Path) -> Header:
+    with FileIO(path) as file:
+        return header_of(file)
+
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=3)
