@@ -304,7 +304,7 @@ class PeftModel(ActivationMixin, nn.Module):
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Raises `PeftcError`, with nothing changed, if an adapter on a tied weight would part it.
         """
         self._refuse_merge()
         merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
