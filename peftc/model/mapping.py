@@ -21,6 +21,7 @@ from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, let_go
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.handed import with_handed
 from peftc.runtime.journal import keep, whole
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 
@@ -105,6 +106,7 @@ def inject_adapter_in_model(
     ranks = former_ranks(plan, asked) if loading else {}
     if ranks:
         plan = planned({adapter_name: with_ranks(plan.adapters[0].config, ranks)}, given=given)
+    plan = with_handed(plan, model, {adapter_name: asked})
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
     session = apply_plan(model, plan, sources=sources, mixed=True)
     session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)

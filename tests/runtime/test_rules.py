@@ -177,11 +177,11 @@ CASES = {
     ),
     "deleting what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
-        (session, "self.require([name])", "pass"), "nobody does not exist",
+        (succession, "session.require(gone)", "pass"), "nobody does not exist",
     ),
     "merging what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.merge_adapter(["default", "nobody"]),
-        (session, "        self.require(names)\n        again", "        again"), "nobody does not exist",
+        (session, "self.require(names)\n        if not names:", "if not names:"), "nobody does not exist",
     ),
     "saving what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.save_pretrained("nowhere", selected_adapters=["nobody"]),
