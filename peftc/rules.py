@@ -310,6 +310,18 @@ ACTIVE_DELETED = Rule(
     "What the model answers, and what it trains, is another's from now on.",
     WARNING,
 )
+PARTLY_DISABLED = Rule(
+    "PC561",
+    "Some layers are disabled already",
+    "A model in which only some layers act is most often not meant.",
+    WARNING,
+)
+BIAS_GAINED = Rule(
+    "PC565",
+    "Merge adds a bias",
+    "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
+    WARNING,
+)
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")

@@ -159,7 +159,7 @@ def _content(tensor: Tensor) -> Iterator[memoryview]:
     yield flat.view(torch.uint8).numpy().data
 
 
-def not_written(folder: Path, error: OSError) -> Diagnostic:
+def not_written(folder: Path, error: OSError, what: str = "adapter") -> Diagnostic:
     """The diagnostic for a folder that the system refused to write, with what to do about the reason."""
     fixes = {
         errno.ENOSPC: "Free some space on that disk, or save to another one.",
@@ -174,5 +174,5 @@ def not_written(folder: Path, error: OSError) -> Diagnostic:
     fix = fixes.get(error.errno or 0, "Look into what the system says, or save to another place.")
     reason = error.strerror or str(error)
     return rules.SAVE_FAILED(
-        f"The adapter could not be saved to `{folder}`: {reason}", fix=fix, where=Where(file=str(folder))
+        f"The {what} could not be saved to `{folder}`: {reason}", fix=fix, where=Where(file=str(folder))
     )

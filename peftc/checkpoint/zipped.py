@@ -228,16 +228,17 @@ def _called(called: Any, arguments: Any) -> Any:
     if called == _Name("collections", "OrderedDict") and arguments == ():
         return {}
     if called == _Name("torch._utils", "_rebuild_tensor_v2"):
-        return _tensor(*arguments[:4])
+        return _tensor(arguments)
     if called == _Name("torch._utils", "_rebuild_tensor_v3"):
-        return _tensor(*arguments[:4], arguments[6])
+        return _tensor(arguments, arguments[6])
     if called == _Name("torch._utils", "_rebuild_parameter") and isinstance(arguments[0], _Tensor):
         return arguments[0]
     named = f"`{called.module}.{called.name}`" if isinstance(called, _Name) else "something"
     raise FormatError(f"it asks for {named}, which is no part of a tensor")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> _Tensor:
+def _tensor(described: Any, dtype: Any = None) -> _Tensor:
+    storage, offset, shape, stride = described[:4]
     if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
         raise FormatError("a tensor in it is not whole")
     named = storage.dtype if dtype is None else dtype.name

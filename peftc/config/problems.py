@@ -220,6 +220,9 @@ def shorten(value: object, limit: int = 60) -> str:
     """The value as JSON, cut to `limit` characters."""
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
+    except (RecursionError, TypeError, ValueError):
+        try:
+            text = repr(value)
+        except ValueError:  # a number of more digits than Python writes
+            text = f"a very large {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"

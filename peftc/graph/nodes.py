@@ -312,7 +312,11 @@ class ModuleGraph:
         former = tuple(FormerLayers(_text(at), _text(name), _texts(was)) for at, name, was in data.get("former", ()))
         if not (nodes and all(ties) and all(known.layers for known in former)):
             raise ValueError("no modules, or names of nothing")
-        return cls(model_from_json(data["model"]), nodes, ties, former)
+        made = cls(model_from_json(data["model"]), nodes, ties, former)
+        for path in (made.model.input_embeddings, made.model.output_embeddings):
+            if path is not None and path not in made.by_path:
+                raise ValueError(f"the embeddings `{path}` are no module")
+        return made
 
 
 def facts_to_json(facts: LayerFacts) -> dict[str, Any]:

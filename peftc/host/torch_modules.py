@@ -64,14 +64,16 @@ class KeepsAside(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        #: parameters that others stand in for
-        self._pristine: dict[str, nn.Parameter] = {}
+        #: parameters that others stand in for, and those that stood in for others
+        self._pristine: dict[str, nn.Parameter | None] = {}
+        self._folded: dict[str, nn.Parameter] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if self._pristine:
+        for kept in (self._pristine, self._folded):
             beside = nn.Module()
-            beside.__dict__["_parameters"] = self._pristine
-            beside._apply(fn)
+            beside.__dict__["_parameters"] = kept
+            if kept:
+                beside._apply(fn)
         return super()._apply(fn, recurse)
 
 

@@ -12,6 +12,7 @@ from peftc.model.prompts import PromptsMixin
 from peftc.runtime.journal import keep_entries, whole
 from peftc.runtime.session import Session
 from peftc.runtime.succession import delete
+from peftc.runtime.switched import disabled
 
 
 class ActivationMixin(PromptsMixin):
@@ -88,11 +89,7 @@ class ActivationMixin(PromptsMixin):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes as its base does. Trainability is not touched."""
-        session = self.session
-        before = session.enabled
-        session.enable(False)
-        try:
+        """Within the block the model computes as its base does, merged or not; afterwards it is in the state that it was in.
+        Trainability is not touched."""
+        with disabled(self.session):
             yield
-        finally:
-            session.enable(before)

@@ -202,26 +202,24 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     if same:
         _overwrite(model, found)
     elif name in session.plans:
-        _exchange(model, name, found, options.is_trainable)
+        _exchange(model, name, found)
     else:
         model._attach(found.plan, found.source)
-        if options.is_trainable:  # the reference makes it so although it is not active
-            model.set_requires_grad(name)
-    if same and options.is_trainable and name in session.active:  # loading in place does not end a training
-        model.set_adapter(session.active)
+    if options.is_trainable:  # the reference makes it so although it is not active
+        model.set_requires_grad(name)
     if not options.is_trainable and model.training:
         evaluate(model)
     return found.report
 
 
-def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool) -> None:
-    """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
+def _exchange(model: PeftModel, name: str, found: Loadable) -> None:
+    """Replace an adapter by one with other tensors. It is active again, and trainable, if it was; others stay as they are."""
     active = model.session.active
-    trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
+    trained = any(tensor.requires_grad for tensor in _own(model, name))
     model._drop(name)
     model._attach(found.plan, found.source)
-    if name in active:
-        model.set_adapter(active, inference_mode=not trained)
+    model.session.activate(active)
+    model.set_requires_grad(name, trained)
 
 
 def _own(model: PeftModel, name: str) -> list[Tensor]:

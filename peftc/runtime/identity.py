@@ -137,5 +137,5 @@ def _read(text: str) -> Iterable[tuple[str, Sample]]:
             )
             for name, of in data.items()
         ]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,17 @@ from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
 from peftc.host.attention import PRIVATE
-from peftc.host.torch_modules import KeepsAside
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.folding import adapted, opened
 from peftc.runtime.gates import gated
 from peftc.runtime.inputs import Dropout, first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
-from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
+from peftc.runtime.merged import merged_parameters
+from peftc.runtime.merging import Merging
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path, compose
 from peftc.runtime.reading import as_read
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
@@ -42,7 +46,7 @@ class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
-class TunerLayer(KeepsAside, BaseTunerLayer):
+class TunerLayer(Merging, BaseTunerLayer):
     """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
 
     The base layer may itself be one, of another method: then the adapters of that come first.
@@ -80,6 +84,8 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
+        self._is_aside = False
+        self._nest()
         self._choose_path()
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -255,10 +261,22 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         self._choose_path()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapters act, or not. Trainability stays as it is."""
+        """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
+        keep(self)
+        self._disabled = not enabled
+        if self._shared.merges:
+            self.settle()
+        self._take_path()
+
+    def _take_path(self) -> None:
         state = self.__dict__
-        state["_disabled"] = not enabled
-        state["_path"] = state["_composed"] if enabled else state["_modules"]["base_layer"]
+        state["_path"] = state["_modules"]["base_layer"] if self._disabled else state["_composed"]
+
+    def _nest(self) -> None:
+        """Let a wrapper below know this one."""
+        self.__dict__["_outer"] = None
+        if isinstance(self.base_layer, TunerLayer):
+            self.base_layer.__dict__["_outer"] = ref(self)
 
     def _choose_path(self) -> None:
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
@@ -270,13 +288,15 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
         if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
             path = gated(path, self._shared, under, pending)
         state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
-        self.enable_adapters(not self._disabled)
+        self._take_path()
 
     def _pending(self) -> list[Part]:
-        """Active adapters that are not merged, first to last."""
+        """What acts beside the weights in place, first to last: active adapters that are not merged into them."""
+        if self._is_aside:
+            return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def aside(self) -> dict[str, nn.Parameter]:
+    def aside(self) -> dict[str, nn.Parameter | None]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
@@ -305,10 +325,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
     @property
     def disable_adapters(self) -> bool:
         return self._disabled
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
 
     # the layer ----------------------------------------------------------------------------------------------------
 
@@ -362,45 +378,6 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     # merging ------------------------------------------------------------------------------------------------------
 
-    @whole
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
-        with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
-
-        The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
-        """
-        for layer in self.chain():
-            layer._merge_own(safe_merge, adapter_names)
-
-    def _merge_own(self, check: bool, wanted: Sequence[str] | None) -> None:
-        wanted = self._active if wanted is None else wanted
-        names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
-        if not names:
-            return
-        self._refuse_order(names)
-        base = self.get_base_layer()
-        keep(self, self._shared)
-        keep_entries(self.merged_adapters, self._pristine, base._parameters)
-        for name, parameter in self.merged_parameters(names, check).items():
-            own = base._parameters[name]
-            assert own is not None
-            self._pristine.setdefault(name, own)
-            base._parameters[name] = parameter
-        self.merged_adapters.extend(names)
-        self._shared.merges = True
-        self._choose_path()
-
-    def _refuse_order(self, names: Sequence[str]) -> None:
-        """Merged, these act before what is pending below: only sums may change places."""
-        below = self._under.between()
-        own = [self._parts[name] for name in names]
-        if not below or all(part.tuner.additive for part in (*below, *own)):
-            return
-        where, first = own[0].path, ", ".join(f"`{part.view.adapter}`" for part in below)
-        what = f"Merging {', '.join(f'`{name}`' for name in names)} alone would change places with {first}"
-        fix = f"Merge {first} as well, or deactivate it before."
-        raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=where))
-
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
         base = self.base_layer
@@ -408,46 +385,26 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
-        base = self.get_base_layer()
         parts = [
             wrapper._parts[name].fixed(training=False)
             for wrapper in self.chain()
             for name in names
             if name in wrapper._parts and name not in wrapper.merged_adapters
         ]
-        with torch.no_grad():
-            logical = adapted(self._under, parts)
-            before = self.backend.opened(base)
-            changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
-            if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-                raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
-            result = {}
-            for name, tensor in changed.items():
-                own = base._parameters[name]
-                assert own is not None
-                stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
-                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-            return result
+        return merged_parameters(self._under, parts, check)
 
-    @whole
-    def unmerge(self) -> None:
-        """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
-        for layer in reversed(self.chain()):
-            if layer.merged_adapters:
-                base = layer.get_base_layer()
-                keep(layer)
-                keep_entries(base._parameters)
-                base._parameters.update(layer._pristine)
-                layer.merged_adapters, layer._pristine = [], {}
-                layer._choose_path()
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
         with torch.no_grad():
             before = self.backend.opened(self.get_base_layer())
             after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
-            return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
@@ -492,10 +449,12 @@ class TunerLayer(KeepsAside, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views and the chosen path refer to this object's containers: a copy makes its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_under", "_parts")}
+        own = ("_path", "_composed", "_under", "_parts", "_outer")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
+        self._nest()
         self._parts = {}
         for adapter, (site, tuner) in self._sites.items():
             self._view(adapter, tuner.dropout(site.config))

@@ -7,86 +7,24 @@ layer's kind admits. If one of them can only change parameters, all do, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftc import rules
-from peftc.diagnostics import Diagnostic, PeftcError
-from peftc.graph.nodes import Kind
 from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.ops.recomputed import can_recompute, recomputed
-from peftc.ops.transposed import transposed
-from peftc.registry.boundary import guarded
-from peftc.runtime.backends import BACKENDS, Backend
-from peftc.runtime.experts import over_experts
+from peftc.runtime.backends import Backend
+from peftc.runtime.folding import adapted, folded, form_of_output, opened, trained_of
+from peftc.runtime.parts import Part, Under
 from peftc.runtime.storage import LayerView
-from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
-
-#: What each of a method's functions gives.
-_GIVES: Mapping[str, type[object]] = {
-    **dict.fromkeys(("branch", "input", "output"), Tensor),
-    **dict.fromkeys(("thin", "vectors"), tuple),
-    **dict.fromkeys(("params", "combine"), Mapping),
-}
 
 #: x and whatever else the layer is called with -> y
 Path = Callable[..., Tensor]
-
-
-class Part:
-    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one."""
-
-    __slots__ = ("dropout", "parameter", "path", "tuner", "view")
-
-    def __init__(
-        self,
-        tuner: MapTuner[Any],
-        view: LayerView,
-        path: str,
-        dropout: Callable[[Tensor], Tensor] | None,
-        parameter: str = "",
-    ) -> None:
-        self.parameter = parameter
-        self.tuner = tuner
-        self.view = view
-        self.path = path
-        self.dropout = dropout
-
-    def fixed(self, training: bool) -> Part:
-        """The same with this mode and the scaling of now. What is merged or combined must not depend on chance."""
-        return Part(
-            self.tuner, self.view.fixed(training), self.path, self.dropout if training else None, self.parameter
-        )
-
-    def over(self, tensors: dict[str, Tensor]) -> Part:
-        """The same with other tensors in its slots, by name."""
-        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout, self.parameter)
-
-    def lowering(self, name: str) -> Callable[..., Any]:
-        """One of the method's functions; what it raises names the plugin and the layer."""
-        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path, _GIVES[name])
-
-
-@dataclass(frozen=True, slots=True)
-class Under:
-    """What a layer's adapters act on: `base`, which is called, and the base layer `inner` under all wrappers.
-
-    Where they differ, other methods are between them: `between` gives their adapters in effect, first to last. `aside` are
-    parameters of the base layer as they were before anything was merged into them.
-    """
-
-    base: nn.Module
-    inner: nn.Module
-    backend: Backend
-    between: Callable[[], Sequence[Part]]
-    aside: Callable[[], Mapping[str, Tensor]]
 
 
 def compose(under: Under, parts: Sequence[Part]) -> Path:
@@ -326,6 +264,9 @@ def _along(change: Callable[..., Tensor], view: LayerView, axis: int) -> Callabl
 
 
 def _through_parameters(under: Under, parts: Sequence[Part]) -> Path:
+    for part in parts:
+        form_of_output(part)  # now, and not in a call
+
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return through_parameters(under, [*under.between(), *parts], args, kwargs)
 
@@ -353,13 +294,13 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
     running, pristine = opened(under)
-    trained = _trained(under)
+    trained = trained_of(under)
 
     def fold(parts: Sequence[Part], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         now = {**running, **trained}
-        folded = _folded(under, parts, now, pristine)
-        before = {} if beyond is None else _folded(under, parts[:beyond], now, pristine)
-        return {name: tensor - before[name] if before else tensor for name, tensor in folded.items()}
+        found = folded(under, parts, now, pristine)
+        before = {} if beyond is None else folded(under, parts[:beyond], now, pristine)
+        return {name: tensor - before[name] if name in before else tensor for name, tensor in found.items()}
 
     alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
     if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0], args[0].dtype):
@@ -385,113 +326,3 @@ def _linear_folded(
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
     return linear_folded(x, refold, [*(tensor for own in slots for tensor in own.values()), *trained.values()])
-
-
-def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The base layer's logical parameters: as they are, and as they were before any merge."""
-    running = under.backend.opened(under.inner)
-    aside = {name: under.backend.to_logical(name, own.detach()) for name, own in under.aside().items()}
-    return running, {**running, **aside}
-
-
-def _trained(under: Under) -> dict[str, Tensor]:
-    """Logical parameters of the base layer that train along, such as its bias, part of the graph."""
-    return {
-        name: under.backend.to_logical(name, own)
-        for name, own in under.inner._parameters.items()
-        if own is not None and own.requires_grad
-    }
-
-
-def adapted_as_trained(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
-    """The same as `adapted`, differentiable in parameters of the base layer that train along too."""
-    running, pristine = opened(under)
-    return _folded(under, parts, {**running, **_trained(under)}, pristine)
-
-
-def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
-    """The base layer's logical parameters with the adapters folded in, in activation order; the first change of each to
-    the running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
-    return _folded(under, parts, *opened(under))
-
-
-def _folded(
-    under: Under, parts: Sequence[Part], running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    base, backend = under.inner, under.backend
-    for part in parts:
-        dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
-        if part.parameter:
-            p, p0 = ({"weight": tensors[part.parameter].to(dtype)} for tensors in (running, pristine))
-            running = {**running, part.parameter: _changed_parameter(base, backend, part, p, p0)}
-            continue
-        p = {name: tensor.to(dtype) for name, tensor in running.items()}
-        p0 = {name: tensor.to(dtype) for name, tensor in pristine.items()}
-        running = {**running, **_changed(base, backend, part, p, p0)}
-    return running
-
-
-def _changed_parameter(
-    base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
-) -> Tensor:
-    """The weights of all experts; where the mathematics is that of one, as it changes a linear layer's."""
-    tuner = part.tuner
-    if not isinstance(tuner, PerExpert):
-        return _changed(base, backend, part, p, p0)["weight"]
-    one, linear = tuner.one, BACKENDS[Kind.LINEAR]
-
-    def fold(view: LayerView, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _changed(base, linear, Part(one, view, part.path, None), p, p0)
-
-    return over_experts(tuner, part.view, fold, p, p0)
-
-
-def _changed(
-    base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    tuner, view = part.tuner, part.view
-    if "params" in tuner.lowerings:
-        changed = dict(part.lowering("params")(view, p, p0))
-        if not changed.keys() <= p.keys():
-            raise PeftcError(_of_no_parameter(part, p, changed))
-        return changed
-    if "thin" in tuner.lowerings:
-        A, B, scale = part.lowering("thin")(view)
-        if view.layer.experts:
-            return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
-        return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
-    if "vectors" in tuner.lowerings and backend.vector_axis is not None:
-        index, values = part.lowering("vectors")(view)
-        rows = values if backend.vector_axis == 0 else values.t()
-        return {**p, "weight": p["weight"].index_copy(backend.vector_axis, index, rows.to(p["weight"].dtype))}
-    if not tuner.lowerings & {"input", "output"}:
-        what = f"{view.config.peft_type} says what it adds to an output, not how it changes the weight"
-        fix = "Keep it beside the model, alone on its layer; the plugin would have to give `params` or `thin`."
-        if tuner.beside:
-            what = f"The update of `{part.path}` is no change of its weight: {tuner.beside}"
-            fix = "Keep the adapter beside the model, or exclude such layers when it is trained (`exclude_modules`)."
-        raise PeftcError(rules.CANNOT_MERGE(what, fix=fix, where=part.path))
-    changed = dict(p)
-    if "input" in tuner.lowerings:
-        changed["weight"] = _weight_after_input(base, backend, part, changed["weight"])
-    if "output" in tuner.lowerings:
-        output = part.lowering("output")
-        changed["weight"] = output(view, changed["weight"].t()).t()
-        if "bias" in changed and not tuner.spares_bias:
-            changed["bias"] = output(view, changed["bias"])
-    return changed
-
-
-def _of_no_parameter(part: Part, known: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> Diagnostic:
-    names = ", ".join(f"`{name}`" for name in changed if name not in known)
-    what = f"`params` of {part.view.config.peft_type} gives {names}, which the layer has not; it has {', '.join(known)}"
-    fix = "Give only parameters that are in `p`: `a.layer.has_bias` tells whether there is a bias."
-    return rules.PLUGIN_INVALID(what, fix=fix, where=part.path)
-
-
-def _weight_after_input(base: nn.Module, backend: Backend, part: Part, weight: Tensor) -> Tensor:
-    """`W M` where `input` is `x -> M x`: the vector-Jacobian product of `input` at W, so M is never formed."""
-    patches = part.tuner.input_space == "patches"
-    rows = backend.input_rows(weight, base, patches)
-    product = transposed(lambda x: part.lowering("input")(part.view, x), rows)
-    return backend.from_input_rows(product, weight, base, patches)

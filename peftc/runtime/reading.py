@@ -10,7 +10,8 @@ from torch import Tensor
 from peftc import rules
 from peftc.diagnostics import PeftcError, Severity
 from peftc.runtime.call import Shared
-from peftc.runtime.paths import Part, Under, adapted_as_trained
+from peftc.runtime.folding import adapted_as_trained
+from peftc.runtime.parts import Part, Under
 
 #: Lowerings that change a weight and nothing else.
 _OF_WEIGHTS = frozenset({"thin", "vectors"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -117,9 +117,16 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return self.original_module
         return self.modules_to_save[self._active]
 
+    def of(self, names: Iterable[str]) -> nn.Module:
+        """The module with these adapters in effect, whichever are now: the copy of the first that has one."""
+        own = self.modules_to_save._modules
+        return next((twin for name in names if (twin := own.get(name)) is not None), self.original_module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._shared.call if self._shared.by_rows and not self._disabled else None
-        return self.current(*args, **kwargs) if call is None else self._by_rows(call, args, kwargs)
+        if call is None or not call.adapters:
+            return self.current(*args, **kwargs)
+        return self._by_rows(call, args, kwargs)
 
     def _by_rows(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -24,13 +24,14 @@ from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
 from peftc.runtime.calls import CallModule
 from peftc.runtime.drift import drift, home_of
-from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
-from peftc.runtime.together import keep_ties, merged_already, refuse_clashes
+from peftc.runtime.switched import switch
+from peftc.runtime.together import gained, keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -121,6 +122,7 @@ class Session:
                 self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
+            self.base.act(self.active if self.enabled else ())
 
     def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around modules."""
@@ -267,7 +269,7 @@ class Session:
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, trainable)
-        self._activate(names)
+        self.activate(names)
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if these adapters cannot act at the same time."""
@@ -277,7 +279,8 @@ class Session:
         layer = self.layer_of(plan.name, path)
         return None if layer is None else layer.part(plan.name).tuner
 
-    def _activate(self, names: Sequence[str]) -> None:
+    def activate(self, names: Sequence[str]) -> None:
+        """Let these adapters act, in this order. What requires gradients stays as it is."""
         keep(self.shared)
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
@@ -289,6 +292,7 @@ class Session:
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
         self.active = tuple(names)
+        self.base.act(self.active if self.enabled else ())
 
     def _take_out_merged(self, names: Sequence[str]) -> None:
         """Unmerge, with a warning, before others than the active adapters are activated."""
@@ -305,7 +309,7 @@ class Session:
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
-        self._activate([*others, name])
+        self.activate([*others, name])
 
     @whole
     def let_rows_differ(self) -> None:
@@ -336,18 +340,9 @@ class Session:
         for parameter in self.base.trained(self.plans[name]).values():
             keep_trained(parameter, required)
 
-    @whole
     def enable(self, enabled: bool) -> None:
-        """Let the active adapters act, or not."""
-        if enabled == self.enabled:
-            return
-        keep(self)
-        of = (self.layers_of, self.modules_of, self.copies_of)
-        wrappers = [wrapper for name in self.active for found in of for wrapper in found(name)]
-        note(_enable, wrappers, [not wrapper.disable_adapters for wrapper in wrappers])
-        for wrapper in wrappers:
-            wrapper.enable_adapters(enabled)
-        self.enabled = enabled
+        """Let the active adapters, and merged ones, act, or not."""
+        switch(self, enabled)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` naming every adapter that is not there."""
@@ -383,7 +378,7 @@ class Session:
         self.steps.pop(name, None)
         self.readers.pop(name, None)
         self.base.restore([name])
-        self._activate([n for n in self.active if n != name])
+        self.activate([n for n in self.active if n != name])
 
     @whole
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
@@ -399,8 +394,12 @@ class Session:
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
+            for layer in self.layers[path].chain() if not self.enabled else ():
+                layer.enable_adapters(False)
             self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
+        warn(gained(self.layers))
+        self.base.still()
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -455,12 +454,13 @@ class Session:
             keep_entries(holder._modules)
             holder.clear()
 
-    def keep_trained(self) -> None:
-        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
+    def keep_trained(self, names: Iterable[str]) -> None:
+        """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
         self.base.keep_changes()
+        merged = (*names, *self.merged)
         keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
-            self._put_back(path, copy.current)
+            self._put_back(path, copy.of(merged))
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:
@@ -489,11 +489,6 @@ class Session:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict(keep_vars=True).items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
-        tensors |= self.base.trained(plan)
+        tensors |= self.base.values(plan)
         caller = self.caller(name)
         return tensors if caller is None else tensors | caller.tensors()
-
-
-def _enable(wrappers: Sequence[TunerLayer | ModuleWrapper | ModulesToSaveWrapper], enabled: Sequence[bool]) -> None:
-    for wrapper, acts in zip(wrappers, enabled, strict=True):
-        wrapper.enable_adapters(acts)

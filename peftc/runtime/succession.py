@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from peftc import rules
-from peftc.diagnostics import PeftcError, warn
+from peftc.diagnostics import PeftcError, Severity, warn
 from peftc.runtime.journal import whole
 
 if TYPE_CHECKING:
@@ -39,6 +39,17 @@ def delete(session: Session, names: Iterable[str], trained: bool = False) -> Non
         tell(acted, heir)
         if heir is not None:
             session.set_active([heir], trainable=trained)
+
+
+def make_room(session: Session | None, name: str) -> None:
+    """Remove an adapter, with a warning, for another of its name. Raises `PeftcError`: it is merged, or weighed by another."""
+    if session is None or name not in session.plans:
+        return
+    session.refuse_merged(name)
+    _refuse_weighed(session, [name])
+    what = f"There was an adapter `{name}`, and the new one takes its place"
+    warn([rules.ADAPTER_EXISTS(what, fix="Use another name to have both.", severity=Severity.WARNING)])
+    session.remove(name)
 
 
 def _refuse_weighed(session: Session, names: Iterable[str]) -> None:

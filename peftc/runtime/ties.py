@@ -47,7 +47,7 @@ def _merged(session: Session, name: str, adapters: Sequence[str]) -> Tensor | No
     """A parameter of the base model as it will be after merging."""
     for path, copy in session.copies.items():
         if name.startswith(f"{path}."):
-            return copy.current.get_parameter(name.removeprefix(f"{path}."))
+            return copy.of((*adapters, *session.merged)).get_parameter(name.removeprefix(f"{path}."))
     path, _, tail = name.rpartition(".")
     layer, module = session.layers.get(path), session.find(path)
     if layer is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from peftc import rules
+from peftc.compiler.draft import listed
 from peftc.compiler.modules import TunerOf, together
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import Diagnostic, PeftcError
@@ -20,6 +21,15 @@ def refuse_clashes(plans: Sequence[AdapterPlan], tuner_of: TunerOf) -> None:
     clashes = tuple(together(plans, tuner_of))
     if clashes:
         raise PeftcError(clashes)
+
+
+def gained(layers: Mapping[str, TunerLayer]) -> Iterator[Diagnostic]:
+    """What to say of layers that have a bias only because an adapter was merged into them."""
+    paths = [path for path, layer in layers.items() if any(wrapper.gained for wrapper in layer.chain())]
+    if paths:
+        what = f"{listed(paths)}: the layer had no bias, and has one now"
+        fix = "Use the merged model as it is, or keep the adapter beside it; what is saved of it does not load as a whole."
+        yield rules.BIAS_GAINED(what, fix=fix, where=paths[0])
 
 
 def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:

@@ -282,8 +282,9 @@ class TunerModel(nn.Module):
         session = self.session
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
         refuse_parting(session, adapter_names)
+        session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
-        session.keep_trained()
+        session.keep_trained(session.active if adapter_names is None else adapter_names)
         return self._left(session)
 
     @whole

@@ -128,7 +128,9 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     for plan in plans:
         copied = tuple(f"{plan.root}{save.path}." for save in plan.saves)
         tensors |= {
-            key: tensor for key, tensor in session.tensors(plan.name).items() if copied and key.startswith(copied)
+            key: tensor.detach().clone()  # the new adapter's own
+            for key, tensor in session.tensors(plan.name).items()
+            if copied and key.startswith(copied)
         }
     return Combined((tuner.of_rank(config, rank) if rank else None) or config, frozenset(members), tensors)
 

@@ -232,7 +232,9 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def output(self, a: View, y: Tensor) -> Tensor:
-        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`."""
+        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`. It may
+        add a constant, which is merged into the bias: a layer without one gets it, if its kind has any. What is neither is
+        not merged; then give `branch`."""
         raise NotImplementedError
 
     def vectors(self, a: View) -> tuple[Tensor, Tensor]:

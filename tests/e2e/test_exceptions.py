@@ -198,7 +198,7 @@ PROGRAMS: dict[str, Program] = {
 
 
 #: what the reference refuses and peftc does
-WORKS = {"rows while training", "a mixed model's status", "a prompt loaded to train"}
+WORKS = {"groups that a method cannot do", "rows while training", "a mixed model's status", "a prompt loaded to train"}
 
 
 def _checkpointed(lib: Any) -> None:

@@ -111,7 +111,7 @@ class Examples:
     def document(self, rng: random.Random, place: Path) -> Path:
         """A damaged spec or config."""
         is_config = rng.random() < 0.35
-        data = mutate.changed(rng.choice(self.configs if is_config else self.specs), rng, self.keys)
+        data = mutate.changed(rng.choice(self.configs if is_config else self.specs), rng, self.keys, gently=0.3)
         file = place / (CONFIG_NAME if is_config else rng.choice(["spec.json", "spec.yaml"]))
         raw = mutate.as_json(data, rng)
         if file.suffix == ".yaml" and rng.random() < 0.5:
@@ -130,9 +130,9 @@ class Examples:
             if part == WEIGHTS:
                 file.write_bytes(mutate.weights(file.read_bytes(), rng, self.keys))
             elif file.exists():
-                data = mutate.changed(json.loads(file.read_text()), rng, self.keys)
+                data = mutate.changed(json.loads(file.read_text()), rng, self.keys, gently=0.7)
                 raw = mutate.as_json(mutate.signed(data) if part == PLAN and rng.random() < 0.9 else data, rng)
-                file.write_bytes(mutate.mangled(raw, rng) if rng.random() < 0.1 else raw)
+                file.write_bytes(mutate.mangled(raw, rng) if rng.random() < 0.05 else raw)
         return subject, target
 
 
@@ -179,7 +179,7 @@ def _validate(found: Examples, rng: random.Random, place: Path) -> Callable[[], 
 
 def _plan(found: Examples, rng: random.Random, place: Path) -> Callable[[], object]:
     spec = copy.deepcopy(rng.choice(found.specs))
-    spec["adapters"] = mutate.changed(spec["adapters"], rng, found.keys)
+    spec["adapters"] = mutate.changed(spec["adapters"], rng, found.keys, gently=0.5)
     del spec["checks"]
     if rng.random() < 0.2:
         spec["checks"] = mutate.changed(CHECKS, rng, found.keys)
@@ -266,7 +266,7 @@ def _used(plan: Any) -> None:
 
 
 def _graph_file(found: Examples, rng: random.Random, place: Path) -> Callable[[], object]:
-    raw = mutate.as_json(mutate.changed(json.loads(found.graph.read_text()), rng, found.keys), rng)
+    raw = mutate.as_json(mutate.changed(json.loads(found.graph.read_text()), rng, found.keys, gently=0.8), rng)
     file = place / "graph.json"
     file.write_bytes(mutate.mangled(raw, rng) if rng.random() < 0.2 else raw)
     spec = place / "spec.json"
@@ -276,7 +276,7 @@ def _graph_file(found: Examples, rng: random.Random, place: Path) -> Callable[[]
 
 def _cache(found: Examples, rng: random.Random, place: Path) -> Callable[[], object]:
     _, _, body = found.cached.read_bytes().partition(b"\n")
-    body = mutate.as_json(mutate.changed(json.loads(body), rng, found.keys), rng)
+    body = mutate.as_json(mutate.changed(json.loads(body), rng, found.keys, gently=0.8), rng)
     header = {"label": "x", "sha256": hashlib.sha256(body).hexdigest()}
     raw = json.dumps(mutate.changed(header, rng, found.keys) if rng.random() < 0.2 else header).encode() + b"\n" + body
     graphs = place / "cache" / "graphs"
@@ -316,7 +316,13 @@ def _python(found: Examples, rng: random.Random) -> Callable[[], object]:
     config = rng.choice(found.configs)
     options = {key: value for key, value in config.items() if key not in ("peft_type", "peft_version")}
     for _ in range(rng.choice([1, 1, 2, 3])):
-        options[rng.choice([*options, *found.keys])] = rng.choice([*odd, round_, *mutate.VALUES])
+        key = rng.choice(list(config) if rng.random() < 0.9 else found.keys)
+        values = (
+            [*odd, round_, *mutate.VALUES]
+            if rng.random() < 0.6
+            else [1, 2, 0.5, True, None, "all-linear", ["q_proj"], {}]
+        )
+        options[key] = rng.choice(values)
     cls = default_registry().get(config["peft_type"]).config
 
     def act() -> None:
@@ -335,9 +341,9 @@ def _graph(file: str) -> Any:
 
 
 def _base(found: Examples, rng: random.Random, place: Path) -> Callable[[], object]:
-    config = mutate.changed(rng.choice(BASES), rng, found.keys)
+    config = mutate.changed(rng.choice(BASES), rng, found.keys, gently=0.6)
     task = rng.choice([None, "CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"])
-    options = json.loads(found.simple.read_text())["adapters"]["default"]
+    options = {**json.loads(found.simple.read_text())["adapters"]["default"], "target_modules": "all-linear"}
     spec = {"version": 1, "base": {"config": config, "task_type": task}, "adapters": {"a": options}}
     file = place / "spec.json"
     file.write_bytes(mutate.as_json(spec, rng))

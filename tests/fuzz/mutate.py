@@ -58,8 +58,10 @@ def labels() -> list[str]:
     return sorted({*options, *others, "runtime_config", "peftc_plugin", "__class__"})
 
 
-def changed(data: Any, rng: Rng, keys: list[str], values: list[Any] = VALUES) -> Any:
-    """The data with one to five changes of its structure."""
+def changed(data: Any, rng: Rng, keys: list[str], values: list[Any] = VALUES, gently: float = 0.0) -> Any:
+    """The data with one to five changes of its structure, or by that chance with some that keep its form."""
+    if rng.random() < gently:
+        return nudged(data, rng)
     data = copy.deepcopy(data)
     for _ in range(rng.choice([1, 1, 1, 2, 2, 3, 5])):
         places = list(_places(data))
@@ -69,6 +71,39 @@ def changed(data: Any, rng: Rng, keys: list[str], values: list[Any] = VALUES) ->
                 return copy.deepcopy(rng.choice(values))
             continue
         _change(data, place, rng, keys, values)
+    return data
+
+
+def nudged(data: Any, rng: Rng) -> Any:
+    """The data with one to three changes that keep its form: other numbers, names from elsewhere in it, rows in another
+    order, missing or twice. What comes of it gets past whoever looks at types."""
+    data = copy.deepcopy(data)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        places = [place for place in _places(data) if place]
+        place = rng.choice(places)
+        holder = data
+        for part in place[:-1]:
+            holder = holder[part]
+        value = holder[place[-1]]
+        if isinstance(value, bool):
+            holder[place[-1]] = not value
+        elif isinstance(value, int):
+            holder[place[-1]] = rng.choice([0, 1, 2, 3, value + 1, max(value - 1, 0), value * 2, 2**31, 2**40, 2**62])
+        elif isinstance(value, str):
+            texts = [found for at in rng.sample(places, min(8, len(places))) if isinstance(found := _at(data, at), str)]
+            holder[place[-1]] = rng.choice(
+                [*texts, "", value + "x", value[:-1], value.replace(".", ".0.", 1), "weight"]
+            )
+        elif isinstance(value, list) and value:
+            index = rng.randrange(len(value))
+            value[index : index + 1] = rng.choice([[], [value[index]] * 2, [copy.deepcopy(rng.choice(value))]])
+            rng.shuffle(value) if rng.random() < 0.2 else None
+    return data
+
+
+def _at(data: Any, place: Path) -> Any:
+    for part in place:
+        data = data[part]
     return data
 
 
@@ -177,7 +212,7 @@ def weights(raw: bytes, rng: Rng, keys: list[str]) -> bytes:
     """A safetensors file whose header or content was changed, consistently or not."""
     length = struct.unpack("<Q", raw[:8])[0]
     header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    operation = rng.randrange(11)
+    operation = rng.randrange(12)
     if operation == 0:
         return raw[: rng.randrange(len(raw))]
     if operation == 1:
@@ -202,6 +237,11 @@ def weights(raw: bytes, rng: Rng, keys: list[str]) -> bytes:
         header[name + rng.choice(["", "x", ".default"])] = header.pop(name)
     elif operation == 9:
         body = (rng.choice([b"\xff", b"\x00", b"\x7f\xc0"]) * len(body))[: len(body)]
+    elif operation == 10:
+        told = header.get("__metadata__", {})
+        for name, text in told.items():
+            if text[:1] in ("{", "["):  # facts that are kept as JSON
+                told[name] = json.dumps(changed(json.loads(text), rng, keys))
     else:
         header["__metadata__"] = rng.choice([{}, {"a" * 1000: "b" * 10**5}, {"format": "\x1b[2J"}, None, [], {"a": 1}])
     text = json.dumps(header).encode()

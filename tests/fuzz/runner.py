@@ -76,6 +76,9 @@ def run_case(entry: Entry, seed: int, number: int, place: Path, outcome: Outcome
             str(error)
         except KeyboardInterrupt:
             raise
+        except RuntimeError as error:
+            # a tensor that a plan may well name and this machine cannot hold: callers react to that exception by its type
+            kind = "" if "can't allocate memory" in str(error) else _where(error)
         except BaseException as error:
             kind = _where(error)
     took = time.process_time() - start

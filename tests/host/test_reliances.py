@@ -331,6 +331,22 @@ def test_modules_are_counted_while_a_model_is_built() -> None:
     nn.ModuleList([nn.Linear(1, 1) for _ in range(5)])  # not after it
 
 
+@pytest.mark.parametrize("move", ["to", "half", "to_empty"])
+def test_casts_and_moves_come_down_to_one_function_of_every_module(move: str) -> None:
+    outer = nn.Sequential(torch_modules.KeepsAside())
+    keeper = outer[0]
+    assert isinstance(keeper, torch_modules.KeepsAside)
+    keeper._pristine["weight"] = own = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    if move == "to_empty":
+        outer.to_empty(device="meta")
+        assert keeper._pristine["weight"].is_meta
+        return
+    outer.to(torch.float16) if move == "to" else outer.half()
+    assert keeper._pristine["weight"] is own
+    assert own.dtype == torch.float16
+    assert not list(outer.parameters()), "what is aside is no part of the model"
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_repeat_what_is_given_in_place_of_a_function(
     reentrant: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import transformers
 from safetensors.torch import load_file
 
 from peftc import rules
+from peftc.checkpoint import save as saving
+from peftc.checkpoint.atomic import STAGING
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import PeftcError
 from peftc.integrations.transformers import training
@@ -265,19 +268,33 @@ def test_a_loss_that_is_not_finite_stops_the_training(method: TunerMethod, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_state.pt", "adapter_model.safetensors"])
 def test_a_full_disk_leaves_the_checkpoint_before(
-    method: TunerMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: TunerMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    save = torch.save
+    pickles, tensors = torch.save, saving.write_tensors
+    seen = 0
 
-    def full_at_step_4(what: Any, file: Any, **rest: Any) -> None:
-        if "checkpoint-4" in str(file):
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-        save(what, file, **rest)
+    def count(file: Any, error: Exception) -> None:
+        nonlocal seen
+        seen += Path(str(file)).name == name
+        if seen == 2:
+            raise error
 
-    monkeypatch.setattr(torch, "save", full_at_step_4)
+    def save(what: Any, file: Any, **rest: Any) -> None:
+        count(file, RuntimeError(f"PytorchStreamWriter failed writing {file}: file write failed"))
+        pickles(what, file, **rest)
+
+    def write(file: Path, content: Any, *rest: Any) -> None:
+        count(file, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)))
+        tensors(file, content, *rest)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(saving, "write_tensors", write)
     error = refused(lambda: fit(adapted(method), rows(), PAD, section(), tmp_path))
     assert error.diagnostics[0].code == rules.SAVE_FAILED.code
+    assert "checkpoint-4" in str(error)
+    assert STAGING not in str(error)  # a name that means nothing to a user
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     assert fit(adapted(method), rows(), PAD, section(), tmp_path, resume=True).first_step == 3

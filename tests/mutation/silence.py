@@ -34,6 +34,7 @@ PROVOKED = {
     ),
     "NOT_IDENTITY": "tests/methods/test_hra.py::test_a_start_that_is_not_the_identity_is_warned_of[options0]",
     "CANNOT_CONVERT": f"{_CONVERSION}test_a_changed_bias_is_not_lost",
+    "BIAS_GAINED": "tests/runtime/test_affine.py::test_a_bias_that_was_not_there_is_told",
     "CONVERSION_LOSES": f"{_CONVERSION}test_the_error_is_warned_of",
     "NOT_CONFORMANT": "tests/mutation/test_kit.py::test_check_raises_everything_or_returns_the_report",
     "LAZY_LAYER": "tests/unit/test_snapshot.py::test_lazy_layers_are_all_named",

@@ -47,6 +47,7 @@ from peftc.runtime import (
     conversion,
     drift,
     layer,
+    merging,
     planning,
     session,
     storage,
@@ -177,11 +178,11 @@ CASES = {
     ),
     "deleting what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
-        (succession, "session.require(gone)", "pass"), "nobody does not exist",
+        (succession, "    session.require(gone)\n", "    gone = []\n"), "nobody does not exist",
     ),
     "merging what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.merge_adapter(["default", "nobody"]),
-        (session, "self.require(names)\n        if not names:", "if not names:"), "nobody does not exist",
+        (session, "        self.require(names)\n        if not names", "        if not names"), "nobody does not exist",
     ),
     "saving what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.save_pretrained("nowhere", selected_adapters=["nobody"]),
@@ -229,11 +230,11 @@ CASES = {
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
-        (layer, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "The adapter default seems to be broken",
+        (merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "The adapter default seems to be broken",
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
-        (runtime_model, "if session is None or not self.peft_config:", "if session is None:"), "has no adapter any more",
+        (runtime_model, "if session is None or (not session.plans", "if session is None or (False"), "has no adapter any more",
     ),
     "merging a prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_adapter(),
@@ -437,7 +438,7 @@ CASES = {
     ),
     "a merge that would change the order": Case(
         rules.MERGE_ORDER, nested, lambda m: m.merge_adapter(["other"]),
-        (layer, "if not below or all(", "if True or all("), "Merging `other` alone would change places with `default`",
+        (merging, "if not below or all(", "if True or all("), "Merging `other` alone would change places with `default`",
     ),
     "fewer names than rows": Case(
         rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names=["default"]),
@@ -489,7 +490,11 @@ CASES = {
     ),
     "rows while merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m(x(), adapter_names=["other"] * 5),
-        (rows, "if session.merged:", "if False:"), "Merged adapters act on every row: `default`, `other`",
+        (rows, "if session.merged and", "if False and"), "Merged adapters act on every row: `default`, `other`",
+    ),
+    "rows beside trained biases": Case(
+        rules.CALL_NOT_POSSIBLE, lambda: adapted(narrow(bias="all")), lambda m: m(x(), adapter_names=["default", *["__base__"] * 4]),
+        (rows, "if plan.trains and set", "if False and set"), "`default` trains biases of the base model",
     ),
     "rows with a prompt": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), adapter_names=["default"] * len(ids())),

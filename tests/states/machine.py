@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from peftc import PeftcError, PeftModel, get_peft_model, rules
 from peftc.diagnostics import PeftcWarning
 from peftc.helpers import rescale_adapter_scale
+from peftc.model.hotswap import hotswap_adapter
+from peftc.model.state import set_peft_model_state_dict
+from peftc.runtime.layer import BaseTunerLayer
 from peftc.runtime.tuner_model import TunerModel
 from peftc.testing.models import seeded
 from tests.states.oracle import BASE, Adapter, Plain, output_of, plain_name, set_scale
@@ -74,13 +77,9 @@ class Machine(RuleBasedStateMachine):
     def plain_name(self, name: str) -> str:
         return plain_name(name, self.model, [adapter.plan for adapter in self.plain.adapters.values()])
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(t.dtype for t in self.plain.base.values() if t.is_floating_point())
-
     def computed(self, model: nn.Module, **options: Any) -> Tensor:
-        with torch.no_grad():
-            return output_of(self.world, model, self.dtype, **options)
+        with torch.no_grad(), seeded(5):
+            return output_of(self.world, model, self.plain.dtype, **options)
 
     def close(self, found: Tensor, wanted: Tensor, what: str) -> None:
         wanted = wanted.double()
@@ -123,10 +122,10 @@ class Machine(RuleBasedStateMachine):
     def adopted(self, name: str, config: Any) -> Adapter:
         """A new adapter with the tensors that it was given at random."""
         adapter = Adapter(self.world, name, config.model_copy(deep=True))
-        live, dtypes = self.live, adapter.facts
         aside = bool(adapter.plan.modules) and name not in self.plain.active
-        source = self.aside(name) if aside else live
-        adapter.tensors = {key: source[key].clone() for key in dtypes.own}
+        source = self.aside(name) if aside else self.live
+        shapes = adapter.facts.shapes
+        adapter.tensors = {key: _within(source[key], shapes[key]).clone() for key in adapter.facts.own}
         return adapter
 
     def aside(self, name: str) -> dict[str, Tensor]:
@@ -219,10 +218,8 @@ class Machine(RuleBasedStateMachine):
         must = [] if name in self.plain.adapters else [rules.ADAPTER_UNKNOWN.code]
         if name in self.plain.merged_names:
             must = [rules.WHILE_MERGED.code]
-        if not must and (len(self.plain.adapters) == 1 or name in self.plain.active):
-            return
         if self.attempt(lambda: self.model.delete_adapter(name), must):
-            self.plain.delete(name)
+            self.plain.delete_and_succeed(name)
 
     @rule(name=st.sampled_from(NAMES), requires=st.booleans())
     def require(self, name: str, requires: bool) -> None:
@@ -230,7 +227,7 @@ class Machine(RuleBasedStateMachine):
         if self.attempt(lambda: self.model.set_requires_grad(name, requires), must):
             self.plain.adapters[name].requires = requires
 
-    @precondition(lambda self: self.layered)
+    @precondition(lambda self: self.layered and self.plain.adapters)
     @rule(data=st.data(), scale=st.sampled_from([0.5, 1.0, 2.0]))
     def scale(self, data: st.DataObject, scale: float) -> None:
         name = data.draw(st.sampled_from(sorted(self.plain.adapters)), "adapter")
@@ -279,7 +276,8 @@ class Machine(RuleBasedStateMachine):
         if any(a.plan.modules for n, a in self.plain.adapters.items() if n in self.plain.active):
             must.append(rules.CALL_NOT_POSSIBLE.code)
         found: list[Tensor] = []
-        if self.attempt(lambda: found.append(self.computed(self.model, adapter_names=rows)), must):
+        random = self.plain.training and self.plain.adapters and self.is_random(self.computed(self.model))
+        if self.attempt(lambda: found.append(self.computed(self.model, adapter_names=rows)), must) and not random:
             wanted = self.plain.rows(rows if self.plain.enabled else [BASE] * count)
             self.close(found[0], wanted, "the output by rows")
 
@@ -292,7 +290,9 @@ class Machine(RuleBasedStateMachine):
                 for adapter in self.plain.adapters.values():
                     adapter.scale *= factor
                 if DISABLES_MERGED or self.plain.enabled or not self.plain.merged_names:
-                    self.close(self.computed(self.model), self.plain.output(), "the output rescaled")
+                    y = self.computed(self.model)
+                    if not (self.plain.training and self.is_random(y)):
+                        self.close(y, self.plain.output(), "the output rescaled")
         except PeftcError as error:
             assert error.diagnostics[0].code == rules.NOT_ADAPTED.code
         for name, scale in before.items():
@@ -300,20 +300,22 @@ class Machine(RuleBasedStateMachine):
 
     # merging ------------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.layered)
+    @precondition(lambda self: self.layered and self.plain.adapters)
     @rule(data=st.data(), safe=st.booleans())
     def merge(self, data: st.DataObject, safe: bool) -> None:
         some = st.lists(st.sampled_from(sorted(self.plain.adapters)), min_size=1, max_size=2, unique=True)
         names = data.draw(st.one_of(st.none(), some), "names")
         wanted = self.plain.active if names is None else names
-        must = []
-        if self.is_clash([*sorted(self.plain.merged_names), *wanted]):
-            must.append(CLASH)
-        if any(not self.plain.adapters[name].facts.merges for name in wanted):
-            must.append(rules.CANNOT_MERGE.code)
         may = [rules.MERGE_ORDER.code] if self.world.mixed else []
-        if self.attempt(lambda: self.model.merge_adapter(names, safe_merge=safe), must, may):
+        if self.attempt(lambda: self.model.merge_adapter(names, safe_merge=safe), self._unmergeable(wanted), may):
             self.plain.merge(wanted)
+
+    def _unmergeable(self, names: Sequence[str]) -> list[str]:
+        """Why these adapters cannot be merged, beside those that are."""
+        must = [CLASH] if self.is_clash([*sorted(self.plain.merged_names), *names]) else []
+        if any(not self.plain.adapters[name].facts.merges for name in names):
+            must.append(rules.CANNOT_MERGE.code)
+        return must
 
     @precondition(lambda self: self.layered)
     @rule()
@@ -327,7 +329,7 @@ class Machine(RuleBasedStateMachine):
     def step(self) -> None:
         """A step of training: gradients reach exactly what they should, and nothing else changes."""
         self.model.zero_grad(set_to_none=True)
-        y = output_of(self.world, self.model, self.dtype)
+        y = output_of(self.world, self.model, self.plain.dtype)
         grown = self.plain.grown()
         assert y.requires_grad == bool(grown), f"the output requires gradients: {y.requires_grad}"
         if not grown:
@@ -340,9 +342,9 @@ class Machine(RuleBasedStateMachine):
         assert found == grown, f"gradients: {sorted(found ^ grown)[:4]} are wrong"
         for name in found:
             self.moved(live[name])
-        for adapter in self.plain.adapters.values():
-            for name in found & set(adapter.tensors):
-                adapter.tensors[name] = live[name].detach().clone()
+        for owner, adapter in self.plain.adapters.items():
+            for name in () if self.plain.is_aside(owner) else found & set(adapter.tensors):
+                adapter.tensors[name] = _within(live[name].detach(), adapter.tensors[name].shape).clone()
                 adapter.changed()
         for name in found & set(self.plain.base):
             self.plain.base[name] = live[name].detach().clone()
@@ -374,7 +376,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(slot=st.sampled_from(SLOTS))
     def save(self, slot: str) -> None:
-        self.model.save_pretrained(self.folder / slot)
+        must = [] if self.plain.adapters else [rules.NOT_ADAPTED.code]
+        if not self.attempt(lambda: self.model.save_pretrained(self.folder / slot), must):
+            return
         content = {}
         for name in self.plain.adapters:
             place = self.place(slot, name)
@@ -383,7 +387,10 @@ class Machine(RuleBasedStateMachine):
                 wanted = self.plain.alike(name).alone.model.adapter_tensors(name)
             assert found.keys() == wanted.keys(), f"saved keys of {name}: {sorted(found.keys() ^ wanted.keys())[:4]}"
             for key, tensor in wanted.items():
-                assert torch.equal(found[key].double(), tensor.double()), f"saved {key} of {name}"
+                if self.plain.adapters[name].plan.prompt is not None:  # computed from its slots, in their dtype
+                    self.close(found[key], tensor, f"saved {key} of {name}")
+                else:
+                    assert torch.equal(found[key].double(), tensor.double()), f"saved {key} of {name}"
             content[name] = self.plain.alike(name)
         self.saved[slot] = {**self.saved.get(slot, {}), **content}
 
@@ -405,6 +412,146 @@ class Machine(RuleBasedStateMachine):
         with torch.no_grad():
             self.close(output_of(self.world, model, DTYPE), fresh.output(), "the output of a loaded adapter")
 
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), name=st.sampled_from(NAMES), trains=st.booleans())
+    def load(self, data: st.DataObject, name: str, trains: bool) -> None:
+        """What was saved, beside what is there or over it."""
+        place, new = self._saved(data, name)
+        old = self.plain.adapters.get(name)
+        must = self.cannot_join(new, [other for other in self.plain.adapters.values() if other is not old])
+        must += [rules.WHILE_MERGED.code] if name in self.plain.merged_names else []
+        if self.attempt(lambda: self.model.load_adapter(place, name, is_trainable=trains), must):
+            if not trains:
+                self.plain.training = False
+            new.requires = trains or (old is not None and old.requires)
+            self.plain.load(new)
+            self.take_dtypes(new)
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), name=st.sampled_from(NAMES))
+    def swap(self, data: st.DataObject, name: str) -> None:
+        """The values of what was saved, in place of an adapter's own."""
+        place, new = self._saved(data, name)
+        must = [] if name in self.plain.adapters else [rules.ADAPTER_UNKNOWN.code]
+        must += [rules.WHILE_MERGED.code] if name in self.plain.merged_names else []
+        may = [rules.CANNOT_SWAP.code, rules.NOTHING_LOADS.code]
+        if not self.attempt(lambda: hotswap_adapter(self.model, place, name), must, may):
+            return
+        old = self.plain.adapters[name]
+        config = self.model.peft_config[name]
+        if set(new.layers) != set(old.layers):  # the config is the new one's; layers stay
+            config = config.model_copy(update={"target_modules": set(old.layers)})
+        swapped = self.adopted(name, config)
+        swapped.requires = old.requires
+        self.plain.base |= {key: self.live[key].clone() for key in swapped.biases}
+        self.plain.adapters[name] = swapped
+        pristine = self.plain.pristine
+        for path in swapped.layers:
+            found = swapped.alone.folded(path, pristine, pristine)
+            wanted = (
+                new.alone.folded(path, pristine, pristine) if path in new.layers else {k: pristine[k] for k in found}
+            )
+            for key, tensor in found.items():
+                self.close(tensor, wanted[key], f"{key} with what was swapped in")
+
+    def _saved(self, data: st.DataObject, name: str) -> tuple[Path, Adapter]:
+        """Where one of the saved adapters is, and what it is under this name."""
+        slot = data.draw(st.sampled_from(sorted(self.saved)), "slot")
+        own = data.draw(st.sampled_from(sorted(self.saved[slot])), "saved adapter")
+        saved = self.saved[slot][own]
+        new = Adapter(self.world, name, saved.config.model_copy(deep=True))
+        pairs = zip(new.facts.own, saved.facts.own, strict=True)
+        new.tensors = {key: saved.tensors[other].clone() for key, other in pairs}
+        new.tensors |= {key: saved.tensors[key].clone() for key in saved.biases}
+        return self.place(slot, own), new
+
+    def take_dtypes(self, adapter: Adapter) -> None:
+        """Let tensors that were given to the model have the dtype that it has them in."""
+        there = self.aside(adapter.name) if self.plain.is_aside(adapter.name) else self.live
+        adapter.tensors = {key: tensor.to(there[key].dtype) for key, tensor in adapter.tensors.items()}
+        adapter.changed()
+
+    @precondition(lambda self: self.layered and self.plain.adapters)
+    @rule(data=st.data(), name=st.sampled_from(NAMES), way=st.sampled_from(["cat", "linear", "svd"]))
+    def combine(self, data: st.DataObject, name: str, way: str) -> None:
+        """A new adapter out of others, weighted; with `cat`, exactly their sum."""
+        some = st.lists(st.sampled_from(sorted(self.plain.adapters)), min_size=1, max_size=2, unique=True)
+        names = data.draw(some, "names")
+        weights = data.draw(st.lists(st.sampled_from([0.5, -1.0, 2.0]), min_size=len(names), max_size=len(names)))
+        must = [rules.ADAPTER_EXISTS.code] if name in self.plain.adapters else []
+        may = [rules.CANNOT_COMBINE.code, CLASH]
+        add = self.model.base_model.add_weighted_adapter
+        if not self.attempt(lambda: add(names, weights, name, combination_type=way), must, may):
+            return
+        new = self.adopted(name, self.model.peft_config[name])
+        self.plain.add(new)
+        pristine = self.plain.pristine
+        for path in new.layers:
+            parts = [self.plain.adapters[own] for own in names if path in self.plain.adapters[own].layers]
+            if way == "cat" and all(own.facts.layers[path].part(own.name).tuner.additive for own in (new, *parts)):
+                own, key = new.alone.folded(path, pristine, pristine), f"{path}.weight"
+                shares = dict(zip(names, weights, strict=True))
+                changes = [
+                    shares[p.name] * (p.alone.folded(path, pristine, pristine)[key] - pristine[key]) for p in parts
+                ]
+                self.close(own[key], pristine[key] + sum(changes), f"{key} of the combination")
+
+    @precondition(lambda self: self.plain.adapters)
+    @rule(data=st.data())
+    def put(self, data: st.DataObject) -> None:
+        """Values from a dictionary."""
+        name = data.draw(st.sampled_from(sorted(self.plain.adapters)), "adapter")
+        with seeded(self.count):
+            own = self.model.adapter_tensors(name)
+            given = {k: t + torch.rand_like(t) if t.is_floating_point() else t.clone() for k, t in own.items()}
+        must = [rules.WHILE_MERGED.code] if name in self.plain.merged_names else []
+        may = [] if self.layered else [rules.TABLE_REFUSED.code]
+        if self.attempt(lambda: set_peft_model_state_dict(self.model, given, name), must, may):
+            for key, tensor in self.model.adapter_tensors(name).items():
+                assert torch.equal(tensor, given[key]), f"{key} is not what was put in"
+            adapter = self.plain.adapters[name]
+            there = self.aside(name) if self.plain.is_aside(name) else self.live
+            adapter.tensors = {key: there[key].clone() for key in adapter.tensors}
+            adapter.changed()
+            self.plain.base |= {key: self.live[key].clone() for key in adapter.biases}
+
+    # endings ------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.layered and not self.blocks)
+    @rule(data=st.data(), name=st.sampled_from(NAMES))
+    def unload(self, data: st.DataObject, name: str) -> None:
+        """The base as it was; then another adapter."""
+        base = self.model.unload()
+        for own in list(self.plain.adapters):
+            self.plain.delete(own)
+        self._begin_again(base, self.plain.base, data, name)
+
+    @precondition(lambda self: self.layered and self.plain.adapters and not self.blocks)
+    @rule(data=st.data(), name=st.sampled_from(NAMES))
+    def merge_for_good(self, data: st.DataObject, name: str) -> None:
+        """The base with adapters folded in, and what they train whole; then another adapter."""
+        some = st.lists(st.sampled_from(sorted(self.plain.adapters)), min_size=1, max_size=2, unique=True)
+        names = data.draw(st.one_of(st.none(), some), "names")
+        wanted = self.plain.active if names is None else names
+        must = self._unmergeable(wanted)
+        may = [rules.MERGE_ORDER.code] if self.world.mixed else []
+        found: list[nn.Module] = []
+        if self.attempt(lambda: found.append(self.model.merge_and_unload(adapter_names=names)), must, may):
+            self._begin_again(found[0], self.plain.in_effect(wanted, for_good=True), data, name)
+
+    def _begin_again(self, base: nn.Module, wanted: dict[str, Tensor], data: st.DataObject, name: str) -> None:
+        kinds = {str(type(module).__name__) for module in base.modules() if isinstance(module, BaseTunerLayer)}
+        assert not kinds, f"wrappers are left: {kinds}"
+        state = base.state_dict()
+        assert state.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            self.close(state[key], tensor, f"{key} of the base")
+        training = self.plain.training
+        self.plain = Plain(self.world)
+        self.plain.base = {key: tensor.detach().clone() for key, tensor in state.items()}
+        self.plain.training = training
+        self._wrap(base, data.draw(st.sampled_from(self.world.kinds), "kind"), name)
+
     # what holds after every step ----------------------------------------------------------------------------------
 
     @invariant()
@@ -425,14 +572,28 @@ class Machine(RuleBasedStateMachine):
         for owner, adapter in plain.adapters.items():
             there = self.aside(owner) if plain.is_aside(owner) else live
             for name, tensor in adapter.tensors.items():
-                assert _same(there[name], tensor), f"{name} of {owner} is not what it was"
+                found = _within(there[name], tensor.shape)  # what is beyond is padding
+                assert _same(found, tensor), f"{name} of {owner} is not what it was"
+                assert found.numel() == there[name].numel() or there[name].count_nonzero() == found.count_nonzero()
         for name, tensor in plain.base.items():
             if name in plain.weights:
                 self.close(live[name], plain.weights[name], f"{name}, merged,")
             else:
                 assert _same(live[name], tensor), f"{name} is not what it was"
         if DISABLES_MERGED or self.plain.enabled or not self.plain.merged_names:
-            self.close(self.computed(self.model), plain.output(), "the output")
+            y = self.computed(self.model)
+            if not (plain.training and self.is_random(y)):
+                self.close(y, plain.output(), "the output")
+
+    def is_random(self, y: Tensor) -> bool:
+        """Whether a call of the model draws random numbers, as some do in training."""
+        with torch.no_grad(), seeded(6):
+            return not torch.equal(output_of(self.world, self.model, self.plain.dtype), y)
+
+
+def _within(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The part of a padded tensor that counts."""
+    return tensor[tuple(slice(size) for size in shape)]
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

@@ -22,7 +22,7 @@ from peftc.runtime.layer import BaseTunerLayer, TunerLayer
 from peftc.runtime.tuner_model import TunerModel
 from peftc.testing.models import seeded
 from peftc.testing.subjects import quiet
-from tests.states.worlds import World
+from tests.states.worlds import DTYPE, World
 
 #: What rounding explains, by dtype.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.2}
@@ -63,13 +63,14 @@ class Alone:
     def __init__(self, world: World, config: PeftConfig, name: str) -> None:
         config = config.model_copy(update={"inference_mode": False}, deep=True)
         with quiet(), seeded(0):
-            self.model = get_peft_model(world.build(), config, name).eval()
+            self.model = get_peft_model(world.build(), config, name).eval().to(DTYPE)
         self.name = name
         self.plan = self.model.session.plans[name]
         self.plans = tuple(self.model.session.plans.values())
         self.known = set(world.build().state_dict())
         self.live = {plain_name(n, self.model, self.plans): n for n in self.model.state_dict()}
         self.own = [n for n in self.live if n not in self.known]
+        self.shapes = {n: self.model.state_dict()[live].shape for n, live in self.live.items()}
         named = self.model.named_parameters()
         self.trainable = {plain_name(n, self.model, self.plans) for n, p in named if p.requires_grad}
         self.version: object = None
@@ -166,6 +167,12 @@ class Adapter:
     def plan(self) -> AdapterPlan:
         return self.facts.plan
 
+    def is_like(self, other: Adapter) -> bool:
+        """Whether only values tell them apart."""
+        free = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+        one, two = ({k: v for k, v in a.config.to_dict().items() if k not in free} for a in (self, other))
+        return one == two and self.facts.shapes == other.facts.shapes
+
     @property
     def layers(self) -> list[str]:
         return [site.path for site in self.plan.maps]
@@ -179,6 +186,10 @@ class Adapter:
     def biases(self) -> list[str]:
         """Base tensors that train along."""
         return [f"{site.path}.{site.name}" for site in self.plan.trains]
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 class Plain:
@@ -197,6 +208,8 @@ class Plain:
         self.weights: dict[str, Tensor] = {}
         #: wrappers of each layer, innermost first: PEFT type and adapters
         self.chains: dict[str, list[tuple[str, set[str]]]] = {}
+        #: what dtype the model had when an adapter left it
+        self.aside: dict[str, torch.dtype] = {}
         #: dtypes that the model had since nothing was merged
         self.coarse: set[torch.dtype] = set()
         #: base tensors before biases trained along
@@ -211,13 +224,19 @@ class Plain:
             if not chain or chain[-1][0] != adapter.peft_type:
                 chain.append((adapter.peft_type, set()))
             chain[-1][1].add(adapter.name)
+        self.aside[adapter.name] = self.dtype
         self.before[adapter.name] = {name: self.base[name].clone() for name in adapter.biases}
 
     def activate(self, names: Sequence[str], trains: bool = True) -> None:
         if self.merged_names and set(names) != set(self.active):
             self.unmerge()
+        dtype = self.dtype
         for name, adapter in self.adapters.items():
             adapter.requires = trains and name in names
+            if self.is_aside(name) and name in names and self.aside[name] != dtype:
+                _cast(adapter.tensors, dtype)
+                adapter.changed()
+            self.aside[name] = self.aside.get(name, dtype) if self.is_aside(name) and name not in names else dtype
         self.active = list(dict.fromkeys(names))
 
     def delete(self, name: str) -> None:
@@ -227,6 +246,29 @@ class Plain:
             for _, names in chain:
                 names.discard(name)
         self.active = [other for other in self.active if other != name]
+
+    def delete_and_succeed(self, name: str) -> None:
+        """Where nothing is active any more, another takes over, and trains if that did: the first by name, on layers."""
+        acted, trained = name in self.active, self.adapters[name].requires
+        self.delete(name)
+        if acted and not self.active and self.adapters:
+            on_layers = any(adapter.layers for adapter in self.adapters.values())
+            self.activate([min(self.adapters) if on_layers else next(iter(self.adapters))], trained)
+
+    def load(self, new: Adapter) -> None:
+        """An adapter from a file, in place of one of its name if there is one: no other is concerned."""
+        old = self.adapters.get(new.name)
+        biases = {name: new.tensors.pop(name) for name in new.biases}
+        if old is None or not old.is_like(new):
+            active = list(self.active)
+            if old is not None:
+                self.delete(new.name)
+            self.add(new)
+            self.active = active
+        else:
+            new.scale = old.scale  # only values are exchanged
+        self.adapters[new.name] = new
+        self.base |= {name: tensor.to(self.base[name].dtype) for name, tensor in biases.items()}
 
     def merge(self, names: Sequence[str]) -> None:
         pristine = self.pristine
@@ -240,15 +282,22 @@ class Plain:
                         self.merged.setdefault(path, []).append(name)
 
     def unmerge(self) -> None:
-        self.merged, self.weights, self.coarse = {}, {}, set()
+        self.merged, self.weights = {}, {}
+        self.coarse = self.coarse if self.world.model.is_language_model else set()
 
     def cast(self, dtype: torch.dtype) -> None:
-        for tensors in (self.base, *(adapter.tensors for adapter in self.adapters.values())):
-            for name, tensor in tensors.items():
-                tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for adapter in self.adapters.values():
-            adapter.changed()
-        self.coarse |= {dtype} if self.weights else set()
+        _cast(self.base, dtype)
+        for name, adapter in self.adapters.items():
+            if not self.is_aside(name):
+                _cast(adapter.tensors, dtype)
+                adapter.changed()
+        # buffers that are not in a state dict, as a language model's frequencies, stay as coarse as they were made
+        self.coarse |= {dtype} if self.weights or self.world.model.is_language_model else set()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base model."""
+        return next(tensor.dtype for tensor in self.base.values() if tensor.is_floating_point())
 
     # what is ------------------------------------------------------------------------------------------------------
 
@@ -265,7 +314,7 @@ class Plain:
     def tolerance(self) -> float:
         """What rounding explains, relative to the largest value: now, or since something was merged."""
         tensors = [t for own in (self.base, *(a.tensors for a in self.adapters.values())) for t in own.values()]
-        floats = {t.dtype for t in tensors if t.is_floating_point()} | (self.coarse if self.weights else set())
+        floats = {t.dtype for t in tensors if t.is_floating_point()} | self.coarse
         return max(self.world.model.tolerance, *(ROUNDING[dtype] for dtype in floats))
 
     def order(self, path: str, names: Sequence[str]) -> list[str]:
@@ -280,15 +329,15 @@ class Plain:
                 found.setdefault(path, name)
         return found
 
-    def in_effect(self, names: Sequence[str], merged: bool = True) -> dict[str, Tensor]:
-        """The base model's tensors with these adapters, beside what is merged."""
+    def in_effect(self, names: Sequence[str], merged: bool = True, for_good: bool = False) -> dict[str, Tensor]:
+        """The base model's tensors with these adapters, beside what is merged; `for_good` with all that the latter train."""
         pristine = self.pristine
         running = {**pristine, **(self.weights if merged else {})}
         for path in self.chains:
             for name in self.order(path, names):
                 if not (merged and name in self.merged.get(path, ())):
                     running |= self.adapters[name].alone.folded(path, running, pristine)
-        for path, name in self.copied(names).items():
+        for path, name in self.copied([*names, *(sorted(self.merged_names) if for_good else ())]).items():
             for key in [key for key in running if key.startswith(f"{path}.")]:
                 tail = key.removeprefix(f"{path}.")
                 running[key] = self.adapters[name].tensors[f"{path}.modules_to_save.{name}.{tail}"].double()
@@ -316,7 +365,9 @@ class Plain:
         model = first.alone.model
         if others:
             with quiet():
-                model = get_peft_model(self.world.build(), first.config.model_copy(deep=True), first.name).eval()
+                model = (
+                    get_peft_model(self.world.build(), first.config.model_copy(deep=True), first.name).eval().to(DTYPE)
+                )
                 for other in others:
                     model.add_adapter(other.name, other.config.model_copy(deep=True))
                 model.set_adapter(list(names))
@@ -348,13 +399,13 @@ class Plain:
         return bool(self.adapters[name].plan.modules) and name not in self.active
 
     def trainable(self) -> set[str]:
-        """Plain names of what should require gradients."""
+        """Plain names of what should require gradients; what stands in for a merged weight does not."""
         requiring = [a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)]
-        return {name for adapter in requiring for name in adapter.facts.trainable}
+        return {name for adapter in requiring for name in adapter.facts.trainable} - self.weights.keys()
 
     def grown(self) -> set[str]:
         """Plain names of what a backward pass should reach."""
-        found = {name for a in self.adapters.values() if a.requires for name in a.biases}
+        found = {name for a in self.adapters.values() if a.requires for name in a.biases} - self.weights.keys()
         if not self.enabled:
             return found
         copied = self.copied(self.active)
@@ -362,7 +413,7 @@ class Plain:
             adapter, trainable = self.adapters[name], self.adapters[name].facts.trainable
             out = [path for path in adapter.layers if name in self.merged.get(path, ())]
             out += [path for path in adapter.copies if copied[path] != name]
-            found |= {n for n in trainable if not any(n.startswith(f"{path}.") for path in out)}
+            found |= {n for n in trainable if not any(n.startswith(f"{path}.") for path in out)} - self.weights.keys()
         return found
 
     def alike(self, name: str) -> Adapter:

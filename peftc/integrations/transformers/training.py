@@ -180,6 +180,10 @@ class AdapterTrainer(Trainer):
 
         try:
             replace_files(target, write, commit=STATE_NAME)
+        except PeftcError:  # may be an `OSError` itself
+            raise
+        except OSError as error:
+            raise PeftcError(_not_written(target, error)) from error
         finally:
             self._stage = None
         remove_checkpoints(self._folder, but=target)

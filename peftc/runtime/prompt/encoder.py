@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan, PromptSite
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
 from peftc.runtime.journal import keep_trained, keep_values, whole
 from peftc.runtime.layer import Source
@@ -107,7 +107,9 @@ class PromptModule(nn.Module):
         holder._parameters[last] = parameter
 
     def restored(self, source: Source) -> list[tuple[Tensor, Tensor | None]]:
-        """Each slot's tensor with its value in a checkpoint."""
+        """Each slot's tensor with its value in a checkpoint. Raises `PeftcError` if slots hold what no checkpoint has."""
+        if not self._holds_table(self._restored(self.tensors())):
+            raise PeftcError(self._computed())
         slots = PromptSlots(self)
         return [(slots[label].data, value) for label, value in self._restored(self._saved(source)).items()]
 
@@ -136,13 +138,18 @@ class PromptModule(nn.Module):
         slots = self.slots
         strange = [label for label, value in values.items() if label not in slots or value.shape != slots[label].shape]
         if strange or not self._holds_table(values):
-            what = "The adapter computes its table from other tensors, which cannot be found from it"
-            raise PeftcError(rules.TABLE_REFUSED(what, fix="Use an adapter without projection or reparametrisation."))
+            raise PeftcError(self._computed())
         own = PromptSlots(self)
         with torch.no_grad():
             for label, value in values.items():
                 keep_values(own[label])
                 own[label].copy_(value)
+
+    def _computed(self) -> Diagnostic:
+        """What to say of a table for slots that it cannot be taken apart into."""
+        what = f"`{self.name}` computes its table from other tensors, which cannot be found from it"
+        fix = "Load it with `load_adapter`, or use an adapter without projection or reparametrisation."
+        return rules.TABLE_REFUSED(what, fix=fix)
 
     def _holds_table(self, values: Mapping[str, Tensor]) -> bool:
         """Whether these slots are all that the table is made of."""
