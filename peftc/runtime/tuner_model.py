@@ -18,6 +18,7 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.calls import CallModule
+from peftc.runtime.handed import with_handed
 from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
@@ -185,6 +186,7 @@ class TunerModel(nn.Module):
         plan = plan_for(
             self.model, {adapter_name: config}, autocast_adapter_dtype, task_heads=False, given=given, mixed=self.mixes
         )
+        plan = with_handed(plan, self.model, {adapter_name: self.peft_config[adapter_name]})
         sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
         apply_plan(self.model, plan, sources=sources, mixed=self.mixes)
         keep_entry(self.peft_config, adapter_name)
