@@ -26,6 +26,7 @@ READERS = {
     "peftc.cli.plugin_new": "templates that come with peftc",
     "peftc.cli.schema": "schemas that come with peftc",
     "peftc.compat.finder": "a member of that name, not a file",
+    "peftc.compat.kinds": "data of peftc",
     "peftc.compat.pins": "data of peftc",
     "peftc.graph.roles": "data of peftc",
     "peftc.graph.targets": "data of peftc",
