@@ -83,10 +83,10 @@ def whole(function: Callable[P, R]) -> Callable[P, R]:
             journal.__enter__()
             result = function(*args, **kwargs)
             journal.close()
+            return result  # in here, and nothing is called any more: an interrupt finds no gap
         except BaseException as error:
             journal.undo(error)
             raise
-        return result  # nothing is called any more: an interrupt finds no gap
 
     return operation
 

@@ -39,9 +39,10 @@ def case() -> Case:
 
 
 def test_an_interrupt_on_any_line_leaves_everything_as_it_was(case: Case) -> None:
-    wrong = []
+    """The first and the last time that any operation comes by; `python -m tests.faults lines` tries all of them."""
+    wrong, seen = [], set[tuple[Place, bool]]()
     for operation in operations(case):
-        numbers = list(new(counted(operation, lines), set()))
+        numbers = list(new(counted(operation, lines), seen))
         wrong += [f"{operation}: {told}" for told in failed(operation, numbers, lines, [KeyboardInterrupt])]
     assert wrong == []
 
