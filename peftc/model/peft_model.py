@@ -307,7 +307,7 @@ class PeftModel(ActivationMixin, nn.Module):
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Raises `PeftcError`, with nothing changed, if an adapter on a tied weight would part it.
         """
         self._refuse_merge()
         merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
@@ -368,7 +368,8 @@ class PeftModel(ActivationMixin, nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
+        """Save adapters: `default` at the root of the folder, others in subfolders. All in one step where the file system
+        can exchange folders, else each in one.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
         The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.

@@ -88,6 +88,8 @@ class Session:
     @whole
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
+        if plan.saves or self.copies:  # what deleted adapters left would be copied, or adapted, in place of the module
+            self.prune()
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
@@ -307,6 +309,7 @@ class Session:
         """Activate an adapter in place of those of its own method, beside those of others. What trained before goes on to."""
         own = self.plans[name].peft_type
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
+        self.refuse_clashes([*others, name])
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
         self.activate([*others, name])
@@ -393,6 +396,7 @@ class Session:
             warn([merged_already(again, names, "unmerge_adapter")])
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
+        self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
             for layer in self.layers[path].chain() if not self.enabled else ():
                 layer.enable_adapters(False)
@@ -400,6 +404,7 @@ class Session:
         keep_ties(self.graph, self.layers)
         warn(gained(self.layers))
         self.base.still()
+        self.base.act(self.active if self.enabled else ())
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -456,8 +461,9 @@ class Session:
 
     def keep_trained(self, names: Iterable[str]) -> None:
         """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
-        self.base.keep_changes()
         merged = (*names, *self.merged)
+        self.base.act(merged)
+        self.base.keep_changes()
         keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
             self._put_back(path, copy.of(merged))

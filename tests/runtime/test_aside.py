@@ -130,3 +130,19 @@ def test_loading_over_an_adapter_leaves_the_others_as_trainable_as_they_were(
     model.set_requires_grad("other", False)
     model.load_adapter(tmp_path, "default", is_trainable=trains)
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == wanted - {"other"}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["trained whole before", "adapted before"])
+def test_a_module_that_a_deleted_adapter_had_is_free_for_another(whole: bool) -> None:
+    adapts = narrow(target_modules=["first", "head"])
+    trains = narrow(target_modules=["first"], modules_to_save=["head"])
+    before, after = (trains, adapts) if whole else (adapts, trains)
+    model = get_peft_model(Net(), before.model_copy(), "one")
+    model.delete_adapter("one")
+    model.add_adapter("one", after.model_copy())
+    fresh = get_peft_model(Net(), after.model_copy(), "one")
+    assert model.adapter_tensors("one").keys() == fresh.adapter_tensors("one").keys()
+    assert list(dict(model.named_parameters())) == list(dict(fresh.named_parameters()))
+    model.set_adapter("one")
+    y = model(x())
+    torch.testing.assert_close(model.merge_and_unload()(x()), y)

@@ -33,8 +33,6 @@ NAMES = ("default", "a", "b")
 SLOTS = ("s0", "s1")
 #: what an operation may be refused for, whatever the model's state
 CLASH = rules.ADAPTERS_CONFLICT.code
-#: Not yet as it should be: an adapter that is merged acts on while all are disabled.
-DISABLES_MERGED = False
 
 
 class Machine(RuleBasedStateMachine):
@@ -125,6 +123,7 @@ class Machine(RuleBasedStateMachine):
         aside = bool(adapter.plan.modules) and name not in self.plain.active
         source = self.aside(name) if aside else self.live
         shapes = adapter.facts.shapes
+        adapter.trained = {key: self.live[key].clone() for key in adapter.biases}
         adapter.tensors = {key: _within(source[key], shapes[key]).clone() for key in adapter.facts.own}
         return adapter
 
@@ -231,6 +230,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), scale=st.sampled_from([0.5, 1.0, 2.0]))
     def scale(self, data: st.DataObject, scale: float) -> None:
         name = data.draw(st.sampled_from(sorted(self.plain.adapters)), "adapter")
+        if self.world.mixed and name in self.plain.merged_names:
+            return  # which scale it is merged with depends on what is merged below it later
         set_scale(self.model, name, scale)
         self.plain.adapters[name].scale = scale
 
@@ -270,8 +271,14 @@ class Machine(RuleBasedStateMachine):
         count = len(next(iter(self.world.arguments.values())))
         rows = data.draw(st.lists(st.sampled_from(names), min_size=count, max_size=count), "rows")
         concerned = [self.plain.adapters[name] for name in rows if name != BASE]
-        must = [rules.WHILE_MERGED.code] if self.plain.merged_names else []
+        bare = set(rows) == {BASE}
+        must = [rules.WHILE_MERGED.code] if self.plain.merged_names and not bare else []
         if any(not a.plan.nests for a in concerned):
+            must.append(rules.CALL_NOT_POSSIBLE.code)
+        if any(
+            a.biases and not bare and (set(rows) != {n} or n not in self.plain.active)
+            for n, a in self.plain.adapters.items()
+        ):
             must.append(rules.CALL_NOT_POSSIBLE.code)
         if any(a.plan.modules for n, a in self.plain.adapters.items() if n in self.plain.active):
             must.append(rules.CALL_NOT_POSSIBLE.code)
@@ -289,10 +296,9 @@ class Machine(RuleBasedStateMachine):
             with rescale_adapter_scale(self.model, factor):
                 for adapter in self.plain.adapters.values():
                     adapter.scale *= factor
-                if DISABLES_MERGED or self.plain.enabled or not self.plain.merged_names:
-                    y = self.computed(self.model)
-                    if not (self.plain.training and self.is_random(y)):
-                        self.close(y, self.plain.output(), "the output rescaled")
+                y = self.computed(self.model)
+                if not (self.plain.training and self.is_random(y)):
+                    self.close(y, self.plain.output(), "the output rescaled")
         except PeftcError as error:
             assert error.diagnostics[0].code == rules.NOT_ADAPTED.code
         for name, scale in before.items():
@@ -340,14 +346,15 @@ class Machine(RuleBasedStateMachine):
         live = {self.plain_name(name): p for name, p in self.model.named_parameters()}
         found = {name for name, p in live.items() if p.grad is not None}
         assert found == grown, f"gradients: {sorted(found ^ grown)[:4]} are wrong"
-        for name in found:
+        for name in found if self.plain.enabled else ():  # what trains along is the base's own otherwise
             self.moved(live[name])
-        for owner, adapter in self.plain.adapters.items():
+        for owner, adapter in self.plain.adapters.items() if self.plain.enabled else ():
             for name in () if self.plain.is_aside(owner) else found & set(adapter.tensors):
                 adapter.tensors[name] = _within(live[name].detach(), adapter.tensors[name].shape).clone()
                 adapter.changed()
-        for name in found & set(self.plain.base):
-            self.plain.base[name] = live[name].detach().clone()
+            for name in found & adapter.trained.keys():
+                adapter.trained[name] = live[name].detach().clone()
+                adapter.changed()
         self.model.zero_grad(set_to_none=True)
 
     def moved(self, parameter: nn.Parameter) -> None:
@@ -360,13 +367,14 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.blocks and len(self.left) < 2)
     @rule(pickled=st.booleans())
     def copied(self, pickled: bool) -> None:
-        weighs = any(adapter.plan.call is not None for adapter in self.plain.adapters.values())
+        weighs = any(kind.subject.method.call_tuner is not None for kind in self.world.kinds)  # hooks of transformers
         y = self.computed(self.model)
         old = self.model
         self.model = pickle.loads(pickle.dumps(old)) if pickled and not weighs else copy.deepcopy(old)
         if self.plain.training == old.training:
             self.left.append((old, y))
 
+    @precondition(lambda self: self.plain.enabled or not any(a.biases for a in self.plain.adapters.values()))
     @rule(dtype=st.sampled_from([DTYPE, torch.float32, torch.bfloat16]))
     def cast(self, dtype: torch.dtype) -> None:
         self.model.to(dtype)
@@ -406,8 +414,9 @@ class Machine(RuleBasedStateMachine):
         adapter = self.saved[slot][name]
         model = PeftModel.from_pretrained(self.world.build(), self.place(slot, name), adapter_name=name)
         fresh = Plain(self.world)
-        fresh.add(Adapter(self.world, name, adapter.config, adapter.tensors))
-        fresh.base |= {key: adapter.tensors[key].to(DTYPE) for key in adapter.biases}
+        fresh.add(
+            Adapter(self.world, name, adapter.config, adapter.tensors, stored=adapter.stored, trained=adapter.trained)
+        )
         fresh.activate([name])
         with torch.no_grad():
             self.close(output_of(self.world, model, DTYPE), fresh.output(), "the output of a loaded adapter")
@@ -425,7 +434,11 @@ class Machine(RuleBasedStateMachine):
                 self.plain.training = False
             new.requires = trains or (old is not None and old.requires)
             self.plain.load(new)
-            self.take_dtypes(new)
+            self.take(new)
+            found, wanted = self.model.adapter_tensors(name), load_file(place / "adapter_model.safetensors")
+            assert found.keys() == wanted.keys()
+            for key, tensor in found.items():
+                assert torch.equal(tensor, wanted[key].to(tensor.dtype)), f"{key} is not what was loaded"
 
     @precondition(lambda self: self.saved)
     @rule(data=st.data(), name=st.sampled_from(NAMES))
@@ -443,9 +456,9 @@ class Machine(RuleBasedStateMachine):
             config = config.model_copy(update={"target_modules": set(old.layers)})
         swapped = self.adopted(name, config)
         swapped.requires = old.requires
-        self.plain.base |= {key: self.live[key].clone() for key in swapped.biases}
+        swapped.trained = {key: tensor.to(self.plain.dtype) for key, tensor in new.trained.items()}
         self.plain.adapters[name] = swapped
-        pristine = self.plain.pristine
+        pristine = self.plain.pristine()
         for path in swapped.layers:
             found = swapped.alone.folded(path, pristine, pristine)
             wanted = (
@@ -459,16 +472,19 @@ class Machine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(sorted(self.saved)), "slot")
         own = data.draw(st.sampled_from(sorted(self.saved[slot])), "saved adapter")
         saved = self.saved[slot][own]
-        new = Adapter(self.world, name, saved.config.model_copy(deep=True))
-        pairs = zip(new.facts.own, saved.facts.own, strict=True)
-        new.tensors = {key: saved.tensors[other].clone() for key, other in pairs}
-        new.tensors |= {key: saved.tensors[key].clone() for key in saved.biases}
+        prompt = saved.plan.prompt is not None
+        new = Adapter(self.world, name, saved.config.model_copy(deep=True), stored=prompt)
+        if not prompt:
+            pairs = zip(new.facts.own, saved.facts.own, strict=True)
+            new.tensors = {key: saved.tensors[other].clone() for key, other in pairs}
+        new.trained = {key: tensor.clone() for key, tensor in saved.trained.items()}
         return self.place(slot, own), new
 
-    def take_dtypes(self, adapter: Adapter) -> None:
-        """Let tensors that were given to the model have the dtype that it has them in."""
+    def take(self, adapter: Adapter) -> None:
+        """Let tensors that were given to the model be as it has them: in its dtype, and of a prompt the table alone."""
         there = self.aside(adapter.name) if self.plain.is_aside(adapter.name) else self.live
-        adapter.tensors = {key: tensor.to(there[key].dtype) for key, tensor in adapter.tensors.items()}
+        given = {key: there[key].clone() for key in adapter.facts.own} if adapter.stored else adapter.tensors
+        adapter.tensors = {key: tensor.to(there[key].dtype) for key, tensor in given.items()}
         adapter.changed()
 
     @precondition(lambda self: self.layered and self.plain.adapters)
@@ -485,7 +501,7 @@ class Machine(RuleBasedStateMachine):
             return
         new = self.adopted(name, self.model.peft_config[name])
         self.plain.add(new)
-        pristine = self.plain.pristine
+        pristine = self.plain.pristine(self.plain.acting)
         for path in new.layers:
             parts = [self.plain.adapters[own] for own in names if path in self.plain.adapters[own].layers]
             if way == "cat" and all(own.facts.layers[path].part(own.name).tuner.additive for own in (new, *parts)):
@@ -513,7 +529,8 @@ class Machine(RuleBasedStateMachine):
             there = self.aside(name) if self.plain.is_aside(name) else self.live
             adapter.tensors = {key: there[key].clone() for key in adapter.tensors}
             adapter.changed()
-            self.plain.base |= {key: self.live[key].clone() for key in adapter.biases}
+            own = {self.plain_name(key): tensor for key, tensor in given.items()}
+            adapter.trained = {key: own[key].to(self.plain.dtype) for key in adapter.trained}
 
     # endings ------------------------------------------------------------------------------------------------------
 
@@ -524,7 +541,7 @@ class Machine(RuleBasedStateMachine):
         base = self.model.unload()
         for own in list(self.plain.adapters):
             self.plain.delete(own)
-        self._begin_again(base, self.plain.base, data, name)
+        self._begin_again(base, self.plain.shown(()), data, name)
 
     @precondition(lambda self: self.layered and self.plain.adapters and not self.blocks)
     @rule(data=st.data(), name=st.sampled_from(NAMES))
@@ -546,8 +563,9 @@ class Machine(RuleBasedStateMachine):
         assert state.keys() == wanted.keys()
         for key, tensor in wanted.items():
             self.close(state[key], tensor, f"{key} of the base")
-        training = self.plain.training
+        training, dtype = self.plain.training, self.plain.dtype
         self.plain = Plain(self.world)
+        self.plain.dtype = dtype
         self.plain.base = {key: tensor.detach().clone() for key, tensor in state.items()}
         self.plain.training = training
         self._wrap(base, data.draw(st.sampled_from(self.world.kinds), "kind"), name)
@@ -575,15 +593,14 @@ class Machine(RuleBasedStateMachine):
                 found = _within(there[name], tensor.shape)  # what is beyond is padding
                 assert _same(found, tensor), f"{name} of {owner} is not what it was"
                 assert found.numel() == there[name].numel() or there[name].count_nonzero() == found.count_nonzero()
-        for name, tensor in plain.base.items():
-            if name in plain.weights:
+        for name, tensor in plain.shown(plain.acting).items():
+            if name in plain.instead:
                 self.close(live[name], plain.weights[name], f"{name}, merged,")
             else:
                 assert _same(live[name], tensor), f"{name} is not what it was"
-        if DISABLES_MERGED or self.plain.enabled or not self.plain.merged_names:
-            y = self.computed(self.model)
-            if not (plain.training and self.is_random(y)):
-                self.close(y, plain.output(), "the output")
+        y = self.computed(self.model)
+        if not (plain.training and self.is_random(y)):
+            self.close(y, plain.output(), "the output")
 
     def is_random(self, y: Tensor) -> bool:
         """Whether a call of the model draws random numbers, as some do in training."""

@@ -53,17 +53,21 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
 
 def output_of(world: World, model: nn.Module, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
     """The model's output for the world's inputs, with gradients if they are on."""
-    out = model(**world.kinds[0].subject.arguments(model, dtype or torch.float64), **options)
+    dtype = dtype or torch.float64
+    read = isinstance(model, PeftModel) and bool(model.peft_config)  # else nobody takes what adapters read
+    given = world.kinds[0].subject.arguments(model, dtype) if read else world.model.arguments(dtype)
+    out = model(**given, **options)
     return out if isinstance(out, Tensor) else out.logits
 
 
 class Alone:
     """One adapter on a fresh base: its names, and what it does to a weight."""
 
-    def __init__(self, world: World, config: PeftConfig, name: str) -> None:
-        config = config.model_copy(update={"inference_mode": False}, deep=True)
+    def __init__(self, world: World, config: PeftConfig, name: str, stored: bool = False) -> None:
+        config = config.model_copy(update={"inference_mode": stored}, deep=True)
         with quiet(), seeded(0):
             self.model = get_peft_model(world.build(), config, name).eval().to(DTYPE)
+        self.model.set_adapter(name)
         self.name = name
         self.plan = self.model.session.plans[name]
         self.plans = tuple(self.model.session.plans.values())
@@ -125,7 +129,7 @@ class Alone:
         return self._replaces[path]
 
 
-_ALONE: dict[tuple[str, str, str], Alone] = {}
+_ALONE: dict[tuple[str, str, bool, str], Alone] = {}
 _versions = iter(range(10**12))
 
 
@@ -139,6 +143,10 @@ class Adapter:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
     requires: bool = False
+    #: whether it came from a file: then a prompt is only its table
+    stored: bool = False
+    #: what it makes of base tensors that train along
+    trained: dict[str, Tensor] = field(default_factory=dict)
     version: int = field(default_factory=lambda: next(_versions))
 
     def changed(self) -> None:
@@ -149,9 +157,9 @@ class Adapter:
     def facts(self) -> Alone:
         """What can be read off a fresh model with the adapter, whatever its values. Those that are alike share it."""
         options = {key: value for key, value in self.config.to_dict().items() if key != "inference_mode"}
-        key = self.world.name, self.name, repr(sorted(options.items()))
+        key = self.world.name, self.name, self.stored, repr(sorted(options.items()))
         if key not in _ALONE:
-            _ALONE[key] = Alone(self.world, self.config, self.name)
+            _ALONE[key] = Alone(self.world, self.config, self.name, self.stored)
         return _ALONE[key]
 
     @property
@@ -199,6 +207,8 @@ class Plain:
         self.world = world
         self.bare = world.build()
         self.base = {name: tensor.clone() for name, tensor in self.bare.state_dict().items()}
+        #: the model's own dtype; what adapters train of `base` goes back in what the model has then
+        self.dtype = next(tensor.dtype for tensor in self.base.values() if tensor.is_floating_point())
         self.adapters: dict[str, Adapter] = {}
         self.active: list[str] = []
         self.enabled = True
@@ -208,16 +218,21 @@ class Plain:
         self.weights: dict[str, Tensor] = {}
         #: wrappers of each layer, innermost first: PEFT type and adapters
         self.chains: dict[str, list[tuple[str, set[str]]]] = {}
+        #: whether modules were copied since wrappers were taken out last
+        self.has_copied = False
         #: what dtype the model had when an adapter left it
         self.aside: dict[str, torch.dtype] = {}
         #: dtypes that the model had since nothing was merged
         self.coarse: set[torch.dtype] = set()
-        #: base tensors before biases trained along
-        self.before: dict[str, dict[str, Tensor]] = {}
 
     # what happens -------------------------------------------------------------------------------------------------
 
     def add(self, adapter: Adapter) -> None:
+        if adapter.copies or self.has_copied:  # wrappers that hold nothing and lie on top are taken out
+            for chain in self.chains.values():
+                while chain and not chain[-1][1]:
+                    chain.pop()
+        self.has_copied = bool(adapter.copies) or any(other.copies for other in self.adapters.values())
         self.adapters[adapter.name] = adapter
         for path in adapter.layers:
             chain = self.chains.setdefault(path, [])
@@ -225,7 +240,6 @@ class Plain:
                 chain.append((adapter.peft_type, set()))
             chain[-1][1].add(adapter.name)
         self.aside[adapter.name] = self.dtype
-        self.before[adapter.name] = {name: self.base[name].clone() for name in adapter.biases}
 
     def activate(self, names: Sequence[str], trains: bool = True) -> None:
         if self.merged_names and set(names) != set(self.active):
@@ -240,7 +254,6 @@ class Plain:
         self.active = list(dict.fromkeys(names))
 
     def delete(self, name: str) -> None:
-        self.base |= {key: tensor.to(self.base[key].dtype) for key, tensor in self.before.pop(name).items()}
         del self.adapters[name]
         for chain in self.chains.values():
             for _, names in chain:
@@ -258,7 +271,6 @@ class Plain:
     def load(self, new: Adapter) -> None:
         """An adapter from a file, in place of one of its name if there is one: no other is concerned."""
         old = self.adapters.get(new.name)
-        biases = {name: new.tensors.pop(name) for name in new.biases}
         if old is None or not old.is_like(new):
             active = list(self.active)
             if old is not None:
@@ -268,36 +280,41 @@ class Plain:
         else:
             new.scale = old.scale  # only values are exchanged
         self.adapters[new.name] = new
-        self.base |= {name: tensor.to(self.base[name].dtype) for name, tensor in biases.items()}
 
     def merge(self, names: Sequence[str]) -> None:
-        pristine = self.pristine
-        self.coarse |= {tensor.dtype for tensor in self.base.values() if tensor.is_floating_point()}
-        for path, chain in self.chains.items():
-            for _, there in chain:
-                for name in names:
-                    if name in there and name not in self.merged.get(path, ()):
-                        running = {**pristine, **self.weights}
-                        self.weights |= self.adapters[name].alone.folded(path, running, pristine)
-                        self.merged.setdefault(path, []).append(name)
+        """Fold adapters in, where they are on top of what is merged; what lies over them is folded in anew."""
+        pristine = self.pristine(self.active)
+        self.coarse.add(self.dtype)
+        for path in self.chains:
+            before = self.merged.get(path, [])
+            wanted = self.order(path, [*before, *(name for name in names if name not in before)])
+            onto = before == wanted[: len(before)]
+            running = {**pristine, **(self.weights if onto else {})}
+            for name in wanted[len(before) :] if onto else wanted:
+                changed = self.adapters[name].alone.folded(path, running, pristine)
+                running |= changed
+                self.weights |= changed
+            if wanted:
+                self.merged[path] = wanted
 
     def unmerge(self) -> None:
         self.merged, self.weights = {}, {}
         self.coarse = self.coarse if self.world.model.is_language_model else set()
 
     def cast(self, dtype: torch.dtype) -> None:
-        _cast(self.base, dtype)
+        self.dtype = dtype
+        apart = {key for adapter in self.adapters.values() for key in adapter.trained}
+        cast = {key: tensor for key, tensor in self.base.items() if key not in apart}
+        _cast(cast, dtype)
+        self.base |= cast
+        for adapter in self.adapters.values():
+            _cast(adapter.trained, dtype)
         for name, adapter in self.adapters.items():
             if not self.is_aside(name):
                 _cast(adapter.tensors, dtype)
                 adapter.changed()
         # buffers that are not in a state dict, as a language model's frequencies, stay as coarse as they were made
         self.coarse |= {dtype} if self.weights or self.world.model.is_language_model else set()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the base model."""
-        return next(tensor.dtype for tensor in self.base.values() if tensor.is_floating_point())
 
     # what is ------------------------------------------------------------------------------------------------------
 
@@ -306,14 +323,26 @@ class Plain:
         return {name for names in self.merged.values() for name in names}
 
     @property
-    def pristine(self) -> dict[str, Tensor]:
-        """The base tensors, in float64."""
-        return {name: t.double() if t.is_floating_point() else t for name, t in self.base.items()}
+    def acting(self) -> list[str]:
+        """Active adapters, if they are to act."""
+        return self.active if self.enabled else []
+
+    def shown(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The base tensors, with what these adapters made of those that train along."""
+        found = dict(self.base)
+        _cast(found, self.dtype)
+        for name in names:
+            found |= {key: tensor.to(self.dtype) for key, tensor in self.adapters[name].trained.items()}
+        return found
+
+    def pristine(self, names: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The same in float64."""
+        return {name: t.double() if t.is_floating_point() else t for name, t in self.shown(names).items()}
 
     @property
     def tolerance(self) -> float:
         """What rounding explains, relative to the largest value: now, or since something was merged."""
-        tensors = [t for own in (self.base, *(a.tensors for a in self.adapters.values())) for t in own.values()]
+        tensors = [t for own in (self.shown(()), *(a.tensors for a in self.adapters.values())) for t in own.values()]
         floats = {t.dtype for t in tensors if t.is_floating_point()} | self.coarse
         return max(self.world.model.tolerance, *(ROUNDING[dtype] for dtype in floats))
 
@@ -331,7 +360,7 @@ class Plain:
 
     def in_effect(self, names: Sequence[str], merged: bool = True, for_good: bool = False) -> dict[str, Tensor]:
         """The base model's tensors with these adapters, beside what is merged; `for_good` with all that the latter train."""
-        pristine = self.pristine
+        pristine = self.pristine(names)
         running = {**pristine, **(self.weights if merged else {})}
         for path in self.chains:
             for name in self.order(path, names):
@@ -372,7 +401,7 @@ class Plain:
                     model.add_adapter(other.name, other.config.model_copy(deep=True))
                 model.set_adapter(list(names))
         live = {plain_name(n, model, first.facts.plans): t for n, t in model.state_dict().items()}
-        wanted = self.pristine
+        wanted = self.pristine(self.acting)
         for adapter in (first, *others):
             wanted |= adapter.tensors
         with torch.no_grad():
@@ -398,14 +427,19 @@ class Plain:
         """Whether an adapter's tensors are not in the model for now."""
         return bool(self.adapters[name].plan.modules) and name not in self.active
 
+    @property
+    def instead(self) -> set[str]:
+        """Base tensors in whose place merged ones are."""
+        return set(self.weights) if self.enabled else set()
+
     def trainable(self) -> set[str]:
         """Plain names of what should require gradients; what stands in for a merged weight does not."""
         requiring = [a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)]
-        return {name for adapter in requiring for name in adapter.facts.trainable} - self.weights.keys()
+        return {name for adapter in requiring for name in adapter.facts.trainable} - self.instead
 
     def grown(self) -> set[str]:
         """Plain names of what a backward pass should reach."""
-        found = {name for a in self.adapters.values() if a.requires for name in a.biases} - self.weights.keys()
+        found = {name for a in self.adapters.values() if a.requires for name in a.biases} - self.instead
         if not self.enabled:
             return found
         copied = self.copied(self.active)
@@ -413,11 +447,11 @@ class Plain:
             adapter, trainable = self.adapters[name], self.adapters[name].facts.trainable
             out = [path for path in adapter.layers if name in self.merged.get(path, ())]
             out += [path for path in adapter.copies if copied[path] != name]
-            found |= {n for n in trainable if not any(n.startswith(f"{path}.") for path in out)} - self.weights.keys()
+            found |= {n for n in trainable if not any(n.startswith(f"{path}.") for path in out)} - self.instead
         return found
 
     def alike(self, name: str) -> Adapter:
         """An adapter as it is now, for later."""
         own = self.adapters[name]
-        tensors = {n: t.clone() for n, t in own.tensors.items()} | {n: self.base[n].clone() for n in own.biases}
+        tensors = {n: t.clone() for n, t in own.tensors.items()} | own.trained
         return replace(own, config=own.config.model_copy(deep=True), tensors=tensors)

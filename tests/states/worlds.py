@@ -110,12 +110,28 @@ def _of_method(method: TunerMethod) -> Iterator[World]:
         yield World(f"{method.peft_type}-{name}", kinds[0].subject.model, tuple(kinds))
 
 
+def _of_text(method: TunerMethod) -> Iterator[World]:
+    """A language model, for a method that trains heads, embeddings and single tokens along."""
+    if "trainable_token_indices" not in method.config.model_fields:
+        return
+    subject = next(s for s in subjects(method) if s.first and s.model.name == "llama")
+    some = {"target_modules": ["q_proj", "up_proj"]}
+    changes: list[dict[str, Any]] = [
+        some,
+        {**some, "modules_to_save": ["lm_head"]},
+        {**some, "modules_to_save": ["embed_tokens"]},
+        {**some, "trainable_token_indices": [5, 7]},
+    ]
+    kinds = (Kind(subject, change) for change in changes)
+    yield World(f"{method.peft_type}-llama", subject.model, tuple(kind for kind in kinds if _can_be(kind)))
+
+
 @cache
 def worlds() -> dict[str, World]:
     """All worlds by name."""
     registry = default_registry()
     methods = [registry.get(name) for name in registry.names]
-    found = [world for method in methods for world in _of_method(method)]
+    found = [world for method in methods for world in (*_of_method(method), *_of_text(method))]
     for model in ("mlp", "embedding"):
         nesting = [
             world for world in found if world.model.name == model and world.kinds[0].subject.method.adapts_layers
