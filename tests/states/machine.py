@@ -432,7 +432,7 @@ class Machine(RuleBasedStateMachine):
         if self.attempt(lambda: self.model.load_adapter(place, name, is_trainable=trains), must):
             if not trains:
                 self.plain.training = False
-            new.requires = trains or (old is not None and old.requires)
+            new.requires = trains if old is None else old.requires or (trains and name in self.plain.active)
             self.plain.load(new)
             self.take(new)
             found, wanted = self.model.adapter_tensors(name), load_file(place / "adapter_model.safetensors")
