@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
     from peftc.model.mixed import PeftMixedModel
+    from peftc.model.optimizers import projected_optimizer, two_rate_optimizer
     from peftc.model.peft_model import PeftModel
     from peftc.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftc.model.sequences import (
@@ -116,9 +117,11 @@ if TYPE_CHECKING:
         "load_spec",
         "prepare_model_for_compiled_hotswap",
         "prepare_model_for_kbit_training",
+        "projected_optimizer",
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
         "shift_tokens_right",
+        "two_rate_optimizer",
     ]
 
 #: where each fixed public name lives
@@ -169,11 +172,13 @@ _HOMES = {
     "PeftWarning": "peftc.diagnostics",
     "prepare_model_for_compiled_hotswap": "peftc.model.hotswap",
     "prepare_model_for_kbit_training": "peftc.model.precision",
+    "projected_optimizer": "peftc.model.optimizers",
     "PromptLearningConfig": "peftc.config.prompt",
     "set_base_model_state_dict": "peftc.model.base_state",
     "set_peft_model_state_dict": "peftc.model.state",
     "shift_tokens_right": "peftc.model.sequences",
     "TaskType": "peftc.config.types",
+    "two_rate_optimizer": "peftc.model.optimizers",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftc.model.sequences",
 }
 

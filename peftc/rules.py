@@ -17,6 +17,7 @@ WARNING = Severity.WARNING
 # leaves the matter to, raises something else.
 ImportRule = partial(Rule, builtins=(ImportError,))
 KeyRule = partial(Rule, builtins=(KeyError, ValueError))
+LooseRule = partial(Rule, builtins=(ValueError, RuntimeWarning))  # an error, or where it is loaded a warning
 RuntimeRule = partial(Rule, builtins=(RuntimeError,))
 StateRule = partial(Rule, builtins=(ValueError, RuntimeError))
 SystemRule = partial(Rule, builtins=(OSError, ValueError))
@@ -124,9 +125,9 @@ NO_TARGETS = Rule(
     "PC406", "No targets known", "No table knows this type of model, and names do not tell its layers' roles."
 )
 NO_MATCH = Rule("PC407", "Nothing is adapted", "An adapter without a layer would train nothing.")
-DEAD_TARGET = Rule("PC408", "Target without effect", "Part of what was asked for would not be trained.")
+DEAD_TARGET = LooseRule("PC408", "Target without effect", "Part of what was asked for would not be trained.")
 DEAD_EXCLUDE = Rule("PC409", "Exclusion without effect", "What should be left alone may be adapted.")
-DEAD_PATTERN = Rule("PC410", "Pattern key without effect", "The modules it was meant for get the general option.")
+DEAD_PATTERN = LooseRule("PC410", "Pattern key without effect", "The modules it was meant for get the general option.")
 DEAD_LAYER = Rule("PC411", "Layer index without effect", "No target is in a layer of that index.")
 DEAD_SAVE = Rule("PC412", "Module to save does not exist", "It would be neither trained nor saved.")
 TIED_TARGET = Rule(
@@ -297,7 +298,7 @@ CANNOT_COMBINE = Rule(
 CANNOT_SWAP = StateRule(
     "PC551", "Adapter cannot be swapped in", "Swapping exchanges values in place; modules and options have to stay."
 )
-GIVEN_TARGETS = Rule(
+GIVEN_TARGETS = LooseRule(
     "PC552",
     "Config and given modules differ",
     "The given ones are adapted; a model that is adapted by the config alone would be another.",

@@ -46,6 +46,9 @@ from peftc.plugin import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from peftc import PeftModel
 
 #: Options that files of the reference may carry and this version cannot act on, with the value that means "off".
 NOT_YET: Mapping[str, Any] = {
@@ -351,6 +354,39 @@ def save_as_lora(
     write_adapter(fspath(path), config, tensors)
 
 
+def create_loraplus_optimizer(
+    model: PeftModel, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """LoRA+: an optimiser of that class, in which B learns `loraplus_lr_ratio` times as fast as A.
+
+    `loraplus_lr_embedding` is the step size of adapters of embeddings, 1e-6 if left out, and `loraplus_weight_decay` the
+    decay of all but biases and norms; further keywords go to the class.
+    """
+    from peftc import two_rate_optimizer
+
+    own = {"loraplus_lr_embedding": "embedding_lr", "loraplus_weight_decay": "decay"}
+    given = {own.get(name, name): value for name, value in kwargs.items()}
+    return two_rate_optimizer(model, optimizer_cls, lr, loraplus_lr_ratio, **given)
+
+
+def create_lorafa_optimizer(
+    model: PeftModel,
+    r: int,
+    lora_alpha: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> Optimizer:
+    """LoRA-FA: A is frozen, and B moves by AdamW so that `B A` follows the gradient of the full weight.
+
+    `r`, `lora_alpha` and `use_rslora` are arguments of the reference: what counts is each layer's own scaling, and one that
+    is given and differs from a config is warned of. Raises `PeftcError` for adapters of stacked experts.
+    """
+    from peftc import projected_optimizer
+
+    return projected_optimizer(model, lr, weight_decay, r=r, lora_alpha=lora_alpha, use_rslora=use_rslora)
+
+
 @hookimpl
 def peftc_tuner() -> TunerMethod:
     return TunerMethod(
@@ -367,6 +403,8 @@ def peftc_tuner() -> TunerMethod:
         exports={
             "LoraRuntimeConfig": LoraRuntimeConfig,
             "convert_to_lora": convert_to_lora,
+            "create_lorafa_optimizer": create_lorafa_optimizer,
+            "create_loraplus_optimizer": create_loraplus_optimizer,
             "save_as_lora": save_as_lora,
         },
         default_targets={"target_modules": "lora"},

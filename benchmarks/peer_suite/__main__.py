@@ -1,7 +1,8 @@
 """`make peer-suite`: run the reference's tests on peftc's alias, compare with what the reference passes, write it down.
 
-The whole of it runs all tests that need only what exists, writes `record.json.gz` and `docs/peer-suite.md`; `--sample` runs
-some and compares with the record. Exit code 1: a test fails that is recorded as passing, or one without a cause.
+The whole of it runs all tests that need only what exists, writes `record.json.gz` and `docs/peer-suite.md`; `--sample` and
+`--match` run some and compare with the record, and with `--write` put into it what these came to. Exit code 1: a test fails
+that is recorded as passing, or one without a cause.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     waiting = {test: cause_of(text, table.values()) for test in passing if (text := lacking_in(test))}
     chosen = [test for test in passing if test not in waiting and re.search(args.match, test)]
     if args.sample:
-        there = [test for test in chosen if not before or _counts(before.get(test), table)]
+        there = [test for test in chosen if args.write or _counts(before.get(test), table)]
         chosen = sample(there, args.sample)
     label = "sample" if args.sample else "some" if args.match else "whole"
     rows = run(chosen, label, alias=True, workers=args.workers, resume=args.resume)
     states = {test: PASSED if row.passed else cause_of(row.text, table.values()) for test, row in rows.items()}
     whole = not args.sample and not args.match
-    if whole:
-        write(now({**waiting, **states}), RECORD)
+    if whole or args.write:
+        others = {} if whole else {test: before[test] for test in passing if test in before}
+        write(now({**others, **waiting, **states}), RECORD)
         subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--no-examples"], check=True)
     return _told(rows, states, before, table, unused=whole, label=label)
 
@@ -107,6 +109,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="run N tests and compare with the record")
     parser.add_argument("--match", default="", metavar="REGEX", help="run only tests in whose id this is found")
     parser.add_argument("--baseline", action="store_true", help="run the reference itself, and record what it passes")
+    parser.add_argument("--write", action="store_true", help="put what some tests came to into the record")
     parser.add_argument("--resume", action="store_true", help="run what the last run of this kind did not come to")
     cores = min(len(os.sched_getaffinity(0)), 8)
     parser.add_argument(

@@ -9,6 +9,9 @@ from benchmarks.peer_suite.causes import TO_COME, UNEXPLAINED, VERDICTS, Cause, 
 from benchmarks.peer_suite.record import BASELINE, PASSED, RECORD, Recorded, function_of, read
 from benchmarks.peer_suite.source import VERSION
 
+#: The state of a test that is not on record.
+NOT_RUN = "not run"
+
 _HEAD = """\
 # The reference's own tests
 
@@ -24,7 +27,7 @@ On the reference itself {reference}; here {here}.
 | in all | {all:,} |
 | the reference passes | {passing:,} |
 | of these, need a method or an option to come | {to_come:,} |
-| need only what exists | {existing:,} |
+{not_run}| need only what exists | {existing:,} |
 | of these, pass here | {good:,}: **{share:.2f} %** |
 
 `benchmarks/peer_suite/record.json.gz` has the result of each test. In CI a sample of those that need only what exists runs, and
@@ -35,15 +38,11 @@ def page() -> str:
     """The whole page."""
     baseline, record, table = read(BASELINE), read(RECORD), causes()
     passing = [test for test, state in baseline.states.items() if state == PASSED]
-    by_cause: dict[str, list[str]] = {key: [] for key in [*table, UNEXPLAINED]}
-    good = 0
+    by_cause: dict[str, list[str]] = {key: [] for key in [PASSED, *table, UNEXPLAINED, NOT_RUN]}
     for test in passing:
-        state = record.states.get(test, UNEXPLAINED)
-        good += state == PASSED
-        if state != PASSED:
-            by_cause[state].append(test)
+        by_cause[record.states.get(test, NOT_RUN)].append(test)
     to_come = sum(len(by_cause[key]) for key, cause in table.items() if cause.verdict == TO_COME)
-    existing = len(passing) - to_come
+    good, existing = len(by_cause[PASSED]), len(passing) - to_come - len(by_cause[NOT_RUN])
     head = _HEAD.format(
         version=VERSION,
         reference=_when(baseline),
@@ -51,6 +50,7 @@ def page() -> str:
         all=len(baseline.states),
         passing=len(passing),
         to_come=to_come,
+        not_run=f"| of these, not run yet | {len(by_cause[NOT_RUN]):,} |\n" if by_cause[NOT_RUN] else "",
         existing=existing,
         good=good,
         share=100 * good / existing,

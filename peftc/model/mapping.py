@@ -21,6 +21,7 @@ from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, let_go, session_of
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.handed import with_handed
 from peftc.runtime.journal import keep, keep_entry, whole
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.succession import make_room
@@ -113,6 +114,7 @@ def inject_adapter_in_model(
     ranks = former_ranks(plan, asked) if loading else {}
     if ranks:
         plan = planned({adapter_name: with_ranks(plan.adapters[0].config, ranks)}, given=given)
+    plan = with_handed(plan, model, {adapter_name: asked})
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
     make_room(session_of(model), adapter_name)
     session = apply_plan(model, plan, sources=sources, mixed=True)

@@ -33,6 +33,7 @@ from peftc.runtime.apply import apply_plan, freeze, hold, let_go, mixed_types, s
 from peftc.runtime.calls import CallModule
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.handed import with_handed
 from peftc.runtime.journal import keep, keep_entries, keep_entry, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
@@ -65,6 +66,7 @@ class PeftModel(ActivationMixin, nn.Module):
         super().__init__()
         let_go(model)
         plan = plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype)
+        plan = with_handed(plan, model, {adapter_name: peft_config})
         self._start(model, plan, {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {})
 
     @classmethod
@@ -252,7 +254,8 @@ class PeftModel(ActivationMixin, nn.Module):
         With `low_cpu_mem_usage` its tensors are on the meta device until `set_peft_model_state_dict` gives them values.
         """
         self._refuse_type(peft_config)
-        plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype, mixed=self.mixes)
+        base, handed = self.get_base_model(), {adapter_name: peft_config}
+        plan = with_handed(plan_for(base, handed, autocast_adapter_dtype, mixed=self.mixes), base, handed)
         self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None)
 
     def _attach(self, plan: InjectionPlan, source: Source | None) -> None:
@@ -304,7 +307,7 @@ class PeftModel(ActivationMixin, nn.Module):
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Raises `PeftcError`, with nothing changed, if an adapter on a tied weight would part it.
         """
         self._refuse_merge()
         merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
@@ -365,7 +368,8 @@ class PeftModel(ActivationMixin, nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
+        """Save adapters: `default` at the root of the folder, others in subfolders. All in one step where the file system
+        can exchange folders, else each in one.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
         The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
@@ -441,7 +445,8 @@ class PeftModel(ActivationMixin, nn.Module):
 
         task_class = task_model_class(config)
         chosen = cls if cls.mixes or issubclass(cls, task_class) else task_class
-        wrapped = chosen.from_plan(model, found.plan, {adapter_name: found.source})
+        plan = with_handed(found.plan, model, {adapter_name: config})
+        wrapped = chosen.from_plan(model, plan, {adapter_name: found.source})
         if not is_trainable:
             files.evaluate(wrapped)
         return wrapped

@@ -62,7 +62,12 @@ class Backend(ABC):
     def run(self, base: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
         """The layer's own forward with other (logical) parameters in place, differentiable in them."""
         own = {n: p for n, p in base._parameters.items() if p is not None}
-        stored = {n: self.to_stored(n, t, own[n]).to(own[n].dtype) for n, t in parameters.items()}
+        stored = {
+            n: self.to_stored(n, t, own[n]).to(own[n].dtype)
+            if n in own
+            else t.to(own["weight"].dtype)  # a bias it lacks
+            for n, t in parameters.items()
+        }
         out: Tensor = functional_call(base, stored, args, kwargs)
         return out
 

@@ -142,7 +142,14 @@ def _planned(session: Session, plan: AdapterPlan, target: TunerMethod, ranks: Ma
     for choice in (by_choice, exact) if by_choice.get("target_modules") else (exact,):
         start = target.least(**_chosen(plan.config, target, _CARRIED), **choice)
         config = _ranked(start, target, ranks)
-        made = compile_plan(session.graph, {plan.name: config}, given=list(ranks), loading=True, task_heads=False)
+        made = compile_plan(
+            session.graph,
+            {plan.name: config},
+            autocast_adapter_dtype=False,  # what is saved is in the model's dtype
+            given=list(ranks),
+            loading=True,
+            task_heads=False,
+        )
         if rules.GIVEN_TARGETS.code not in {warning.code for warning in made.warnings}:
             break
     return made.adapters[0]

@@ -34,5 +34,7 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
                 result[name] = nn.Parameter(tensor.to(weight.dtype), requires_grad=False)
             else:
                 stored = backend.to_stored(name, tensor, own).to(own.dtype)
+                if stored.stride() != own.stride():  # files and kernels want weights as they lay in memory before
+                    stored = torch.empty_like(own).copy_(stored)
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
         return result

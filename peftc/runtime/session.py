@@ -309,6 +309,7 @@ class Session:
         """Activate an adapter in place of those of its own method, beside those of others. What trained before goes on to."""
         own = self.plans[name].peft_type
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
+        self.refuse_clashes([*others, name])
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
         self.activate([*others, name])
@@ -460,8 +461,9 @@ class Session:
 
     def keep_trained(self, names: Iterable[str]) -> None:
         """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
-        self.base.keep_changes()
         merged = (*names, *self.merged)
+        self.base.act(merged)
+        self.base.keep_changes()
         keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
             self._put_back(path, copy.of(merged))

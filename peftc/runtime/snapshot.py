@@ -221,9 +221,13 @@ def _lazy(path: str, name: str) -> Diagnostic:
 
 def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
     base = unwrapped(model)
-    if not layers.is_pretrained(base):
-        return ModelFacts(type(base).__name__)
     loaded = cast(Any, base)
+    if not layers.is_pretrained(base):  # any model may tell its embeddings as those do
+        return ModelFacts(
+            type(base).__name__,
+            input_embeddings=_embedding_path(lambda: loaded.get_input_embeddings(), paths),
+            output_embeddings=_embedding_path(lambda: loaded.get_output_embeddings(), paths),
+        )
     config = loaded.config
     return ModelFacts(
         cls=type(base).__name__,
@@ -253,7 +257,7 @@ def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers
 def _embedding_path(getter: Callable[[], nn.Module | None], paths: Mapping[int, str]) -> str | None:
     try:
         module = getter()
-    except (NotImplementedError, AttributeError):  # a model without a text input or head says so by raising
+    except (NotImplementedError, AttributeError):  # a model without a text input or head raises, or has no such method
         return None
     return None if module is None else paths.get(id(unwrapped(module)))
 

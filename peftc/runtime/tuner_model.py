@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from peftc import rules
+from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.calls import CallModule
+from peftc.runtime.handed import with_handed
 from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
@@ -24,7 +26,7 @@ from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
 from peftc.runtime.succession import delete
-from peftc.runtime.ties import refuse_parting
+from peftc.runtime.ties import part
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
 
@@ -149,7 +151,18 @@ class TunerModel(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """Paths of all adapted layers, in the order of the adapters."""
         plans = self.session.plans.values()
-        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites))
+        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites if not _parameter(site)))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of all single parameters that are adapted, in the order of the adapters."""
+        found = (
+            f"{site.path}.{name}"
+            for plan in self.session.plans.values()
+            for site in plan.maps
+            if (name := site.parameter)
+        )
+        return list(dict.fromkeys(found))
 
     @whole
     def inject_adapter(
@@ -173,6 +186,7 @@ class TunerModel(nn.Module):
         plan = plan_for(
             self.model, {adapter_name: config}, autocast_adapter_dtype, task_heads=False, given=given, mixed=self.mixes
         )
+        plan = with_handed(plan, self.model, {adapter_name: self.peft_config[adapter_name]})
         sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
         apply_plan(self.model, plan, sources=sources, mixed=self.mixes)
         keep_entry(self.peft_config, adapter_name)
@@ -275,11 +289,12 @@ class TunerModel(nn.Module):
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Where a module that was trained whole parts weights that the base's config says are one, the config no longer says so.
+        Raises `PeftcError`, with nothing changed, if an adapter on one of them would.
         """
         session = self.session
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
-        refuse_parting(session, adapter_names)
+        part(session, adapter_names)
         session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
         session.keep_trained(session.active if adapter_names is None else adapter_names)
@@ -324,6 +339,11 @@ class TunerModel(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer adds a matrix to its weight that does not depend on the weight."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.session.wrappers())
+
+
+def _parameter(site: MapSite | ModuleSite) -> str:
+    """The single parameter of its module that a site adapts, if it does not adapt the module."""
+    return site.parameter if isinstance(site, MapSite) else ""
 
 
 class MixedModel(TunerModel):

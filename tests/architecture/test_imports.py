@@ -60,6 +60,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.ops": {"torch"},
     "peftc.host": {"torch", "transformers"},
     "peftc.model": {"torch"},
+    "peftc.model.optimizers": {"torch", "bitsandbytes"},
     "peftc.runtime": {"torch"},
     "peftc.runtime.prompt": {"torch", "transformers"},  # tokenizers, and caches of keys and values
     "peftc.checkpoint": {"torch", "safetensors", "huggingface_hub"},

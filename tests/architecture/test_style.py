@@ -20,6 +20,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 CATCH_ALL: dict[str, str] = {
     "peftc.registry.boundary": "the plugin boundary: calls of a method's functions",
     "peftc.registry.manager": "the plugin boundary: importing and registering a plugin",
+    "peftc.runtime.journal": "an undo that fails must not keep others from being run; the first error is raised",
 }
 
 CODE = sources("peftc", "plugins")

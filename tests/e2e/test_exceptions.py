@@ -251,6 +251,17 @@ def test_what_is_raised_there_is_caught_here(situation: str, tmp_path: Path) -> 
     assert (type(again), str(again), again.diagnostics) == (type(ours), str(ours), ours.diagnostics)
 
 
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_warning_is_of_the_class_that_the_reference_warns_with(pattern: str, tmp_path: Path) -> None:
+    """An adapter whose file says more than the model has: who filters the one filters the other."""
+    path = edited(peftc, tmp_path, **{pattern: {"nowhere": 4}})
+    for lib in (peft, peftc):
+        with pytest.warns(RuntimeWarning, match="nowhere") as shown:
+            lib.PeftModel.from_pretrained(mlp(), path)
+        again = pickle.loads(pickle.dumps(shown[0].message))
+        assert type(again) is type(shown[0].message) and str(again) == str(shown[0].message)
+
+
 def test_several_problems_are_of_all_their_classes() -> None:
     with pytest.raises(PeftcError) as raised:
         peftc.get_peft_config({"peft_type": "LORA", "r": "x", "rank": 3})

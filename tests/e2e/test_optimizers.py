@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import peftc
+from peftc import create_lorafa_optimizer, create_loraplus_optimizer
 from peftc.diagnostics import PeftcError, PeftcWarning
-from peftc.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from peftc.registry.manager import default_registry
+from peftc.testing.subjects import subjects
 
 THEIRS = importlib.import_module("peft.optimizers")
 
@@ -129,10 +131,6 @@ def test_lora_fa_tells_what_it_does_not_follow() -> None:
 
 
 def test_lora_fa_refuses_factors_of_experts() -> None:
-    from peftc.testing.models import MODELS
-
-    stacked = next(model for model in MODELS if model.parameters)
-    names = [f"{node.path}" for node in stacked.graph.nodes if node.facts.experts][:1]
-    model = peftc.get_peft_model(stacked.build(), peftc.LoraConfig(target_parameters=names))
+    stacked = next(s for s in subjects(default_registry().get("LORA")) if s.parameters)
     with pytest.raises(PeftcError, match=r"PC401.*experts"):
-        create_lorafa_optimizer(model, 8, 8, 1e-2)
+        create_lorafa_optimizer(stacked.wrap(), 8, 8, 1e-2)

@@ -19,6 +19,7 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.config.mixins import ModulesToSaveMixin
+from peftc.diagnostics import PeftcError
 from peftc.model.assistance import delete_adapter, take_step
 from peftc.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peftc.registry.manager import default_registry
@@ -73,6 +74,12 @@ class Case:
         randomise(model, "other")
         return model
 
+    def without_copies(self) -> PeftModel:
+        """Two adapters without modules that both train whole."""
+        model = self.subject.trained()
+        self.subject.join(model, "other")
+        return model
+
     def merged(self) -> PeftModel:
         model = self.one()
         model.merge_adapter()
@@ -89,8 +96,11 @@ class Case:
         if not changes:
             return None
         if not place.is_dir():
-            with quiet():
-                self.one("default", **changes).save_pretrained(place)
+            try:
+                with quiet():
+                    self.one("default", **changes).save_pretrained(place)
+            except PeftcError:  # an option that others depend on
+                return None
         return place
 
     def grown(self) -> PeftModel:
@@ -106,6 +116,7 @@ def operations(case: Case) -> Iterator[Operation]:
     yield Operation("get_peft_model", s.build, lambda m: get_peft_model(m, case.config()))
     yield Operation("from_pretrained", s.build, lambda m: PeftModel.from_pretrained(m, place))
     yield Operation("inject", s.build, lambda m: inject_adapter_in_model(case.config(), m))
+    yield Operation("inject, over one", case.one, lambda m: inject_adapter_in_model(case.config(), m))
     yield Operation("add_adapter", case.one, lambda m: m.add_adapter("new", case.config()))
     yield Operation("load_adapter, a new one", case.one, lambda m: m.load_adapter(place, "new"))
     yield Operation("load_adapter, over one", case.two, lambda m: m.load_adapter(place, "other"))
@@ -119,6 +130,7 @@ def operations(case: Case) -> Iterator[Operation]:
     yield Operation("delete_adapter, the active one", case.two, lambda m: delete_adapter(m, "default"))
     yield Operation("delete_adapter, the last one", case.one, lambda m: m.delete_adapter("default"))
     yield Operation("disable", case.two, lambda m: m.session.enable(False))
+    yield Operation("enable", lambda: switched_off(case.two()), lambda m: m.session.enable(True))
     yield Operation("rows", case.two, lambda m: m.session.let_rows_differ())
     yield Operation("unload", case.two, lambda m: m.unload())
     if isinstance(case.one().base_model, TunerModel):
@@ -133,18 +145,25 @@ def _on_layers(case: Case) -> Iterator[Operation]:
     yield Operation("merge_and_unload", case.one, lambda m: m.merge_and_unload())
     if case.subject.merges:
         yield Operation("unmerge_adapter", case.merged, lambda m: m.unmerge_adapter())
+        yield Operation("disable, merged", case.merged, lambda m: m.session.enable(False))
+        yield Operation("enable, merged", lambda: switched_off(case.merged()), lambda m: m.session.enable(True))
         yield Operation("unload, merged", case.merged, lambda m: m.unload())
         yield Operation(
             "set_adapter, merged", lambda: _with_other(case.merged(), case), lambda m: m.set_adapter("other")
         )
     pair = ["default", "other"]
     weigh = lambda m: m.base_model.add_weighted_adapter(pair, [0.5, 0.5], "both")  # noqa: E731
-    yield Operation("add_weighted_adapter", case.two, weigh)
+    yield Operation("add_weighted_adapter", case.without_copies, weigh)
     yield Operation("hotswap", case.one, lambda m: hotswap_adapter(m, place, "default"))
     yield Operation("prepare hotswap", case.one, lambda m: prepare_model_for_compiled_hotswap(m, target_rank=16))
     if case.subject.targets:
         yield Operation("scale", case.one, lambda m: next(m.session.wrappers()).scale_layer(2.0))
     yield Operation("take_step", case.grown, lambda m: take_step(m, 1))
+
+
+def switched_off(model: PeftModel) -> PeftModel:
+    model.session.enable(False)
+    return model
 
 
 def _with_other(model: PeftModel, case: Case) -> PeftModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,25 @@ def picture(*roots: object) -> Picture:
     return found
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where an object is."""
+
+    number: int
+
+
+def elsewhere(seen: Picture) -> list[object]:
+    """The picture of an equal model of other objects: which are the same is told by their order."""
+    order: dict[Address, int] = {}
+
+    def plain(value: object) -> object:
+        if isinstance(value, Address):
+            return order.setdefault(value, len(order))
+        return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+    return [(name, plain(value)) for name, value in seen]
+
+
 def differences(before: Picture, after: Picture) -> list[str]:
     """What is not the same, with what leads to it."""
     places = [index for index, (one, other) in enumerate(zip(before, after, strict=False)) if one != other]
@@ -51,7 +71,7 @@ def _look(thing: Any, name: str, found: Picture, seen: set[int]) -> None:
     if isinstance(thing, _PLAIN):
         found.append((name, thing))
         return
-    found.append((name, type(thing).__name__ if isinstance(thing, (tuple, set, frozenset)) else id(thing)))
+    found.append((name, type(thing).__name__ if isinstance(thing, (tuple, set, frozenset)) else Address(id(thing))))
     if isinstance(thing, (set, frozenset)):
         found.append((name, sorted(map(str, thing))))
         return
@@ -73,7 +93,7 @@ def _facts(tensor: Tensor) -> tuple[object, ...]:
     if tensor.is_meta or not tensor.numel():
         return flags
     data = tensor.detach()
-    return (*flags, data.data_ptr(), hash(data.contiguous().view(-1).view(torch.uint8).numpy().tobytes()))
+    return (*flags, Address(data.data_ptr()), hash(data.contiguous().view(-1).view(torch.uint8).numpy().tobytes()))
 
 
 def _inside(thing: Any) -> Iterator[tuple[object, object]]:

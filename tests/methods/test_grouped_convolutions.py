@@ -214,3 +214,12 @@ def test_layers_tell_groups_apart() -> None:
     model = lora()
     assert isinstance(model, PeftModel)
     assert all(isinstance(layer, TunerLayer) for layer in model.session.layers.values())
+
+
+def test_where_the_reference_fails() -> None:
+    """AdaLoRA cannot be made there, and OFT not be merged."""
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        peft.get_peft_model(Net(), peft.AdaLoraConfig(target_modules=["pair"], init_r=4, total_step=10))(x())
+    rotated = peft.get_peft_model(Net(), peft.OFTConfig(target_modules=["pair"], oft_block_size=4))
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        rotated.merge_adapter()

