@@ -196,16 +196,17 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     config, file = opened(model_id, None, options)
     model._refuse_type(config)
     found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
-    same = name in session.plans and (
-        session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted)
-    )
+    is_new = name not in session.plans
+    same = not is_new and (session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted))
     if same:
         _overwrite(model, found)
-    elif name in session.plans:
+    elif not is_new:
         _exchange(model, name, found)
     else:
         model._attach(found.plan, found.source)
-    if options.is_trainable:  # the reference makes it so although it is not active
+    if options.is_trainable and (
+        is_new or name in session.active
+    ):  # a new one although it is not active, as the reference
         model.set_requires_grad(name)
     if not options.is_trainable and model.training:
         evaluate(model)

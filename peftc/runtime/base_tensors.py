@@ -126,9 +126,11 @@ class BaseTensors:
         for plan in self._session.plans.values():
             for site in plan.trains:
                 module, own = self._session.find(site.path), self._of(site.path).get(site.name)
-                live = None if module is None else module._parameters.get(site.name)
-                if live is not None and live is not own:
-                    keep_trained(live, False)
+                layer = self._session.layers.get(site.path)
+                aside = [] if layer is None else [wrapper._folded.get(site.name) for wrapper in layer.chain()]
+                for live in (None if module is None else module._parameters.get(site.name), *aside):
+                    if live is not None and live is not own:
+                        keep_trained(live, False)
 
     def vocabulary(self, plan: AdapterPlan) -> list[VocabularyTensor]:
         """The base model's input and output embeddings, which a checkpoint of the adapter may carry whole.

@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
             return True
         around = {site.path for site in one.plan.modules} & {site.path for site in two.plan.modules}
         own, other = one.facts.layers, two.facts.layers
-        if around or (one.plan.prompt is not None and two.plan.prompt is not None):
+        if around or {*one.copies} & {*two.copies} or (one.plan.prompt is not None and two.plan.prompt is not None):
             return True
         if one.peft_type != two.peft_type:
             return False
@@ -207,8 +207,6 @@ class Machine(RuleBasedStateMachine):
         must = [rules.ADAPTER_UNKNOWN.code] if unknown else []
         must += [rules.ONE_PROMPT.code] if len(names) > 1 and not self.layered else []
         must += [CLASH] if not unknown and self.is_clash(names) else []
-        if not must and len(names) > 1 and set(self.plain.copied(names[:1])) & set(self.plain.copied(names[1:])):
-            return
         if self.attempt(lambda: self.model.set_adapter(names, inference_mode=frozen), must):
             self.plain.activate(names, not frozen)
 
@@ -432,7 +430,7 @@ class Machine(RuleBasedStateMachine):
         if self.attempt(lambda: self.model.load_adapter(place, name, is_trainable=trains), must):
             if not trains:
                 self.plain.training = False
-            new.requires = trains or (old is not None and old.requires)
+            new.requires = trains if old is None else old.requires or (trains and name in self.plain.active)
             self.plain.load(new)
             self.take(new)
             found, wanted = self.model.adapter_tensors(name), load_file(place / "adapter_model.safetensors")
