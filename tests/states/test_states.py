@@ -5,6 +5,8 @@ About ten thousand steps, the same ones every time. A million others: `python -m
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +22,7 @@ STEPS = 10_000
 LENGTH = 25
 
 #: Found by the machine and not settled: whether the model or the plain model is wrong there.
-OPEN = {
-    "ADALORA-embedding": "merging with nothing active is refused (PC507); the plain model does nothing",
-    "LORA-llama": "rounding after a merge for good of a model that was cast",
-    "MULTITASK_PROMPT_TUNING-llama": "what trains of a prompt that was loaded, or took over",
-    "TRAINABLE_TOKENS-mlp": "what is merged where adapters share tokens",
-    "VERA-conv2d": "shared tensors that are named after a layer",
-    "XLORA-llama": "adapters that another weighs and trains",
-}
+OPEN: dict[str, str] = json.loads(Path(__file__).with_name("open.json").read_text())
 
 
 def _worlds() -> list[Any]:
