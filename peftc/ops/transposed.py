@@ -17,10 +17,10 @@ def transposed(change: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     Activation checkpointing hides what is saved until backward, and this needs it at once: it is kept plainly, detached, as a
     node that held its own output would never be freed. Autograd attaches the history again.
     """
-    if is_traced() or torch.is_inference_mode_enabled():
+    again = torch.is_grad_enabled()
+    if is_traced() or torch.is_inference_mode_enabled() or not (again or hides_saved()):
         (product,) = torch.func.vjp(change, torch.zeros_like(rows))[1](rows)
         return product
-    again = torch.is_grad_enabled()
     with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, _as_it_is):
         x = torch.zeros_like(rows).requires_grad_()
         (product,) = torch.autograd.grad(change(x), x, rows, create_graph=again)

@@ -92,7 +92,7 @@ def test_train_generate_inspect_merge(
     assert [item["prompt"] for item in json.loads(out)] == ["Why?"]
 
     code, out, err = run(capsys, "merge", "--adapter", adapter, "--out", merged, "--json")
-    if not method.adapts_layers or not all(tuner.is_mergeable for tuner in method.map_tuners):
+    if not method.adapts_layers or not any(tuner.is_mergeable for tuner in method.map_tuners):
         assert code == 1 and rules.CANNOT_MERGE.code in out
         assert not merged.exists()
         return
