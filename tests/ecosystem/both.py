@@ -176,9 +176,11 @@ def _json(text: str) -> Any:
 
 
 def _unordered(name: str, data: Any) -> Any:
-    """The reference writes sets in any order."""
+    """The reference writes sets in any order, and a local base by the path that was typed, ours by its absolute path."""
     if name != "adapter_config.json" or not isinstance(data, dict):
         return data
+    if data.get("base_model_name_or_path"):
+        data = {**data, "base_model_name_or_path": Path(data["base_model_name_or_path"]).name}
     return {
         key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
         for key, value in data.items()
