@@ -33,6 +33,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 #: What others wrote before there was safetensors, and write where a program asks for it.
 PICKLE_NAME = "adapter_model.bin"
 PLAN_NAME = "peftc_plan.json"
+#: The print of the base model that the adapter was saved on.
+BASE_NAME = "peftc_base.json"
 
 
 def save_adapter(
@@ -41,7 +43,7 @@ def save_adapter(
     config: PeftConfig,
     plan: InjectionPlan | None = None,
     extra: Mapping[str, str] | None = None,
-    remarks: Mapping[str, str] | None = None,
+    base: str | None = None,
     *,
     pickled: bool = False,
 ) -> None:
@@ -49,15 +51,15 @@ def save_adapter(
 
     `tensors` are by checkpoint key, on any device, contiguous or not, shared or not. `plan` is what it was
     made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card,
-    `remarks` what stands in the head of the weights' file. The config is written as frozen (`inference_mode`), with a base
+    `base` the print of the base model (`peftc.model.identity`). The config is written as frozen (`inference_mode`), with a base
     model in a local folder named so that it is found from any other, and is itself not changed. With `pickled` the weights are
-    in the format of `torch.save` (`adapter_model.bin`), which has no head, and the safetensors file of an earlier save is
+    in the format of `torch.save` (`adapter_model.bin`), and the safetensors file of an earlier save is
     removed, which readers would prefer.
 
     Raises `PeftcError` for tensors without content and for a folder that cannot be written (no room, no permission), and
     then leaves the folder as it was. Warns of NaN and infinity.
     """
-    save_adapters(folder, {"": Saved(tensors, config, plan, remarks or {}, pickled)}, extra)
+    save_adapters(folder, {"": Saved(tensors, config, plan, base, pickled)}, extra)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Saved:
     tensors: Mapping[str, Tensor]
     config: PeftConfig
     plan: InjectionPlan | None = None
-    remarks: Mapping[str, str] = field(default_factory=dict)
+    base: str | None = None
     pickled: bool = False
     texts: dict[str, str] = field(init=False, default_factory=dict)
 
@@ -75,6 +77,8 @@ class Saved:
         self.texts[CONFIG_NAME] = config_text(stored(self.config))
         if self.plan is not None:
             self.texts[PLAN_NAME] = plan_to_text(self.plan)
+        if self.base is not None:
+            self.texts[BASE_NAME] = self.base
 
     def problems(self) -> Iterator[Diagnostic]:
         """What is wrong with the tensors."""
@@ -86,13 +90,14 @@ class Saved:
         if self.pickled:
             write_pickle(staged / PICKLE_NAME, self.tensors)
         else:
-            write_tensors(staged / WEIGHTS_NAME, self.tensors, self.remarks)
+            write_tensors(staged / WEIGHTS_NAME, self.tensors)
         _write_texts(staged, self.texts)
 
     @property
     def obsolete(self) -> tuple[str, ...]:
         """Files of an earlier save that go unless they are made anew."""
-        return (PLAN_NAME, WEIGHTS_NAME) if self.pickled else (PLAN_NAME,)
+        own = (PLAN_NAME, BASE_NAME)
+        return (*own, WEIGHTS_NAME) if self.pickled else own
 
 
 def save_adapters(folder: str | Path, adapters: Mapping[str, Saved], extra: Mapping[str, str] | None = None) -> None:
@@ -137,10 +142,10 @@ def stored(config: PeftConfig) -> PeftConfig:
     return config.model_copy(update={"inference_mode": True, **named})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], remarks: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file as others expect it, with further remarks in its head. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as others expect it. Raises `OSError`, and `ValueError` for a dtype that it cannot hold."""
     facts = {key: TensorFacts.of(tensor) for key, tensor in tensors.items()}
-    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt", **(remarks or {})})
+    write_file(path, facts, lambda key: _content(tensors[key]), {"format": "pt"})
 
 
 def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -115,8 +115,8 @@ def _to_former(args: argparse.Namespace) -> int:
 def _to_method(args: argparse.Namespace) -> int:
     from peftc.checkpoint.save import save_adapter  # here: below the torch line
     from peftc.integrations.transformers import jobs
+    from peftc.model import identity
     from peftc.model.conversion import convert_adapter
-    from peftc.runtime import identity
 
     jobs.require_new(args.out)
     ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
@@ -125,7 +125,7 @@ def _to_method(args: argparse.Namespace) -> int:
         model = jobs.with_adapter(base, args.adapter, any_base=args.any_base)
     with progress.stage("Converting and saving", quiet=args.quiet):
         made = convert_adapter(model, args.to.upper(), args.rank)
-        save_adapter(args.out, made.tensors, made.config, remarks=identity.remarks_of(model.session))
+        save_adapter(args.out, made.tensors, made.config, base=identity.print_of(model.session))
     bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     if args.json:
         layers = {path: {"rank": made.ranks[path], "error": error} for path, error in made.errors.items()}

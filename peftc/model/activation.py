@@ -36,7 +36,8 @@ class ActivationMixin(PromptsMixin):
         """The config of the first active adapter. Raises `PeftcError` if there is none."""
         active = self.active_adapters
         if not active:
-            raise PeftcError(rules.NOT_ADAPTED("No adapter is active", fix="Activate one with `set_adapter`."))
+            fix = "Activate one with `set_adapter`."
+            raise PeftcError(rules.NOT_ADAPTED("No adapter is active", fix=fix, also=AttributeError))
         return self.peft_config[active[0]]
 
     @property

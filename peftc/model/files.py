@@ -21,11 +21,11 @@ from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
+from peftc.model import identity
 from peftc.model.card import facts_of, new_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
 from peftc.registry.manager import default_registry
-from peftc.runtime import identity
 from peftc.runtime.journal import keep_values, note, whole
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
@@ -53,7 +53,7 @@ def save(
     """Save adapters and the model card below a folder, all in one step where the file system can exchange folders, else each
     adapter in one. Raises `PeftcError`, with what would have been a step as it was."""
     root = Path(folder)
-    of_base = identity.remarks_of(model.session)
+    of_base = identity.print_of(model.session)
     saved: dict[str, Saved] = {}
     for name in names:
         place = "" if name == AT_ROOT else name

@@ -20,7 +20,7 @@ READERS = {
     "peftc.graph.files": "bounded bytes of the cache",
     "peftc.graph.locate": "bounded; configs of transformers may hold `Infinity`",
     "peftc.integrations.transformers.data": "lines, each bounded",
-    "peftc.runtime.identity": "metadata of a header, which is bounded; what is of another form tells nothing",
+    "peftc.model.identity": "a file of a bounded size; what is of another form tells nothing",
     "peftc.cli.generate": "prompts of the user, line by line",
     "peftc.cli.demo": "a file that comes with peftc",
     "peftc.cli.plugin_new": "templates that come with peftc",

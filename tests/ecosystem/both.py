@@ -20,7 +20,6 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
-PRINT = "base_weights"  # which only our files have
 LIMIT = 300.0  # seconds; far more than any script needs
 TOLERANCE = 1e-6
 
@@ -134,7 +133,7 @@ def files(folder: Path) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "peftc_plan.json"
+        if path.is_file() and path.name not in ("peftc_plan.json", "peftc_base.json")
     }
 
 
@@ -163,7 +162,7 @@ def tensors(path: Path) -> dict[str, Any]:
     """Header and values of a safetensors file."""
     with safe_open(path, "pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = {key: _json(value) for key, value in (file.metadata() or {}).items() if key != PRINT}
+        metadata = {key: _json(value) for key, value in (file.metadata() or {}).items()}
     values = {k: [str(t.dtype), list(t.shape), t.double().flatten().tolist()] for k, t in found.items()}
     return {"metadata": metadata, "tensors": values}
 

@@ -246,7 +246,10 @@ def test_adapters_made_of_one_config_do_not_share_what_training_comes_to() -> No
     m = get_peft_model(Scored(), one).train()
     m.add_adapter("other", one)
     train(m)
-    assert one.left is None and m.peft_config["other"].left is None
+    assert m.peft_config["default"] is one and one.left is not None, (
+        "the config that was handed over tells what came of it"
+    )
+    assert m.peft_config["other"].left is None
 
 
 def test_only_adapters_that_train_take_a_step() -> None:

@@ -97,7 +97,8 @@ def test_beside_another_method() -> None:
 
 
 def test_a_model_adapted_in_place_is_told_by_a_context() -> None:
-    wrapped = tinted()
+    torch.manual_seed(0)
+    wrapped = get_peft_model(Net(), tint()).eval()
     torch.manual_seed(0)
     injected = inject_adapter_in_model(tint(), Net()).eval()
     with row_values(injected, colours=COLOURS):

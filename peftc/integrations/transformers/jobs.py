@@ -28,8 +28,8 @@ from peftc.graph.base_ref import BaseRef
 from peftc.integrations.transformers.base import fit_vocabulary, load_base
 from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
+from peftc.model import identity
 from peftc.model.peft_model import PeftModel
-from peftc.runtime import identity
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
 
@@ -126,7 +126,7 @@ def with_adapter(model: PreTrainedModel, folder: str | Path, any_base: bool = Tr
     if not any_base:
         session = Session(model, snapshot(model))
         name = read_config(folder).base_model_name_or_path
-        found = identity.told(session, file.header.metadata, name, str(file.path), Severity.ERROR)
+        found = identity.told(session, file.folder, name, Severity.ERROR)
         if found:
             raise PeftcError(replace(one, fix=f"{one.fix} `--any-base` goes on all the same.") for one in found)
     return PeftModel.from_pretrained(model, folder)

@@ -10,20 +10,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftc import rules
+from peftc.checkpoint.save import BASE_NAME
+from peftc.config.reader import read_text
 from peftc.diagnostics import Diagnostic, Severity, Where
+from peftc.limits import MAX_CARD
 from peftc.runtime.session import Session
 
 #: matrices in a print, spread evenly over the model, and how much of each is looked at
 MATRICES, HASHED_BYTES, NUMBERS = 8, 2**16, 6
-
-#: the key of the print among a file's own remarks
-KEY = "base_weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,6 @@ def print_of(session: Session) -> str | None:
     return json.dumps(samples, separators=(",", ":")) if samples else None
 
 
-def remarks_of(session: Session) -> dict[str, str]:
-    """What is written of the base into the head of an adapter's file."""
-    text = print_of(session)
-    return {} if text is None else {KEY: text}
-
-
 def differing(session: Session, text: str) -> tuple[list[str], int]:
     """Names of base weights that are not those of a print, and of how many that could be compared. A print that cannot be
     read compares with nothing: it is a remark in a file, which anyone may have written."""
@@ -58,19 +53,20 @@ def differing(session: Session, text: str) -> tuple[list[str], int]:
     return [name for name, tensor in alike.items() if not _same(told[name], tensor)], len(alike)
 
 
-def told(
-    session: Session, remarks: Mapping[str, str], name: str | None, file: str, severity: Severity | None = None
-) -> tuple[Diagnostic, ...]:
+def told(session: Session, folder: Path, name: str | None, severity: Severity | None = None) -> tuple[Diagnostic, ...]:
     """A warning, or what `severity` says, if the model has other weights than the base that an adapter was saved on.
 
-    `remarks` are those of the adapter's file, `name` is what it calls its base.
+    `folder` is the adapter's, `name` is what it calls its base. Without a print there nothing is said.
     """
-    others, compared = differing(session, remarks.get(KEY, "{}"))
+    file = folder / BASE_NAME
+    if not file.is_file():
+        return ()
+    others, compared = differing(session, read_text(str(file), MAX_CARD))
     if not others:
         return ()
     what = f"The adapter was trained on other base weights: {len(others)} of {compared} samples differ, such as `{others[0]}`"
     fix = "Load it onto the weights that it was trained on" + (f", those of `{name}`." if name else ".")
-    return (rules.OTHER_BASE(what, fix=fix, where=Where(file=file), severity=severity),)
+    return (rules.OTHER_BASE(what, fix=fix, where=Where(file=str(file)), severity=severity),)
 
 
 def _chosen(session: Session) -> Iterator[tuple[str, Tensor]]:
