@@ -30,6 +30,7 @@ from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import TunerLayer
+from peftc.runtime.places import fill, refuse_offloaded
 from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
 from peftc.runtime.storage import find
@@ -131,8 +132,7 @@ def hotswap_adapter_from_state_dict(
         slots = {site.key(slot, adapter_name).disk() for site, slot in plan.slots()}
         for key, own in session.tensors(adapter_name).items():
             if key in given and key not in slots:
-                journal.note(own.copy_, own.clone())
-                own.copy_(given[key])
+                fill(session.model, own, given[key], journal)
         _record(unwrapped(model), session, plan, journal)
 
 
@@ -218,12 +218,14 @@ def _swap(
         value = given.get(key)
         if value is None and slot.derived:
             value = layer.derived(adapter, site)[slot.name]
-        value = own.new_full(slot.shape, slot.value or 0.0) if value is None else value.to(own.device, own.dtype)
+        device = layer.device if own.is_meta else own.device
+        made = torch.full(slot.shape, slot.value or 0.0, device=device) if value is None else value
+        value = made.to(device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
         if fits and (value.shape == own.shape or part.tuner.is_rankable):
-            journal.note(own.copy_, own.clone())
-            own.copy_(padded(value, own.shape))
+            fill(layer, own, padded(value, own.shape), journal)
         else:
+            refuse_offloaded(layer, {key: own}, "would get another shape")
             journal.note(setattr, own, "data", own.data)
             own.data = value.clone()
     layer.exchange(adapter, site, journal)
@@ -267,10 +269,11 @@ def prepare_model_for_compiled_hotswap(
         raise PeftcError(rules.NOT_ADAPTED(what, fix="Load the first adapter before, and compile after."))
     shapes = [] if target_rank is None else list(_shapes(layers, target_rank))
     with torch.no_grad():
+        refuse_offloaded(model, {str(n): own for n, (own, _) in enumerate(shapes)}, "would get another shape")
         for own, shape in shapes:
             own.data = padded(own.data, shape)
     for layer in layers:
-        device = layer.weight.device
+        device = layer.device
         layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
 
 

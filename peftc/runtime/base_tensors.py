@@ -16,6 +16,7 @@ from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source
+from peftc.runtime.places import refuse_offloaded, whole
 
 if TYPE_CHECKING:
     from peftc.runtime.session import Session
@@ -48,6 +49,7 @@ class BaseTensors:
         before: list[tuple[nn.Parameter, Tensor]] = []
         journal.note(_put_back, before)
         find = source or (lambda key: None)
+        refuse_offloaded(self._session.model, dict(self.trained(plan)))
         for disk, parameter in self.trained(plan).items():
             found = find(disk)
             before.append((parameter, parameter.detach().clone()))
@@ -62,8 +64,12 @@ class BaseTensors:
         known = {id(parameter) for parameter, _ in before}
         for disk, _, own, _ in self.vocabulary(plan):
             found = find(disk)
-            if found is None or torch.equal(found.to(own), own):
+            if found is None:
                 continue
+            here = whole(self._session.model, {disk: own})[disk]
+            if torch.equal(found.to(here), here):
+                continue
+            refuse_offloaded(self._session.model, {disk: own})
             journal.note(setattr, own, "data", own.data)
             if id(own) not in known:
                 before.append((own, own.data))

@@ -35,9 +35,10 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
     if name not in _layer_classes:
         shown = {attribute: _option(option) for attribute, option in method.layer_options.items()}
         if method.layer_dropout:
-            shown[method.layer_dropout] = property(TunerLayer.dropouts)
+            shown |= {method.layer_dropout: property(TunerLayer.dropouts)}
         names = {
             "adapter_layer_names": method.layer_names,
+            "dropout_name": method.layer_dropout or TunerLayer.dropout_name,
             "other_param_names": (*TunerLayer.other_param_names, *shown),
             "__module__": __name__,
             "__doc__": method.summary,

@@ -19,13 +19,14 @@ from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
 from peftc.registry.boundary import guarded
+from peftc.runtime import places
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
-from peftc.runtime.gates import gated
+from peftc.runtime.called import noticing
+from peftc.runtime.dropouts import all_dropouts, drop_dropout, dropout_of
 from peftc.runtime.journal import Journal
-from peftc.runtime.paths import Part, Path, Under, adapted, compose, opened
-from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, view_class
+from peftc.runtime.paths import Part, Path, Under, adapted, opened, refuse_order
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, holder_of, view_class
 from peftc.runtime.stores import Stock
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
@@ -35,7 +36,7 @@ Source = Callable[[str], Tensor | None]
 
 
 #: adapters merged into a layer, the base parameters kept aside, and those in their place
-MergeState = tuple[list[str], dict[str, nn.Parameter], dict[str, nn.Parameter | None]]
+MergeState = tuple[list[str], places.State, places.State]
 
 
 class BaseTunerLayer:
@@ -53,6 +54,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+
+    #: what the container of dropouts is called in the model
+    dropout_name: ClassVar[str] = "adapter_dropout"
 
     _path: Path
     _under: Under
@@ -77,7 +81,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
-        self._pristine: dict[str, nn.Parameter] = {}
+        self._pristine: places.State = {}
         self._choose_path()
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         made = filled(
             site,
             adapter,
-            self._device(),
+            self.device,
             source,
             lambda fresh: init(site.config, site.layer, fresh, helper),
             shared,
@@ -120,19 +124,23 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def derived(self, adapter: str, site: MapSite) -> Mapping[str, Tensor]:
         """What an adapter's method derives for its slots here by another plan, by name."""
         derive = guarded(self._sites[adapter][1].derive, str(site.config.peft_type), site.path)
-        return derived(site, self._device(), partial(derive, site.config, site.layer))
+        return derived(site, self.device, partial(derive, site.config, site.layer))
 
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
-        slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = _Dropout(self, p) if p > 0 else None
+        named = labelled(site.slots).items()
+        slots = {label: find(self, slot, adapter) for label, slot in named}
+        holders = {label: holder_of(self, slot, adapter) for label, slot in named}
         self._parts[adapter] = Part(
             tuner,
-            view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
+            view_class(tuple(slots))(adapter, site, slots, holders, self.scaling, self),
             site.path,
-            dropout,
+            dropout_of(self, self.dropout_name, adapter, p),
             site.parameter,
+            labelled(site.slots),
         )
+        if self._shared.by_rows:
+            self._choose_path()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""
@@ -144,6 +152,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
             drop(self, slot, adapter_name)
+        drop_dropout(self, self.dropout_name, adapter_name)
         self._parts.pop(adapter_name)
         self.scaling.pop(adapter_name)
         self.held.pop(adapter_name, None)
@@ -168,7 +177,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             held = self.held.get(adapter, ())
             for label, slot in labelled(self._sites[adapter][0].slots).items():
                 container, key = find(self, slot, adapter)
-                yield slot.trainable and label not in held, container[key]
+                tensor = container.get(key)
+                if tensor is None:  # computed from others
+                    tensor = self._parts[adapter].view[label]
+                yield slot.trainable and label not in held, tensor
 
     def exchange(self, adapter: str, site: MapSite, journal: Journal) -> None:
         """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
@@ -203,9 +215,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """An adapter's mathematics with its view of this layer. Raises `KeyError`."""
         return self._parts[adapter]
 
-    def dropouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What drops inputs of each adapter in training; the identity for those that drop none."""
-        return {name: part.dropout or nn.Identity() for name, part in self._parts.items()}
+    def dropouts(self) -> nn.ModuleDict:
+        """What drops inputs of each adapter in training; the identity for those that drop none. All are called from now on."""
+        found = all_dropouts(self, self.dropout_name, self._parts)
+        self._choose_path()
+        return found
 
     # activation ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +235,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Make the trainable slots of adapters require gradients, or all their slots not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             for trainable, parameter in self.parameters_of(name):
-                parameter.requires_grad_(trainable and requires_grad)
+                if parameter.is_leaf:
+                    parameter.requires_grad_(trainable and requires_grad)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate without touching what requires gradients; names that the layer does not have are passed over."""
@@ -239,21 +254,19 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
         under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._aside)
-        pending = self._pending()
-        path = compose(under, pending)
-        if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
-            path = gated(path, self._shared, under, pending)
-        state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
+        rows = self._parts if self._shared.by_rows else None
+        state["_composed"] = noticing(self, self._shared, under, self._pending(), rows)
         self.enable_adapters(not self._disabled)
 
     def _pending(self) -> list[Part]:
         """Active adapters that are not merged, first to last."""
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def _aside(self) -> dict[str, nn.Parameter]:
+    def _aside(self) -> dict[str, Tensor]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
-        return {**self._pristine, **(base._aside() if isinstance(base, TunerLayer) else {})}
+        own = {name: was.value(name, self.device) for name, was in self._pristine.items()} if self._pristine else {}
+        return {**own, **(base._aside() if isinstance(base, TunerLayer) else {})}
 
     def pristine(self) -> Mapping[str, Tensor]:
         """The base layer's parameters as they were before anything was merged into them, logical and frozen."""
@@ -322,12 +335,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """How the base layer stores and applies its weight."""
         return BACKENDS[self._kind]
 
-    def _device(self) -> torch.device:
-        base = self.get_base_layer()
-        parameter = next((p for p in base._parameters.values() if p is not None), None)
-        if parameter is None:
-            parameter = next(base.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return places.device_of(self.get_base_layer())
 
     # merging ------------------------------------------------------------------------------------------------------
 
@@ -347,27 +358,15 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
         if not names:
             return
-        self._refuse_order(names)
+        refuse_order(self._under.between(), [self._parts[name] for name in names])
         base = self.get_base_layer()
-        for name, parameter in self.merged_parameters(names, check).items():
-            own = base._parameters[name]
-            assert own is not None
-            self._pristine.setdefault(name, own)
-            base._parameters[name] = parameter
+        places.refuse_absent(base, self._parts[names[0]].path, "merged, the adapter would be lost")
+        parameters, was = self.merged_parameters(names, check), places.state_of(base)
+        self._pristine = {**{name: was[name] for name in parameters}, **self._pristine}
+        places.change(base, parameters)
         self.merged_adapters.extend(names)
         self._shared.merges = True
         self._choose_path()
-
-    def _refuse_order(self, names: Sequence[str]) -> None:
-        """Merged, these act before what is pending below: only sums may change places."""
-        below = self._under.between()
-        own = [self._parts[name] for name in names]
-        if not below or all(part.tuner.additive for part in (*below, *own)):
-            return
-        where, first = own[0].path, ", ".join(f"`{part.view.adapter}`" for part in below)
-        what = f"Merging {', '.join(f'`{name}`' for name in names)} alone would change places with {first}"
-        fix = f"Merge {first} as well, or deactivate it before."
-        raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=where))
 
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
@@ -376,12 +375,12 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def merge_state(self) -> MergeState:
         """What `restore_merge` needs."""
-        return list(self.merged_adapters), dict(self._pristine), dict(self.get_base_layer()._parameters)
+        return list(self.merged_adapters), self._pristine, places.state_of(self.get_base_layer())
 
     def restore_merge(self, state: MergeState) -> None:
         """Go back to what was merged then."""
         self.merged_adapters, self._pristine, parameters = state
-        self.get_base_layer()._parameters.update(parameters)
+        places.restore(self.get_base_layer(), parameters)
         self._choose_path()
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
@@ -402,8 +401,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
                 raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
             result = {}
             for name, tensor in changed.items():
-                own = base._parameters[name]
-                assert own is not None
+                own = base._parameters.get(name)
+                if own is None:
+                    raise PeftcError(places.computed_elsewhere(base, name))
                 stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
             return result
@@ -412,7 +412,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
         for layer in reversed(self.chain()):
             if layer.merged_adapters:
-                layer.restore_merge(([], {}, dict(layer._pristine)))
+                layer.restore_merge(([], {}, layer._pristine))
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
@@ -424,7 +424,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
         name = self.parameter or "weight"
-        like = self.get_base_layer()._parameters[name]
+        like = places.tensor_of(self.get_base_layer(), name)
         assert like is not None
         return self.backend.to_stored(name, self.changes(adapter)[name], like)
 
@@ -483,16 +483,3 @@ def _first_argument(forward: Callable[..., Any]) -> str:
     names = iter(inspect.signature(forward).parameters)
     next(names)
     return next(names, "")
-
-
-class _Dropout:
-    """Dropout that follows the layer's training mode, without a module whose name would be in the model."""
-
-    __slots__ = ("layer", "p")
-
-    def __init__(self, layer: nn.Module, p: float) -> None:
-        self.layer = layer
-        self.p = p
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, self.p, self.layer.training)

@@ -16,6 +16,7 @@ from peftc.compiler.plan import ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.registry.boundary import guarded
 from peftc.runtime.layer import Source
+from peftc.runtime.places import device_of, hand_over, whole
 from peftc.runtime.storage import INIT, SlotModule, drop, filled, find, put
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
@@ -144,7 +145,11 @@ class ModuleWrapper(nn.Module):
         site, _ = self._sites[adapter]
         for slot in site.slots:
             if slot.name in origin._parameters and not slot.named:
-                target._parameters[slot.name] = origin._parameters.pop(slot.name)
+                parameter = origin._parameters[slot.name]
+                assert parameter is not None
+                held = whole(origin, {slot.name: parameter})[slot.name].detach() if parameter.is_meta else None
+                del origin._parameters[slot.name]
+                hand_over(target, slot.name, parameter, held)
             elif slot.name in origin._modules and not slot.named:  # with all tensors of that name, whatever their tail
                 target._modules[slot.name] = origin._modules.pop(slot.name)
 
@@ -184,8 +189,7 @@ class ModuleWrapper(nn.Module):
             return getattr(self.wrapped, name)
 
     def _device(self) -> torch.device:
-        parameter = next(self.wrapped.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return device_of(self.wrapped)
 
     def take_out(self) -> None:
         """Put the module back, whatever is here."""
@@ -222,7 +226,7 @@ class View:
             raise AttributeError(f"no slot `{name}`; there are {sorted(slots)}")
         container, key = self._wrapper.where(self.adapter, slots[name])
         tensor: Tensor = container[key]
-        return tensor
+        return whole(self._wrapper, {name: tensor})[name] if tensor.is_meta else tensor
 
 
 def wrapper_class(method: TunerMethod) -> type[ModuleWrapper]:

@@ -7,7 +7,8 @@ layer's kind admits. If one of them can only change parameters, all do, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,42 +26,41 @@ from peftc.ops.transposed import transposed
 from peftc.registry.boundary import guarded
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.experts import over_experts
+from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import LayerView
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import Slot
 
 #: x and whatever else the layer is called with -> y
 Path = Callable[..., Tensor]
 
 
+@dataclass(slots=True)
 class Part:
-    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one."""
+    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one.
 
-    __slots__ = ("dropout", "parameter", "path", "tuner", "view")
+    `modules` are the two that are called in place of products with the factors of a thin update, with its `scale`, where they
+    are to be called.
+    """
 
-    def __init__(
-        self,
-        tuner: MapTuner[Any],
-        view: LayerView,
-        path: str,
-        dropout: Callable[[Tensor], Tensor] | None,
-        parameter: str = "",
-    ) -> None:
-        self.parameter = parameter
-        self.tuner = tuner
-        self.view = view
-        self.path = path
-        self.dropout = dropout
+    tuner: MapTuner[Any]
+    view: LayerView
+    path: str
+    dropout: Callable[[Tensor], Tensor] | None
+    parameter: str = ""
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    modules: tuple[nn.Module, nn.Module] | None = None
+    scale: float = 1.0
 
     def fixed(self, training: bool) -> Part:
         """The same with this mode and the scaling of now. What is merged or combined must not depend on chance."""
-        return Part(
-            self.tuner, self.view.fixed(training), self.path, self.dropout if training else None, self.parameter
-        )
+        dropout = self.dropout if training else None
+        return Part(self.tuner, self.view.fixed(training), self.path, dropout, self.parameter, self.slots)
 
     def over(self, tensors: dict[str, Tensor]) -> Part:
         """The same with other tensors in its slots, by name."""
-        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout, self.parameter)
+        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout, self.parameter, self.slots)
 
     def lowering(self, name: str) -> Callable[..., Any]:
         """One of the method's functions; what it raises names the plugin and the layer."""
@@ -106,7 +106,7 @@ def _where_precise(under: Under, through: Path, beside: Path) -> Path:
     parameters = under.inner._parameters
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        weight = parameters["weight"]
+        weight = parameters.get("weight")
         precise = weight is not None and weight.is_floating_point() and weight.dtype.itemsize >= 4
         return (through if precise else beside)(*args, **kwargs)
 
@@ -133,7 +133,7 @@ def _step(path: Path, under: Under, part: Part, alone: bool) -> Path:
     given = part.tuner.lowerings
     if "thin" in given:
         fresh = under.base is under.inner  # else another method made the output, and may need it
-        if fresh and under.backend.is_plain_linear:
+        if fresh and under.backend.is_plain_linear and part.modules is None:
             return _fused(path, under.base, part, alone)
         return _thin(path, under, part)
     if "branch" in given:
@@ -180,11 +180,15 @@ def _thin(path: Path, under: Under, part: Part) -> Path:
 def update_of_thin(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
     """`x -> s B A x`, with the layer's own geometry."""
     thin, view, dropout, backend, inner = part.lowering("thin"), part.view, part.dropout, under.backend, under.inner
+    modules, fixed = part.modules, part.scale
 
     def update(x: Tensor) -> Tensor:
-        A, B, scale = thin(view)
         if dropout is not None and x.is_floating_point():
             x = dropout(x)
+        if modules is not None:
+            h = modules[0](x, by=partial(backend.down, inner))
+            return modules[1](h, by=partial(backend.up, inner)) * fixed
+        A, B, scale = thin(view)
         h = backend.down(inner, A, x.to(A.dtype) if x.is_floating_point() else x)
         return backend.up(inner, B, h) * scale
 
@@ -303,8 +307,7 @@ def _around_bias(under: Under, output: Callable[..., Tensor]) -> Callable[..., T
 def _bias_below(under: Under) -> Tensor | None:
     """What the base adds to its output; methods between may have changed it."""
     between = under.between()
-    bias = adapted(under, between).get("bias") if between else under.inner._parameters.get("bias")
-    return bias
+    return adapted(under, between).get("bias") if between else tensor_of(under.inner, "bias")
 
 
 def _along(change: Callable[..., Tensor], view: LayerView, axis: int) -> Callable[[Tensor], Tensor]:
@@ -383,6 +386,17 @@ def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
     """The base layer's logical parameters with the adapters folded in, in activation order; the first change of each to
     the running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
     return _folded(under, parts, *opened(under))
+
+
+def refuse_order(below: Sequence[Part], own: Sequence[Part]) -> None:
+    """Raise `PeftcError` if merging a layer's own parts alone would let them act before what is pending below: only sums may
+    change places."""
+    if not below or all(part.tuner.additive for part in (*below, *own)):
+        return
+    first = ", ".join(f"`{part.view.adapter}`" for part in below)
+    what = f"Merging {', '.join(f'`{part.view.adapter}`' for part in own)} alone would change places with {first}"
+    fix = f"Merge {first} as well, or deactivate it before."
+    raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=own[0].path))
 
 
 def _folded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.host.offload import whole_copy
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.layer import Source
 
@@ -49,7 +49,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def add(self, adapter: str, root: str, source: Source | None = None) -> None:
         """Copy the original for an adapter; `root` begins the disk keys under which `source` may have its tensors."""
-        twin = copy.deepcopy(self.original_module)
+        twin = whole_copy(self.original_module)
         for name, tensor in twin.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
             found = source(f"{root}{name}") if source is not None else None

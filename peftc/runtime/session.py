@@ -26,6 +26,7 @@ from peftc.runtime.drift import drift, home_of
 from peftc.runtime.journal import Journal
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
+from peftc.runtime.places import device_of
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
@@ -137,8 +138,7 @@ class Session:
         if plan.call is None or method.call_tuner is None:
             return
         module = CallModule(plan, plan.call, method.call_tuner)
-        parameter = next(self.model.parameters(), None)
-        module.fill(source, torch.device("cpu") if parameter is None else parameter.device)
+        module.fill(source, device_of(self.model))
         holder = self.holders.setdefault(plan.call.owner, nn.ModuleDict())
         journal.note(holder._modules.pop, plan.name, None)
         holder._modules[plan.name] = module.train(self.model.training)
