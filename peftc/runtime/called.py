@@ -23,8 +23,8 @@ from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import SlotModule, torch_dtype
 from peftc.tuner.slots import Container, Slot
 
-#: a module, its hooks, its attributes; and where it was put, under which name
-Watched = tuple[nn.Module, tuple[Any, ...], dict[str, Any], dict[str, Any], str]
+#: where a module was put, under which name; itself, and its attributes
+Watched = tuple[dict[str, Any], str, nn.Module, dict[str, Any]]
 
 
 def _watched(layer: nn.Module, parts: Iterable[Part]) -> tuple[Watched, ...]:
@@ -39,22 +39,12 @@ def _watched(layer: nn.Module, parts: Iterable[Part]) -> tuple[Watched, ...]:
         dropout = found(layer, part.view.adapter)
         if dropout is not None:
             entries.append(_watch({"": dropout}, ""))
-    return tuple({id(entry[0]): entry for entry in entries}.values())
+    return tuple({id(entry[2]): entry for entry in entries}.values())
 
 
 def _watch(modules: dict[str, Any], name: str) -> Watched:
     module = modules[name]
-    return module, all_hooks(module), module.__dict__, modules, name
-
-
-def _are_plain(modules: tuple[Watched, ...]) -> bool:
-    """Whether nobody would notice that the modules are not called."""
-    for module, (forward, forward_pre, backward, backward_pre), state, home, name in modules:
-        if forward or forward_pre or backward or backward_pre:
-            return False
-        if home.get(name) is not module or "forward" in state:
-            return False
-    return True
+    return modules, name, module, module.__dict__
 
 
 def noticing(
@@ -66,7 +56,8 @@ def noticing(
     modules = _watched(layer, {part.view.adapter: part for part in (*pending, *(rows or {}).values())}.values())
     if not modules:
         return plain
-    wrapped = any(name and not isinstance(module, SlotModule) for module, *_, name in modules)
+    wrapped = any(name and not isinstance(module, SlotModule) for _, name, module, _ in modules)
+    hooks = tuple(hooks for _, _, module, _ in modules for hooks in all_hooks(module))
     change = calling if rows is None and not is_gated(shared, pending) else reading
 
     def called() -> Path:
@@ -75,7 +66,12 @@ def noticing(
         return _composed(shared, under, [now(p.view.adapter) or change(layer, p) for p in pending], own)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        return (called() if wrapped or not _are_plain(modules) else plain)(*args, **kwargs)
+        if wrapped or any(hooks):
+            return called()(*args, **kwargs)
+        for home, name, module, state in modules:
+            if home.get(name) is not module or "forward" in state:
+                return called()(*args, **kwargs)
+        return plain(*args, **kwargs)
 
     vars(run)["plain"] = plain
     return run

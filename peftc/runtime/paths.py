@@ -333,7 +333,7 @@ def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: A
 
     In training, an adapter that drops inputs gets a run of the layer for its own part.
     """
-    if not any(part.dropout is not None and part.view.training for part in parts):
+    if not any(_drops(part) for part in parts):
         return _run(under, parts, None, args, kwargs)
     x, *rest = args
     y = _run(under, [], None, args, kwargs)
@@ -341,6 +341,14 @@ def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: A
         own = part.dropout(x) if part.dropout is not None and x.is_floating_point() else x
         y = y + _run(under, parts[: count + 1], count, (own, *rest), kwargs)
     return y
+
+
+def _drops(part: Part) -> bool:
+    """Whether an adapter's input may differ from the layer's: in training, and where somebody hooks what drops it."""
+    dropout = part.dropout
+    if dropout is None or part.view.training:
+        return dropout is not None
+    return isinstance(dropout, nn.Module) and any(own_hooks(dropout))
 
 
 def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwargs: Any) -> Tensor:

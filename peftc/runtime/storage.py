@@ -412,8 +412,11 @@ def view_class(slots: tuple[str, ...]) -> type[LayerView]:
     def reader(slot: str) -> property:
         def read(view: LayerView) -> Tensor:
             container, key = view._slots[slot]
-            tensor: Tensor | None = container.get(key)
-            return view._elsewhere(slot) if tensor is None or tensor.is_meta else tensor
+            try:
+                tensor: Tensor = container[key]
+            except KeyError:
+                return view._elsewhere(slot)
+            return view._elsewhere(slot) if tensor.is_meta else tensor
 
         return property(read)
 
