@@ -29,7 +29,7 @@ def gathered(tensor: Tensor) -> Tensor:
     """
     if whole_shape(tensor) == tuple(tensor.shape):
         return tensor
-    import deepspeed  # type: ignore[import-not-found]
+    import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()

@@ -23,9 +23,10 @@ from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
+from peftc.model.files import live_names
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.peft_model import PeftModel
-from peftc.model.state import live_names, origin_of
+from peftc.model.state import origin_of
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
 from peftc.runtime.journal import Journal

@@ -96,6 +96,7 @@ def set_peft_model_state_dict(
     given = put_together(given, plan, session.graph, config_given(session, adapter_name))
     facts = {key: TensorFacts.of(tensor) for key, tensor in given.items()}
     fit = fitted(plan, session.graph, facts)
+    values: Mapping[str, Tensor]
     report = match(
         fit,
         facts,

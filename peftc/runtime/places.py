@@ -26,9 +26,8 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
 
     One on the meta device that nothing brings is given as it is.
     """
-    tensor = module._parameters.get(name)
-    if tensor is None:
-        tensor = module._buffers.get(name)
+    parameter = module._parameters.get(name)
+    tensor = module._buffers.get(name) if parameter is None else parameter
     if tensor is None:  # computed from others, or for now a view of what is sharded
         found = getattr(module, name, None)
         return found if isinstance(found, Tensor) else None
@@ -90,8 +89,8 @@ def device_of(module: nn.Module) -> torch.device:
     hook = offload.hook_of(module)
     if hook is not None:
         return offload.device_of(hook)
-    tensor = next((p for p in module._parameters.values() if p is not None), None)
-    tensor = tensor if tensor is not None else next(iter(module._buffers.values()), None)
+    own = (*module._parameters.values(), *module._buffers.values())
+    tensor = next((found for found in own if found is not None), None)
     if tensor is not None:
         return tensor.device
     parts = (part for part in module.modules() if part is not module)

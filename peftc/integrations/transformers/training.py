@@ -32,8 +32,8 @@ from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
 from peftc.installed.requirements import require
 from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
+from peftc.model.files import live_names
 from peftc.model.peft_model import PeftModel
-from peftc.model.state import live_names
 from peftc.runtime.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
