@@ -5,6 +5,7 @@
 #   make test-newest   the same on the newest releases that can be had (torch stays), and write down what it came to
 #   make test-oldest   the same on the oldest releases that pyproject.toml admits (torch stays)
 #   make test-on       the same on one release: make test-on RELEASE=transformers==5.23.0
+#   make peer-suite   run the reference's own tests on the alias, into docs/peer-suite.md; with ARGS="--sample 500" some of them
 #   make check    lint, types, and that generated files are up to date
 #   make format   let ruff format the code
 #   make docs     write the generated schemas and pages
@@ -39,7 +40,7 @@ define suite
 endef
 PROJECT := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test test-newest test-oldest test-on check format docs bench clean
+.PHONY: demo test test-newest test-oldest test-on peer-suite check format docs bench clean
 .SILENT:
 
 demo: $(VENV)/demo.stamp
@@ -59,6 +60,9 @@ test-oldest: $(VENV)/dev.stamp
 test-on: $(VENV)/dev.stamp
 	$(call over,$(subst ==,-,$(RELEASE)),$(RELEASE))
 	$(call suite,$(subst ==,-,$(RELEASE)))
+
+peer-suite: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.peer_suite $(ARGS)
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check -q

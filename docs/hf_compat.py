@@ -72,6 +72,17 @@ REASONS: dict[str, str] = {
 }
 
 
+#: Where a fresh adapter has other numbers than the reference's, and why.
+OTHER_STARTS: dict[str, str] = {
+    "HRA with `apply_GS`": "the reference starts from pairs of equal columns, of which Gram-Schmidt leaves nothing",
+    "HIRA with `gaussian` on convolutions": "the reference leaves the option out there",
+    "BOFT with several butterfly factors": "the reference trains one where its CUDA extension cannot be built",
+    "LORA on `MultiheadAttention`": "the reference makes the adapter of the output layer twice, before and after the other's",
+    "XLORA": "the reference draws starts for the adapters that it loads, before its router",
+    "layers and options that the reference refuses or adapts otherwise": "as grouped convolutions, but for LORA, LOHA and LOKR",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """One name of the reference."""
@@ -100,6 +111,11 @@ def compat_page(registry: Registry) -> str:
         f"Of the {here} names that are not to come, {100 * counts[SAME] / here:.1f} % are the same.",
         "## What is not the same",
         "\n".join([HEAD, *map(str, other)]) if other else "Nothing.",
+        "## Seeds",
+        "After the same `torch.manual_seed` a fresh adapter has the reference's numbers, bit for bit, whatever the method, the"
+        " kind of layer and the base's dtype, and torch's generator is left where the reference leaves it. Loading draws"
+        " nothing. `tests/methods/test_starts.py` holds it. Other numbers:",
+        "\n".join(f"- {where}: {why}." for where, why in OTHER_STARTS.items()),
         "## Every name",
         "\n".join([HEAD, *map(str, rows)]),
     ]

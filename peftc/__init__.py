@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
     from peftc.model.mixed import PeftMixedModel
+    from peftc.model.optimizers import projected_optimizer, two_rate_optimizer
     from peftc.model.peft_model import PeftModel
     from peftc.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftc.model.sequences import (
@@ -64,6 +65,64 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
     )
+
+    __all__ = [
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+        "PEFT_TYPE_TO_PREFIX_MAPPING",
+        "PEFT_TYPE_TO_TUNER_MAPPING",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+        "NoMatchingPeftModuleError",
+        "PeftConfig",
+        "PeftConfigMixin",
+        "PeftError",
+        "PeftMixedModel",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftType",
+        "PeftWarning",
+        "PeftcError",
+        "PeftcWarning",
+        "PromptLearningConfig",
+        "TaskType",
+        "__version__",
+        "bloom_model_postprocess_past_key_value",
+        "cast_mixed_precision_params",
+        "check_hotswap_configs_compatible",
+        "compile_plan",
+        "convert_adapter",
+        "get_base_model_state_dict",
+        "get_layer_status",
+        "get_model_status",
+        "get_peft_config",
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "hotswap_adapter",
+        "hotswap_adapter_from_state_dict",
+        "inject_adapter_in_model",
+        "load_peft_weights",
+        "load_spec",
+        "prepare_model_for_compiled_hotswap",
+        "prepare_model_for_kbit_training",
+        "projected_optimizer",
+        "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+        "shift_tokens_right",
+        "two_rate_optimizer",
+    ]
 
 #: where each fixed public name lives
 _HOMES = {
@@ -113,72 +172,20 @@ _HOMES = {
     "PeftWarning": "peftc.diagnostics",
     "prepare_model_for_compiled_hotswap": "peftc.model.hotswap",
     "prepare_model_for_kbit_training": "peftc.model.precision",
+    "projected_optimizer": "peftc.model.optimizers",
     "PromptLearningConfig": "peftc.config.prompt",
     "set_base_model_state_dict": "peftc.model.base_state",
     "set_peft_model_state_dict": "peftc.model.state",
     "shift_tokens_right": "peftc.model.sequences",
     "TaskType": "peftc.config.types",
+    "two_rate_optimizer": "peftc.model.optimizers",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftc.model.sequences",
 }
 
-__all__ = [
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "NoMatchingPeftModuleError",
-    "PeftConfig",
-    "PeftConfigMixin",
-    "PeftError",
-    "PeftMixedModel",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "PeftWarning",
-    "PeftcError",
-    "PeftcWarning",
-    "PromptLearningConfig",
-    "TaskType",
-    "__version__",
-    "bloom_model_postprocess_past_key_value",
-    "cast_mixed_precision_params",
-    "check_hotswap_configs_compatible",
-    "compile_plan",
-    "convert_adapter",
-    "get_base_model_state_dict",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "hotswap_adapter",
-    "hotswap_adapter_from_state_dict",
-    "inject_adapter_in_model",
-    "load_peft_weights",
-    "load_spec",
-    "prepare_model_for_compiled_hotswap",
-    "prepare_model_for_kbit_training",
-    "set_base_model_state_dict",
-    "set_peft_model_state_dict",
-    "shift_tokens_right",
-]
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return _everything()
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
@@ -191,15 +198,22 @@ def __getattr__(name: str) -> Any:
 
 
 def _name_of_a_method(name: str) -> Any:
-    """What an installed method declares under this name, such as its config class, or an `AttributeError`."""
-    from peftc.diagnostics import did_you_mean
+    """What an installed method declares under this name, such as its config class. Raises `AttributeError`, and
+    `MissingNameError` if the name's own plugin cannot be loaded."""
+    from peftc.diagnostics import MissingNameError, did_you_mean
     from peftc.registry.manager import default_registry
 
     registry = default_registry()
     found = registry.find_name(name)
     if found is None:
-        hint = did_you_mean(name, [*__all__, *registry.public_names()])
-        raise AttributeError(f"Neither peftc nor an installed method has the public name `{name}`. {hint}".rstrip())
+        reason = registry.reason_missing(name)
+        if reason is not None:  # not an `AttributeError`: `from peftc import …` would leave its text out
+            raise MissingNameError(reason.diagnostics) from reason
+        hint = did_you_mean(name, [*_HOMES, *registry.public_names()])
+        broken = "".join(f"\nIt may be of a plugin that cannot be used: {told.what}." for told in registry.out_of_order)
+        raise AttributeError(
+            f"Neither peftc nor an installed method has the public name `{name}`. {hint}".rstrip() + broken
+        )
     method, role = found
     if role == "config":
         return method.config
@@ -210,5 +224,13 @@ def _name_of_a_method(name: str) -> Any:
     return CLASSES[role](method)
 
 
+def _everything() -> list[str]:
+    """What `from peftc import *` imports: the fixed names, and those of every method that can be loaded."""
+    from peftc.registry.manager import default_registry
+
+    of_methods = (name for method in default_registry().load_all() for name in method.public_names)
+    return sorted(["__version__", *_HOMES, *of_methods])
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

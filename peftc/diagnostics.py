@@ -9,9 +9,14 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import cache
+from typing import Any, ClassVar, Self
+
+from peftc.limits import MOST_SHOWN
 
 
 class Severity(StrEnum):
@@ -48,6 +53,8 @@ class Diagnostic:
     why: str
     fix: str
     where: Where = field(default_factory=Where)
+    #: Python's own classes that the exception or warning with this problem also belongs to
+    builtins: tuple[type[Exception], ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"{self.severity.value}[{self.code}]: {self.what}"]
@@ -62,17 +69,23 @@ class Diagnostic:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for `--json`."""
-        return asdict(self)
+        data = asdict(self)
+        del data["builtins"]
+        return data
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A kind of problem, declared once. `title` heads its entry in the documentation, `why` is the default reason."""
+    """A kind of problem, declared once. `title` heads its entry in the documentation, `why` is the default reason.
+
+    `builtins` are the classes of Python that the reference raises there, or warns with: who catches those catches ours.
+    """
 
     code: str
     title: str
     why: str
     severity: Severity = Severity.ERROR
+    builtins: tuple[type[Exception], ...] = (ValueError,)
 
     def __call__(
         self,
@@ -82,30 +95,83 @@ class Rule:
         where: Where | str | None = None,
         why: str | None = None,
         severity: Severity | None = None,
+        also: type[Exception] | None = None,
     ) -> Diagnostic:
-        """A diagnostic of this kind; a plain string as `where` is a module or JSON path."""
+        """A diagnostic of this kind; a plain string as `where` is a module or JSON path.
+
+        `also` is a further builtin class, such as that of the system's own error.
+        """
         place = Where(path=where) if isinstance(where, str) else where or Where()
-        return Diagnostic(self.code, severity or self.severity, what, self.why if why is None else why, fix, place)
+        bad = severity or self.severity
+        kinds = self.builtins if also is None else (also, *self.builtins)
+        kinds = tuple(kind for kind in kinds if issubclass(kind, Warning) == (bad is Severity.WARNING))
+        return Diagnostic(self.code, bad, what, self.why if why is None else why, fix, place, kinds)
 
 
 class PeftError(Exception):
     """The root of peftc's errors, under the name that users of the reference catch."""
 
 
-class PeftcError(PeftError):
-    """Raised with every diagnostic found, errors and warnings alike; `str()` shows them all."""
+class _Also:
+    """An exception or warning that is also of builtin classes, as its diagnostics say."""
+
+    #: the class that was asked for, which has a name that can be imported
+    _plain: ClassVar[type]
+
+    def __init_subclass__(cls) -> None:
+        cls._plain = cls.__dict__.get("_plain", cls)
+
+
+@cache
+def _also(cls: Any, builtins: tuple[type[Exception], ...]) -> Any:
+    """The class, made a subclass of those of the builtin ones that it is not one of; named like itself."""
+    for kind in builtins:
+        if not issubclass(cls, kind):
+            names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_plain": cls._plain}
+            with suppress(TypeError):  # two that Python lays out differently, as `OSError` and `ImportError`: the first
+                cls = type(cls.__name__, (cls, kind), names)
+    return cls
+
+
+def _made(cls: Any, text: str) -> Any:
+    """An instance with that text; made by the builtin class whose layout it has, as Python demands."""
+    layout = cls
+    while layout.__module__ != "builtins":
+        layout = layout.__base__
+    return layout.__new__(cls, text)
+
+
+class PeftcError(_Also, PeftError):
+    """Raised with every diagnostic found, errors and warnings alike; `str()` shows them all.
+
+    It is also of each builtin class that the rules of its errors name: a `ValueError`, an `OSError`, or both at once.
+    """
+
+    diagnostics: tuple[Diagnostic, ...]
+
+    def __new__(cls, diagnostics: Iterable[Diagnostic] | Diagnostic) -> Self:
+        found = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(diagnostics)
+        kinds = dict.fromkeys(kind for d in found if d.severity is Severity.ERROR for kind in d.builtins)
+        error: Self = _made(_also(cls, tuple(kinds)), render(found))  # type: ignore[arg-type]
+        error.diagnostics = found
+        return error
 
     def __init__(self, diagnostics: Iterable[Diagnostic] | Diagnostic) -> None:
-        found = (diagnostics,) if isinstance(diagnostics, Diagnostic) else tuple(diagnostics)
-        self.diagnostics: tuple[Diagnostic, ...] = found
-        super().__init__(render(found))
+        """All is set already: what is given may be an iterator, which is used up."""
 
-    def __reduce__(self) -> tuple[type[PeftcError], tuple[tuple[Diagnostic, ...]]]:
-        return type(self), (self.diagnostics,)
+    def __str__(self) -> str:
+        return render(self.diagnostics)  # a builtin class may show its arguments in another way
+
+    def __reduce__(self) -> tuple[type[Exception], tuple[tuple[Diagnostic, ...]]]:
+        return self._plain, (self.diagnostics,)
 
 
 class ConfigError(PeftcError, TypeError, ValueError):
     """A config that cannot be made. Also a `TypeError`: other libraries catch that for an unknown keyword."""
+
+
+class MissingNameError(PeftcError, ImportError):
+    """A public name of a method that cannot be loaded. Also an `ImportError`, which is what `from peftc import …` may raise."""
 
 
 class NoMatchingPeftModuleError(PeftcError, ValueError):
@@ -116,12 +182,24 @@ class PeftWarning(UserWarning):
     """The root of peftc's warnings, under the name that users of the reference filter by."""
 
 
-class PeftcWarning(PeftWarning):
-    """A warning that carries its `Diagnostic`."""
+class PeftcWarning(_Also, PeftWarning):
+    """A warning that carries its `Diagnostic`; where its rule says so, also a `RuntimeWarning` or the like."""
+
+    diagnostic: Diagnostic
+
+    def __new__(cls, diagnostic: Diagnostic) -> Self:
+        warning: Self = _made(_also(cls, diagnostic.builtins), str(diagnostic))  # type: ignore[arg-type]
+        warning.diagnostic = diagnostic
+        warning.args = (
+            diagnostic,
+        )  # what it is made of: who carries warnings between processes makes it anew from these
+        return warning
 
     def __init__(self, diagnostic: Diagnostic) -> None:
-        self.diagnostic = diagnostic
-        super().__init__(str(diagnostic))
+        """All is set already."""
+
+    def __reduce__(self) -> tuple[type[Exception], tuple[Diagnostic]]:
+        return self._plain, (self.diagnostic,)
 
 
 class Collector:
@@ -154,8 +232,15 @@ class Collector:
 
 
 def render(diagnostics: Iterable[Diagnostic]) -> str:
-    """Plain text, one block per diagnostic."""
-    return "\n".join(str(d) for d in diagnostics)
+    """Plain text, one block per diagnostic; of very many the first and their number."""
+    found = list(diagnostics)
+    more = [and_more(found)] if len(found) > MOST_SHOWN else []
+    return "\n".join([*map(str, found[:MOST_SHOWN]), *more])
+
+
+def and_more(found: Sized) -> str:
+    """The line after those that are shown."""
+    return f"… and {len(found) - MOST_SHOWN:,} more"
 
 
 def warn(diagnostics: Iterable[Diagnostic]) -> None:

@@ -58,11 +58,20 @@ def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
     return read_config(folder), load_adapter_tensors(folder)
 
 
-def write_adapter(folder: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Save an adapter that such a function made, whole or not at all. Raises `PeftcError`."""
+def read_weights(path: str | Path) -> Mapping[str, Tensor]:
+    """The tensors of a file of weights by name, of an adapter's if a folder is named. Raises `PeftcError`."""
+    from peftc.checkpoint.load import load_adapter_tensors, open_weights
+
+    return load_adapter_tensors(path) if Path(path).is_dir() else dict(open_weights(Path(path)).items())
+
+
+def write_adapter(
+    folder: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor], *, pickled: bool = False
+) -> None:
+    """Save an adapter that such a function made, whole or not at all, as `torch.save` does with `pickled`. Raises `PeftcError`."""
     from peftc.checkpoint.save import save_adapter
 
-    save_adapter(folder, tensors, config)
+    save_adapter(folder, tensors, config, pickled=pickled)
 
 
 def convert_adapter(
@@ -141,6 +150,7 @@ __all__ = [
     "module_slot",
     "parameter_slot",
     "read_adapter",
+    "read_weights",
     "rules",
     "to_logical",
     "to_stored",

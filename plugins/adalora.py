@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftc.plugin import (
     CONV_KINDS,
@@ -50,6 +50,8 @@ class AdaLoraConfig(lora.LoraConfig):
     peft_type: PeftType | None = PeftType("ADALORA")
     target_r: int = Field(default=8, ge=1)
     """The average rank of a layer that is left in the end."""
+    bias: Literal["none", "all", "lora_only", "adalora_only"] = "none"  # type: ignore[assignment]  # one more
+    """Biases of the base model to train along: none, all, or those of adapted layers (`lora_only` means the same)."""
     init_r: int = Field(default=12, ge=1)
     """The rank that every layer starts with."""
     tinit: int = Field(default=0, ge=0)
@@ -71,6 +73,21 @@ class AdaLoraConfig(lora.LoraConfig):
 
     pattern_options: ClassVar[Mapping[str, str]] = {}
 
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """A schedule that allocates nothing."""
+        if not self.total_step or self.total_step < 0:
+            fix = "Set it to the number of optimiser steps of the training."
+            yield rules.BAD_VALUE(f"`total_step` cannot be `{self.total_step}`", fix=fix, where="total_step")
+        elif self.tinit >= self.total_step - self.tfinal:
+            steps = f"`tinit` {self.tinit} and `tfinal` {self.tfinal} of `total_step` {self.total_step}"
+            fix = "Lower `tinit` or `tfinal`, or raise `total_step`."
+            yield rules.CONTRADICTION(
+                f"The supplied schedule values don't allow for a budgeting phase: {steps}", fix=fix, where="tinit"
+            )
+        for option in ("use_dora", "loftq_config"):
+            if getattr(self, option):
+                yield rules.OPTION_NOT_AVAILABLE(f"`{option}` is not for this method", fix="Remove it.", where=option)
+
 
 class AdaLoraTuner(MapTuner[AdaLoraConfig]):
     """`y = W x + s / r · B (E * A x)`, r being the rank at the start, whatever is left of it."""
@@ -82,33 +99,25 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
         return self._of_rank(c, layer, c.init_r)
 
     def _of_rank(self, c: AdaLoraConfig, layer: LayerFacts, rank: int) -> Iterable[Slot]:
-        yield parameter_slot("lora_A", (rank, layer.in_features * math.prod(layer.kernel)))
+        yield parameter_slot("lora_A", (rank, layer.in_features // layer.groups * math.prod(layer.kernel)))
         yield parameter_slot("lora_B", (layer.out_features, rank))
         yield parameter_slot("lora_E", (rank, 1))
         yield constant_slot("ranknum", (1,), float(c.init_r))
 
     def init(self, c: AdaLoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        std = 0.02 if c.init_lora_weights else 1.0
-        init.normal(slots["lora_A"], std)
-        init.normal(slots["lora_B"], std)
+        for name in ("lora_A", "lora_E", "lora_B"):
+            init.normal(slots[name])
+        init.skip_normal(slots["ranknum"])  # which the reference fills twice as well
         if c.init_lora_weights:
             init.zeros(slots["lora_E"])
-        else:
-            init.normal(slots["lora_E"])
+            init.normal(slots["lora_A"], 0.02)
+            init.normal(slots["lora_B"], 0.02)
 
     def scaling(self, c: AdaLoraConfig, layer: LayerFacts) -> float:
         return float(c.lora_alpha if c.lora_alpha > 0 else c.init_r)
 
     def dropout(self, c: AdaLoraConfig) -> float:
         return c.lora_dropout
-
-    def check(self, c: AdaLoraConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
-            yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which has no low-rank update",
-                fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
 
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         A, B = a.lora_A, a.lora_B
@@ -118,7 +127,7 @@ class AdaLoraTuner(MapTuner[AdaLoraConfig]):
         else:
             B = B * singular.t()
         if a.layer.kernel:
-            A = A.view(A.shape[0], a.layer.in_features, *a.layer.kernel)
+            A = A.view(A.shape[0], -1, *a.layer.kernel)
             B = B.view(*B.shape, *(1,) * len(a.layer.kernel))
         return A, B, a.scaling
 
@@ -289,24 +298,14 @@ def _most_important(sites: Mapping[str, View], state: Mapping[str, Tensor], budg
 
 
 def check(c: AdaLoraConfig) -> Iterable[Diagnostic]:
-    """A schedule without allocation, and options that nothing reads."""
+    """Ranks that do not fall, and options that nothing reads."""
     yield from lora.check(c)
-    if not c.total_step or c.total_step < 0:
-        fix = "Set it to the number of optimiser steps of the training."
-        yield rules.BAD_VALUE(f"`total_step` cannot be `{c.total_step}`", fix=fix, where="total_step")
-    elif c.tinit >= c.total_step - c.tfinal:
-        what = f"No step is left to allocate ranks: `tinit` {c.tinit} and `tfinal` {c.tfinal} of `total_step` {c.total_step}"
-        yield rules.CONTRADICTION(what, fix="Lower `tinit` or `tfinal`, or raise `total_step`.", where="tinit")
     if c.target_r > c.init_r:
         yield rules.CONTRADICTION(
             f"Ranks cannot rise from `init_r` {c.init_r} to `target_r` {c.target_r}: none would be taken away",
             fix=f"Set `target_r` to less than {c.init_r}.",
             where="target_r",
             severity=Severity.WARNING,
-        )
-    if c.loftq_config:
-        yield rules.OPTION_NOT_AVAILABLE(
-            "`loftq_config` is not for this method", fix="Remove it.", where="loftq_config"
         )
     for option, off in UNREAD.items():
         if getattr(c, option) != off:

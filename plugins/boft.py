@@ -58,6 +58,14 @@ class BOFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, Pe
     init_weights: bool = True
     """Start without a rotation and at a scale of 1; otherwise at random."""
 
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """The size of blocks given twice or not at all."""
+        if bool(self.boft_block_size) == bool(self.boft_block_num):
+            named = "`boft_block_size` and `boft_block_num`"
+            what = f"Both of {named} are given" if self.boft_block_num else f"Neither of {named} is given"
+            fix = "Set `boft_block_size` to 0." if self.boft_block_num else "Set one of them."
+            yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="boft_block_size")
+
 
 class BoftTuner(MapTuner[BOFTConfig]):
     """`y = s · (W B x) + b`; for a convolution the rotations act on its flattened patches."""
@@ -68,7 +76,7 @@ class BoftTuner(MapTuner[BOFTConfig]):
     spares_bias = True
 
     def slots(self, c: BOFTConfig, layer: LayerFacts) -> Iterable[Slot]:
-        size = layer.in_features * math.prod(layer.kernel)
+        size = layer.in_features // layer.groups * math.prod(layer.kernel)
         block = min(c.boft_block_size, size) or max(1, size // c.boft_block_num)
         yield parameter_slot("boft_R", (c.boft_n_butterfly_factor, size // block, block, block))
         yield parameter_slot("boft_s", (1, layer.out_features) if layer.kernel else (layer.out_features, 1))
@@ -86,12 +94,11 @@ class BoftTuner(MapTuner[BOFTConfig]):
             init.ones(slots["boft_s"])
         else:
             init.normal(slots["boft_R"], std=0.1)
-            init.normal(slots["boft_s"], std=0.1)
-            slots["boft_s"].add_(1)
+            init.normal(slots["boft_s"], std=0.1, mean=1.0)
 
     def check(self, c: BOFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        size = layer.in_features * math.prod(layer.kernel)
-        misfit = f"{layer.groups} groups" if layer.groups > 1 else _misfit(c, size)
+        size = layer.in_features // layer.groups * math.prod(layer.kernel)
+        misfit = _misfit(c, size)
         if misfit:
             yield rules.BAD_TARGET(
                 f"Butterfly factors do not fit `{path}`: {misfit}",
@@ -155,12 +162,7 @@ def _one_dropped(factors: Tensor, p: float) -> Tensor:
 
 
 def check(c: BOFTConfig) -> Iterable[Diagnostic]:
-    """The size of blocks given twice or not at all, unknown biases, and starts that rotate."""
-    if bool(c.boft_block_size) == bool(c.boft_block_num):
-        named = "`boft_block_size` and `boft_block_num`"
-        what = f"Both of {named} are given" if c.boft_block_num else f"Neither of {named} is given"
-        fix = "Set `boft_block_size` to 0." if c.boft_block_num else "Set one of them."
-        yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="boft_block_size")
+    """Unknown biases, and starts that rotate."""
     if c.bias not in ("none", "all", "boft_only"):
         yield rules.BAD_VALUE(f"`bias` cannot be `{c.bias}`", fix="Use `none`, `all` or `boft_only`.", where="bias")
     if not c.init_weights:

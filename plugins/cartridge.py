@@ -176,7 +176,8 @@ def _encoder(model: Any, adapter_name: str | None) -> Any:
 def compose_cartridge_adapters(
     adapter_paths: Sequence[str | Path], *, output_path: str | Path, safe_serialization: bool = True
 ) -> None:
-    """Save adapters one after the other as one. The first one's frozen tokens stay frozen.
+    """Save adapters one after the other as one. The first one's frozen tokens stay frozen. Without `safe_serialization` the file
+    is what `torch.save` writes.
 
     Raises `PeftcError` if there are fewer than two, one is no cartridge, or they are of different models.
     """
@@ -184,10 +185,6 @@ def compose_cartridge_adapters(
 
     if len(adapter_paths) < 2:
         raise PeftcError(rules.TABLE_REFUSED("There is nothing to join", why=_JOINED, fix="Name two adapters or more."))
-    if not safe_serialization:
-        raise PeftcError(
-            rules.CHECKPOINT_PICKLED("A pickle is not written", fix="Leave `safe_serialization` as it is.")
-        )
     found = [(path, *read_adapter(path)) for path in adapter_paths]
     first = found[0][1]
     for path, config, tensors in found:
@@ -199,7 +196,8 @@ def compose_cartridge_adapters(
             what = f"`{path}` has another `{other[0]}` than `{adapter_paths[0]}`"
             raise PeftcError(rules.TABLE_REFUSED(what, why=_JOINED, fix="Join adapters of one model."))
     table = torch.cat([tensors[_TABLE] for _, _, tensors in found])
-    write_adapter(output_path, first.model_copy(update={"num_virtual_tokens": len(table)}), {_TABLE: table})
+    config = first.model_copy(update={"num_virtual_tokens": len(table)})
+    write_adapter(output_path, config, {_TABLE: table}, pickled=not safe_serialization)
 
 
 @hookimpl

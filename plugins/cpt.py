@@ -100,6 +100,8 @@ class CPTTuner(PromptTuner[CPTConfig]):
             what = f"The model has no token {wrong[0]}"
             fix = f"Its tokens are 0 to {vocabulary.shape[0] - 1}; use its own tokenizer."
             raise PeftcError(rules.BAD_VALUE(what, fix=fix, where="cpt_token_ids"))
+        for table in ("embedding", "delta_embedding"):
+            context.init.skip_normal(slots[table])
         slots["embedding"].copy_(vocabulary[torch.tensor(c.cpt_token_ids, device=vocabulary.device)])
         context.init.zeros(slots["delta_embedding"])
 

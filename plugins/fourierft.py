@@ -54,7 +54,8 @@ class FourierFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixi
     fan_in_fan_out: bool = False
     """Whether the adapted layers store their weight as (in, out); set by itself where they do."""
     bias: str = "none"
-    """Biases of the base model to train along: `none`, `all`, or `fourier_only` for those of adapted layers."""
+    """Biases of the base model to train along: `none`, `all`, or `fourier_only` for those of adapted layers (`fourierft_only` means
+    the same)."""
     n_frequency_pattern: dict[str, int] | None = Field(default_factory=dict)
     """Other numbers for some modules: pattern over the end of the path -> `n_frequency`."""
     init_weights: bool = False
@@ -76,7 +77,9 @@ class FourierTuner(MapTuner[FourierFTConfig]):
         yield derived_slot("fourierft_places", (c.n_frequency,), share=size, dtype="int64")
 
     def init(self, c: FourierFTConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        (init.zeros if c.init_weights else init.normal)(slots["fourierft_spectrum"])
+        init.normal(slots["fourierft_spectrum"])
+        if c.init_weights:
+            init.zeros(slots["fourierft_spectrum"])
 
     def derive(self, c: FourierFTConfig, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
         import torch
@@ -142,7 +145,7 @@ def _update(a: View) -> Tensor:
 
 def check(c: FourierFTConfig) -> Iterable[Diagnostic]:
     """Values without a meaning."""
-    if c.bias not in ("none", "all", "fourier_only"):
+    if c.bias not in ("none", "all", "fourier_only", "fourierft_only"):
         yield rules.BAD_VALUE(f"`bias` cannot be `{c.bias}`", fix="Use `none`, `all` or `fourier_only`.", where="bias")
     if c.random_loc_seed is None:
         what = "`random_loc_seed` is null: files do not say where the coefficients are, only the seed does"

@@ -68,9 +68,9 @@ class Folded(MapTuner[HiraConfig]):
 
     def init(self, c: HiraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         first, second = slots["hira_A"], slots["hira_B"]
+        init.normal(first)
+        init.normal(second)
         if not c.init_weights:
-            init.normal(first)
-            init.normal(second)
             return
         if c.init_weights == "gaussian":
             init.normal(first, std=1 / c.r)
@@ -109,11 +109,12 @@ class Lookup(Folded):
         yield parameter_slot("hira_embedding_B", (layer.out_features, c.r))
 
     def init(self, c: HiraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        first, second = slots["hira_embedding_A"], slots["hira_embedding_B"]
+        init.normal(first)
+        init.normal(second)
         if c.init_weights:
-            init.zeros(slots["hira_embedding_A"])
-        else:
-            init.normal(slots["hira_embedding_A"])
-        init.normal(slots["hira_embedding_B"])
+            init.zeros(first)
+            init.normal(second)
 
     def factors(self, a: View) -> tuple[Tensor, Tensor]:
         return a.hira_embedding_A, a.hira_embedding_B

@@ -56,22 +56,19 @@ class HraTuner(MapTuner[HRAConfig]):
     input_space = "patches"
 
     def slots(self, c: HRAConfig, layer: LayerFacts) -> Iterable[Slot]:
-        yield parameter_slot("hra_u", (layer.in_features * math.prod(layer.kernel), c.r))
+        yield parameter_slot("hra_u", (_inputs(layer), c.r))
 
     def init(self, c: HRAConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         u = slots["hra_u"]
-        init.kaiming_uniform(u, math.sqrt(5))
-        if c.init_weights and c.r % 2 == 0 and not c.apply_GS:  # Gram-Schmidt leaves nothing of the second of a pair
-            u[:, 1::2] = u[:, 0::2]
+        if not c.init_weights or c.r % 2 or c.apply_GS:  # Gram-Schmidt would leave nothing of the second of a pair
+            init.kaiming_uniform(u, math.sqrt(5))
+            return
+        half = u.new_empty(u.shape[0], c.r // 2)
+        init.kaiming_uniform(half, math.sqrt(5))
+        u.copy_(half.repeat_interleave(2, dim=1))
 
     def check(self, c: HRAConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
-            yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which reflections do not fit",
-                fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
-        size = layer.in_features * math.prod(layer.kernel)
+        size = _inputs(layer)
         if c.r > size:
             yield rules.RANK_BEYOND_LAYER(
                 f"{c.r} reflections are more than the {size} inputs of `{path}`",
@@ -85,6 +82,11 @@ class HraTuner(MapTuner[HRAConfig]):
             u = u.float()
         reflect = _orthogonal_reflections if a.config.apply_GS else _reflections  # type: ignore[attr-defined]  # this plugin's config
         return reflect(u, x.to(u.dtype)).to(x.dtype)
+
+
+def _inputs(layer: LayerFacts) -> int:
+    """Numbers that an output of the layer is computed from."""
+    return layer.in_features // layer.groups * math.prod(layer.kernel)
 
 
 def _reflections(u: Tensor, x: Tensor) -> Tensor:

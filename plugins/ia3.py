@@ -62,10 +62,9 @@ class _Scale(MapTuner[IA3Config]):
     supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
 
     def init(self, c: IA3Config, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        init.normal(slots["ia3_l"])
         if c.init_ia3_weights:
             init.ones(slots["ia3_l"])
-        else:
-            init.normal(slots["ia3_l"])
 
     def combine(
         self, c: IA3Config, slots: Mapping[str, Sequence[Tensor]], weights: Sequence[float]

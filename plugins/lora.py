@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from peftc.plugin import (
     LayerFacts,
     LayersMixin,
     MapTuner,
+    ModuleNode,
     ModulesToSaveMixin,
     PeftConfig,
     PeftType,
@@ -44,6 +46,9 @@ from peftc.plugin import (
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from peftc import PeftModel
 
 #: Options that files of the reference may carry and this version cannot act on, with the value that means "off".
 NOT_YET: Mapping[str, Any] = {
@@ -155,26 +160,33 @@ class LoraTuner(MapTuner[LoraConfig]):
             yield module_slot("lora_B", (layer.out_features, c.r * layer.experts))
         else:
             ones = (1,) * len(layer.kernel)
-            yield module_slot("lora_A", (c.r, layer.in_features, *layer.kernel))
-            yield module_slot("lora_B", (layer.out_features, c.r, *ones))
+            first = module_slot("lora_A", (c.r, layer.in_features, *layer.kernel))
+            yield replace(first, blocks=layer.groups)
+            yield module_slot("lora_B", (layer.out_features, max(1, c.r // layer.groups), *ones))
 
     def init(self, c: LoraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
         first, second = slots.values()
+        embeds = layer.kind is Kind.EMBEDDING
         if c.init_lora_weights is False:
-            init.kaiming_uniform(first, math.sqrt(5))
-            init.kaiming_uniform(second, math.sqrt(5))
-        elif layer.kind is Kind.EMBEDDING:
+            for factor in (first, second):
+                init.normal(factor) if embeds else init.kaiming_uniform(factor, math.sqrt(5))
+            return
+        for factor in (first, second):  # the reference's modules draw once when they are made, and A again
+            init.skip_normal(factor) if embeds else init.skip_uniform(factor)
+        if embeds:
             init.zeros(first)
             init.normal(second)
+            return
+        if c.init_lora_weights == "gaussian":
+            init.normal(first, std=1 / c.r)
         else:
-            if c.init_lora_weights == "gaussian":
-                init.normal(first, std=1 / c.r)
-            else:
-                init.kaiming_uniform(first, math.sqrt(5))
-            init.zeros(second)
+            init.kaiming_uniform(first, math.sqrt(5))
+        init.zeros(second)
 
     def scaling(self, c: LoraConfig, layer: LayerFacts) -> float:
-        return c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+        own = c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
+        counts_twice = layer.kind is Kind.LINEAR and layer.cls == "MultiheadAttention"
+        return 2 * own if counts_twice else own  # of its output layer: what the reference computes, files of it mean
 
     def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig:
         plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
@@ -231,13 +243,14 @@ class LoraTuner(MapTuner[LoraConfig]):
         return c.lora_dropout
 
     def check(self, c: LoraConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
+        if c.r % layer.groups:
             yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which has no low-rank update",
-                fix="Exclude it with `exclude_modules`.",
+                f"`{path}` is a convolution of {layer.groups} groups, and a rank of {c.r} is no multiple of them",
+                why="Each group has an equal part of the rank.",
+                fix="Set `r`, or a `rank_pattern` for it, to a multiple, or exclude it with `exclude_modules`.",
                 where=path,
             )
-        limit = min(layer.in_features * math.prod(layer.kernel), layer.out_features)
+        limit = min(layer.groups * layer.in_features * math.prod(layer.kernel), layer.out_features)
         if c.r > limit:
             yield rules.RANK_BEYOND_LAYER(
                 f"Rank {c.r} is beyond what `{path}` can have ({limit})",
@@ -253,6 +266,28 @@ class LoraTuner(MapTuner[LoraConfig]):
             B = a.lora_B.reshape(a.layer.out_features, -1, a.layer.experts)
             return A, B.permute(2, 0, 1), a.scaling
         return a.lora_A, a.lora_B, a.scaling
+
+
+class GroupedLoraTuner(LoraTuner):
+    """The same on a convolution of several groups, as the reference has it: `A` reads all channels, and each group of
+    outputs has an equal part of the rank for itself. The layer's own weight has only the channels of its group for each
+    output, so that the update is beside it and not in it."""
+
+    supports = CONV_KINDS
+    beside = "it reads the channels of all groups, and the weight only those of its own"
+    additive = False
+    thin = MapTuner.thin
+
+    def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
+        return a.up(a.lora_B, a.down(a.lora_A, x)) * a.scaling
+
+
+_TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
+
+
+def tuner_for(c: LoraConfig, node: ModuleNode) -> MapTuner[LoraConfig]:
+    """The mathematics for a layer."""
+    return _GROUPED if node.facts.groups > 1 else _TUNER
 
 
 def check(c: LoraConfig) -> Iterable[Diagnostic]:
@@ -319,12 +354,46 @@ def save_as_lora(
     write_adapter(fspath(path), config, tensors)
 
 
+def create_loraplus_optimizer(
+    model: PeftModel, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """LoRA+: an optimiser of that class, in which B learns `loraplus_lr_ratio` times as fast as A.
+
+    `loraplus_lr_embedding` is the step size of adapters of embeddings, 1e-6 if left out, and `loraplus_weight_decay` the
+    decay of all but biases and norms; further keywords go to the class.
+    """
+    from peftc import two_rate_optimizer
+
+    own = {"loraplus_lr_embedding": "embedding_lr", "loraplus_weight_decay": "decay"}
+    given = {own.get(name, name): value for name, value in kwargs.items()}
+    return two_rate_optimizer(model, optimizer_cls, lr, loraplus_lr_ratio, **given)
+
+
+def create_lorafa_optimizer(
+    model: PeftModel,
+    r: int,
+    lora_alpha: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    use_rslora: bool | None = None,
+) -> Optimizer:
+    """LoRA-FA: A is frozen, and B moves by AdamW so that `B A` follows the gradient of the full weight.
+
+    `r`, `lora_alpha` and `use_rslora` are arguments of the reference: what counts is each layer's own scaling, and one that
+    is given and differs from a config is warned of. Raises `PeftcError` for adapters of stacked experts.
+    """
+    from peftc import projected_optimizer
+
+    return projected_optimizer(model, lr, weight_decay, r=r, lora_alpha=lora_alpha, use_rslora=use_rslora)
+
+
 @hookimpl
 def peftc_tuner() -> TunerMethod:
     return TunerMethod(
         "LORA",
         LoraConfig,
-        LoraTuner(),
+        tuner_for,
+        choices=(_TUNER, _GROUPED),
         prefix="lora_",
         layer_names=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
         layer_options={name: name for name in ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias")},
@@ -334,6 +403,8 @@ def peftc_tuner() -> TunerMethod:
         exports={
             "LoraRuntimeConfig": LoraRuntimeConfig,
             "convert_to_lora": convert_to_lora,
+            "create_lorafa_optimizer": create_lorafa_optimizer,
+            "create_loraplus_optimizer": create_loraplus_optimizer,
             "save_as_lora": save_as_lora,
         },
         default_targets={"target_modules": "lora"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from peftc.plugin import (
     Field,
@@ -24,6 +24,7 @@ from peftc.plugin import (
     model_validator,
     module_slot,
     parameter_slot,
+    read_weights,
     rules,
 )
 
@@ -97,10 +98,13 @@ class MultitaskPromptTuner(PromptTuner[MultitaskPromptTuningConfig]):
         return {_COLS: a[_COLS].detach(), _ROWS: a[_ROWS].detach()}
 
     def init(self, c: MultitaskPromptTuningConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+        if c.prompt_tuning_init in _FROM_SOURCE:
+            context.init.skip_normal(slots["embedding"])
+        else:
+            start_of_table(c, PromptTuningInit(c.prompt_tuning_init), slots["embedding"], context)
         for key in (_COLS, _ROWS):
             context.init.normal(slots[key], 0.02)
         if c.prompt_tuning_init not in _FROM_SOURCE:
-            start_of_table(c, PromptTuningInit(c.prompt_tuning_init), slots["embedding"], context)
             return
         for key, tensor in _source(c).items():
             slot = slots["embedding" if key == "prompt_embeddings" else key]
@@ -131,7 +135,7 @@ def _many(c: MultitaskPromptTuningConfig) -> int:
 def _source(c: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     """What to start from, by key. Raises `PeftcError` for a file that cannot be read or lacks a tensor or task."""
     path = Path(c.prompt_tuning_init_state_dict_path or "")
-    saved = _read(path)
+    saved = read_weights(path)
     shared_only = c.prompt_tuning_init == MultitaskPromptTuningInit.ONLY_SOURCE_SHARED
     keys = ("prompt_embeddings",) if shared_only else ("prompt_embeddings", _COLS, _ROWS)
     lacks = [key for key in keys if key not in saved]
@@ -149,22 +153,6 @@ def _source(c: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
         else:
             found[key] = saved[key][task : task + 1]
     return found
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
-    if file.suffix != ".safetensors":
-        what = f"`{file}` is no safetensors file"
-        raise PeftcError(rules.CHECKPOINT_PICKLED(what, fix="Convert it where you trust it."))
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        fix = "Name the safetensors file, or the folder, of an adapter."
-        where = "prompt_tuning_init_state_dict_path"
-        raise PeftcError(rules.CHECKPOINT_MISSING(f"`{file}` cannot be read: {error}", fix=fix, where=where)) from error
 
 
 @hookimpl

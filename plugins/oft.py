@@ -65,6 +65,13 @@ class OFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, Pef
     num_cayley_neumann_terms: int = Field(default=5, ge=1)
     """Terms of the series."""
 
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """The size of blocks given twice or not at all."""
+        if bool(self.r) == bool(self.oft_block_size):
+            what = "Both `r` and `oft_block_size` are given" if self.r else "Neither `r` nor `oft_block_size` is given"
+            fix = f"Set `oft_block_size` to 0 to have {self.r} blocks." if self.r else "Set one of them."
+            yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="oft_block_size")
+
 
 class OftTuner(MapTuner[OFTConfig]):
     """`y = W (Rᵀ x) + b`; for a convolution the rotation acts on its flattened patches."""
@@ -76,7 +83,7 @@ class OftTuner(MapTuner[OFTConfig]):
 
     def size(self, layer: LayerFacts) -> int:
         """How many features are rotated."""
-        return layer.in_features * math.prod(layer.kernel)
+        return layer.in_features // layer.groups * math.prod(layer.kernel)
 
     def slots(self, c: OFTConfig, layer: LayerFacts) -> Iterable[Slot]:
         size = self.size(layer)
@@ -90,12 +97,6 @@ class OftTuner(MapTuner[OFTConfig]):
             init.normal(slots[self.slot], std=0.1)
 
     def check(self, c: OFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
-            yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which rotations do not fit",
-                fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
         size = self.size(layer)
         block = _block_size(c, size)
         if block == 1:
@@ -230,11 +231,7 @@ def dropped(R: Tensor, p: float) -> Tensor:
 
 
 def check(c: OFTConfig) -> Iterable[Diagnostic]:
-    """The size of blocks given twice or not at all, series that are constant, and starts that rotate."""
-    if bool(c.r) == bool(c.oft_block_size):
-        what = "Both `r` and `oft_block_size` are given" if c.r else "Neither `r` nor `oft_block_size` is given"
-        fix = f"Set `oft_block_size` to 0 to have {c.r} blocks." if c.r else "Set one of them."
-        yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="oft_block_size")
+    """Series that are constant, and starts that rotate."""
     if c.use_cayley_neumann and c.num_cayley_neumann_terms == 1:
         yield rules.BAD_VALUE(
             "A series of 1 term is the identity whatever is learned",

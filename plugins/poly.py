@@ -122,8 +122,8 @@ def _mixed(how: str, shares: Tensor, skills: Tensor) -> Tensor:
 
 def _start(skills: Tensor, init: SlotInit) -> None:
     """Each skill's factor `(fan in, fan out)` as a linear layer's weight, which is its transpose, starts."""
-    for split in skills:
-        for factor in split:
+    for skill in range(skills.shape[1]):
+        for factor in skills[:, skill]:
             weight = factor.new_empty(factor.shape[1], factor.shape[0])
             init.kaiming_uniform(weight, math.sqrt(5))
             factor.copy_(weight.t())

@@ -86,6 +86,7 @@ def start_of_table(c: PromptTuningConfig, start: PromptTuningInit, table: Tensor
     if start == PromptTuningInit.RANDOM:
         context.init.normal(table)
         return
+    context.init.skip_normal(table)
     vocabulary = context.embedding_weight
     if start == PromptTuningInit.SAMPLE_VOCAB:
         ids = torch.randint(0, vocabulary.shape[0], (table.shape[0],))

@@ -84,11 +84,11 @@ class VeraTuner(MapTuner[VeraConfig]):
         ]
 
     def init(self, c: VeraConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        init.normal(slots["vera_lambda_d"])
         if c.init_weights:
-            slots["vera_lambda_d"].fill_(c.d_initial)
+            init.fill(slots["vera_lambda_d"], c.d_initial)
             init.zeros(slots["vera_lambda_b"])
         else:
-            init.normal(slots["vera_lambda_d"])
             init.ones(slots["vera_lambda_b"])
 
     def derive(self, c: VeraConfig, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
@@ -100,27 +100,19 @@ class VeraTuner(MapTuner[VeraConfig]):
     def dropout(self, c: VeraConfig) -> float:
         return c.vera_dropout
 
-    def check(self, c: VeraConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        if layer.groups > 1:
-            yield rules.BAD_TARGET(
-                f"`{path}` is a grouped convolution ({layer.groups} groups), which has no low-rank update",
-                fix="Exclude it with `exclude_modules`.",
-                where=path,
-            )
-
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         # both vectors go into the second factor: the first is frozen, and its gradient need not be computed
         A, B = a.vera_A[:, : _inputs(a.layer)], a.vera_B[: a.layer.out_features]
         B = B * a.vera_lambda_b[:, None] * a.vera_lambda_d
         if a.layer.kernel:
             ones = (1,) * len(a.layer.kernel)
-            return A.reshape(-1, a.layer.in_features, *a.layer.kernel), B.reshape(*B.shape, *ones), a.scaling
+            return A.reshape(A.shape[0], -1, *a.layer.kernel), B.reshape(*B.shape, *ones), a.scaling
         return A, B, a.scaling
 
 
 def _inputs(layer: LayerFacts) -> int:
     """Numbers that an output of the layer is computed from."""
-    return layer.in_features * math.prod(layer.kernel)
+    return layer.in_features // layer.groups * math.prod(layer.kernel)
 
 
 def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:

@@ -51,6 +51,7 @@ def _find(module: ModuleType, name: str) -> FunctionType | None:
     found: object = module
     for part in name.split("."):
         found = inspect.getattr_static(found, part, None)
-    for attribute in ("__func__", "fget", "func", "__wrapped__"):
+    for attribute in ("__func__", "fget", "func"):
         found = getattr(found, attribute, found)
+    found = inspect.unwrap(found) if callable(found) else found
     return found if isinstance(found, FunctionType) else None

@@ -1,7 +1,8 @@
 """Replacing files of a folder all at once: whoever reads the folder, whenever, finds the old files or the new ones.
 
 New files are staged beside the folder. A single changed file is renamed into place; a new folder is renamed whole; otherwise
-a copy of the folder, made of hard links and the new files, is exchanged with it in one system call (Linux).
+a copy of the folder, made of hard links and the new files, is exchanged with it in one system call (Linux). Of several
+processes that save into one folder, one after the other compares and puts its files into place.
 
 Where the exchange is not possible (a mount point, a parent that cannot be written, the current folder, a file system without
 hard links, another system), files are renamed one by one with the `commit` file taken away first and put back last. A
@@ -17,8 +18,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -44,6 +46,33 @@ _TRY_OTHERWISE = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What goes into one of several folders: what writes it, and names of files that go unless they are made anew."""
+
+    write: Callable[[Path], None]
+    obsolete: tuple[str, ...] = ()
+
+
+def replace_folders(root: Path, parts: Mapping[str, Part], *, commit: str) -> None:
+    """`replace_files` for a folder and folders below it, by their paths from there (`""` is itself): all of them at once.
+
+    Where that is not possible, one folder after the other, in the order of `parts`, each all or nothing.
+    """
+
+    def write(stage: Path) -> None:
+        for path, part in parts.items():
+            (stage / path).mkdir(parents=True, exist_ok=True)
+            part.write(stage / path)
+
+    obsolete = [os.path.join(path, name) for path, part in parts.items() for name in part.obsolete]
+    try:
+        _replace_files(root, write, commit, frozenset(obsolete), apart=len(parts) > 1)
+    except _NotTogether:
+        for path, part in parts.items():
+            replace_files(root / path, part.write, commit=commit, obsolete=part.obsolete)
+
+
 def replace_files(folder: Path, write: Callable[[Path], None], *, commit: str, obsolete: Iterable[str] = ()) -> None:
     """Run `write` on an empty folder, then make what it wrote part of `folder`, all or nothing.
 
@@ -51,6 +80,16 @@ def replace_files(folder: Path, write: Callable[[Path], None], *, commit: str, o
     them anew. `folder` and its parents are made if they are missing; a symbolic link to a folder is followed. `write` may
     run a second time, elsewhere. Raises `OSError` and whatever `write` raises; the folder is then as it was.
     """
+    _replace_files(folder, write, commit, frozenset(obsolete), apart=False)
+
+
+class _NotTogether(Exception):
+    """Files of several folders cannot be exchanged at once here."""
+
+
+def _replace_files(
+    folder: Path, write: Callable[[Path], None], commit: str, obsolete: frozenset[str], apart: bool
+) -> None:
     target = Path(os.path.realpath(folder))
     if target.is_dir():
         _require_writable(target)  # an exchange would get around the permissions of the folder itself
@@ -59,35 +98,53 @@ def replace_files(folder: Path, write: Callable[[Path], None], *, commit: str, o
         for place in places:
             try:
                 with _staging(place) as stage:
-                    _replace(target, stage, write, commit, frozenset(obsolete))
+                    _replace(target, stage, write, commit, obsolete, apart)
                 return
             except OSError as error:
                 if error.errno not in _TRY_OTHERWISE or place is places[-1]:
                     raise
 
 
-def _replace(target: Path, stage: Path, write: Callable[[Path], None], commit: str, obsolete: frozenset[str]) -> None:
+def _replace(
+    target: Path, stage: Path, write: Callable[[Path], None], commit: str, obsolete: frozenset[str], apart: bool
+) -> None:
     new = stage / "new"
     new.mkdir()
     write(new)
-    names = sorted(entry.name for entry in os.scandir(new))
+    names = _files_in(new)
     for name in names:
         if (target / name).is_file():
             shutil.copymode(target / name, new / name)
         _flush(new / name)
-    _flush(new)
+    for folder in (*(path for path in new.rglob("*") if path.is_dir()), new):
+        _flush(folder)
     if not target.exists() and _moved_whole(new, target):
         return
+    with _turn(target):
+        _put(target, stage, names, commit, obsolete, apart)
+
+
+def _put(target: Path, stage: Path, names: list[str], commit: str, obsolete: frozenset[str], apart: bool) -> None:
+    """Put the staged files into a folder. It is this process's turn: nothing is changed there meanwhile."""
+    new = stage / "new"
     changed = [name for name in names if not _same(target / name, new / name)]
     gone = sorted(name for name in obsolete.difference(names) if (target / name).exists())
     if len(changed) + len(gone) <= 1:
         for name in changed:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(new / name, target / name)
         for name in gone:
             os.unlink(target / name)
     elif not _exchanged(target, stage, frozenset(names), obsolete):
+        if apart:
+            raise _NotTogether
         _one_by_one(target, stage, changed, gone, commit)
     _flush(target)
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Paths of all files in a folder and below."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
 def _moved_whole(new: Path, target: Path) -> bool:
@@ -119,9 +176,11 @@ def _exchanged(target: Path, stage: Path, names: frozenset[str], obsolete: froze
         twin.mkdir()
         _link_tree(target, twin, names | obsolete)
         for name in names:
+            (twin / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(stage / "new" / name, twin / name)
         _copy_folder_facts(target, twin)
-        _flush(twin)
+        for folder in {(twin / name).parent for name in names} | {twin}:
+            _flush(folder)
         exchange(twin, target)
     except OSError as error:
         if error.errno not in _TRY_OTHERWISE:
@@ -156,16 +215,16 @@ def _is_current(target: Path) -> bool:
         return False
 
 
-def _link_tree(source: Path, copy: Path, leave_out: frozenset[str] = frozenset()) -> None:
-    """Rebuild a folder out of hard links."""
+def _link_tree(source: Path, copy: Path, leave_out: frozenset[str], path: str = "") -> None:
+    """Rebuild a folder, which has this path in another, out of hard links; without files of some paths."""
     with os.scandir(source) as entries:
         for entry in entries:
-            if entry.name in leave_out or entry.name.startswith(STAGING):
+            if path + entry.name in leave_out or entry.name.startswith(STAGING):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 _require_writable(entry.path)  # or what is left of it could not be removed after the exchange
                 (copy / entry.name).mkdir()
-                _link_tree(source / entry.name, copy / entry.name)
+                _link_tree(source / entry.name, copy / entry.name, leave_out, f"{path}{entry.name}/")
                 _copy_folder_facts(source / entry.name, copy / entry.name)
             else:
                 os.link(entry.path, copy / entry.name, follow_symlinks=False)
@@ -184,17 +243,17 @@ def _copy_folder_facts(source: Path, copy: Path) -> None:
     shutil.copystat(source, copy)
 
 
-def _bring_late_files(old: Path, new: Path, leave_out: frozenset[str] = frozenset()) -> None:
+def _bring_late_files(old: Path, new: Path, leave_out: frozenset[str], path: str = "") -> None:
     """Move what another process put into the old folder after its copy was made."""
     with os.scandir(old) as entries:
         for entry in entries:
-            if entry.name in leave_out:
+            if path + entry.name in leave_out:
                 continue
             if not os.path.lexists(new / entry.name):
                 with suppress(FileNotFoundError):  # it was a temporary file
                     os.rename(entry.path, new / entry.name)
             elif entry.is_dir(follow_symlinks=False):
-                _bring_late_files(Path(entry.path), new / entry.name)
+                _bring_late_files(Path(entry.path), new / entry.name, leave_out, f"{path}{entry.name}/")
 
 
 # One by one -----------------------------------------------------------------------------------------------------------
@@ -203,15 +262,14 @@ def _bring_late_files(old: Path, new: Path, leave_out: frozenset[str] = frozense
 def _one_by_one(target: Path, stage: Path, changed: list[str], gone: list[str], commit: str) -> None:
     """Rename files in turn. Between the first and the last step the folder has no `commit` file."""
     old = stage / "old"
-    old.mkdir()
-    away = sorted({commit, *changed, *gone}, key=lambda name: name != commit)
+    away = sorted({commit, *changed, *gone}, key=lambda name: Path(name).name != commit)
     away = [name for name in away if os.path.lexists(target / name)]
     unchanged = [commit] if commit in away and commit not in changed and commit not in gone else []
     done: list[tuple[Path, Path]] = []
     try:
         for name in away:
             _move(target / name, old / name, done)
-        for name in sorted(changed, key=lambda name: name == commit):
+        for name in sorted(changed, key=lambda name: Path(name).name == commit):
             _move(stage / "new" / name, target / name, done)
         for name in unchanged:
             _move(old / name, target / name, done)
@@ -222,6 +280,7 @@ def _one_by_one(target: Path, stage: Path, changed: list[str], gone: list[str], 
 
 
 def _move(source: Path, destination: Path, done: list[tuple[Path, Path]]) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, destination)
     done.append((source, destination))
 
@@ -269,8 +328,32 @@ def _lock(stage: Path, wait: bool) -> int | None:
     return handle
 
 
+@contextmanager
+def _turn(target: Path) -> Iterator[None]:
+    """One process after the other, where folders can be locked. The folder may be exchanged while another one waits."""
+    lock = _lock(target, wait=True)
+    while lock is not None and not _is_open_as(target, lock):
+        _unlock(lock)
+        lock = _lock(target, wait=True)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+def _is_open_as(folder: Path, handle: int) -> bool:
+    """Whether what is open is still the folder of that name. One that is gone counts as it: nobody else has it."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return True
+
+
 def _unlock(handle: int | None) -> None:
     if handle is not None:
+        if sys.platform != "win32":
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile has the lock as well
         os.close(handle)
 
 

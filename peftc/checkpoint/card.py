@@ -16,7 +16,9 @@ from typing import Any
 from peftc import rules
 from peftc._version import REFERENCE_VERSION, VERSION
 from peftc.config.hub import CARD, is_repository, parse_card
+from peftc.config.reader import read_bytes
 from peftc.diagnostics import PeftcError, Where
+from peftc.limits import MAX_CARD
 
 _ADAPTER_OF = "base_model:adapter:"
 _VERSION_LINE = f"- PEFT {REFERENCE_VERSION} (peftc {VERSION})"
@@ -75,14 +77,16 @@ def card_text(facts: CardFacts, existing: str | None = None) -> str:
 def read_card(folder: Path) -> str | None:
     """The card of a folder, None if there is none. Raises `PeftcError` if it cannot be read."""
     file = folder / CARD
-    try:
-        return file.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(file):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"`{file}` cannot be read: {error}"
-        fix = "Save it as UTF-8, or move it away: a new card is written then."
-        raise PeftcError(rules.CARD_UNREADABLE(what, fix=fix, where=Where(file=str(file)))) from error
+    try:
+        return read_bytes(str(file), MAX_CARD).decode("utf-8")
+    except PeftcError as error:
+        reason = error.diagnostics[0].what
+    except UnicodeDecodeError as error:
+        reason = f"`{file}` cannot be read: {error}"
+    fix = "Save it as UTF-8, or move it away: a new card is written then."
+    raise PeftcError(rules.CARD_UNREADABLE(reason, fix=fix, where=Where(file=str(file))))
 
 
 def _body(facts: CardFacts) -> str:

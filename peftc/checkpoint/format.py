@@ -10,13 +10,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from peftc.graph.nodes import TensorFacts
-
-#: The format's own limit on its header.
-MAX_HEADER = 100_000_000
+from peftc.limits import MAX_HEADER, MAX_TENSORS, misshapen
 
 #: Name in the file -> torch's name and bytes per element, in the order that files are sorted by (widest last).
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -66,17 +65,16 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_header(path: Path) -> Header:
-    """The header of a file, fully checked against the file's size.
+def header_of(file: FileIO) -> Header:
+    """The header of an open file, which is at its beginning, fully checked against the file's size.
 
     Raises `FormatError` for a file that is cut short, damaged or contradicts itself, and `OSError` from reading.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return _parse(_header_bytes(file, size), size)
+    size = os.fstat(file.fileno()).st_size
+    return _parse(_header_bytes(file, size), size)
 
 
-def _header_bytes(file: BinaryIO, size: int) -> bytes:
+def _header_bytes(file: FileIO, size: int) -> bytes:
     if size < 8:
         raise FormatError(f"the file has {size} bytes and not even a header length; it was cut short")
     length = int.from_bytes(file.read(8), "little")
@@ -106,6 +104,8 @@ def _parse(raw: bytes, size: int) -> Header:
     metadata = data.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError("`__metadata__` is not a mapping of strings")
+    if len(data) > MAX_TENSORS:
+        raise FormatError(f"the header lists {len(data):,} tensors, more than {MAX_TENSORS:,}")
     first = 8 + len(raw)
     entries: dict[str, Entry] = {}
     end = 0
@@ -140,6 +140,9 @@ def _entry(name: str, value: Any) -> tuple[int, int, str, TensorFacts]:
         raise FormatError(f"`{name}` has a shape or offsets that are not natural numbers")
     if not isinstance(code, str) or code not in DTYPES:
         raise FormatError(f"`{name}` has the unknown dtype `{code}`")
+    reason = misshapen(shape)
+    if reason:
+        raise FormatError(f"`{name}` {reason}")
     torch_name, width = DTYPES[code]
     facts = TensorFacts(tuple(shape), torch_name)
     if end - begin != facts.numel * width:

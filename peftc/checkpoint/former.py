@@ -167,7 +167,7 @@ def as_of_now(
     former = FormerReader(plan, graph, given, Where(file=str(file.path))).read(file.tensors)
     if not former.renamed and not former.joints:
         return file, former
-    return FormerFile(file.path, file.header, former), former
+    return FormerFile(file.path, file.header, file.content, former), former
 
 
 def put_together(

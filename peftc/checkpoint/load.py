@@ -1,22 +1,29 @@
-"""Opening an adapter folder: the header at once and checked, the tensors when they are asked for, mapped and not copied.
+"""Opening an adapter folder: the header at once and checked, the tensors when they are asked for, each into its own memory.
 
-Only safetensors is read: a pickle is refused with the command that converts it. The folder may be local or a repository of the hub;
-what is not there, not readable or damaged ends in a diagnostic that says what is there instead.
+A folder without safetensors may have what `torch.save` writes: that is read as data, and nothing is unpickled (`zipped.py`). The
+folder may be local or a repository of the hub; what is not there, not readable or damaged ends in a diagnostic that says what is
+there instead.
+
+Nothing is mapped: what happens to a file after a tensor was read has no effect on that, also if it is written in place or
+cut short. Header and tensors are those of one file, though another may have its name meanwhile.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc import rules
-from peftc.checkpoint.format import FormatError, Header, read_header
+from peftc.checkpoint.content import Content
+from peftc.checkpoint.format import Entry, FormatError, Header, header_of
 from peftc.checkpoint.keys import renamed
-from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME
+from peftc.checkpoint.zipped import zipped_header_of
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.nodes import TensorFacts
@@ -24,19 +31,28 @@ from peftc.graph.nodes import TensorFacts
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLE_NAME = "adapter_model.bin"
+#: Endings of files that `torch.save` wrote.
+PICKLED = frozenset({".bin", ".pt", ".pth"})
 
-#: Bytes that torch's own tensors start at a multiple of. Products of tensors that start elsewhere are rounded otherwise,
-#: and an adapter must give the same output after loading, bit for bit.
-ALIGNMENT = 64
+#: Dtypes that numpy has as well; the bytes of others are read as such.
+_OF_NUMPY = frozenset(
+    ("bool", "uint8", "int8", "int16", "float16", "int32", "float32", "complex64", "float64", "int64")
+)
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The weights of one adapter: a file whose header was read and checked, and whose tensors are still on the disk."""
+    """The weights of one adapter: an open file whose header was read and checked, and whose tensors are still on the disk."""
 
     path: Path
     header: Header
+    content: Content
+
+    @classmethod
+    def of(cls, path: Path, read: Callable[[FileIO], Header] = header_of) -> AdapterFile:
+        """Open a file; `read` knows its format. Raises `FormatError` for one that is damaged, and `OSError`."""
+        content = Content(path)
+        return cls(path, read(content.file), content)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorFacts]:
@@ -50,57 +66,71 @@ class AdapterFile:
     def mapped(self, key_mapping: Mapping[str, str]) -> AdapterFile:
         """The same file with its tensors under other keys (`peftc.checkpoint.keys.renamed`)."""
         entries = self.header.entries
-        found = renamed(entries, key_mapping)
-        return AdapterFile(self.path, Header({name: entries[key] for name, key in found.items()}, self.header.metadata))
+        found = {name: entries[key] for name, key in renamed(entries, key_mapping).items()}
+        return AdapterFile(self.path, Header(found, self.header.metadata), self.content)
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, on the CPU. Where its place in the file allows, its memory is the mapped file, private to this process:
-        pages are read when they are used, and writing to the tensor leaves the file alone. Raises `KeyError`, and `PeftcError` if the file cannot be read.
+        """One tensor, read now, on the CPU and in memory of its own. Raises `KeyError`, and `PeftcError` if the file cannot be
+        read or is shorter now than its header says.
         """
         import torch
 
         facts, start = self.header.entries[key].facts, self.header.entries[key].start
         dtype = getattr(torch, facts.dtype)
-        if facts.numel == 0:
-            return torch.empty(facts.shape, dtype=dtype)
-        if start % dtype.itemsize:  # old writers did not pad the header
-            content = bytearray(self._map[start : start + facts.numel * dtype.itemsize])
-            return torch.frombuffer(content, dtype=dtype).view(facts.shape)
-        mapped = torch.frombuffer(self._map, dtype=dtype, count=facts.numel, offset=start).view(facts.shape)
-        return mapped if start % ALIGNMENT == 0 else mapped.clone()
+        # memory of torch, not of Python: products of tensors that start elsewhere are rounded otherwise, and an adapter must
+        # give the same output after loading, bit for bit
+        tensor = torch.empty(facts.shape, dtype=dtype)
+        if facts.numel:
+            known = tensor if facts.dtype in _OF_NUMPY else tensor.view(-1).view(torch.uint8)
+            self._read(known.numpy().data, start)
+        return tensor
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape, dtype and bytes."""
         a, b = self.header.entries[one], self.header.entries[other]
-        size = a.facts.nbytes
-        return a.facts == b.facts and self._map[a.start : a.start + size] == self._map[b.start : b.start + size]
+        return a.facts == b.facts and self._bytes(a) == self._bytes(b)
+
+    def _bytes(self, entry: Entry) -> bytearray:
+        buffer = bytearray(entry.facts.nbytes)
+        self._read(memoryview(buffer), entry.start)
+        return buffer
+
+    def _read(self, buffer: memoryview, start: int) -> None:
+        try:
+            self.content.read_into(buffer, start)
+        except FormatError as error:
+            raise PeftcError(_damaged(self.path, error)) from None
+        except OSError as error:
+            raise PeftcError(_unreadable(self.path, error)) from error
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, in file order."""
         for key in self.tensors:
             yield key, self.tensor(key)
 
-    @cached_property
-    def _map(self) -> mmap.mmap:
-        try:
-            with self.path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise PeftcError(_unreadable(self.path, error)) from error
-
 
 def open_adapter(folder: str | Path, subfolder: str | None = None, **hub_options: Any) -> AdapterFile:
     """Open the adapter in a local folder or a repository of the hub, reading the header alone.
 
     `subfolder` is below it. `hub_options` (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`) go to the
-    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle, damaged, not readable, hub not reachable.
+    hub's client; others are ignored. Raises `PeftcError`: nothing there, a pickle of more than tensors, damaged, not readable,
+    hub not reachable.
     """
-    path = _weights_path(str(folder), subfolder, hub_options)
+    return open_weights(_weights_path(str(folder), subfolder, hub_options))
+
+
+def open_weights(path: Path) -> AdapterFile:
+    """Open a file of weights, reading the header alone: safetensors, or by its name what `torch.save` writes.
+
+    Raises `PeftcError`: a pickle of more than tensors, damaged, not there or not readable.
+    """
+    pickled = path.suffix in PICKLED
     try:
-        return AdapterFile(path, read_header(path))
+        return AdapterFile.of(path, zipped_header_of if pickled else header_of)
     except FormatError as error:
-        fix = "Copy or download the file again, or go back to an earlier checkpoint."
-        raise PeftcError(rules.CHECKPOINT_DAMAGED(f"`{path}`: {error}", fix=fix, where=Where(file=str(path)))) from None
+        raise PeftcError(_pickled(path, error) if pickled else _damaged(path, error)) from None
+    except FileNotFoundError:
+        raise PeftcError(_missing(path)) from None
     except OSError as error:
         raise PeftcError(_unreadable(path, error)) from error
 
@@ -113,13 +143,21 @@ def load_adapter_tensors(folder: str | Path, subfolder: str | None = None, **hub
 def _weights_path(source: str, subfolder: str | None, hub_options: Mapping[str, Any]) -> Path:
     local = Path(source, subfolder) if subfolder else Path(source)
     try:
-        if (local / WEIGHTS_NAME).is_file():
-            return local / WEIGHTS_NAME
+        for name in (WEIGHTS_NAME, PICKLE_NAME):
+            if (local / name).is_file():
+                return local / name
         if Path(source).is_dir() or not is_repository(source):
             raise PeftcError(_missing(local))
+    except PeftcError:  # may be an `OSError` itself
+        raise
     except OSError as error:
         raise PeftcError(_unreadable(local, error)) from error
-    return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+    try:
+        return fetch(source, WEIGHTS_NAME, subfolder, hub_options)
+    except PeftcError:
+        with suppress(PeftcError):
+            return fetch(source, PICKLE_NAME, subfolder, hub_options)
+        raise
 
 
 def _missing(folder: Path) -> Diagnostic:
@@ -132,10 +170,6 @@ def _missing(folder: Path) -> Diagnostic:
         fix = did_you_mean(folder.name, siblings) or "Check the path; a repository of the hub is `owner/name`."
         return rules.CHECKPOINT_MISSING(f"There is no folder `{folder}`", fix=fix, where=where)
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    if PICKLE_NAME in names:
-        what = f"`{folder / PICKLE_NAME}` is not read: only `{WEIGHTS_NAME}` is"
-        fix = f"Convert it, which runs none of its code: `peftc convert {folder} --to safetensors`."
-        return rules.CHECKPOINT_PICKLED(what, fix=fix, where=where)
     there = ", ".join(f"`{name}`" for name in names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     inside = [p.parent.name for p in sorted(folder.glob(f"*/{WEIGHTS_NAME}"))]
     if inside:
@@ -146,7 +180,17 @@ def _missing(folder: Path) -> Diagnostic:
     return rules.CHECKPOINT_MISSING(what, fix=fix, where=where)
 
 
-def _unreadable(path: Path, error: OSError | ValueError) -> Diagnostic:
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+def _damaged(path: Path, error: FormatError) -> Diagnostic:
+    fix = "Copy or download the file again, or go back to an earlier checkpoint."
+    return rules.CHECKPOINT_DAMAGED(f"`{path}`: {error}", fix=fix, where=Where(file=str(path)))
+
+
+def _pickled(path: Path, error: FormatError) -> Diagnostic:
+    fix = f"Convert it, which runs none of its code: `peftc convert {path.parent} --to safetensors`."
+    return rules.CHECKPOINT_PICKLED(f"`{path}` is not read as it is: {error}", fix=fix, where=Where(file=str(path)))
+
+
+def _unreadable(path: Path, error: OSError) -> Diagnostic:
+    reason = error.strerror or str(error)
     fix = "Have the permissions of the file and its folders changed, or copy it to where you may read it."
-    return rules.CHECKPOINT_UNREADABLE(f"`{path}`: {reason}", fix=fix, where=Where(file=str(path)))
+    return rules.CHECKPOINT_UNREADABLE(f"`{path}`: {reason}", fix=fix, where=Where(file=str(path)), also=type(error))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
-from peftc.checkpoint.load import PICKLE_NAME
-from peftc.checkpoint.save import WEIGHTS_NAME, not_written, write_tensors
+from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME, not_written, write_tensors
 from peftc.checkpoint.values import content_problems
 from peftc.config.base import CONFIG_NAME
 from peftc.config.hub import CARD
@@ -33,7 +32,7 @@ def read_pickle(folder: Path) -> dict[str, Tensor]:
     file = folder / PICKLE_NAME
     where = Where(file=str(file))
     try:
-        held: Any = torch.load(file, map_location="cpu", weights_only=True)
+        held: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except FileNotFoundError:
         what = f"`{folder}` has no `{PICKLE_NAME}`"
         raise PeftcError(rules.CHECKPOINT_MISSING(what, fix="Check the folder.", where=where)) from None

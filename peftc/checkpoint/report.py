@@ -19,8 +19,10 @@ from peftc.checkpoint.keys import Nearest, assign, common_change, listed, one_of
 from peftc.checkpoint.named import assign_planned
 from peftc.checkpoint.save import PLAN_NAME
 from peftc.compiler.plan import AdapterPlan
+from peftc.config.reader import read_bytes
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Severity, Where, warn
-from peftc.graph.nodes import ModelFacts, TensorFacts
+from peftc.graph.nodes import ModelFacts, TensorFacts, model_from_json
+from peftc.limits import MAX_PLAN
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 
@@ -102,7 +104,7 @@ def base_tensors(plan: AdapterPlan) -> dict[str, TensorFacts]:
     """Tensors of adapted base layers, by key. A checkpoint may carry them: vocabulary layers are saved whole, for example."""
     planned = {parameter.disk for parameter in plan.parameters() if parameter.base}
     tensors = {
-        f"{plan.root}{site.path}.base_layer.{name}": facts for site in plan.maps for name, facts in site.layer.params
+        f"{plan.root}{site.owner}.base_layer.{name}": facts for site in plan.maps for name, facts in site.layer.params
     }
     return {key: facts for key, facts in tensors.items() if key not in planned}
 
@@ -197,9 +199,8 @@ def base_of(folder: Path) -> ModelFacts | None:
     It only explains differences, so a plan that is damaged is no problem of its own here.
     """
     try:
-        facts = ModelFacts(**json.loads((folder / PLAN_NAME).read_text(encoding="utf-8"))["model"])
-        return facts if isinstance(facts.dims, Mapping) else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return model_from_json(json.loads(read_bytes(str(folder / PLAN_NAME), MAX_PLAN))["model"])
+    except (PeftcError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -10,16 +10,14 @@ from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.graph import base_named
 from peftc.compiler.drift import differences
+from peftc.compiler.files import read_plan
 from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_digest, plan_from_text
+from peftc.compiler.serial import plan_digest
 from peftc.config.sections import section_of_word
 from peftc.diagnostics import PeftcError, Where
 from peftc.graph.base_ref import BaseRef
 
 HELP = "Apply a saved plan to its base model and save the fresh adapter"
-
-#: Largest plan that is read: the largest models there are make plans of a few megabytes.
-_MAX_BYTES = 256 * 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,23 +62,6 @@ def run(args: argparse.Namespace) -> int:
     saved = "Nothing saved: no --out given" if args.out is None else f"Saved to {args.out}"
     console.out(console.plain(f"Applied {adapters}: {trainable:,} of {total:,} parameters trainable. {saved}."))
     return 0
-
-
-def read_plan(path: Path) -> InjectionPlan:
-    """The plan in a file. Raises `PeftcError` if it cannot be read or is not a plan."""
-    where = Where(file=str(path))
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            what = f"The file has {path.stat().st_size:,} bytes, more than {_MAX_BYTES:,}"
-            raise PeftcError(rules.PLAN_INVALID(what, fix="Name a plan that `peftc plan --out` wrote.", where=where))
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        what = f"The file cannot be read: {error.strerror}"
-        raise PeftcError(rules.PLAN_INVALID(what, fix="Correct the path.", where=where, why="")) from error
-    except UnicodeDecodeError:
-        fix = "Name a plan that `peftc plan --out` wrote."
-        raise PeftcError(rules.PLAN_INVALID("The file is not text", fix=fix, where=where)) from None
-    return plan_from_text(text, where)
 
 
 def base_of(plan: InjectionPlan, word: str | None, path: Path) -> BaseRef:

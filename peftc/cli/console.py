@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from peftc.diagnostics import Diagnostic, Severity
+from peftc.diagnostics import Diagnostic, Severity, and_more
+from peftc.limits import MOST_SHOWN
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,14 +66,17 @@ def note(text: str, quiet: bool = False) -> None:
 
 
 def show(diagnostics: Iterable[Diagnostic]) -> None:
-    """Diagnostics on stderr, one block each."""
-    for diagnostic in diagnostics:
+    """Diagnostics on stderr, one block each; of very many the first and their number."""
+    found = list(diagnostics)
+    for diagnostic in found[:MOST_SHOWN]:
         color = "red" if diagnostic.severity is Severity.ERROR else "yellow"
         head, _, rest = plain(str(diagnostic)).partition("\n")
         label, _, what = head.partition(": ")
         print(f"{paint(label, 'bold', color, stream=sys.stderr)}: {what}", file=sys.stderr)
         if rest:
             print(rest, file=sys.stderr)
+    if len(found) > MOST_SHOWN:
+        print(and_more(found), file=sys.stderr)
 
 
 def table(rows: Iterable[Sequence[str]], heads: Sequence[str] = ()) -> str:

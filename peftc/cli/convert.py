@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="MODEL", help="the base model, or a spec that names it; left out, the adapter's"
     )
+    parser.add_argument(
+        "--any-base", action="store_true", help="convert it on a base with other weights than it was trained on"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -113,15 +116,16 @@ def _to_method(args: argparse.Namespace) -> int:
     from peftc.checkpoint.save import save_adapter  # here: below the torch line
     from peftc.integrations.transformers import jobs
     from peftc.model.conversion import convert_adapter
+    from peftc.runtime import identity
 
     jobs.require_new(args.out)
     ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
     with progress.stage("Loading the base model", quiet=args.quiet):
         base, _ = jobs.load_any(ref, jobs.device_named("cpu"))
-        model = jobs.with_adapter(base, args.adapter)
+        model = jobs.with_adapter(base, args.adapter, any_base=args.any_base)
     with progress.stage("Converting and saving", quiet=args.quiet):
         made = convert_adapter(model, args.to.upper(), args.rank)
-        save_adapter(args.out, made.tensors, made.config)
+        save_adapter(args.out, made.tensors, made.config, remarks=identity.remarks_of(model.session))
     bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     if args.json:
         layers = {path: {"rank": made.ranks[path], "error": error} for path, error in made.errors.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from peftc.checkpoint.save import PLAN_NAME
 from peftc.checkpoint.values import stored_problems
 from peftc.cli import console
 from peftc.cli.generate import adapter_named
+from peftc.compiler.files import read_plan
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.render import percent, size
-from peftc.compiler.serial import plan_from_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import plugin_named, read_config
-from peftc.diagnostics import Collector, PeftcError, Where
+from peftc.config.hub import is_repository
+from peftc.diagnostics import Collector, PeftcError
 from peftc.graph.groups import grouped
 
 HELP = "Show what is in an adapter folder"
@@ -96,13 +98,13 @@ def look(folder: str, values: bool) -> Findings:
     with suppress(PeftcError):  # told already
         found.plugin = plugin_named(Path(folder, CONFIG_NAME))
     has_method = all(problem.code != rules.PLUGIN_MISSING.code for problem in found.problems)
+    if found.config is None and not os.path.lexists(folder) and not is_repository(folder):
+        return found  # there is nothing, which has been told
     found.weights = found.attempt(lambda: open_adapter(folder))
     plan_file = Path(folder, PLAN_NAME)
     if plan_file.is_file() and has_method:
-        found.plan = found.attempt(
-            lambda: plan_from_text(plan_file.read_text(encoding="utf-8"), Where(file=str(plan_file)))
-        )
-    if found.weights is not None and found.plan is not None:
+        found.plan = found.attempt(lambda: read_plan(plan_file))
+    if found.weights is not None and found.plan is not None and found.plan.adapters:
         plan, base = found.plan.adapters[0], found.plan.model
         embeddings = tuple(f"{plan.root}{path}." for path in (base.input_embeddings, base.output_embeddings) if path)
         carried = {key: facts for key, facts in found.weights.tensors.items() if key.startswith(embeddings)}

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="MODEL", help="the base model, or a spec that names it; left out, the adapter's"
     )
+    parser.add_argument(
+        "--any-base", action="store_true", help="merge into a base with other weights than it was trained on"
+    )
     parser.add_argument("--dtype", help="number format of the weights, e.g. bfloat16; left out, the base model's")
     parser.add_argument(
         "--untie", action="store_true", help="let input and output embeddings differ that are one tensor in the base"
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     ref = ref if args.dtype is None else replace(ref, dtype=args.dtype)
     with progress.stage("Loading the base model", quiet=args.quiet):
         base, tokenizer = jobs.load_any(ref, jobs.device_named("cpu"))
-        model = jobs.with_adapter(base, args.adapter)
+        model = jobs.with_adapter(base, args.adapter, any_base=args.any_base)
     with progress.stage("Merging and saving", quiet=args.quiet):
         merged = jobs.merge(model, tokenizer, args.out, untie=args.untie)
     bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())

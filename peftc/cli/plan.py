@@ -10,6 +10,7 @@ from pathlib import Path
 from peftc import rules
 from peftc.cli import console
 from peftc.compiler.explain import Explanation, explain, render_explanation
+from peftc.compiler.files import read_graph
 from peftc.compiler.of_spec import compile_spec
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.render import render_plan
@@ -19,7 +20,7 @@ from peftc.config.places import Document, Location, json_path
 from peftc.config.reader import read_document
 from peftc.config.spec import AdapterSpec, is_config, load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, Where
-from peftc.graph.files import read_graph, replace_file
+from peftc.graph.files import replace_file
 from peftc.graph.nodes import ModuleGraph
 
 HELP = "Show what a spec would adapt, before any weight is loaded"

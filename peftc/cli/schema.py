@@ -17,7 +17,7 @@ HELP = "Print, write or check the JSON Schemas"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="`spec`, `plan` or a PEFT type; left out: list the names"
+        "name", nargs="?", metavar="NAME", help="`spec`, `plan`, `graph` or a PEFT type; left out: list the names"
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="write the schema, or all, into the folder")

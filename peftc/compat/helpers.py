@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from peftc.compiler.match import Deadline, PatternKeys, matches
+from peftc.compiler.draft import option
+from peftc.compiler.match import Deadline, Layers, PatternKeys, is_all_linear, matches
+from peftc.compiler.select import wanted_layers
+from peftc.config.base import PeftConfig
+from peftc.config.mixins import LayersMixin
 from peftc.diagnostics import warn
 
 if TYPE_CHECKING:
@@ -55,6 +60,36 @@ def match_target_against_key(target_pattern: str, key: str) -> bool:
     return matches(target_pattern, key)
 
 
+def check_target_module_exists(config: PeftConfig, key: str) -> bool:
+    """Whether a config's options mean the module of that path. Raises `PeftcError` on a bad pattern.
+
+    The reference returns a match or an object that is false instead; who asks for the truth gets the same.
+    """
+    excluded, targets = option(config, "exclude_modules"), option(config, "target_modules")
+    whole = option(config, "modules_to_save") or ()
+    parents = ["", *accumulate(key.split("."), lambda path, name: f"{path}.{name}")]
+    if (excluded and matches(excluded, key)) or any(matches(whole, parent) for parent in parents):
+        return False
+    if targets is None or not matches(targets, key):
+        return False
+    if isinstance(targets, str) or key in targets or not isinstance(config, LayersMixin):
+        return True
+    wanted = wanted_layers(config)
+    patterns = config.layers_pattern or ()
+    named = [patterns] if isinstance(patterns, str) else patterns
+    return not wanted or Layers(named, Deadline(), "layers_pattern").index(key) in wanted
+
+
+def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """Write the paths of the layers that are meant by `all-linear` in its place."""
+    from peftc.runtime.planning import plan_for  # below the torch line
+
+    if is_all_linear(option(peft_config, "target_modules")):
+        plan = plan_for(model, {"default": peft_config}, task_heads=False, loading=True, mixed=True)
+        peft_config.target_modules = {site.path for site in plan.adapters[0].maps}
+    return peft_config
+
+
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     """The first pattern key that matches the end of a path, or the path. Raises `PeftcError` on a bad pattern."""
     return PatternKeys(list(pattern_keys), Deadline(), "$").find(key_to_match) or key_to_match
@@ -86,13 +121,12 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def check_adapters_to_merge(module: TunerLayer, adapter_names: list[str] | None = None) -> list[str]:
     """Those of the adapters, or of the active ones, that are not merged yet; warns if some are."""
-    from peftc import rules
+    from peftc.runtime.together import merged_already
 
     if isinstance(adapter_names, str):
         raise TypeError(f"`adapter_names` is a list of names, not `{adapter_names}`")
     wanted = module.active_adapters if adapter_names is None else adapter_names
     again = [name for name in wanted if name in module.merged_adapters]
     if again:
-        what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
-        warn([rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge()` takes it out.")])
+        warn([merged_already(again, wanted, "unmerge")])
     return [name for name in wanted if name not in again]

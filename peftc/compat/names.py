@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from peftc.compat.kinds import class_of, names_in, parts_of
 from peftc.diagnostics import PeftcError
 from peftc.registry.manager import default_registry
 from peftc.tuner.method import TunerMethod
@@ -108,7 +109,17 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.utils peft.utils.other",
     ),
     ("peftc.compat.helpers", "get_pattern_key match_target_against_key str_to_bool", "peft.utils.other"),
-    ("peftc.compat.helpers", "check_adapters_to_merge", "peft.tuners.tuners_utils"),
+    (
+        "peftc.compat.helpers",
+        "check_adapters_to_merge check_target_module_exists _maybe_include_all_linear_layers",
+        "peft.tuners.tuners_utils",
+    ),
+    (
+        "peftc.compat.merging",
+        "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune "
+        "random_pruning reshape_weight_task_tensors task_arithmetic ties",
+        "peft.utils.merge_utils",
+    ),
     (
         "peftc.compat.values",
         "CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
@@ -139,6 +150,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft peft.utils peft.utils.constants peft.utils.other",
     ),
     ("peftc.compat", "__version__=VERSION", "peft"),
+    ("peftc.config.base", "__version__=FILE_VERSION", "peft.config"),
     ("peftc", "NoMatchingPeftModuleError PeftError", "peft peft.utils peft.utils.error"),
     ("peftc", "PeftWarning", "peft peft.utils peft.utils.warning"),
 )
@@ -146,10 +158,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 #: modules of the reference that show every method's names
 _WITH_METHODS = frozenset({"peft", "peft.tuners"})
 _TUNERS = "peft.tuners"
+#: modules that show functions of methods that make optimisers
+_WITH_OPTIMIZERS = ("peft.optimizers", "peft.optimizers.lorafa", "peft.optimizers.loraplus")
 #: submodules that a method's subpackage may be asked for; each shows the whole method
 _PARTS = ("config", "layer", "model")
-#: names of layer classes by the kind of base layer, as `peft.tuners.<method>.Linear`
-_KIND_NAMES = {"Linear": "linear", "Embedding": "embedding", "Conv1d": "conv1d", "Conv2d": "conv2d", "Conv3d": "conv3d"}
 _TARGETS_MAPPING = re.compile(r"TRANSFORMERS_MODELS_TO_([A-Z0-9]+)_([A-Z]+_MODULES)_MAPPING")
 
 
@@ -170,7 +182,7 @@ class Home:
 @cache
 def table() -> dict[str, dict[str, Home]]:
     """Module of the reference -> name in it -> home in peftc; parents of modules are there, if empty."""
-    found: dict[str, dict[str, Home]] = {"peft": {}, _TUNERS: {}}
+    found: dict[str, dict[str, Home]] = {"peft": {}, _TUNERS: {}, **{module: {} for module in _WITH_OPTIMIZERS}}
     for home, names, modules in _ROWS:
         for module in modules.split():
             rows = found.setdefault(module, {})
@@ -192,7 +204,8 @@ def method_of(module: str) -> TunerMethod | None:
         return None
     name, _, part = module.removeprefix(f"{_TUNERS}.").partition(".")
     peft_type = subpackages().get(name)
-    return default_registry().get(peft_type) if peft_type is not None and part in ("", *_PARTS) else None
+    known = ("", *_PARTS, *parts_of(name))
+    return default_registry().get(peft_type) if peft_type is not None and part in known else None
 
 
 def is_module(name: str) -> bool:
@@ -210,18 +223,19 @@ def submodules(name: str) -> Iterator[str]:
     parents = [*table(), *(f"{_TUNERS}.{sub}" for sub in subpackages())]
     yield from sorted(n for n in parents if n.rpartition(".")[0] == name)
     if name.removeprefix(f"{_TUNERS}.") in subpackages():
-        yield from (f"{name}.{part}" for part in _PARTS)
+        yield from (f"{name}.{part}" for part in sorted((*_PARTS, *parts_of(name.removeprefix(f"{_TUNERS}.")))))
 
 
 def names_of(module: str) -> list[str]:
     """Every name that a module of the alias has, sorted. Loads the plugins whose names are in it."""
     names = set(table().get(module, {}))
     if module in _WITH_METHODS:
-        registry = default_registry()
-        names |= {n for t in registry.names for n, r in registry.get(t).public_names.items() if r != "layer"}
+        names |= {n for m in default_registry().load_all() for n, role in m.public_names.items() if role != "layer"}
+    if module in _WITH_OPTIMIZERS:
+        names |= {name for m in default_registry().load_all() for name in m.exports if _makes_optimizers(name)}
     method = method_of(module)
     if method is not None:
-        names |= {*method.public_names, *([] if method.is_prompt else _KIND_NAMES)}
+        names |= {*method.public_names, *([] if method.is_prompt else names_in(method.peft_type.lower()))}
     return sorted(names)
 
 
@@ -230,7 +244,7 @@ def of_a_method(module: str, name: str) -> Any:
     own = method_of(module)
     if own is not None:
         return _of(own, name)
-    if module in _WITH_METHODS:
+    if module in _WITH_METHODS or (module in _WITH_OPTIMIZERS and _makes_optimizers(name)):
         found = default_registry().find_name(name)
         if found is not None and found[1] != "layer":
             return _of(found[0], name)
@@ -239,22 +253,24 @@ def of_a_method(module: str, name: str) -> Any:
     raise KeyError(name)
 
 
+def _makes_optimizers(name: str) -> bool:
+    return name.endswith("_optimizer")
+
+
 def _of(method: TunerMethod, name: str) -> Any:
-    from peftc.compat.kinds import kind_class
-    from peftc.runtime.classes import layer_class, model_class  # below the torch line
+    from peftc.runtime.classes import CLASSES, layer_class  # below the torch line
 
     role = method.public_names.get(name)
     if role == "config":
         return method.config
     if role == "export":
         return method.exports[name]
-    if role == "model":
-        return model_class(method)
-    if role == "layer":
-        return layer_class(method)
+    if role is not None:
+        return CLASSES[role](method)
     if method.is_prompt:
         raise KeyError(name)
-    return kind_class(layer_class(method), name, _KIND_NAMES[name])
+    layer: Any = layer_class(method)
+    return class_of(layer, method.peft_type.lower(), name)
 
 
 def _default_targets(name: str) -> dict[str, list[str] | str]:

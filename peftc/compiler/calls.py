@@ -9,7 +9,7 @@ from typing import Any
 from peftc import rules
 from peftc.compiler.draft import Draft, placed
 from peftc.compiler.plan import AdapterPlan, CallSite
-from peftc.compiler.sites import slot_dtype
+from peftc.compiler.sites import all_of, check_form, slot_dtype
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import Diagnostic, PeftcError
@@ -66,8 +66,16 @@ def _needed(name: str, part: Draft, owner: str, origin: str, trains: bool) -> Ad
 
 def _ungateable(part: Draft, registry: Registry, graph: ModuleGraph, origin: str) -> Iterator[Diagnostic]:
     fix = "Use adapters that add to the output of linear layers and embeddings."
-    if part.saves or part.trains or part.prompt is not None or part.modules or part.call is not None:
-        yield rules.CANNOT_GATE(f"The adapter of `{origin}` changes more than layers", fix=fix, where=origin)
+    beside = _beside_layers(part)
+    if beside:
+        what = f"The adapter of `{origin}` does more than change layers: it {'; it '.join(beside)}"
+        own = "Train it again with adapters on layers alone"
+        if part.saves:
+            own = (
+                "Train the head in the base model, and the adapters without `modules_to_save` and without a `task_type` that "
+                "brings one"
+            )
+        yield rules.CANNOT_GATE(what, fix=f"{own}: only updates of layers can be weighed by token.", where=origin)
     method = registry.method_of(part.config)
     for site in part.maps:
         given = method.tuner_for(part.config, site.node(graph)).lowerings
@@ -77,13 +85,24 @@ def _ungateable(part: Draft, registry: Registry, graph: ModuleGraph, origin: str
             return
 
 
+def _beside_layers(part: Draft) -> list[str]:
+    """What an adapter does beside its layers, each as the end of a sentence."""
+    task = f" (`task_type: {part.config.task_type}` may bring that)" if part.config.task_type else ""
+    found = [f"trains `{save.path}` whole{task}" for save in part.saves]
+    found += [f"trains `{train.path}.{train.name}` of the base" for train in part.trains[:1]]
+    found += [f"wraps `{site.path}`" for site in part.modules[:1]]
+    found += ["goes before the input"] if part.prompt is not None else []
+    return [*found, *(["weighs adapters itself"] if part.call is not None else [])]
+
+
 def _site(
     graph: ModuleGraph, draft: Draft, tuner: CallTuner[Any], plans: list[AdapterPlan], autocast: bool
 ) -> CallSite:
     adapted = {site.path for plan in plans for site in plan.maps}
     layers = tuple(node.path for node in graph.nodes if node.path in adapted)
     with boundary(str(draft.config.peft_type), "slots"):
-        slots = tuple(tuner.slots(draft.config, len(layers)))
+        slots = all_of(tuner.slots(draft.config, len(layers)))
+    check_form(slots, str(draft.config.peft_type))
     first = next((tensor.dtype for node in graph.nodes for _, tensor in node.facts.params), "float32")
     needs = tuple(plan.name for plan in plans)
     return CallSite(tuner.owner, slots, slot_dtype(first, autocast), needs, layers)

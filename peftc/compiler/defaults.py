@@ -11,7 +11,7 @@ from collections.abc import Collection
 from peftc import rules
 from peftc.compiler.by_role import among, find_by_role, written
 from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, option, placed
-from peftc.compiler.match import ALL_LINEAR
+from peftc.compiler.match import ALL_LINEAR, matches
 from peftc.compiler.select import adaptable, layer_indices, wanted_layers
 from peftc.config.mixins import LayersMixin
 from peftc.diagnostics import Diagnostic, PeftcError
@@ -47,7 +47,8 @@ def _by_table(draft: Draft, context: Context, name: str, table: str) -> Draft:
     value: set[str] | str = found if isinstance(found, str) else set(found)
     chosen = option(draft.config, _TARGETS)
     if name != _TARGETS and isinstance(value, set) and isinstance(chosen, set):
-        value &= chosen  # entries that are not targets have no effect, and the reference refuses them in a file
+        # entries that are not targets have no effect, and the reference refuses them in a file
+        value = (value & chosen) | {path for path in context.given or () if matches(value, path)} & chosen
     draft = draft.configured(**{name: value})
     return draft.but(source=DEFAULT) if name == _TARGETS else draft
 

@@ -17,18 +17,12 @@ from peftc import rules
 from peftc.config.places import json_path
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import suffixes
+from peftc.limits import DEADLINE, MAX_PATTERN, MAX_REPEATS
 
 if TYPE_CHECKING:
     import regex
 
 ALL_LINEAR = "all-linear"
-
-#: Longest regular expression that is read; recipes for language models have up to 2,000 characters.
-MAX_PATTERN = 10_000
-#: Largest product of the counts in a pattern: the engine unrolls `(a{100}){100}`.
-MAX_REPEATS = 100_000
-#: Seconds that all regular expressions of one pass may take together.
-DEADLINE = 2.0
 
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 #: A brace that `re` takes literally but the other engine reads as fuzzy matching.

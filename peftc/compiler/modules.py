@@ -12,7 +12,7 @@ from typing import Any
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, listed, placed
 from peftc.compiler.plan import AdapterPlan, ModuleSite
-from peftc.compiler.sites import below, check_slots, slot_dtype
+from peftc.compiler.sites import all_of, below, check_slots, slot_dtype
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
@@ -52,7 +52,7 @@ def _sites(draft: Draft, context: Context, chosen: Mapping[str, str]) -> Iterato
             raise PeftcError(rules.PLUGIN_INVALID(what, fix="Correct the plugin's `sites`.", where=path))
         node = graph.nodes[positions[path]]
         with boundary(context.method.peft_type, "slots", path):
-            slots = tuple(tuner.slots(draft.config, node, graph))
+            slots = all_of(tuner.slots(draft.config, node, graph))
         check_slots(slots, context, path)
         if slots in known:  # sites that are alike share their slots, which tells them apart from others at no cost
             slots = known[known.index(slots)]
@@ -72,8 +72,8 @@ TunerOf = Callable[[AdapterPlan, str], MapTuner[Any] | None]
 
 
 def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagnostic]:
-    """What keeps these adapters from acting at the same time: modules that more than one of them wraps, and what their
-    method says of two on one layer."""
+    """What keeps these adapters from acting at the same time: modules that more than one of them wraps or trains whole, and
+    what their method says of two on one layer."""
     for first, second in combinations(active, 2):
         if first.peft_type == second.peft_type:
             yield from _clashes(first, second, tuner_of)
@@ -81,6 +81,7 @@ def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagn
     for plan in active:
         for site in plan.modules:
             wraps.setdefault(site.path, []).append(plan.name)
+    yield from _trained_twice(active)
     around = [plan.name for plan in active if plan.call is not None]
     if len(around) > 1:
         what = f"{listed(around)} cannot act together: each weighs its adapters in every call"
@@ -89,6 +90,20 @@ def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagn
     if twice:
         names = dict.fromkeys(name for found in twice.values() for name in found)
         what = f"{listed(names)} cannot act together: each takes the place of {listed(twice)}"
+        yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=next(iter(twice)))
+
+
+def _trained_twice(active: Sequence[AdapterPlan]) -> Iterator[Diagnostic]:
+    """Modules that more than one adapter trains whole, or within one that another trains whole: one copy would not act."""
+    copies = [(save.path, plan.name) for plan in active for save in plan.saves]
+    twice: dict[str, tuple[str, str]] = {}
+    for (path, first), (other, second) in combinations(copies, 2):
+        inside = f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+        if inside and first != second:
+            twice[max(path, other, key=len)] = first, second
+    if twice:
+        names = dict.fromkeys(name for found in twice.values() for name in found)
+        what = f"{listed(names)} cannot act together: each trains {listed(twice)} whole, and only one copy can act"
         yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=next(iter(twice)))
 
 

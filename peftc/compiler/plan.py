@@ -64,7 +64,8 @@ class MapSite:
     `reason` is the entry that meant the layer, `role` what the layer is for, where that is known.
 
     A site may be on a single `parameter` of its module. Then there are `outside` wrappers of the same adapter round its own,
-    for parameters that the module has after it.
+    for parameters that the module has after it. `place` is where the module is under wrappers of the adapter that are round
+    modules around it; empty if there are none.
     """
 
     path: str
@@ -77,11 +78,12 @@ class MapSite:
     role: Role | None = None
     parameter: str = ""
     outside: int = 0
+    place: str = ""
 
     @property
     def owner(self) -> str:
         """The wrapper that has the slots, in terms of the base model: what tells sites on parameters of one module apart."""
-        return self.path + ".base_layer" * self.outside
+        return (self.place or self.path) + ".base_layer" * self.outside
 
     def node(self, graph: ModuleGraph) -> ModuleNode:
         """What the mathematics is chosen by: the module, or the parameter as a module of its own."""
@@ -127,13 +129,15 @@ class SaveSite:
 
 @dataclass(frozen=True, slots=True)
 class TrainSite:
-    """A base parameter that becomes trainable and is saved. `wrapped` if its module is also a map site."""
+    """A base parameter that becomes trainable and is saved. `wrapped` if its module is also a map site; `place` as a map
+    site's."""
 
     path: str
     name: str
     tensor: TensorFacts
     wrapped: bool
     reason: str
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +324,8 @@ class AdapterPlan:
         for site in self.maps:
             for slot in site.slots:
                 if slot.home is not None:
-                    key = replace(site.key(slot, self.name), owner=_wrapped_owner(site.path, depth))
+                    around = _wrapped_owner(site.path, depth).removeprefix(site.path)
+                    key = replace(site.key(slot, self.name), owner=site.owner + around)
                     names.setdefault(slot.label, []).append(key.memory(self.root))
         for (slot_name, tail, home), found in names.items():
             if home == "":
@@ -484,5 +489,6 @@ def _wrapped_owner(path: str, depth: Mapping[str, int]) -> str:
 
 def _base_name(train: TrainSite, root: str) -> str:
     """Name of a base parameter that trains: a wrapper puts `base_layer` before it."""
-    owner = f"{train.path}.base_layer" if train.wrapped else train.path
+    place = train.place or train.path
+    owner = f"{place}.base_layer" if train.wrapped else place
     return f"{root}{owner}.{train.name}" if owner else f"{root}{train.name}"

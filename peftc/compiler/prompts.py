@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from peftc import rules
 from peftc.compiler.draft import Context, Draft, option
 from peftc.compiler.plan import PromptSite
-from peftc.compiler.sites import check_slots
+from peftc.compiler.sites import all_of, check_slots
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
@@ -49,7 +49,7 @@ def add_prompt(draft: Draft, context: Context) -> Draft:
     try:
         with boundary(context.method.peft_type, "slots"):
             declare = tuner.encoded if context.loading or config.inference_mode else tuner.slots
-            slots = tuple(declare(config, model.dims))
+            slots = all_of(declare(config, model.dims))
             extra = tuple(tuner.extra(config, model.dims).items())
         check_slots(slots, context, None)
     except PeftcError as error:

@@ -5,6 +5,7 @@ Plain text of about 100 columns; a caller on a terminal passes a function that c
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
     tagged = [(f"{t.path}.{t.name}" if t.path else t.name, (t.tensor.shape, t.reason)) for t in adapter.trains]
     for bias in grouped(tagged):
         shape, reason = bias.tag
-        told = f"{bias.count * shape[0]:,}"
+        told = f"{bias.count * math.prod(shape):,}"
         yield bias.pattern, f"×{bias.count:,}", "×".join(map(str, shape)), "trains itself", told, reason
     if adapter.prompt is not None:
         for slot in adapter.prompt.slots:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,14 +25,29 @@ from peftc.compiler.plan import (
 )
 from peftc.compiler.rewrite import Rewrite
 from peftc.config.base import PeftConfig
+from peftc.config.json_text import parse_json
+from peftc.config.kinds import PLAN_FORMAT as FORMAT
+from peftc.config.kinds import hint_of
+from peftc.config.places import json_path
+from peftc.config.problems import Problem, capped, shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
-from peftc.graph.nodes import LayerFacts, ModelFacts, Role, TensorFacts, facts_from_json, facts_to_json
+from peftc.graph.nodes import (
+    LayerFacts,
+    Role,
+    TensorFacts,
+    facts_from_json,
+    facts_to_json,
+    model_from_json,
+    shape_from_json,
+    tensors_from_json,
+)
 from peftc.registry.manager import Registry, default_registry
+from peftc.schema.plan import plan_schema
+from peftc.schema.structure import structure_problems
 from peftc.tuner.prompt import Place
 from peftc.tuner.slots import Container, Slot
 
-FORMAT = "peftc.plan"
 VERSION = 1
 
 
@@ -66,47 +81,60 @@ def plan_to_text(plan: InjectionPlan) -> str:
     return layout(plan_to_json(plan)) + "\n"
 
 
-def plan_from_text(text: str, where: Where | None = None, registry: Registry | None = None) -> InjectionPlan:
-    """The plan in a JSON text. Raises `PeftcError` if it is not a plan, of another version, or was edited."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PeftcError(_refused(f"It is not JSON: {error}", where)) from None
-    return plan_from_json(data, where, registry)
+def plan_from_text(text: str, file: str = "plan", registry: Registry | None = None) -> InjectionPlan:
+    """The plan in a JSON text. Raises `PeftcError` if it is not a plan, of another version, or was edited, with the lines."""
+    document = parse_json(text, file)
+    return _plan(document.data, lambda problem: document.where(problem.location, problem.on_key), registry)
 
 
-def plan_from_json(data: object, where: Where | None = None, registry: Registry | None = None) -> InjectionPlan:
+def plan_from_json(data: object, registry: Registry | None = None) -> InjectionPlan:
     """The inverse of `plan_to_json`. Raises `PeftcError` if the data is not a plan, of another version, or was edited."""
+    return _plan(data, lambda problem: Where(path=json_path(problem.location)), registry)
+
+
+def _plan(data: object, where: Callable[[Problem], Where], registry: Registry | None) -> InjectionPlan:
+    def refused(what: str, problem: Problem | None = None) -> Diagnostic:
+        place = None if problem is None else where(problem)
+        fix = "Write it again with `peftc plan SPEC --out FILE`."
+        return rules.PLAN_INVALID(what, fix=fix, where=place or Where(file=where(_WHOLE).file))
+
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-        raise PeftcError(_refused(f"It has no `format: {FORMAT}`", where))
+        raise PeftcError(refused(f"It has no `format: {FORMAT}`{hint_of(data)}"))
     if data.get("version") != VERSION:
-        what = f"It is a plan of version {data.get('version')}; this version of peftc reads {VERSION}"
-        raise PeftcError(_refused(what, where))
-    content = {key: value for key, value in data.items() if key != "digest"}
-    if data.get("digest") != _digest(content):
-        raise PeftcError(_refused("Its content does not have its digest: it was changed after it was written", where))
-    registry = registry or default_registry()
+        what = f"It is a plan of version {shorten(data.get('version'))}; this version of peftc reads {VERSION}"
+        raise PeftcError(refused(what))
     try:
-        return InjectionPlan(
-            model=ModelFacts(**data["model"]),
-            adapters=tuple(_adapter_from_json(item, registry) for item in data["adapters"]),
-            active=tuple(data["active"]),
-            base_numel=data["base_parameters"],
-            warnings=tuple(_diagnostic(item) for item in data["warnings"]),
-            stored_digest=data["graph"],
-            stored_bytes=data["base_bytes"],
-            base=None if data["base"] is None else BaseRef(**data["base"]),
-        )
+        digest = _digest({key: value for key, value in data.items() if key != "digest"})
+    except (RecursionError, TypeError, ValueError) as error:  # Python's own data may be anything
+        raise PeftcError(refused(f"It is not data of JSON types: {error}")) from None
+    if data.get("digest") != digest:
+        raise PeftcError(refused("Its content does not have its digest: it was changed after it was written"))
+    differs = [refused(p.diagnostic.what, p) for p in structure_problems(data, plan_schema(), exact=True)]
+    if differs:
+        raise PeftcError(capped(differs))
+    try:
+        return _from_json(data, registry or default_registry())
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         if isinstance(error, PeftcError):
             raise
-        raise PeftcError(
-            _refused(f"Its content is not that of a plan: {type(error).__name__}: {error}", where)
-        ) from error
+        raise PeftcError(refused(f"Its content is not that of a plan: {type(error).__name__}: {error}")) from error
 
 
-def _refused(what: str, where: Where | None) -> Diagnostic:
-    return rules.PLAN_INVALID(what, fix="Write it again with `peftc plan SPEC --out FILE`.", where=where)
+_WHOLE = Problem((), rules.PLAN_INVALID("", fix=""))
+
+
+def _from_json(data: Mapping[str, Any], registry: Registry) -> InjectionPlan:
+    """The plan of data that has the right form."""
+    return InjectionPlan(
+        model=model_from_json(data["model"]),
+        adapters=tuple(_adapter_from_json(item, registry) for item in data["adapters"]),
+        active=tuple(data["active"]),
+        base_numel=data["base_parameters"],
+        warnings=tuple(_diagnostic(item) for item in data["warnings"]),
+        stored_digest=data["graph"],
+        stored_bytes=data["base_bytes"],
+        base=None if data["base"] is None else BaseRef(**data["base"]),
+    )
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -131,18 +159,21 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         key = (id(site.layer), id(site.slots), id(site.config), site.dtype, site.reason, site.role)
         if key not in known:
             known[key] = table.setdefault(json.dumps(_kind_to_json(site), sort_keys=True), len(table))
-        rows.append([site.path, known[key], *([site.parameter, site.outside] if site.parameter else [])])
+        rows.append([site.path, known[key], *_beside_kind(site)])
     return {
         "name": adapter.name,
         "peft_type": adapter.peft_type,
-        "config": adapter.config.to_json(),
+        "config": {**adapter.config.to_json(), "peft_version": None},  # which version made it decides nothing
         "kinds": [json.loads(kind) for kind in table],
         "maps": rows,
         "saves": [
             {"path": s.path, "reason": s.reason, "tensors": _tensors(s.tensors), "buffers": _tensors(s.buffers)}
             for s in adapter.saves
         ],
-        "trains": [[t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason] for t in adapter.trains],
+        "trains": [
+            [t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason, *([t.place] if t.place else [])]
+            for t in adapter.trains
+        ],
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
         **({"modules": _modules_to_json(adapter.modules)} if adapter.modules else {}),
         **({"call": _call_to_json(adapter.call)} if adapter.call is not None else {}),
@@ -162,12 +193,12 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         config=config,
         maps=tuple(MapSite(path, *kinds[index], *parameter) for path, index, *parameter in data["maps"]),
         saves=tuple(
-            SaveSite(s["path"], _tensor_facts(s["tensors"]), _tensor_facts(s["buffers"]), s["reason"])
+            SaveSite(s["path"], tensors_from_json(s["tensors"]), tensors_from_json(s["buffers"]), s["reason"])
             for s in data["saves"]
         ),
         trains=tuple(
-            TrainSite(path, name, TensorFacts(tuple(shape), dtype), wrapped, reason)
-            for path, name, shape, dtype, wrapped, reason in data["trains"]
+            TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), *rest)
+            for path, name, shape, dtype, *rest in data["trains"]
         ),
         prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
         modules=tuple(site for item in data.get("modules", ()) for site in _modules_from_json(item, config)),
@@ -177,6 +208,13 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         notes=tuple(data.get("notes", ())),
         rewrites=tuple(_rewrite_from_json(item) for item in data.get("rewrites", ())),
     )
+
+
+def _beside_kind(site: MapSite) -> list[str | int]:
+    """What tells a site from others of its kind: nothing, for most."""
+    if site.place:
+        return [site.parameter, site.outside, site.place]
+    return [site.parameter, site.outside] if site.parameter else []
 
 
 def _rewrite_to_json(rewrite: Rewrite) -> dict[str, Any]:
@@ -252,7 +290,7 @@ def _call_from_json(data: Mapping[str, Any]) -> CallSite:
 
 
 #: What nearly all slots have and a file leaves out.
-_USUAL = {"named": True, "derived": False, "share": "", "home": None, "value": None}
+_USUAL = {"named": True, "derived": False, "share": "", "home": None, "value": None, "blocks": 1}
 
 
 def _slot_to_json(slot: Slot) -> dict[str, Any]:
@@ -261,7 +299,7 @@ def _slot_to_json(slot: Slot) -> dict[str, Any]:
 
 
 def _slot_from_json(data: Mapping[str, Any]) -> Slot:
-    return Slot(**{**data, "shape": tuple(data["shape"]), "container": Container(data["container"])})
+    return Slot(**{**data, "shape": shape_from_json(data["shape"]), "container": Container(data["container"])})
 
 
 def _prompt_to_json(prompt: PromptSite) -> dict[str, Any]:
@@ -277,19 +315,15 @@ def _prompt_to_json(prompt: PromptSite) -> dict[str, Any]:
 def _prompt_from_json(data: Mapping[str, Any]) -> PromptSite:
     read = {
         "slots": tuple(_slot_from_json(item) for item in data["slots"]),
-        "shape": tuple(data["shape"]),
+        "shape": shape_from_json(data["shape"]),
         "place": Place(data.get("place", Place.INPUT)),  # plans of the first version say neither
-        "extra": tuple((key, tuple(shape)) for key, shape in data.get("extra", ())),
+        "extra": tuple((key, shape_from_json(shape)) for key, shape in data.get("extra", ())),
     }
     return PromptSite(**{**data, **read})
 
 
 def _tensors(tensors: tuple[tuple[str, TensorFacts], ...]) -> list[list[Any]]:
     return [[name, list(facts.shape), facts.dtype] for name, facts in tensors]
-
-
-def _tensor_facts(rows: list[Any]) -> tuple[tuple[str, TensorFacts], ...]:
-    return tuple((name, TensorFacts(tuple(shape), dtype)) for name, shape, dtype in rows)
 
 
 def _diagnostic(data: Mapping[str, Any]) -> Diagnostic:

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from peftc import rules
+from peftc.compiler import attention
 from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
 from peftc.compiler.homes import Homes
 from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
@@ -66,7 +69,8 @@ class _Kind:
 
 def declare_slots(draft: Draft, context: Context) -> Draft:
     """A map site for every target, with the slots that the method declares for its kind of layer."""
-    nodes = context.graph.by_path
+    draft = attention.spread(draft, context)
+    nodes = attention.nodes_of(draft, context)
     declarer = _Declarer(draft, context)
     reasons: dict[str, str] = {}
     maps: list[MapSite] = []
@@ -90,7 +94,7 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
     except PeftcError as error:
         return draft.failed(error)  # it would raise for every other module as well
     problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
-    return draft.but(maps=tuple(maps)).told(*problems)
+    return draft.but(maps=attention.placed(maps)).told(*problems)
 
 
 def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator[tuple[MapSite, _Kind]]:
@@ -198,14 +202,19 @@ class _Declarer:
         if type(tuner).declare is MapTuner.declare:  # each by itself, so that a problem is that of one kind
             return [None] * len(kinds)
         with boundary(self._context.method.peft_type, "declare", kinds[0].node.path):
-            return [tuple(slots) for slots in tuner.declare([(kind.config, kind.node.facts) for kind in kinds])]
+            declared = tuner.declare([(kind.config, kind.node.facts) for kind in kinds])
+            found = [all_of(slots) for slots in islice(declared, len(kinds) + 1)]
+        if len(found) != len(kinds):
+            what = f"`declare` of {self._context.method.peft_type} gives {len(found)} answers for {len(kinds)} kinds of layer"
+            raise PeftcError(rules.PLUGIN_INVALID(what, fix="Give one for each.", where=kinds[0].node.path))
+        return found
 
     def _finish(self, kind: _Kind, declared: Iterable[Slot] | None) -> None:
         method, node = self._context.method.peft_type, kind.node
         try:
             with boundary(method, "slots", node.path):
                 slots = kind.tuner.slots(kind.config, node.facts) if declared is None else declared
-                kind.slots = tuple(slots)
+                kind.slots = all_of(slots)
             check_slots(
                 kind.slots, self._context, node.path, empty=0 in (node.facts.in_features, node.facts.out_features)
             )
@@ -213,7 +222,7 @@ class _Declarer:
             with boundary(method, "check", node.path):
                 kind.problems = tuple(kind.tuner.check(kind.config, node.facts, node.path))
             if node.facts.experts:
-                kind.problems += tuple(_dropping(kind.tuner, kind.config, node.path))
+                kind.problems += tuple(_dropping(kind.tuner, kind.config, node, self._context))
         except PeftcError as error:
             kind.problems, kind.fails = error.diagnostics, True
 
@@ -248,6 +257,7 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, emp
     Raises `PeftcError` naming what is wrong with its slots.
     """
     name, least = context.method.peft_type, 0 if empty else 1
+    check_form(slots, name, path)
     wrong = [f"`{s.name}` has the shape {list(s.shape)}" for s in slots if any(size < least for size in s.shape)]
     if not context.method.is_prompt:
         named = [slot for slot in slots if slot.saved and not slot.derived]
@@ -263,11 +273,39 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, emp
     if not slots:
         wrong.append("there is none")
     if wrong:
-        raise PeftcError(
-            rules.PLUGIN_INVALID(
-                f"Slots of {name}: {'; '.join(wrong)}", fix="Correct the plugin's `slots`.", where=path
-            )
-        )
+        raise PeftcError(_slots_wrong(name, wrong, path))
+
+
+def all_of(slots: Iterable[Slot]) -> tuple[Slot, ...]:
+    """What a method declares, called inside the plugin boundary: of a declaration without an end, too many."""
+    return tuple(islice(slots, MAX_SLOTS + 1))
+
+
+def check_form(slots: Sequence[Slot], method: str, path: str | None = None) -> None:
+    """Raise `PeftcError` if what a method declares is no list of slots, or tensors that no machine can hold."""
+    if len(slots) > MAX_SLOTS:
+        raise PeftcError(_slots_wrong(method, [f"more than {MAX_SLOTS:,}"], path))
+    strange = [f"`{slot!r:.60}` is none" for slot in slots if not isinstance(slot, Slot)] or list(_not_sizes(slots))
+    if strange:
+        raise PeftcError(_slots_wrong(method, strange, path))
+    large = [f"`{slot.name}` {reason}" for slot in slots if (reason := misshapen(slot.shape))]
+    if large:
+        fix = "Choose smaller options, such as the rank."
+        raise PeftcError(rules.TENSOR_TOO_LARGE("; ".join(large), fix=fix, where=path))
+
+
+def _not_sizes(slots: Iterable[Slot]) -> Iterator[str]:
+    for slot in slots:
+        if not isinstance(slot.name, str) or not isinstance(slot.tail, str):
+            yield f"`{slot.name!r:.60}` is no name"
+        elif not isinstance(slot.shape, tuple) or any(type(size) is not int for size in slot.shape):
+            yield f"`{slot.name}` has the shape {slot.shape!r:.60}, which is no tuple of whole numbers"
+
+
+def _slots_wrong(method: str, wrong: Iterable[str], path: str | None) -> Diagnostic:
+    return rules.PLUGIN_INVALID(
+        f"Slots of {method}: {'; '.join(wrong)}", fix="Correct the plugin's `slots`.", where=path
+    )
 
 
 def _check_params(tuner: MapTuner[Any], context: Context, path: str) -> None:
@@ -287,12 +325,15 @@ def _check_per_expert(tuner: PerExpert, context: Context, path: str) -> None:
         raise PeftcError(rules.PLUGIN_INVALID(what, fix=fix, where=path))
 
 
-def _dropping(tuner: MapTuner[Any], config: PeftConfig, path: str) -> Iterator[Diagnostic]:
-    """Experts are adapted through their weights: the inputs that an adapter would drop are not seen."""
+def _dropping(tuner: MapTuner[Any], config: PeftConfig, node: ModuleNode, context: Context) -> Iterator[Diagnostic]:
+    """Single parameters are adapted through their weights: the inputs that an adapter would drop are not seen. Adapters of
+    attention are trained so elsewhere, without a word."""
     if tuner.dropout(config) > 0:
-        what = f"The options drop inputs of layers; `{path}` is adapted through its weights, and has none"
+        what = f"The options drop inputs of layers; `{node.path}` is adapted through its weights, and has none"
         fix = "Set the dropout to 0, or leave such parameters out: of `target_parameters`, or by `exclude_modules`."
-        yield rules.BAD_TARGET(what, fix=fix, where=path)
+        of_attention = context.graph.by_path[node.path.rpartition(".")[0]].facts.kind is Kind.ATTENTION
+        severity = Severity.WARNING if of_attention else Severity.ERROR
+        yield rules.BAD_TARGET(what, fix=fix, where=node.path, severity=severity)
 
 
 def _is_in_the_way(node: ModuleNode, context: Context) -> str:
@@ -399,7 +440,7 @@ def train_biases(draft: Draft, context: Context) -> Draft:
     mode = option(draft.config, "bias")
     if not isinstance(mode, str) or mode == "none":
         return draft
-    adapted = {site.path for site in draft.maps}
+    adapted, wrappers = {site.path for site in draft.maps}, attention.wrappers_of(draft.maps)
     copied = tuple(f"{save.path}." for save in draft.saves)
     aliases = context.graph.alias_of
     trains = []
@@ -409,7 +450,8 @@ def train_biases(draft: Draft, context: Context) -> Draft:
         if (mode != "all" and node.path not in adapted) or f"{node.path}.bias" in aliases:
             continue
         tensor = next(tensor for name, tensor in node.facts.params if name == "bias")
-        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}"))
+        place = attention.place_of(node.path, wrappers)
+        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}", place))
     if not trains:
         owner = "no layer of the model" if mode == "all" else "no adapted layer"
         what = f"`bias: {mode}` trains nothing: {owner} has a bias"

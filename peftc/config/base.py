@@ -6,15 +6,22 @@ is compiled; what is wrong comes out as diagnostics, all at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from os import PathLike
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from peftc.config.problems import models_below, problems, unknown_key
+from peftc import rules
+from peftc._version import FILE_VERSION
+from peftc.config.fields import OfDataclass
+from peftc.config.places import beyond_64_bits, json_path
+from peftc.config.problems import Problem, as_validation_error, models_below, problems, unknown_key
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import ConfigError
+from peftc.diagnostics import ConfigError, Diagnostic
+from peftc.limits import MAX_INTEGER, MOST_TOLD
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -31,8 +38,26 @@ class ConfigModel(BaseModel):
             found = problems(error, values, models_below(type(self)))
             raise ConfigError(tuple(problem.diagnostic for problem in found)) from None
 
+    #: `dataclasses.fields`, `asdict`, `replace` and `is_dataclass` take a config for one, as the reference's are
+    __dataclass_fields__ = OfDataclass()
+    __dataclass_params__ = OfDataclass()
+
+    def __replace__(self, /, **changes: Any) -> Self:
+        """A validated copy with other options, for `copy.replace`. Raises `ConfigError`."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
     # pydantic's own mark: a nested config is validated as part of the outer one, which keeps the paths of its problems
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Self:
+        """In Python a number may be of any size; nothing beyond 64 bits could be saved, or made into a tensor."""
+        large = list(islice(beyond_64_bits(self.__dict__), MOST_TOLD))
+        if large:
+            fix = f"Give a number of at most {MAX_INTEGER:,}."
+            told = [(place, f"`{json_path(place, root='')}` does not fit into 64 bits") for place in large]
+            raise as_validation_error(Problem(place, rules.NUMBER_BEYOND(what, fix=fix)) for place, what in told)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
@@ -51,13 +76,20 @@ class PeftConfigMixin(ConfigModel):
     auto_mapping: dict[str, Any] | None = None
     """Class and library of the base model, written when there is no task type. Never imported from."""
     peft_version: str | None = None
-    """The version that wrote the file."""
+    """The version that wrote the file; one that is made here is of this version."""
 
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
     #: pattern option -> the option that it overrides for the modules it matches, e.g. `{"rank_pattern": "r"}`
     pattern_options: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        if self.peft_version is None:  # only here: one that is read keeps what its file says, or that it says nothing
+            self.__dict__["peft_version"] = FILE_VERSION
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __eq__(self, other: object) -> bool:
         """Whether class and options are the same; which version wrote the file that they come from is no option."""
@@ -148,6 +180,20 @@ class PeftConfigMixin(ConfigModel):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The options of a file as this class wants them; a subclass may change or refuse those of an older version."""
         return kwargs
+
+    def contradictions(self) -> Iterable[Diagnostic]:
+        """What is wrong with options that fit each by itself, where no model is needed to see it; for subclasses.
+
+        Errors only, with the option as `where`: a config with one of them cannot be made.
+        """
+        return ()
+
+    @model_validator(mode="after")
+    def _has_no_contradictions(self) -> Self:
+        found = [Problem((str(told.where.path),), told) for told in self.contradictions()]
+        if found:
+            raise as_validation_error(found)
+        return self
 
     def revalidated(self) -> Self:
         """A validated copy: attributes may have been assigned since. Raises `ConfigError`."""

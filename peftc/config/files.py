@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from peftc._version import FILE_VERSION
 from peftc.config.base import CONFIG_NAME, PeftConfig, PeftConfigMixin
 from peftc.config.json_text import parse_json
 from peftc.config.places import Document, Location, json_path
-from peftc.config.problems import ModelsAt, Problem, models_below, problems, shorten
-from peftc.config.reader import MAX_JSON, read_text
+from peftc.config.problems import ModelsAt, Problem, further, models_below, problems, shorten, unknown_keys
+from peftc.config.reader import read_text
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Where, did_you_mean, nearest, warn
+from peftc.limits import MAX_JSON, MOST_TOLD
 from peftc.registry import origin
+from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
 
 if TYPE_CHECKING:
@@ -209,9 +212,34 @@ def check_config(
     elif stray := not_stored(model, data):
         return None, stray
     try:
-        return model.__pydantic_validator__.validate_python(dict(data)), warnings
+        return validated(model, data), warnings
+    except PeftcError as error:
+        return None, [*warnings, *(Problem((), told) for told in error.diagnostics)]
     except ValidationError as error:
         return None, [*warnings, *problems(error, data, models_below(model))]
+
+
+def valid_config(data: Any, registry: Registry) -> PeftConfig | None:
+    """The config if nothing is wrong with it, without a word on what is."""
+    model = class_for(data, registry)
+    if isinstance(model, Problem) or not_stored(model, data):
+        return None
+    try:
+        return validated(model, data)
+    except (ValidationError, PeftcError):
+        return None
+
+
+def validated(model: type[PeftConfig], data: Mapping[str, Any]) -> PeftConfig:
+    """The config of plain data. Raises `ValidationError` for wrong options, and `PeftcError` if the class itself fails."""
+    with boundary(str(model.model_fields["peft_type"].default), "options"):
+        try:
+            config: PeftConfig = model.__pydantic_validator__.validate_python(dict(data))
+        except ValidationError as error:
+            wrong = error  # not a failure of the plugin
+        else:
+            return config
+    raise wrong
 
 
 def class_for(data: Any, registry: Registry) -> type[PeftConfig] | Problem:
@@ -258,14 +286,17 @@ def _without_unknown(model: type[PeftConfig], data: Mapping[str, Any]) -> tuple[
     kept: dict[str, Any] = {key: value for key, value in data.items() if key != _RUN_KEY}
     warnings = [_run_key()] if data.get(_RUN_KEY) is not None else []
     try:
-        model.__pydantic_validator__.validate_python(kept)
+        validated(model, kept)
+    except PeftcError:
+        pass  # told when the options are read in earnest
     except ValidationError as error:
         models_at = models_below(model)
-        unknown = [p.location for p in problems(error, kept, models_at) if p.diagnostic.code == rules.UNKNOWN_KEY.code]
+        unknown = unknown_keys(error, kept)
         if unknown:
             kept = copy.deepcopy(kept)
+        warnings += [_dropped(location, models_at) for location in unknown[:MOST_TOLD]]
+        warnings += [Problem((), further(len(unknown) - MOST_TOLD, warning=True))] if len(unknown) > MOST_TOLD else []
         for location in unknown:
-            warnings.append(_dropped(location, models_at))
             holder: Any = kept
             for part in location[:-1]:
                 holder = holder[part]
@@ -294,7 +325,7 @@ def _below(where: Where, problem: Problem) -> Diagnostic:
 
 
 def _moved(diagnostic: Diagnostic, where: Where) -> Diagnostic:
-    return Diagnostic(diagnostic.code, diagnostic.severity, diagnostic.what, diagnostic.why, diagnostic.fix, where)
+    return replace(diagnostic, where=where)
 
 
 def _find(source: str, subfolder: str | None, options: Mapping[str, Any]) -> str:

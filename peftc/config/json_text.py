@@ -15,11 +15,11 @@ from typing import Any
 
 from peftc import rules
 from peftc.config.places import Document, Location, Position, Positions, json_path
-from peftc.diagnostics import Collector, Where
-
-MAX_DEPTH = 64
+from peftc.diagnostics import Collector, Diagnostic, Where
+from peftc.limits import MAX_DEPTH, MAX_INTEGER
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
+_INTEGER = re.compile(r"-?[0-9]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OPEN, _CLOSE = frozenset("{["), frozenset("}]")
 
@@ -68,7 +68,7 @@ class _Hook:
         return value
 
     def int(self, text: str) -> int:
-        if len(text) > 400:
+        if is_beyond(text):
             self.suspicious = True
             return 0
         return int(text)
@@ -98,9 +98,11 @@ def _report(text: str, file: str, found: Collector) -> None:
                 fix = f"Keep one of them; the first is on line {line}."
                 found.add(rules.DUPLICATE_KEY(f"`{location[-1]}` is given twice", fix=fix, where=where))
             first.setdefault(location, offset)
+        elif _INTEGER.fullmatch(token):
+            if is_beyond(token):
+                found.add(beyond(token, where))
         elif _is_not_finite(token):
-            shown = token if len(token) < 40 else f"a number of {len(token)} digits"
-            found.add(rules.NOT_FINITE(f"`{shown}` is not a finite number", fix="Give a number.", where=where))
+            found.add(rules.NOT_FINITE(f"`{token[:40]}` is not a finite number", fix="Give a number.", where=where))
 
 
 def has_surrogate(text: str) -> bool:
@@ -108,12 +110,22 @@ def has_surrogate(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
+def is_beyond(digits: str, base: int = 10) -> bool:
+    """Whether a whole number, given by its digits, is beyond what a file can say."""
+    return len(digits) > 70 or abs(int(digits, base)) > MAX_INTEGER  # 70: 64 binary ones, a sign and a prefix
+
+
+def beyond(digits: str, where: Where) -> Diagnostic:
+    """The diagnostic for such a number."""
+    shown = f"`{digits}`" if len(digits) < 40 else f"A number of {len(digits):,} digits"
+    fix = f"Give a number of at most {MAX_INTEGER:,}."
+    return rules.NUMBER_BEYOND(f"{shown} does not fit into 64 bits", fix=fix, where=where)
+
+
 def _is_not_finite(token: str) -> bool:
     if token in ("NaN", "Infinity", "-Infinity"):
         return True
-    if token[0] not in "-0123456789":
-        return False
-    return len(token) > 400 or not math.isfinite(float(token))
+    return token[0] in "-0123456789" and not math.isfinite(float(token))
 
 
 def _walk(text: str) -> Iterator[tuple[Location, int, bool, str]]:

@@ -7,12 +7,13 @@ and the validators, which know paths.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from peftc.diagnostics import Diagnostic, Where
+from peftc.limits import MAX_DEPTH, MAX_INTEGER
 
 Location = tuple[str | int, ...]
 #: line and column, both from 1; the column counts characters
@@ -32,6 +33,19 @@ def json_path(location: Location, root: str = "$") -> str:
         else:
             text += '["' + part.replace("\\", "\\\\").replace('"', '\\"') + '"]'
     return text
+
+
+def beyond_64_bits(data: object, place: Location = ()) -> Iterator[Location]:
+    """Where in plain data whole numbers stand that no file can hold."""
+    if isinstance(data, int):
+        if abs(data) > MAX_INTEGER:
+            yield place
+    elif isinstance(data, Mapping) and len(place) < MAX_DEPTH:
+        for key, value in data.items():
+            yield from beyond_64_bits(value, (*place, str(key)))
+    elif isinstance(data, (list, tuple)) and len(place) < MAX_DEPTH:
+        for index, value in enumerate(data):
+            yield from beyond_64_bits(value, (*place, index))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ told from the branch that went furthest, and the path holds only keys and indice
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from peftc import rules
 from peftc.config.docs import describe
 from peftc.config.places import Location, json_path
-from peftc.diagnostics import Diagnostic, Where, did_you_mean
+from peftc.diagnostics import Diagnostic, Severity, Where, did_you_mean
+from peftc.limits import MOST_TOLD
 
 #: The models that may stand at a location, for naming the options nearest to an unknown one.
 ModelsAt = Callable[[Location], Iterable[type[BaseModel]]]
@@ -53,10 +54,44 @@ def as_validation_error(found: Iterable[Problem]) -> ValidationError:
 
 
 def problems(error: ValidationError, data: Any, models_at: ModelsAt) -> Iterator[Problem]:
-    """Every mistake once. `data` is what was validated."""
+    """Every mistake once; of very many, the first and their number. `data` is what was validated."""
+    found = list(_mistakes(error, data))
+    for location, on_key, items in found[:MOST_TOLD]:
+        yield _problem(location, on_key, items, models_at)
+    if len(found) > MOST_TOLD:
+        yield Problem((), further(len(found) - MOST_TOLD))
+
+
+def unknown_keys(error: ValidationError, data: Any) -> list[Location]:
+    """Where the keys are that no model has: all of them."""
+    return [location for location, _, items in _mistakes(error, data) if items[0]["type"] == "extra_forbidden"]
+
+
+def further(number: int, where: Where | None = None, warning: bool = False) -> Diagnostic:
+    """That there are so many problems besides those that are told."""
+    what = f"… and {number:,} more problem{'' if number == 1 else 's'}"
+    fix = "Mend those that are told first; others are often of the same kind."
+    return rules.MORE_PROBLEMS(what, fix=fix, where=where, severity=Severity.WARNING if warning else None)
+
+
+def capped(found: Sequence[Diagnostic], where: Where | None = None) -> list[Diagnostic]:
+    """The first problems, and one more that says how many there are besides."""
+    more = [further(len(found) - MOST_TOLD, where)] if len(found) > MOST_TOLD else []
+    return [*found[:MOST_TOLD], *more]
+
+
+def by_place(diagnostic: Diagnostic) -> tuple[bool, int, int]:
+    """Sorts diagnostics by their lines; how many more there are comes last."""
+    where = diagnostic.where
+    return diagnostic.code == rules.MORE_PROBLEMS.code, where.line or 0, where.column or 0
+
+
+def _mistakes(error: ValidationError, data: Any) -> Iterator[tuple[Location, bool, list[ErrorDetails]]]:
+    """`(location, on_key, what pydantic says of it)` of every mistake."""
     groups: dict[Location, list[tuple[Location, bool, ErrorDetails]]] = {}
+    indices: _Indices = {}
     for item in error.errors(include_url=False):
-        location, on_key, union = _clean(item, data)
+        location, on_key, union = _clean(item, data, indices)
         groups.setdefault(union, []).append((location, on_key, item))
     for members in groups.values():
         furthest = max(len(location) for location, _, _ in members)
@@ -64,8 +99,7 @@ def problems(error: ValidationError, data: Any, models_at: ModelsAt) -> Iterator
         for location, on_key, item in members:
             if len(location) == furthest:
                 by_place.setdefault((location, on_key), []).append(item)
-        for (location, on_key), items in by_place.items():
-            yield _problem(location, on_key, items, models_at)
+        yield from ((*place, items) for place, items in by_place.items())
 
 
 def models_below(model: type[BaseModel]) -> ModelsAt:
@@ -131,7 +165,11 @@ def _help(location: Location, models_at: ModelsAt) -> str:
     return ""
 
 
-def _clean(item: ErrorDetails, data: Any) -> tuple[Location, bool, Location]:
+#: id of a list -> id of an item -> where it first stands
+_Indices = dict[int, dict[int, int]]
+
+
+def _clean(item: ErrorDetails, data: Any, indices: _Indices) -> tuple[Location, bool, Location]:
     """`(location, on_key, location of the union that it is in)`: what of pydantic's path is in the data."""
     location: list[str | int] = []
     union: Location | None = None
@@ -143,7 +181,7 @@ def _clean(item: ErrorDetails, data: Any) -> tuple[Location, bool, Location]:
             location.append(part)
             here = here[part]
         elif isinstance(here, (list, tuple)) and isinstance(part, int):
-            location.append(_index(here, part, item["input"] if position == last else None))
+            location.append(_index(here, part, item["input"] if position == last else None, indices))
             here = here[part] if part < len(here) else None
         elif isinstance(here, BaseModel) and part in type(here).model_fields:
             location.append(part)
@@ -157,11 +195,13 @@ def _clean(item: ErrorDetails, data: Any) -> tuple[Location, bool, Location]:
     return tuple(location), on_key, tuple(location) if union is None else union
 
 
-def _index(items: list[Any] | tuple[Any, ...], index: int, value: Any) -> int:
+def _index(items: list[Any] | tuple[Any, ...], index: int, value: Any, indices: _Indices) -> int:
     """The index of the item; a list that became a set has lost its order."""
     if value is None or (index < len(items) and items[index] is value):
         return index
-    return next((i for i, item in enumerate(items) if item is value), index)
+    if id(items) not in indices:
+        indices[id(items)] = {id(item): i for i, item in reversed(list(enumerate(items)))}
+    return indices[id(items)].get(id(value), index)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -180,6 +220,9 @@ def shorten(value: object, limit: int = 60) -> str:
     """The value as JSON, cut to `limit` characters."""
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
+    except (RecursionError, TypeError, ValueError):
+        try:
+            text = repr(value)
+        except ValueError:  # a number of more digits than Python writes
+            text = f"a very large {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -13,10 +13,7 @@ from pathlib import Path
 from peftc import rules
 from peftc.config.places import Document
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean
-
-#: Largest files in bytes. YAML is written by people; JSON may list every module of a large model.
-MAX_YAML = 1 << 20
-MAX_JSON = 16 << 20
+from peftc.limits import MAX_JSON, MAX_YAML
 
 # What YAML 1.2 does not call printable (section 5.1), and a byte order mark inside the text.
 _CONTROL = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f\\ufeff\\ufffe\\uffff]")
@@ -37,6 +34,11 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 def read_text(file: str, limit: int) -> str:
     """The text of a file of at most `limit` bytes. Raises `PeftcError` (unreadable, too large, not text)."""
+    return _decode(read_bytes(file, limit), file)
+
+
+def read_bytes(file: str, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. Raises `PeftcError` (unreadable, not a file, too large)."""
     try:
         status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe or a device could wait for ever
@@ -45,6 +47,8 @@ def read_text(file: str, limit: int) -> str:
             raise PeftcError(_too_large(file, status.st_size, limit))
         with open(file, "rb") as stream:
             raw = stream.read(limit + 1)
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_unreadable(file, error)) from None
     except ValueError:  # a NUL in the name
@@ -53,7 +57,7 @@ def read_text(file: str, limit: int) -> str:
         ) from None
     if len(raw) > limit:
         raise PeftcError(_too_large(file, len(raw), limit))
-    return _decode(raw, file)
+    return raw
 
 
 def _decode(raw: bytes, file: str) -> str:
@@ -91,7 +95,7 @@ def _unreadable(file: str, error: OSError) -> Diagnostic:
     if isinstance(error, FileNotFoundError):
         fix = did_you_mean(Path(file).name, _siblings(Path(file))) or "Check the path."
     what = f"`{file}` cannot be read: {error.strerror or error}"
-    return rules.UNREADABLE(what, fix=fix, where=Where(file))
+    return rules.UNREADABLE(what, fix=fix, where=Where(file), also=type(error))
 
 
 def _siblings(path: Path) -> list[str]:

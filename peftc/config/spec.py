@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,14 +30,16 @@ from pydantic import (
 
 from peftc import rules
 from peftc.config.base import CONFIG_NAME, ConfigModel, PeftConfig
-from peftc.config.files import check_config, class_for, not_stored, place
+from peftc.config.files import check_config, class_for, not_stored, place, valid_config, validated
+from peftc.config.kinds import kind_of, use_of
 from peftc.config.places import Document, Location
-from peftc.config.problems import ModelsAt, Problem, as_validation_error, models_below, problems
+from peftc.config.problems import ModelsAt, Problem, as_validation_error, by_place, models_below, problems
 from peftc.config.reader import read_document
 from peftc.config.sections import SOURCES, BaseSection, ChecksSection, TrainSection, section_of_word
 from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.base_ref import BaseRef
+from peftc.limits import MAX_ADAPTERS, MOST_TOLD
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
 
@@ -64,6 +67,13 @@ def _adapter_name(name: str) -> str:
     return name
 
 
+def _not_too_many(value: Any) -> Any:
+    """Says so at once, before any of the adapters is looked at."""
+    if isinstance(value, Mapping) and len(value) > MAX_ADAPTERS:
+        raise ValueError(f"has {len(value):,} adapters, more than {MAX_ADAPTERS}")
+    return value
+
+
 def _adapter(value: Any, handler: Any, info: ValidationInfo) -> PeftConfig:
     """An adapter's options, validated by the class that its type names."""
     if isinstance(value, PeftConfig):
@@ -77,8 +87,10 @@ def _adapter(value: Any, handler: Any, info: ValidationInfo) -> PeftConfig:
         stray = not_stored(model, value)
         if stray:
             raise as_validation_error(stray)
-    config: PeftConfig = model.__pydantic_validator__.validate_python(dict(value))
-    return config
+    try:
+        return validated(model, value)
+    except PeftcError as error:
+        raise as_validation_error(Problem((), told) for told in error.diagnostics) from error
 
 
 AdapterName = Annotated[str, AfterValidator(_adapter_name)]
@@ -98,7 +110,9 @@ class AdapterSpec(ConfigModel):
     """Version of the document's form: 1."""
     base: Annotated[BaseSection, BeforeValidator(section_of_word, json_schema_input_type=str | BaseSection)]
     """The base model: a section, or one word (hub id, `./folder`, `file.gguf`, `config.json`)."""
-    adapters: dict[AdapterName, AdapterConfig] = Field(min_length=1)
+    adapters: Annotated[
+        dict[AdapterName, AdapterConfig], Field(min_length=1, max_length=MAX_ADAPTERS), BeforeValidator(_not_too_many)
+    ]
     """Adapters by name, each with its `peft_type` and the options of that method."""
     active: list[str] | None = Field(default=None, min_length=1)
     """Names of the adapters that act and are trained; left out, the first one."""
@@ -113,7 +127,7 @@ class AdapterSpec(ConfigModel):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        found = list(contradictions(self.model_dump()))
+        found = list(islice(contradictions(self.model_dump()), MOST_TOLD))
         if found:
             raise as_validation_error(found)
         for config in self.adapters.values():
@@ -190,14 +204,18 @@ def _of_base(base: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _of_active(active: Sequence[Any], adapters: Mapping[str, Any]) -> Iterator[Problem]:
+    named: set[str] = set()
     for index, name in enumerate(active):
-        if isinstance(name, str) and name not in adapters:
+        if not isinstance(name, str):
+            continue  # told by its type
+        if name not in adapters:
             fix = did_you_mean(name, adapters) or f"Defined are {', '.join(adapters)}."
             what = f"`active` names `{name}`, which is not defined"
             yield Problem(("active", index), rules.UNKNOWN_ADAPTER(what, fix=fix))
-        elif name in active[:index]:
+        elif name in named:
             what = f"`active` names `{name}` twice"
             yield Problem(("active", index), rules.CONTRADICTION(what, fix="Name it once."))
+        named.add(name)
 
 
 def _of_tasks(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Iterator[Problem]:
@@ -250,16 +268,21 @@ def read_spec(document: Document, registry: Registry | None = None) -> Reading:
         return Reading(
             document, None, (*document.problems, rules.WRONG_DOCUMENT(what, fix=fix, where=document.where()))
         )
+    kind = kind_of(data)
+    if kind in ("a plan", "a module graph"):
+        strange = rules.WRONG_DOCUMENT(f"This is {kind}, not a spec", fix=use_of(kind), where=document.where())
+        return Reading(document, None, (strange,))
     registry = registry or default_registry()
-    spec, found = None, list(contradictions(data))
+    spec, found = None, list(islice(contradictions(data), MOST_TOLD))
     try:
         spec = AdapterSpec.__pydantic_validator__.validate_python(dict(data), context={"registry": registry})
         spec._folder = Path(document.file).parent
     except ValidationError as error:
         found.extend(map(_explain_code, problems(error, data, _models_at(data, registry))))
-    adapters = data.get("adapters")
-    for name, options in adapters.items() if isinstance(adapters, Mapping) else ():
-        found.extend(_of_method(options, ("adapters", name), registry))
+    adapters = data.get("adapters") if spec is None else spec.adapters
+    if isinstance(adapters, Mapping) and len(adapters) <= MAX_ADAPTERS:
+        for name, options in adapters.items():
+            found.extend(_of_method(options, ("adapters", name), registry))
     told = in_order(document, found)
     return Reading(document, None if any(d.severity is Severity.ERROR for d in told) else spec, told)
 
@@ -301,7 +324,7 @@ def is_written_by_library(document: Document) -> bool:
 
 def _of_method(options: Any, location: Location, registry: Registry) -> Iterator[Problem]:
     """What the method itself says about its options, if they are otherwise valid."""
-    config = options if isinstance(options, PeftConfig) else check_config(options, lenient=False, registry=registry)[0]
+    config = options if isinstance(options, PeftConfig) else valid_config(options, registry)
     if config is None:
         return
     method = registry.method_of(config)
@@ -340,4 +363,4 @@ def _explain_code(problem: Problem) -> Problem:
 def in_order(document: Document, found: Iterable[Problem]) -> tuple[Diagnostic, ...]:
     """Diagnostics with their places, each once, in the order of the lines."""
     told = dict.fromkeys([*document.problems, *(place(document, problem) for problem in found)])
-    return tuple(sorted(told, key=lambda d: (d.where.line or 0, d.where.column or 0)))
+    return tuple(sorted(told, key=by_place))

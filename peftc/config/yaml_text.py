@@ -26,15 +26,12 @@ from ruamel.yaml.events import (
 )
 
 from peftc import rules
-from peftc.config.json_text import MAX_DEPTH, has_surrogate
+from peftc.config.json_text import beyond, has_surrogate, is_beyond
 from peftc.config.places import Document, Location, Position, Positions, json_path
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Rule, Where
+from peftc.limits import MAX_DEPTH, MAX_NODES
 
-MAX_NODES = 20_000
-
-_INT = re.compile(r"[-+]?[0-9]+")
-_OCTAL = re.compile(r"0o[0-7]+")
-_HEX = re.compile(r"0x[0-9a-fA-F]+")
+_INTEGERS = ((re.compile(r"[-+]?[0-9]+"), 10), (re.compile(r"0o[0-7]+"), 8), (re.compile(r"0x[0-9a-fA-F]+"), 16))
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS: dict[str, Any] = {
@@ -52,6 +49,8 @@ def parse_yaml(text: str, file: str) -> Document:
     try:
         for event in YAML(typ="safe", pure=True).parse(text):
             builder.feed(event)
+    except PeftcError:  # may be a `ValueError` itself
+        raise
     except YAMLError as error:
         builder.found.add(_syntax(error, file))
     except (ValueError, OverflowError) as error:
@@ -213,12 +212,9 @@ class _Builder:
             return text
         if text in _WORDS:
             return _WORDS[text]
-        if _INT.fullmatch(text) and len(text) <= 400:
-            return int(text)
-        if _OCTAL.fullmatch(text):
-            return int(text, 8)
-        if _HEX.fullmatch(text):
-            return int(text, 16)
+        for form, base in _INTEGERS:
+            if form.fullmatch(text):
+                return self._integer(text, base, position)
         if _FLOAT.fullmatch(text) and math.isfinite(value := float(text)):
             return value
         if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
@@ -227,6 +223,12 @@ class _Builder:
             self.found.add(rules.NOT_FINITE(what, fix="Give a number.", where=where))
             return 0.0
         return text
+
+    def _integer(self, text: str, base: int, position: Position) -> int:
+        if is_beyond(text, base):
+            self.found.add(beyond(text, Where(self.file, *position, path=json_path(self._next()))))
+            return 0
+        return int(text, base)
 
     def _refuse_tag(self, tag: object, position: Position) -> None:
         if tag is not None:

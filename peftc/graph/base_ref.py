@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+#: What a folder has if it holds a model.
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,17 @@ class BaseRef:
             return f"distribution:{self.distribution}/{self.file}"
         source = self.model or self.path or self.gguf
         return source if source is not None else self.config if isinstance(self.config, str) else None
+
+    @property
+    def lasting_name(self) -> str | None:
+        """The same, with a path that is found from any folder: what an adapter calls its base."""
+        local = self.path or self.gguf or (self.config if isinstance(self.config, str) else None)
+        return self.name if local is None else str(Path(local).expanduser().resolve())
+
+
+def lasting(name: str) -> str:
+    """A base model's name, as an absolute path where it is that of a local folder or file: `../llama` means another one from
+    another folder. What is not here under that name, such as a model of the hub, keeps it."""
+    path = Path(name)
+    local = (path / CONFIG_FILE).is_file() or (path.suffix == ".gguf" and path.is_file())
+    return str(path.resolve()) if local else name

@@ -6,6 +6,7 @@ when damaged. `PEFTC_CACHE` names another folder. What cannot be cached still wo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from peftc.graph import roles
 from peftc.graph.files import graph_from_text, replace_file
 from peftc.graph.locate import LocatedBase
 from peftc.graph.nodes import GRAPH_VERSION, ModuleGraph
+from peftc.limits import MAX_GRAPH
 
 #: Seconds to wait for another process that builds the same graph, before building it as well.
 PATIENCE = 120.0
@@ -90,11 +92,15 @@ class GraphCache:
     def get(self, key: str) -> ModuleGraph | None:
         """The graph kept under `key`; None if there is none or its file is damaged."""
         try:
-            header, _, body = self._path(key).read_bytes().partition(b"\n")
+            path = self._path(key)
+            if not path.is_file():  # nothing, or a pipe, which would be waited for
+                return None
+            with path.open("rb") as file:
+                header, _, body = file.read(MAX_GRAPH + _HEADER_LIMIT).partition(b"\n")
             if json.loads(header)["sha256"] != hashlib.sha256(body).hexdigest():
                 return None
             return graph_from_text(body)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def entries(self) -> list[Entry]:
@@ -102,6 +108,8 @@ class GraphCache:
         found = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
             with suppress(OSError):
+                if not path.is_file():
+                    continue
                 stat = path.stat()
                 found.append(Entry(path, stat.st_size, stat.st_mtime, _label(path)))
         return sorted(found, key=lambda entry: -entry.written)
@@ -122,6 +130,8 @@ class GraphCache:
         body = json.dumps(graph.to_json(), separators=(",", ":")).encode()
         header = {"label": label[:200], "sha256": hashlib.sha256(body).hexdigest()}
         try:
+            if self._path(key).exists() and not self._path(key).is_file():
+                raise OSError(errno.EEXIST, "what is in its place is no file")
             replace_file(self._path(key), json.dumps(header).encode() + b"\n" + body)
         except OSError as error:
             what = f"The graph was not kept: {error.strerror or error}"
@@ -175,7 +185,7 @@ def _label(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return str(json.loads(file.readline(_HEADER_LIMIT))["label"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "damaged"
 
 

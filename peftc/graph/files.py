@@ -1,4 +1,4 @@
-"""A module graph as a JSON file: what `peftc graph --out` writes and `peftc plan --graph` reads."""
+"""A module graph as bytes: what `peftc graph --out` writes, and what the cache keeps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from uuid import uuid4
 
-from peftc import rules
-from peftc.diagnostics import PeftcError, Where
-from peftc.graph.nodes import GRAPH_VERSION, ModuleGraph
+from peftc.graph.nodes import ModuleGraph
+from peftc.limits import MAX_GRAPH
 
 
 def write_graph(graph: ModuleGraph, path: Path) -> None:
@@ -17,23 +16,10 @@ def write_graph(graph: ModuleGraph, path: Path) -> None:
     replace_file(path, json.dumps(graph.to_json(), separators=(",", ":")).encode() + b"\n")
 
 
-def read_graph(path: Path) -> ModuleGraph:
-    """Read a graph. Raises `PeftcError` when the file is missing or is not a graph of this version."""
-    where = Where(file=str(path))
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        what = f"The file cannot be read: {error.strerror}"
-        raise PeftcError(rules.GRAPH_INVALID(what, fix="Correct the path.", where=where, why="")) from error
-    try:
-        return graph_from_text(text)
-    except ValueError as error:
-        fix = f"Write it again with `peftc graph MODEL --out FILE` (graph version {GRAPH_VERSION})."
-        raise PeftcError(rules.GRAPH_INVALID(f"Not a module graph: {error}", fix=fix, where=where)) from error
-
-
 def graph_from_text(text: bytes) -> ModuleGraph:
     """A graph from the bytes of its JSON form. Raises `ValueError` on anything else."""
+    if len(text) > MAX_GRAPH:
+        raise ValueError(f"{len(text):,} bytes, more than {MAX_GRAPH:,}")
     try:
         return ModuleGraph.from_json(json.loads(text))
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:

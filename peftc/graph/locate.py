@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from peftc import rules
+from peftc.config.places import Location, json_path
+from peftc.config.problems import shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.base_ref import BaseRef
-
-CONFIG_FILE = "config.json"
-
-#: A config is a few kilobytes; some list every label of a large classifier. More than this is not a config.
-MAX_CONFIG_BYTES = 32 * 2**20
+from peftc.graph.base_ref import CONFIG_FILE, BaseRef
+from peftc.limits import MAX_BASE_CONFIG, MAX_DEPTH, MAX_EXPERTS, MAX_LABELS, MAX_LAYERS, MOST_TOLD
 
 #: Keys of a config that say where it came from, not what the model is.
 _PROVENANCE = ("_name_or_path", "transformers_version")
@@ -73,13 +73,15 @@ def read_json_config(path: Path) -> Mapping[str, Any]:
     """A transformers config file as plain data. Raises `PeftcError`."""
     where = Where(file=str(path))
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        if _require_regular(path) > MAX_BASE_CONFIG:
             raise PeftcError(
                 rules.BASE_UNREADABLE(
                     "The file is too large for a config", fix="Name the model's config.json.", where=where
                 )
             )
         data = json.loads(path.read_text(encoding="utf-8"))
+    except PeftcError:  # may be an `OSError` or a `ValueError` itself
+        raise
     except OSError as error:
         raise PeftcError(_no_file(path, error)) from error
     except (ValueError, RecursionError) as error:
@@ -93,7 +95,54 @@ def read_json_config(path: Path) -> Mapping[str, Any]:
 
 def _config_fingerprint(config: Mapping[str, Any]) -> str:
     data = {key: value for key, value in config.items() if key not in _PROVENANCE}
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    try:
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    except (RecursionError, TypeError, ValueError) as error:  # Python's own data may be anything
+        what = f"The config is not data of JSON types: {error}"
+        raise PeftcError(rules.BASE_UNREADABLE(what, fix="Give what a config.json would hold.")) from error
+
+
+def _require_regular(path: Path) -> int:
+    """The size of a file. Raises `OSError`, and `PeftcError` for what is no regular file: a pipe would be waited for."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # opening a folder says so itself
+        where = Where(file=str(path))
+        raise PeftcError(rules.BASE_UNREADABLE("It is not a regular file", fix="Name a file.", where=where))
+    return status.st_size
+
+
+#: Keys of a config that say how many parts the model has: what they are part of, and the largest number.
+_COUNTED = (
+    (re.compile(r"(num|n)_.*(layer|block|stage)s?(_\w+)?|(\w+_)?(layers|blocks|depths?)"), MAX_LAYERS),
+    (re.compile(r"(num|n)_(\w+_)?experts(_\w+)?"), MAX_EXPERTS),
+    (re.compile(r"num_labels"), MAX_LABELS),
+)
+
+
+def refuse_large(base: LocatedBase) -> None:
+    """Raise `PeftcError` for a config that asks for more parts than any model has: building one would not end."""
+    large = [_too_many(base, *found) for found in _counts(base.config or {})]
+    if large:
+        raise PeftcError(large[:MOST_TOLD])
+
+
+def _counts(config: Any, place: Location = ()) -> Iterator[tuple[Location, int, int]]:
+    """`(place, number, largest number)` of what is too large."""
+    if not isinstance(config, Mapping) or len(place) > MAX_DEPTH:
+        return
+    for key, value in config.items():
+        here = (*place, str(key))
+        limit = next((limit for pattern, limit in _COUNTED if pattern.fullmatch(str(key))), None)
+        numbers = value if isinstance(value, list) else [value]
+        sizes = [number for number in numbers if isinstance(number, (int, float)) and limit is not None]
+        if limit is not None and (sum(map(abs, sizes)) > limit or len(numbers) > limit):
+            yield here, int(sum(map(abs, sizes))), limit
+        yield from _counts(value, here)
+
+
+def _too_many(base: LocatedBase, place: Location, number: int, limit: int) -> Diagnostic:
+    what = f"The config says `{json_path(place, root='')}`: {shorten(number)}; models have up to {limit:,}"
+    return rules.BASE_TOO_LARGE(what, fix="Correct the number.", where=Where(file=base.ref.name))
 
 
 def _config_in(folder: Path) -> Path:
@@ -141,9 +190,11 @@ def _cached_config(model: str, revision: str | None) -> Path:
 
 def _located_gguf(ref: BaseRef, path: Path) -> LocatedBase:
     try:
+        size = _require_regular(path)
         with path.open("rb") as file:
             head = file.read(_GGUF_HEAD)
-        size = path.stat().st_size
+    except PeftcError:
+        raise
     except OSError as error:
         raise PeftcError(_no_file(path, error)) from error
     if not head.startswith(_GGUF_MAGIC):

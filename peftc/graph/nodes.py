@@ -16,13 +16,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peftc.graph.former import FormerLayers, FormerNames
+from peftc.limits import MAX_INTEGER, misshapen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Version of the JSON form. Files of version 1, which knew no former names, are read as well.
 GRAPH_VERSION = 2
-_READ = (1, 2)
+#: Versions that are read.
+READABLE = (1, 2)
 
 
 class Kind(StrEnum):
@@ -37,6 +39,7 @@ class Kind(StrEnum):
     NORM = "norm"
     EXPERTS = "experts"  # one parameter of a module: weights (experts, out, in), or a single (out, in)
     EXPERTS_TRANSPOSED = "experts_transposed"  # the same, stored as (experts, in, out)
+    ATTENTION = "attention"  # torch's own: weights in parameters of its own, and an output layer that it reads
     OTHER = "other"
 
 
@@ -268,7 +271,7 @@ class ModuleGraph:
         data = self.to_json()
         del data["model"]["name_or_path"]
         del data["former"]
-        data["version"] = _READ[0]  # since when what is left has been as it is
+        data["version"] = READABLE[0]  # since when what is left has been as it is
         data["nodes"] = [[path, index] for path, index, _, _ in data["nodes"]]
         data["facts"] = [{key: value for key, value in facts.items() if key != "note"} for facts in data["facts"]]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -301,16 +304,19 @@ class ModuleGraph:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModuleGraph:
         """The inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on data of another form."""
-        if data["version"] not in _READ:
+        if data["version"] not in READABLE:
             raise ValueError(f"graph version {data['version']} is not known")
         table = [facts_from_json(item) for item in data["facts"]]
-        nodes = tuple(
-            ModuleNode(path, table[index], Role(role) if role else None, (block[0], block[1]) if block else None)
-            for path, index, role, block in data["nodes"]
-        )
-        ties = tuple(tuple(group) for group in data["ties"])
-        former = tuple(FormerLayers(module, name, tuple(layers)) for module, name, layers in data.get("former", ()))
-        return cls(ModelFacts(**data["model"]), nodes, ties, former)
+        nodes = tuple(_node_from_json(row, table) for row in data["nodes"])
+        ties = tuple(_texts(group) for group in data["ties"])
+        former = tuple(FormerLayers(_text(at), _text(name), _texts(was)) for at, name, was in data.get("former", ()))
+        if not (nodes and all(ties) and all(known.layers for known in former)):
+            raise ValueError("no modules, or names of nothing")
+        made = cls(model_from_json(data["model"]), nodes, ties, former)
+        for path in (made.model.input_embeddings, made.model.output_embeddings):
+            if path is not None and path not in made.by_path:
+                raise ValueError(f"the embeddings `{path}` are no module")
+        return made
 
 
 def facts_to_json(facts: LayerFacts) -> dict[str, Any]:
@@ -332,23 +338,79 @@ def facts_to_json(facts: LayerFacts) -> dict[str, Any]:
 
 def facts_from_json(data: Mapping[str, Any]) -> LayerFacts:
     """The inverse of `facts_to_json`. Raises `KeyError`, `TypeError` or `ValueError` on data of another form."""
-    return LayerFacts(
+    made = LayerFacts(
         kind=Kind(data["kind"]),
-        cls=data["cls"],
-        in_features=data["in_features"],
-        out_features=data["out_features"],
-        kernel=tuple(data["kernel"]),
-        groups=data["groups"],
-        params=_tensors_from_json(data["params"]),
-        buffers=_tensors_from_json(data["buffers"]),
-        note=data["note"],
-        experts=data.get("experts", 0),
-        transposed=data.get("transposed", False),
+        cls=_text(data["cls"]),
+        in_features=_size(data["in_features"]),
+        out_features=_size(data["out_features"]),
+        kernel=tuple(map(_size, data["kernel"])),
+        groups=_size(data["groups"]),
+        params=tensors_from_json(data["params"]),
+        buffers=tensors_from_json(data["buffers"]),
+        note=_text(data["note"]),
+        experts=_size(data.get("experts", 0)),
+        transposed=data.get("transposed", False) is True,
     )
+    if made.experts and not made.params:
+        raise ValueError("experts without a parameter that holds them")
+    return made
 
 
-def _tensors_from_json(data: list[Any]) -> tuple[tuple[str, TensorFacts], ...]:
-    return tuple((name, TensorFacts(tuple(shape), dtype)) for name, shape, dtype in data)
+def tensors_from_json(data: Iterable[Any]) -> tuple[tuple[str, TensorFacts], ...]:
+    """Tensors by name, of rows `[name, shape, dtype]`. Raises `TypeError` or `ValueError` on data of another form."""
+    return tuple((_text(name), TensorFacts(shape_from_json(shape), _text(dtype))) for name, shape, dtype in data)
+
+
+def shape_from_json(data: Iterable[Any]) -> tuple[int, ...]:
+    """A shape that a tensor can have. Raises `ValueError` for anything else."""
+    shape = tuple(map(_size, data))
+    reason = misshapen(shape)
+    if reason:
+        raise ValueError(f"a tensor {reason}")
+    return shape
+
+
+def model_from_json(data: Mapping[str, Any]) -> ModelFacts:
+    """Facts about a model. Raises `TypeError` or `ValueError` on data of another form."""
+    made = ModelFacts(**data)
+    names = (made.model_type, made.name_or_path, made.input_embeddings, made.output_embeddings)
+    _texts([made.cls, *(name for name in names if name is not None)])
+    if not isinstance(made.dims, dict) or any(type(size) is not int for size in made.dims.values()):
+        raise ValueError("`dims` are whole numbers by name")
+    if type(made.is_encoder_decoder) is not bool:
+        raise ValueError("`is_encoder_decoder` is true or false")
+    return made
+
+
+_ROLES: Mapping[str | None, Role | None] = {None: None, **{role.value: role for role in Role}}
+
+
+def _node_from_json(row: Any, table: list[LayerFacts]) -> ModuleNode:
+    path, index, role, block = row
+    if type(path) is not str or type(index) is not int or index < 0:
+        raise ValueError(f"`{path}` is no module")
+    if block is None:
+        return ModuleNode(path, table[index], _ROLES[role])
+    blocks, number = block
+    return ModuleNode(path, table[index], _ROLES[role], (_text(blocks), _size(number)))
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError(f"a name is a text, not {value!r:.40}")
+    return value
+
+
+def _texts(data: Iterable[object]) -> tuple[str, ...]:
+    if isinstance(data, str):
+        raise ValueError(f"names are a list, not {data!r:.40}")
+    return tuple(map(_text, data))
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        raise ValueError(f"a size is a natural number, not {value!r:.40}")
+    return value
 
 
 def block_of(path: str) -> tuple[str, int] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,14 +68,18 @@ def fills(model: nn.Module, name: str) -> bool | None:
 
     if not isinstance(model, PreTrainedModel):
         return None
-    with suppress(*_NO_ANSWER), torch.no_grad(), torch.device("meta"):
-        copy = type(model)(model.config).eval()
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        call = {"input_ids": ids} | ({"decoder_input_ids": ids} if encodes(model.config) else {})
-        cache = made(model.config)
-        copy(**call, **{name: cache}, use_cache=True)
-        return length(cache) == ids.shape[1]
-    return None
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            copy = type(model)(model.config).eval()
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            call = {"input_ids": ids} | ({"decoder_input_ids": ids} if encodes(model.config) else {})
+            cache = made(model.config)
+            copy(**call, **{name: cache}, use_cache=True)
+            return length(cache) == ids.shape[1]
+    except torch.OutOfMemoryError:  # which is no answer of the model's
+        raise
+    except _NO_ANSWER:
+        return None
 
 
 def taken(call: dict[str, Any]) -> Any:

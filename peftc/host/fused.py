@@ -48,6 +48,8 @@ def former_layers(model: nn.Module, weights: Iterable[tuple[str, str, int]]) -> 
     try:
         conversions = _conversions(model)
         return tuple(_former(conversions, model, weights)) if conversions else ()
+    except torch.OutOfMemoryError:  # which says nothing about names
+        raise
     except _UNFIT:
         return ()
 
@@ -76,6 +78,8 @@ def _former(
             elif parameter == "weight":
                 layers = names.before(key)
             layers = layers if all(names.now(_keyed(layer)) == key for layer in layers) else ()
+        except torch.OutOfMemoryError:
+            raise
         except _UNFIT:
             continue  # a conversion that needs more than one tensor, or sizes of the config: no linear layers, fused
         layers = tuple(_general(layer, numbers) for layer in layers)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch.utils.checkpoint
-from torch import nn
-from torch.nn.modules.module import _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    register_module_module_registration_hook,
+)
 
 #: Hooks of every module: torch changes these dictionaries in place (2.0).
 GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
@@ -37,6 +43,49 @@ def computed_by(module: nn.Module) -> Collection[str]:
 def transient_buffers(module: nn.Module) -> Collection[str]:
     """Names of buffers that are not saved. Relied on: `_non_persistent_buffers_set` (1.5)."""
     return module._non_persistent_buffers_set
+
+
+@contextmanager
+def counted_modules(most: int, refusal: Callable[[], Exception]) -> Iterator[None]:
+    """Within, no more modules than `most` are put into others: the next one raises `refusal()` out of the constructor.
+
+    Relied on: every module that becomes another's child is told to the hooks of registration (2.0).
+    """
+    count = 0
+
+    def counted(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise refusal()
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class KeepsAside(nn.Module):
+    """A module with parameters that are no part of the model for now, and are cast and moved with it all the same.
+
+    Relied on: `to`, `half`, `cuda`, `to_empty` and the like all come down to `_apply(function, recurse)` of every module,
+    which works on `_parameters` (1.0).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: parameters that others stand in for, and those that stood in for others
+        self._pristine: dict[str, nn.Parameter | None] = {}
+        self._folded: dict[str, nn.Parameter] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for kept in (self._pristine, self._folded):
+            beside = nn.Module()
+            beside.__dict__["_parameters"] = kept
+            if kept:
+                beside._apply(fn)
+        return super()._apply(fn, recurse)
 
 
 @cache

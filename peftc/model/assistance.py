@@ -16,8 +16,10 @@ from peftc.config.files import read_config
 from peftc.diagnostics import ConfigError, PeftcError
 from peftc.model.injected import adapters_of, unwrapped
 from peftc.model.peft_model import PeftModel
+from peftc.runtime.journal import whole
 from peftc.runtime.layer import BaseTunerLayer, TunerLayer
 from peftc.runtime.steps import take
+from peftc.runtime.succession import delete
 from peftc.runtime.values import taken, values_given
 from peftc.tuner.method import MapTuner
 
@@ -156,6 +158,7 @@ def row_values(model: nn.Module, **values: Any) -> Iterator[None]:
 # adapters of any model ------------------------------------------------------------------------------------------------
 
 
+@whole
 def set_adapter(
     model: nn.Module,
     adapter_name: str | Sequence[str],
@@ -174,10 +177,12 @@ def set_adapter(
         adapters_of(model).set_active(names, trainable=not inference_mode)
 
 
+@whole
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type[BaseTunerLayer] = BaseTunerLayer
 ) -> list[str] | None:
-    """Remove an adapter's tensors; returns the adapters that are active then, None if there are none.
+    """Remove an adapter's tensors; returns the adapters that are active then, None if there are none. If nothing is active
+    any more, another adapter takes over, with a warning, and trains if the one that was active did.
 
     The model's `peft_config` keeps its entry if the model was adapted in place: its owner takes it out. `prefix` and
     `layer_cls` are accepted and not needed. Raises `PeftcError`: no such adapter, or merged.
@@ -187,10 +192,11 @@ def delete_adapter(
     if isinstance(model, PeftModel):
         model.delete_adapter(adapter_name)
     else:
-        session.delete(adapter_name)
+        delete(session, [adapter_name])
     return list(session.active) or None
 
 
+@whole
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Make adapters' trainable tensors require gradients, or not, whichever are active.
 

@@ -6,7 +6,6 @@ hub; where that cannot be had, the vocabulary counts as unchanged, with a warnin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from peftc.compiler.plan import VOCABULARY_NAMES, AdapterPlan, trains_rows
 from peftc.config.base import PeftConfig
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import ConfigError, PeftcError, warn
+from peftc.graph.locate import read_json_config
 from peftc.runtime.session import Session
 
 AUTO = "auto"
@@ -76,12 +76,7 @@ def _base_config(base: str, revision: str | None) -> Mapping[str, Any] | None:
         if Path(base).exists() or not is_repository(base):
             return None
         local = _from_hub(base, revision)
-    try:
-        data = json.loads(local.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"`{local}` cannot be read: {error}"
-        raise PeftcError(rules.UNREADABLE(what, fix="Look into the file.")) from error
-    return data if isinstance(data, Mapping) else None
+    return read_json_config(local)
 
 
 @cache

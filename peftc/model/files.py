@@ -15,19 +15,19 @@ from torch.func import functional_call
 from peftc import rules
 from peftc.checkpoint.keys import assign, listed
 from peftc.checkpoint.report import LoadReport
-from peftc.checkpoint.save import save_adapter
+from peftc.checkpoint.save import Saved, save_adapters
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
-from peftc.diagnostics import PeftcError, warn
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
-from peftc.model.card import facts_of, new_card, write_card
+from peftc.model.card import facts_of, new_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
 from peftc.registry.manager import default_registry
-from peftc.runtime.journal import Journal
-from peftc.runtime.layer import Source
-from peftc.runtime.places import fill, whole
+from peftc.runtime import identity
+from peftc.runtime.journal import note, whole
+from peftc.runtime.places import entire, fill
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
@@ -49,44 +49,45 @@ def save(
     names: Sequence[str],
     save_embedding_layers: str | bool = AUTO,
     state_dict: Mapping[str, Tensor] | None = None,
+    pickled: bool = False,
 ) -> None:
-    """Save adapters and the model card below a folder, each adapter in one step. Raises `PeftcError`; an adapter's folder is then as it was."""
+    """Save adapters and the model card below a folder, all in one step where the file system can exchange folders, else each
+    adapter in one. Raises `PeftcError`, with what would have been a step as it was."""
     root = Path(folder)
-    facts = facts_of(model, AT_ROOT)
+    of_base = identity.remarks_of(model.session)
+    saved: dict[str, Saved] = {}
     for name in names:
-        place, card = (root, new_card(facts, root)) if name == AT_ROOT else (root / name, None)
+        place = "" if name == AT_ROOT else name
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
-        config = _with_needed(model.session, name, place, _with_mapping(model, model.peft_config[name]))
         plan = _saved_as(_plan_of(model, name), tensors)
-        save_adapter(place, tensors, config, plan, {CARD: card} if card is not None else None)
-    if AT_ROOT not in names:
-        write_card(facts, root)
+        config, needed = _with_needed(model.session, name, root / place, _with_mapping(model, model.peft_config[name]))
+        saved |= {str(Path(place, path)): replace(other, pickled=pickled) for path, other in needed.items()}
+        saved[place] = Saved(tensors, config, plan, of_base, pickled)
+    card = new_card(facts_of(model, AT_ROOT), root)
+    save_adapters(root, saved, {CARD: card} if card is not None else None)
 
 
-def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -> PeftConfig:
-    """Save the adapters that one weighs beside it, if they were trained along; its config then names these."""
+def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -> tuple[PeftConfig, dict[str, Saved]]:
+    """The adapters that one weighs, to be saved beside it, if they were trained along; its config then names these."""
     plan, tuner = session.plans[name], default_registry().method_of(config).call_tuner
     needed = () if plan.call is None else tuple(session.plans[other] for other in plan.call.needs)
     if tuner is None or not any(slot.trainable for other in needed for site in other.maps for slot in site.slots):
-        return config
-    folders = {}
+        return config, {}
+    saved = {}
     for key, other in zip(tuner.needs(config), needed, strict=True):
-        folders[key] = str(place / BESIDE / key)
         tensors = {k: t.detach() for k, t in session.tensors(other.name).items()}
-        save_adapter(folders[key], exported(session, other.name, tensors), other.config)
-    return config.model_copy(update={tuner.option: folders})
+        saved[f"{BESIDE}/{key}"] = Saved(exported(session, other.name, tensors), other.config)
+    folders = {key: str(place / BESIDE / key) for key in tuner.needs(config)}
+    return config.model_copy(update={tuner.option: folders}), saved
 
 
-def check_format(safe_serialization: bool, path_of_start: str | None) -> None:
-    """Warn that nothing is pickled if that was asked for. Raises `PeftcError` for a conversion that does not exist here."""
+def check_start(path_of_start: str | None) -> None:
+    """Raise `PeftcError` for a conversion that does not exist here."""
     if path_of_start is not None:
         what = (
             "`path_initial_model_for_weight_conversion` is not available: no method here changes the base at its start"
         )
         raise PeftcError(rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out."))
-    if not safe_serialization:
-        what = "`safe_serialization=False` is not followed: the weights are in `adapter_model.safetensors`"
-        warn([rules.PICKLE_NOT_WRITTEN(what, fix="Leave it out.")])
 
 
 def adapter_tensors(
@@ -135,8 +136,8 @@ def _live_tensors(
         attached = session.tensors(name)
         if state_dict is not None:
             _refuse_incomplete([key for key, t in attached.items() if key not in tensors and t.requires_grad])
-        tensors = {disk: tensor.detach() for disk, tensor in whole(model, attached).items()} | tensors
-    tensors = {disk: tensor.detach() for disk, tensor in whole(model, embeddings).items()} | tensors
+        tensors = {disk: tensor.detach() for disk, tensor in entire(model, attached).items()} | tensors
+    tensors = {disk: tensor.detach() for disk, tensor in entire(model, embeddings).items()} | tensors
     encoders = model._modules.get("prompt_encoder")
     if plan.prompt is not None and isinstance(encoders, nn.ModuleDict):
         tensors |= _prompt(encoders[name], f"prompt_encoder.{name}.", state_dict)
@@ -201,6 +202,7 @@ def _with_mapping(model: PeftModel, config: PeftConfig) -> PeftConfig:
 # loading --------------------------------------------------------------------------------------------------------------
 
 
+@whole
 def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: LoadOptions) -> LoadReport:
     """Load a further adapter; one of that name is overwritten, in place if it has the same tensors.
 
@@ -212,34 +214,31 @@ def load(model: PeftModel, model_id: str | PathLike[str], name: str, options: Lo
     config, file = opened(model_id, None, options)
     model._refuse_type(config)
     found = loadable(model.get_base_model(), name, config, file, options, model.mixes)
-    same = name in session.plans and (
-        session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted)
-    )
-    with Journal() as journal:
-        if same:
-            _overwrite(model, found, journal)
-        elif name in session.plans:
-            _exchange(model, name, found, options.is_trainable, journal)
-        else:
-            model._attach(found.plan, found.source, journal)
-            if options.is_trainable:  # the reference makes it so although it is not active
-                model.set_requires_grad(name)
-        if same and options.is_trainable and name in session.active:  # loading in place does not end a training
-            model.set_adapter(session.active)
+    is_new = name not in session.plans
+    same = not is_new and (session.plans[name].is_like(found.adapter) or can_take(session, name, found.unfitted))
+    if same:
+        _overwrite(model, found)
+    elif not is_new:
+        _exchange(model, name, found)
+    else:
+        model._attach(found.plan, found.source)
+    if options.is_trainable and (
+        is_new or name in session.active
+    ):  # a new one although it is not active, as the reference
+        model.set_requires_grad(name)
     if not options.is_trainable and model.training:
-        model.eval()
+        evaluate(model)
     return found.report
 
 
-def _exchange(model: PeftModel, name: str, found: Loadable, is_trainable: bool, journal: Journal) -> None:
-    """Replace an adapter by one with other tensors. What was active is active again, and trainable if it was."""
+def _exchange(model: PeftModel, name: str, found: Loadable) -> None:
+    """Replace an adapter by one with other tensors. It is active again, and trainable, if it was; others stay as they are."""
     active = model.session.active
-    trained = is_trainable or any(tensor.requires_grad for tensor in _own(model, name))
-    journal.note(_put_back, model, _plan_of(model, name), _held(model, name).get, active)
-    model.delete_adapter(name)
-    model._attach(found.plan, found.source, journal)
-    if name in active:
-        model.set_adapter(active, inference_mode=not trained)
+    trained = any(tensor.requires_grad for tensor in _own(model, name))
+    model._drop(name)
+    model._attach(found.plan, found.source)
+    model.session.activate(active)
+    model.set_requires_grad(name, trained)
 
 
 def _own(model: PeftModel, name: str) -> list[Tensor]:
@@ -248,30 +247,26 @@ def _own(model: PeftModel, name: str) -> list[Tensor]:
     return [*model.session.tensors(name).values(), *encoder]
 
 
-def _overwrite(model: PeftModel, found: Loadable, journal: Journal) -> None:
+def _overwrite(model: PeftModel, found: Loadable) -> None:
     """Load into the parameters that there are: an optimiser may hold them."""
     session, plan = model.session, found.adapter
     with torch.no_grad():
         own = session.tensors(plan.name)
         values = restored(session, plan, {key: found.source(key) for key in own})
-        pairs = [(tensor, values[key]) for key, tensor in own.items()]
+        blocks = {site.key(slot, plan.name).disk(): slot.blocks for site, slot in plan.slots()}
+        filled = [(tensor, values[key], blocks.get(key, 1)) for key, tensor in own.items()]
         if model.prompt_encoder is not None:
-            pairs += model._encoders()[plan.name].restored(found.source)
-        for tensor, stored in pairs:
+            filled += [(*pair, 1) for pair in model._encoders()[plan.name].restored(found.source)]
+        for tensor, stored, parts in filled:
             if stored is not None:
-                fill(model, tensor, stored, journal)
-        session.base.carry(plan, found.source, journal)
-        patch(session, plan.name, differing(session, plan), journal)
+                fill(model, tensor, stored, parts)
+        session.base.carry(plan, found.source)
+        patch(session, plan.name, differing(session, plan))
 
 
-def _held(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """All that loading an adapter may have brought, to be put back."""
-    vocabulary = model.session.base.vocabulary(model.session.plans[name])
-    return {**_live_tensors(model, model.session, name, False), **{v.disk: v.tensor.detach() for v in vocabulary}}
-
-
-def _put_back(model: PeftModel, plan: InjectionPlan, source: Source, active: Sequence[str]) -> None:
-    """Undo the replacement of an adapter."""
-    with Journal() as journal:
-        model._attach(replace(plan, active=()), source, journal)
-    model.set_adapter(active)
+def evaluate(model: nn.Module) -> None:
+    """Switch a model to evaluation, as `eval` does."""
+    for module in model.modules():
+        if module.training:
+            note(setattr, module, "training", True)
+    model.eval()

@@ -23,19 +23,21 @@ from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
+from peftc.graph.nodes import Kind
 from peftc.model.files import live_names
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import origin_of
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.places import fill, refuse_offloaded
 from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
 from peftc.runtime.storage import find
 from peftc.tuner.method import TunerMethod
+from peftc.tuner.slots import Slot
 
 #: Options that say which modules, how large, from where: what a swap brings along or what does not matter to it.
 _FREE = (
@@ -102,6 +104,7 @@ def _on_layers(config: PeftConfig) -> TunerMethod:
     return method
 
 
+@whole
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
@@ -126,20 +129,21 @@ def hotswap_adapter_from_state_dict(
     problems = [*_strangers(session, plan, given), *_misfits(session, plan, given)]
     if problems:
         raise PeftcError(problems)
-    with torch.no_grad(), Journal() as journal:
+    with torch.no_grad():
         swapped: set[str] = set()
         for site, layer in zip(plan.maps, session.layers_of(adapter_name), strict=True):
-            _swap(layer, site, adapter_name, given, swapped, journal)
+            _swap(layer, site, adapter_name, given, swapped)
         slots = {site.key(slot, adapter_name).disk() for site, slot in plan.slots()}
         for key, own in session.tensors(adapter_name).items():
             if key in given and key not in slots:
-                fill(session.model, own, given[key], journal)
-        _record(unwrapped(model), session, plan, journal)
+                fill(session.model, own, given[key])
+        _record(unwrapped(model), session, plan)
 
 
 def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
     """What the new config means on the modules that are adapted."""
-    paths = {site.path for site in old.maps if not site.parameter}
+    of_attention = {node.path for node in session.graph.nodes if node.facts.kind is Kind.ATTENTION}
+    paths = {site.path for site in old.maps if not site.parameter or site.path in of_attention}
     compiled = compile_plan(
         session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
     )
@@ -183,7 +187,7 @@ def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -
             continue
         keys = {site.key(slot, plan.name).disk(): slot for slot in site.slots if slot.saved}
         lacking = [key for key in keys if key not in given]
-        if lacking and (len(lacking) < len(keys) or not tuner.is_rankable):
+        if lacking and (len(lacking) < len(keys) or not tuner.has_ranks):
             what = f"`{site.path}` gets nothing for {listed(lacking)}"
             yield rules.CANNOT_SWAP(what, fix="Swap in an adapter of the same modules.", where=site.path)
         larger = site.parameter and any(
@@ -205,7 +209,6 @@ def _swap(
     adapter: str,
     given: Mapping[str, Tensor],
     swapped: set[str],
-    journal: Journal,
 ) -> None:
     """Give a layer the new values. `swapped` are keys of shared tensors that another layer has brought already."""
     part = layer.part(adapter)
@@ -223,26 +226,27 @@ def _swap(
         made = torch.full(slot.shape, slot.value or 0.0, device=device) if value is None else value
         value = made.to(device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
-        if fits and (value.shape == own.shape or part.tuner.is_rankable):
-            fill(layer, own, padded(value, own.shape), journal)
+        if fits and (value.shape == own.shape or part.tuner.has_ranks):
+            fill(layer, own, value, slot.blocks)
         else:
             refuse_offloaded(layer, {key: own}, "would get another shape")
-            journal.note(setattr, own, "data", own.data)
+            keep_memory(own)
             own.data = value.clone()
-    layer.exchange(adapter, site, journal)
+    layer.exchange(adapter, site)
 
 
-def _record(model: nn.Module, session: Session, plan: AdapterPlan, journal: Journal) -> None:
+def _record(model: nn.Module, session: Session, plan: AdapterPlan) -> None:
     """Let everything that describes the adapter describe the new one."""
-    journal.note(session.plans.__setitem__, plan.name, session.plans[plan.name])
+    keep_entry(session.plans, plan.name)
     session.plans[plan.name] = plan
     if isinstance(model, PeftModel):
-        journal.note(model.peft_config.__setitem__, plan.name, model.peft_config[plan.name])
+        keep_entry(model.peft_config, plan.name)
         model.peft_config[plan.name] = plan.config
     elif session.shown is not None:
         show(model, session)
 
 
+@whole
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
@@ -271,11 +275,14 @@ def prepare_model_for_compiled_hotswap(
     shapes = [] if target_rank is None else list(_shapes(layers, target_rank))
     with torch.no_grad():
         refuse_offloaded(model, {str(n): own for n, (own, _) in enumerate(shapes)}, "would get another shape")
-        for own, shape in shapes:
-            own.data = padded(own.data, shape)
+        for own, slot in shapes:
+            keep_memory(own)
+            own.data = padded(own.data, slot.shape, slot.blocks)
     for layer in layers:
+        keep_entries(layer.scaling)
         device = layer.device
-        layer.scaling.update({name: torch.as_tensor(scale, device=device) for name, scale in layer.scaling.items()})
+        for name, scale in layer.scaling.items():
+            layer.scaling[name] = torch.as_tensor(scale, device=device)
 
 
 def _told_of_compiled(check: str) -> None:
@@ -287,13 +294,16 @@ def _told_of_compiled(check: str) -> None:
         warn([replace(told, severity=Severity.WARNING)])
 
 
-def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Every slot with the shape that it has at a rank. Raises `PeftcError` if one is larger, or no method here has ranks."""
+def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, Slot]]:
+    """Every slot's tensor with the slot as it is at a rank. Raises `PeftcError` if one is larger, or no method here has ranks."""
     found = False
     for layer in layers:
         for name in layer.adapters:
             tuner, site = layer.part(name).tuner, layer.site(name)
-            wider = tuner.of_rank(site.config, rank) if tuner.is_rankable else None
+            wider = tuner.of_rank(site.config, rank) if tuner.has_ranks else None
+            problems = () if wider is None else tuner.check(wider, site.layer, site.path)
+            if misfits := [problem for problem in problems if problem.severity is Severity.ERROR]:
+                raise PeftcError(misfits)
             for slot in tuner.slots(wider, site.layer) if wider is not None else ():
                 found = True
                 container, key = find(layer, slot, name)
@@ -302,7 +312,7 @@ def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, t
                     what = f"`{slot.name}` of `{name}` is {tuple(own.shape)}, which rank {rank} does not hold"
                     fix = "Use the largest rank of all adapters as `target_rank`."
                     raise PeftcError(rules.CANNOT_SWAP(what, fix=fix, where=site.path))
-                yield own, slot.shape
+                yield own, slot
     if not found:
         what = "The adapters here have no rank that could be raised"
         raise PeftcError(rules.CANNOT_SWAP(what, fix="Leave `target_rank` out."))

@@ -21,7 +21,9 @@ from peftc.diagnostics import PeftcError
 from peftc.host import parallel
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.apply import SESSION, session_of
+from peftc.runtime.journal import keep, keep_entries, whole
 from peftc.runtime.session import Session
+from peftc.runtime.succession import delete
 
 ATTRIBUTE = "peft_config"
 
@@ -78,6 +80,7 @@ def adapters_of(model: nn.Module) -> Session:
     return session
 
 
+@whole
 def followed(model: nn.Module) -> Session | None:
     """The session of a model after `peft_config` was followed; None if no adapter is left."""
     session = session_of(model)
@@ -88,13 +91,13 @@ def followed(model: nn.Module) -> Session | None:
     gone = [name for name in session.plans if name not in names]
     in_place = any(_in_place(model, path, layer) for path, layer in session.layers.items())
     if gone and in_place:
-        for name in gone:
-            session.delete(name)
+        delete(session, gone)
     if session.plans and (in_place or not gone):
         _notice(session)
         return session
     if in_place:
         session.prune()
+    keep(model)
     model.__dict__.pop(SESSION, None)
     return None
 
@@ -102,14 +105,17 @@ def followed(model: nn.Module) -> Session | None:
 def _notice(session: Session) -> None:
     """Take over what layers were told one by one: which adapters are active, and whether they act."""
     layers = [layer for layer in session.wrappers() if layer.adapters]
+    keep(session, session.shared)
     session.active = tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
     session.enabled = not layers or not all(layer.disable_adapters for layer in layers)
 
 
 def show(model: nn.Module, session: Session) -> None:
     """Let the model's `peft_config` be what is applied; the same dictionary as before, if there was one."""
+    keep(model, session)
     if session.shown is None:
         session.shown = {}
+    keep_entries(session.shown)
     configs: dict[str, PeftConfig] = session.shown
     configs |= {name: plan.config for name, plan in session.plans.items()}
     for name in [name for name in configs if name not in session.plans]:

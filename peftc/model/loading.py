@@ -23,6 +23,7 @@ from peftc.config.files import read_config
 from peftc.diagnostics import ConfigError, warn
 from peftc.graph.nodes import TensorFacts
 from peftc.registry.manager import default_registry
+from peftc.runtime import identity
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import plan_for
@@ -135,7 +136,8 @@ def loadable(
     vocabulary = vocabulary_facts(session, plan.adapters[0])
     ignored = options.ignore_mismatched_sizes
     report = match_file(plan.adapters[0], file, plan.model, vocabulary, ignored)
-    report = replace(report, diagnostics=(*former.problems, *report.diagnostics)).require()
+    other = identity.told(session, read.header.metadata, config.base_model_name_or_path, str(read.path))
+    report = replace(report, diagnostics=(*former.problems, *report.diagnostics, *other)).require()
     device = None if options.device is None else device_of(options.device)
 
     def find(key: str) -> Tensor | None:

@@ -18,11 +18,16 @@ from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan, let_go
+from peftc.runtime.apply import apply_plan, let_go, session_of
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.handed import with_handed
+from peftc.runtime.journal import keep, keep_entry, whole
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
+from peftc.runtime.succession import make_room
+from peftc.tuner.method import TunerMethod
 
 
+@whole
 @collector_paused()
 def get_peft_model(
     model: nn.Module,
@@ -35,6 +40,7 @@ def get_peft_model(
 ) -> PeftModel:
     """A `PeftModel` round the model, its adapter fresh, active and trainable; if `mixed`, one that others of any method
     can join. Raises `PeftcError`, model unchanged."""
+    keep(peft_config)
     _name_base(peft_config, model)
     if revision is not None:
         peft_config.revision = revision
@@ -60,6 +66,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     return config_from_dict(config_dict, lenient=False)[0]
 
 
+@whole
 @collector_paused()
 def inject_adapter_in_model(
     peft_config: PeftConfig,
@@ -76,6 +83,8 @@ def inject_adapter_in_model(
     it would start is not judged. With `state_dict` the modules that its keys name are adapted, whatever
     the config says; values are not used.
 
+    An adapter of that name makes room for the new one, with a warning. Into a `PeftModel` the adapter is put as one of its own.
+
     Raises `PeftcError`, with the model unchanged.
     """
     method = default_registry().method_of(peft_config)
@@ -85,11 +94,15 @@ def inject_adapter_in_model(
     if method.call_tuner is not None:
         what = f"{method.peft_type} acts around calls, which a model without wrapper does not let through"
         raise PeftcError(rules.CALL_AROUND(what, fix="Use `get_peft_model`."))
-    if isinstance(model, nn.Module):  # anything else is refused below
-        model = unwrapped(model)
+    given_model = model
+    owner = _owner(model, method) if isinstance(model, nn.Module) else None
+    if owner is not None:
+        model = owner.get_base_model()
+    elif isinstance(model, nn.Module):  # anything else is refused below
+        given_model = model = unwrapped(model)
         let_go(model)
         followed(model)
-        asked = peft_config
+    asked = peft_config
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
@@ -99,9 +112,23 @@ def inject_adapter_in_model(
     ranks = former_ranks(plan, asked) if loading else {}
     if ranks:
         plan = planned({adapter_name: with_ranks(plan.adapters[0].config, ranks)}, given=given)
+    plan = with_handed(plan, model, {adapter_name: asked})
     sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
+    make_room(session_of(model), adapter_name)
     session = apply_plan(model, plan, sources=sources, mixed=True)
     session.bring_in(adapter_name, trainable=not plan.adapters[0].config.inference_mode)
-    show(model, session)
+    if owner is None:
+        show(model, session)
+    else:
+        keep_entry(owner.peft_config, adapter_name)
+        owner.peft_config[adapter_name] = plan.adapters[0].config
     note_adapted(asked, model, adapter_name)
-    return model
+    return given_model
+
+
+def _owner(model: nn.Module, method: TunerMethod) -> PeftModel | None:
+    """The `PeftModel` that is meant, if it can hold adapters of the method: such a one is put into the model inside of it."""
+    model = unwrapped(model)
+    if not isinstance(model, PeftModel) or model.prompt_encoder is not None or not model.peft_config:
+        return None
+    return model if model.mixes or model.peft_type == method.peft_type else None

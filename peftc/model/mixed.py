@@ -15,8 +15,9 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.model.peft_model import PeftModel
 from peftc.registry.manager import default_registry
+from peftc.runtime.apply import hold
 from peftc.runtime.session import Session
-from peftc.runtime.tuner_model import MixedModel, TunerModel
+from peftc.runtime.tuner_model import MixedModel
 
 
 class PeftMixedModel(PeftModel):
@@ -33,18 +34,12 @@ class PeftMixedModel(PeftModel):
     def _refuse_type(self, config: PeftConfig) -> None:
         """Any type may come: which cannot be mixed is said when it is compiled."""
         default_registry().method_of(config)
+        hold(self.get_base_model(), self.session)
 
     @property
     def active_adapter(self) -> list[str]:  # type: ignore[override]  # as in the reference
         """Names of the active adapters."""
-        base = self.base_model
-        assert isinstance(base, TunerModel)
-        return base.active_adapter
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        """The config of the first active adapter."""
-        return self.peft_config[self.active_adapters[0]]
+        return self.active_adapters
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """Nothing is left to do: modules that a config names are copied when its adapter is added.

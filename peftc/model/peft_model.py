@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,10 +22,10 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.host.generation import calls_replaced
 from peftc.host.layers import recomputes
 from peftc.model import files
+from peftc.model.activation import ActivationMixin
 from peftc.model.card import facts_of, push, write_card
 from peftc.model.embeddings import AUTO
 from peftc.model.loading import LoadOptions, loadable, needed_sources, opened
-from peftc.model.prompts import PromptsMixin
 from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
 from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.registry.manager import default_registry
@@ -33,18 +33,19 @@ from peftc.runtime.apply import apply_plan, freeze, hold, let_go, mixed_types, s
 from peftc.runtime.calls import CallModule
 from peftc.runtime.classes import model_class
 from peftc.runtime.collector import collector_paused
-from peftc.runtime.journal import Journal
+from peftc.runtime.handed import with_handed
+from peftc.runtime.journal import keep, keep_entries, keep_entry, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.planning import hollow, plan_for
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished
-from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.tuner_model import TunerModel, let_property_say
 from peftc.runtime.values import taken, values_given
 
 DEFAULT = files.AT_ROOT
 
 
-class PeftModel(PromptsMixin, nn.Module):
+class PeftModel(ActivationMixin, nn.Module):
     """A base model with adapters. Attributes that it does not have itself are those of the base model.
 
     `peft_config` maps adapter names to configs; `base_model` is the level that gives parameters their names.
@@ -53,6 +54,7 @@ class PeftModel(PromptsMixin, nn.Module):
     #: whether adapters of several methods may be on the model
     mixes: ClassVar[bool] = False
 
+    @whole
     def __init__(
         self,
         model: nn.Module,
@@ -64,9 +66,11 @@ class PeftModel(PromptsMixin, nn.Module):
         super().__init__()
         let_go(model)
         plan = plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype)
+        plan = with_handed(plan, model, {adapter_name: peft_config})
         self._start(model, plan, {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {})
 
     @classmethod
+    @whole
     def from_plan(cls, model: nn.Module, plan: InjectionPlan, sources: dict[str, Source] | None = None) -> Self:
         """Apply a compiled plan. Raises `PeftcError`, with the model as it was, if it does not fit."""
         self = cls.__new__(cls)
@@ -89,10 +93,9 @@ class PeftModel(PromptsMixin, nn.Module):
         self.peft_type = PeftType(first.peft_type)
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
         sources = {**needed_sources(plan, LoadOptions()), **sources}
-        with Journal() as journal, collector_paused():
-            freeze(model, journal)
+        with collector_paused():
+            freeze(model)
             session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes)
-            journal.note(strip, model, session)
             self.base_model = self._level(plan, session)
             self.__dict__["_session"] = session
             for adapter in plan.adapters:
@@ -110,6 +113,8 @@ class PeftModel(PromptsMixin, nn.Module):
     def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
         """What an adapter has beside its layers."""
         self._add_encoder(adapter, source)
+        keep(adapter.config)
+        keep_entry(self.peft_config, adapter.name)
         adapter.config.base_model_name_or_path = adapter.config.base_model_name_or_path or self._base_name()
         self.peft_config[adapter.name] = adapter.config
 
@@ -122,8 +127,10 @@ class PeftModel(PromptsMixin, nn.Module):
     def session(self) -> Session:
         """The adapters that are applied. Raises `PeftcError` after unloading."""
         session: Session | None = self.__dict__.get("_session")
-        if session is None or not self.peft_config:
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again."))
+        if session is None or (not session.plans and session_of(session.model) is not session):
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again.", also=AttributeError)
+            )
         return session
 
     def get_base_model(self) -> nn.Module:
@@ -194,6 +201,7 @@ class PeftModel(PromptsMixin, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+            let_property_say(self, name)
             return getattr(self.base_model, name)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -222,25 +230,17 @@ class PeftModel(PromptsMixin, nn.Module):
         """Have a model's input embeddings require gradients, if it is one of transformers; returns it."""
         enable: Any = getattr(model, "enable_input_require_grads", None)
         if enable is not None:
+            for (
+                module
+            ) in model.modules():  # it hooks on to embeddings, of inner models too, and notes that on the model
+                keep_entries(module._forward_hooks)
+            keep(model)
             enable()
         return model
 
     # adapters -----------------------------------------------------------------------------------------------------
 
-    @property
-    def active_adapters(self) -> list[str]:
-        plans = self.session.plans
-        return [name for name in self.session.active if name not in plans or not plans[name].needed_by]
-
-    @property
-    def active_adapter(self) -> str:
-        active = self.active_adapters
-        return active[0] if active else ""
-
-    @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
-
+    @whole
     @collector_paused()
     def add_adapter(
         self,
@@ -254,16 +254,15 @@ class PeftModel(PromptsMixin, nn.Module):
         With `low_cpu_mem_usage` its tensors are on the meta device until `set_peft_model_state_dict` gives them values.
         """
         self._refuse_type(peft_config)
-        plan = plan_for(self.get_base_model(), {adapter_name: peft_config}, autocast_adapter_dtype, mixed=self.mixes)
-        with Journal() as journal:
-            self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None, journal)
+        base, handed = self.get_base_model(), {adapter_name: peft_config}
+        plan = with_handed(plan_for(base, handed, autocast_adapter_dtype, mixed=self.mixes), base, handed)
+        self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None)
 
-    def _attach(self, plan: InjectionPlan, source: Source | None, journal: Journal) -> None:
+    def _attach(self, plan: InjectionPlan, source: Source | None) -> None:
         """Add the plan's one adapter, from a checkpoint or fresh."""
         adapter = plan.adapters[0]
         sources = needed_sources(plan, LoadOptions()) | ({} if source is None else {adapter.name: source})
         apply_plan(self.get_base_model(), plan, sources=sources, mixed=self.mixes)
-        journal.note(self.delete_adapter, adapter.name)
         self._join(adapter, source)
 
     def _refuse_type(self, config: PeftConfig) -> None:
@@ -271,28 +270,10 @@ class PeftModel(PromptsMixin, nn.Module):
             raise PeftcError(mixed_types(config, {str(self.peft_type)}))
         hold(self.get_base_model(), self.session)
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate an adapter, or several in order; exactly their tensors become trainable."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if self.prompt_encoder is not None:
-            self._refuse_several(names)
-        self.session.set_active(names, trainable=not inference_mode)
-        for name, encoder in self._encoders().items():
-            encoder.set_trainable(name in names and not inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make the trainable tensors of adapters require gradients, or not, active or not."""
-        session, names = self.session, [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        session.require(names)
-        for name in names:
-            session.set_requires_grad(name, requires_grad)
-            if name in self._encoders():
-                self._encoders()[name].set_trainable(requires_grad)
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether any adapter acts."""
-        return self.session.enabled and bool(self.session.active)
+    def _drop(self, name: str) -> None:
+        """Remove an adapter; nothing takes over."""
+        self.session.remove(name)
+        self._forget([name])
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -305,53 +286,40 @@ class PeftModel(PromptsMixin, nn.Module):
         """The base model's dtype, where it tells one."""
         return getattr(self.base_model, "dtype", None)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors."""
-        self.session.delete(adapter_name)
-        if self.prompt_encoder is not None:
-            self.prompt_encoder._modules.pop(adapter_name, None)
-        self.peft_config.pop(adapter_name, None)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model computes as its base does. Trainability is not touched."""
-        session = self.session
-        before = session.enabled
-        session.enable(False)
-        try:
-            yield
-        finally:
-            session.enable(before)
-
     # merging ------------------------------------------------------------------------------------------------------
 
+    @whole
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; `unmerge_adapter` restores them bit for bit."""
         self._refuse_merge()
         self.session.merge(adapter_names, safe_merge)
 
+    @whole
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
         if not self.session.merged:
             warn([rules.NOT_MERGED("No adapter is merged", fix="Leave the call out, or merge first.")])
         self.session.unmerge()
 
+    @whole
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Raises `PeftcError`, with nothing changed, if an adapter on a tied weight would part it.
         """
         self._refuse_merge()
         merged: nn.Module = self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
         return merged
 
+    @whole
     def unload(self) -> nn.Module:
         """The base model as it was, with the same module objects. This object has no adapter afterwards."""
         session, model = self.session, self.get_base_model()
         session.unmerge()
         strip(model, session)
+        keep_entries(self.peft_config)
         self.peft_config.clear()
         return model
 
@@ -400,16 +368,20 @@ class PeftModel(PromptsMixin, nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save adapters: `default` at the root of the folder, others in subfolders. Each save is atomic.
+        """Save adapters: `default` at the root of the folder, others in subfolders. All in one step where the file system
+        can exchange folders, else each in one.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
-        Files are always safetensors; further keywords are accepted. Raises `PeftcError` with the folder as it was.
+        The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
+        Raises `PeftcError` with the folder as it was.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self.session.require(names)
-        files.check_format(safe_serialization, path_initial_model_for_weight_conversion)
+        if not names:
+            raise PeftcError(rules.NOT_ADAPTED("There is no adapter to save", fix="Add or load one first."))
+        files.check_start(path_initial_model_for_weight_conversion)
         if is_main_process:
-            files.save(self, save_directory, names, save_embedding_layers, state_dict)
+            files.save(self, save_directory, names, save_embedding_layers, state_dict, not safe_serialization)
 
     def adapter_tensors(
         self,
@@ -445,6 +417,7 @@ class PeftModel(PromptsMixin, nn.Module):
         return push(self, repo_id, DEFAULT, tags or (), commit)
 
     @classmethod
+    @whole
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -460,7 +433,7 @@ class PeftModel(PromptsMixin, nn.Module):
     ) -> PeftModel:
         """Load an adapter onto a base model, in the class of its task. Raises `PeftcError`, with the model as it was.
         `kwargs`: `torch_device`, `ignore_mismatched_sizes`, `subfolder`, those of the hub's client; others are ignored.
-        A file is mapped and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
+        Tensors are read once and nothing is initialised to be overwritten, so that `low_cpu_mem_usage` has nothing to add.
         """
         device = kwargs.pop("torch_device", None)
         given = (is_trainable, autocast_adapter_dtype, device, key_mapping, ephemeral_gpu_offload)
@@ -472,9 +445,13 @@ class PeftModel(PromptsMixin, nn.Module):
 
         task_class = task_model_class(config)
         chosen = cls if cls.mixes or issubclass(cls, task_class) else task_class
-        wrapped = chosen.from_plan(model, found.plan, {adapter_name: found.source})
-        return wrapped if is_trainable else wrapped.eval()
+        plan = with_handed(found.plan, model, {adapter_name: config})
+        wrapped = chosen.from_plan(model, plan, {adapter_name: found.source})
+        if not is_trainable:
+            files.evaluate(wrapped)
+        return wrapped
 
+    @whole
     @collector_paused()
     def load_adapter(
         self,

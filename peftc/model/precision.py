@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
-from peftc.model.injected import adapters_of
+from peftc.model.injected import adapters_of, followed
+from peftc.model.peft_model import PeftModel
 from peftc.model.state import slots_of
+from peftc.runtime.journal import whole
 from peftc.runtime.storage import find, put
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,7 +30,7 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> M:
-    """Make a quantised base ready to be trained through: freeze it, lift half precision to float32, save activations.
+    """Make a quantised base ready to be trained through: freeze it, but not adapters that it has already, lift half precision to float32, save activations.
 
     Norms, biases and embeddings that are not quantised are cast to float32, except for formats whose kernels want them in
     half precision. On a quantised model `use_gradient_checkpointing` switches checkpointing on, with
@@ -36,8 +38,10 @@ def prepare_model_for_kbit_training(
     `auto_clear_cache` gives the freed memory back to the accelerator. Returns the model itself.
     """
     keeps_half = _method_of(model) in _KEEP_HALF or bool(getattr(model, "hqq_quantized", False))
+    own = _of_adapters(model)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        if parameter not in own:
+            parameter.requires_grad_(False)
     if not keeps_half:
         for parameter in model.parameters():
             if parameter.dtype in _HALF and type(parameter).__name__ != "Params4bit":
@@ -48,6 +52,15 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and (in_bits or keeps_half):
         _checkpoint(model, dict(gradient_checkpointing_kwargs or {}))
     return model
+
+
+def _of_adapters(model: nn.Module) -> set[Tensor]:
+    """The tensors of adapters that the model has already."""
+    session = model.session if isinstance(model, PeftModel) else followed(model)
+    plans = () if session is None else session.plans
+    own = {tensor for name in plans if session is not None for tensor in session.tensors(name).values()}
+    encoders = model.prompt_encoder if isinstance(model, PeftModel) else None
+    return own | set(() if encoders is None else encoders.parameters())
 
 
 def _method_of(model: nn.Module) -> str:
@@ -83,6 +96,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
+@whole
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Lift an adapter's slots of less than 4 bytes per number to float32, as new parameters; base weights stay.
 

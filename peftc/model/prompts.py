@@ -14,6 +14,7 @@ from peftc.diagnostics import PeftcError
 from peftc.host import caches
 from peftc.registry.manager import default_registry
 from peftc.runtime.classes import encoder_class
+from peftc.runtime.journal import keep_entry
 from peftc.runtime.layer import Source
 from peftc.runtime.prompt import cache
 from peftc.runtime.prompt.driver import PromptDriver
@@ -120,6 +121,7 @@ class PromptsMixin:
             cache.refuse_unfit(model, c.num_layers, c.num_attention_heads, c.token_dim // c.num_attention_heads)
         encoder.fill(model.get_input_embeddings(), source)  # type: ignore[operator]  # the plan found them
         encoder.train(model.training)
+        keep_entry(self.prompt_encoder._modules, adapter.name)
         self.prompt_encoder[adapter.name] = encoder
 
     def _refuse_several(self, names: Sequence[str]) -> None:

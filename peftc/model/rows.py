@@ -13,6 +13,7 @@ from peftc import rules
 from peftc.diagnostics import Collector, Diagnostic, PeftcError
 from peftc.runtime.call import BASE, Call, rows_differ
 from peftc.runtime.session import Session
+from peftc.runtime.switched import disabled
 from peftc.runtime.values import problems as of_values
 from peftc.runtime.values import rows_of
 
@@ -41,6 +42,10 @@ def rows_named(
     problems.add(*of_values(session, values, names if session.enabled else (), args, kwargs))
     problems.raise_errors()
     session.let_rows_differ()
+    if set(names) == {BASE}:
+        with disabled(session):
+            yield
+        return
     if not session.enabled:
         yield
         return
@@ -59,10 +64,13 @@ def _problems(
         session.require(name for name in dict.fromkeys(names) if name != BASE)
     except PeftcError as error:
         yield from error.diagnostics
-    if session.merged:
+    if session.merged and set(names) != {BASE}:
         what = f"Merged adapters act on every row: {', '.join(f'`{name}`' for name in session.merged)}"
         yield rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first.")
     for name, plan in session.plans.items():
+        if plan.trains and set(names) != {BASE} and (set(names) != {name} or name not in session.active):
+            what, why = f"`{name}` trains biases of the base model", "Every row is computed with them, or none."
+            yield rules.CALL_NOT_POSSIBLE(what, why=why, fix="Call the model without row names.")
         acts = name in names or (
             name in session.active and bool(plan.modules)
         )  # a wrapped module sees all rows at once

@@ -20,10 +20,10 @@ from peftc.model.injected import adapters_of, config_given, unwrapped
 from peftc.model.loading import vocabulary_facts
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.ops.combine import padded
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
-from peftc.runtime.places import fill, whole
+from peftc.runtime.places import entire, fill
 from peftc.runtime.session import Session
 from peftc.runtime.stored import fitted, restored
 from peftc.tuner.slots import Slot
@@ -66,6 +66,7 @@ def get_peft_model_state_dict(
     return {key.removeprefix(root): tensor for key, tensor in tensors.items()}
 
 
+@whole
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -120,18 +121,18 @@ def _put_in(
     model: nn.Module, session: Session, fit: AdapterPlan, given: Mapping[str, Tensor], assign: bool
 ) -> Mapping[str, Tensor]:
     """Give an adapter the values of a checkpoint, whose plan is `fit`; returns them as the adapter holds them. All or none."""
-    with torch.no_grad(), Journal() as journal:
+    with torch.no_grad():
         rest = restored(session, fit, given)
         values = dict(rest)
         filled: dict[str, Tensor] = {}
         for disk, owner, slot in slots_of(session, fit.name):
             if disk in values:
                 if disk in rest:
-                    filled[disk] = _fill(owner, slot, fit.name, rest.pop(disk), assign, journal)
-                _hold(owner, slot, fit.name, filled[disk], journal)  # or another layer has filled it
+                    filled[disk] = _fill(owner, slot, fit.name, rest.pop(disk), assign)
+                _hold(owner, slot, fit.name, filled[disk])  # or another layer has filled it
         for tensor, value in _others(model, session, fit.name, rest):
-            fill(model, tensor, value, journal)
-        session.base.carry(session.plans[fit.name], rest.get, journal)
+            fill(model, tensor, value)
+        session.base.carry(session.plans[fit.name], rest.get)
     return values
 
 
@@ -153,30 +154,28 @@ def slots_of(session: Session, adapter: str) -> Iterator[tuple[str, TunerLayer |
             yield site.key(slot, adapter).disk(), owner, slot
 
 
-def _fill(
-    owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Tensor, assign: bool, journal: Journal
-) -> Tensor:
+def _fill(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Tensor, assign: bool) -> Tensor:
     """Give a slot its value; returns the tensor that it has then."""
     container, key = owner.where(adapter, slot)
     own: Tensor = container[key]
     if not assign:
-        if own.is_meta and whole(owner, {key: own})[key].is_meta:
+        if own.is_meta and entire(owner, {key: own})[key].is_meta:
             what = f"`{slot.name}` of `{adapter}` has no memory: it was made with `low_cpu_mem_usage`"
             raise PeftcError(rules.SHAPES_DIFFER(what, fix="Pass `low_cpu_mem_usage=True` here as well."))
-        fill(owner, own, value, journal)
+        fill(owner, own, value, slot.blocks)
         return own
     base = next((p for p in owner.parameters() if not p.is_meta), value)
-    fresh = padded(value.detach().to(base.device), own.shape)
+    fresh = padded(value.detach().to(base.device), own.shape, slot.blocks)
     held = fresh if slot.derived else nn.Parameter(fresh, requires_grad=own.requires_grad)
-    _hold(owner, slot, adapter, held, journal)
+    _hold(owner, slot, adapter, held)
     return held
 
 
-def _hold(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, tensor: Tensor, journal: Journal) -> None:
+def _hold(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, tensor: Tensor) -> None:
     """Let a slot have this very tensor."""
     container, key = owner.where(adapter, slot)
     if container[key] is not tensor:
-        journal.note(container.__setitem__, key, container[key])
+        keep_entry(container, key)
         container[key] = tensor
 
 

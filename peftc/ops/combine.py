@@ -32,22 +32,22 @@ def linear(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Tens
 
 def magnitude_prune(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Tensor:
     """The sum after each tensor has lost its smallest entries."""
-    return linear([_largest(t, pruning.density) for t in tensors], weights, pruning)
+    return linear([largest(t, pruning.density) for t in tensors], weights, pruning)
 
 
 def dare_linear(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Tensor:
     """The sum after entries were dropped at random and the others scaled up."""
-    return linear([_dropped(t, pruning.density) for t in tensors], weights, pruning)
+    return linear([dropped(t, pruning.density) for t in tensors], weights, pruning)
 
 
 def ties(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Tensor:
     """TIES: prune by size, elect signs, and average over those who agree."""
-    return _elected([_largest(t, pruning.density) for t in tensors], weights, pruning)
+    return _elected([largest(t, pruning.density) for t in tensors], weights, pruning)
 
 
 def dare_ties(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Tensor:
     """DARE's pruning, then TIES' election."""
-    return _elected([_dropped(t, pruning.density) for t in tensors], weights, pruning)
+    return _elected([dropped(t, pruning.density) for t in tensors], weights, pruning)
 
 
 COMBINATIONS: Mapping[str, Combination] = {
@@ -65,7 +65,7 @@ def _weighted(stacked: Tensor, weights: Tensor) -> Tensor:
     return stacked * weights.view(-1, *[1] * (stacked.dim() - 1))
 
 
-def _largest(tensor: Tensor, density: float) -> Tensor:
+def largest(tensor: Tensor, density: float) -> Tensor:
     """The entries of largest magnitude; the others zero."""
     if density >= 1:
         return tensor
@@ -74,7 +74,7 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
     return tensor * kept.view(tensor.shape)
 
 
-def _dropped(tensor: Tensor, density: float) -> Tensor:
+def dropped(tensor: Tensor, density: float) -> Tensor:
     """Entries kept with probability `density` and scaled so that their expectation stays."""
     if density >= 1:
         return tensor
@@ -83,17 +83,29 @@ def _dropped(tensor: Tensor, density: float) -> Tensor:
 
 def _elected(tensors: Sequence[Tensor], weights: Tensor, pruning: Pruning) -> Tensor:
     stacked = torch.stack(list(tensors))
+    return mean_of(_weighted(stacked, weights), agreeing(stacked, pruning.majority))
+
+
+def agreeing(stacked: Tensor, majority: str) -> Tensor:
+    """Which entries of `(n, ...)` have the sign that wins at their place, by mass (`"total"`) or by number."""
     sign = stacked.sign()
-    mass = (stacked if pruning.majority == "total" else sign).sum(dim=0)
-    agrees = sign == torch.where(mass >= 0, 1, -1)
-    total = (_weighted(stacked, weights) * agrees).sum(dim=0)
-    return total / agrees.sum(dim=0).clamp(min=1.0)
+    mass = (stacked if majority == "total" else sign).sum(dim=0)
+    return sign == torch.where(mass >= 0, 1, -1)
 
 
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor in the corner of zeros of a shape that is as large or larger."""
+def mean_of(stacked: Tensor, counted: Tensor) -> Tensor:
+    """The mean, at each place, of those entries of `(n, ...)` that are counted; 0 where none is."""
+    return (stacked * counted).sum(dim=0) / counted.sum(dim=0).clamp(min=1.0)
+
+
+def padded(tensor: Tensor, shape: Sequence[int], blocks: int = 1) -> Tensor:
+    """The tensor in the corner of zeros of a shape that is as large or larger; each of the `blocks` that it consists of along
+    the first dimension by itself."""
     if tensor.shape == torch.Size(shape):
         return tensor
+    if blocks > 1:
+        split = (blocks, shape[0] // blocks, *shape[1:])
+        return padded(tensor.unflatten(0, (blocks, -1)), split).flatten(0, 1)
     full = tensor.new_zeros(tuple(shape))
     full[tuple(slice(size) for size in tensor.shape)] = tensor
     return full

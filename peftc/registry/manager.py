@@ -1,7 +1,8 @@
 """Which methods exist and how one is loaded: by entry-point name, on first use, without importing any other.
 
 Closes pluggy's traps: two claims to one name are an error, a plugin that raises breaks only itself, a misspelt hook is an
-error, nothing is loaded before it is asked for. `PEFTC_BLOCK=a,b` hides plugins, `PEFTC_TRACE=1` prints every hook call.
+error, nothing is loaded before it is asked for. `PEFTC_BLOCK=a,b@distribution` hides
+plugins, or those of one distribution, `PEFTC_TRACE=1` prints every hook call.
 """
 
 from __future__ import annotations
@@ -10,17 +11,25 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 
 import pluggy
 
 from peftc import rules
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, nearest
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, nearest, warn
 from peftc.registry import hookspecs
+from peftc.registry.boundary import is_of_user
+from peftc.registry.contract import contract_problem
 from peftc.tuner.method import TunerMethod
+
+#: The distribution whose methods come with peftc.
+OWN = "peftc"
+#: What importlib raises on metadata that was damaged.
+_DAMAGE = (AttributeError, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +50,43 @@ class Claim:
 
 
 def installed() -> tuple[Claim, ...]:
-    """All plugins that installed distributions claim, sorted; the same distribution listed twice counts once."""
-    found = {
-        Claim(e.name, e.value, e.dist.name if e.dist else "?", e.dist.version if e.dist else "?")
-        for e in entry_points(group=hookspecs.GROUP)
-    }
+    """All plugins that installed distributions claim, sorted; the same distribution listed twice counts once.
+
+    One whose metadata cannot be read is warned of, and hides no other.
+    """
+    found = {Claim(entry.name, entry.value, *_named(entry)) for entry in _entries()}
     return tuple(sorted(found, key=lambda claim: (claim.name, claim.module)))
 
 
+def _entries() -> Iterable[EntryPoint]:
+    try:
+        return entry_points(group=hookspecs.GROUP)
+    except _DAMAGE:  # of some distribution: each by itself, which takes longer
+        return [entry for distribution in distributions() for entry in _entries_of(distribution)]
+
+
+def _entries_of(distribution: Distribution) -> Iterable[EntryPoint]:
+    try:
+        return distribution.entry_points.select(group=hookspecs.GROUP)
+    except _DAMAGE as error:
+        what = f"The entry points of a distribution in `{distribution.locate_file('')}` cannot be read: {error}"
+        fix = "Install it again, or remove what is left of it."
+        warn([rules.PLUGIN_BROKEN(what, fix=fix, severity=Severity.WARNING)])
+        return ()
+
+
+def _named(entry: EntryPoint) -> tuple[str, str]:
+    """Name and version of the distribution, as far as they can be read."""
+    if entry.dist is None:
+        return "?", "?"
+    try:
+        return str(entry.dist.name), str(entry.dist.version)
+    except (*_DAMAGE, KeyError):
+        return f"a distribution with damaged metadata in {entry.dist.locate_file('')}", "?"
+
+
 def blocked_names() -> frozenset[str]:
-    """Names in `PEFTC_BLOCK`."""
+    """What `PEFTC_BLOCK` names: plugins as `name`, or only one distribution's as `name@distribution`."""
     return frozenset(n.strip().lower() for n in os.environ.get("PEFTC_BLOCK", "").split(",") if n.strip())
 
 
@@ -66,11 +102,15 @@ class Registry:
     @property
     def names(self) -> tuple[str, ...]:
         """PEFT types that can be asked for, sorted; registered in this process or installed, and not blocked."""
-        names = {c.peft_type for c in self.claims if c.name not in self.blocked} | set(self._methods)
+        names = {c.peft_type for c in self.claims if not self._blocks(c)} | set(self._methods)
         return tuple(sorted(names))
 
     def claims_for(self, peft_type: str) -> Sequence[Claim]:
-        return [c for c in self.claims if c.peft_type == peft_type]
+        """Who claims the type, but for those that are blocked."""
+        return [c for c in self.claims if c.peft_type == peft_type and not self._blocks(c)]
+
+    def _blocks(self, claim: Claim) -> bool:
+        return not self.blocked.isdisjoint({claim.name, f"{claim.name}@{claim.distribution}".lower()})
 
     def get(self, peft_type: str) -> TunerMethod:
         """The method of that type, loaded on first use. Raises `PeftcError` (unknown, blocked, conflict or broken)."""
@@ -105,9 +145,7 @@ class Registry:
 
         Plugins are tried by likeness of name, so the usual name imports its own plugin and no other.
         """
-        stem = public_name.lower()
-        for role in ("config", "model", "layer"):
-            stem = stem.removesuffix(role)
+        stem = _stem(public_name)
         names = {name.replace("_", "").lower(): name for name in self.names}
         order = dict.fromkeys([*([stem] if stem in names else []), *nearest(stem, names), *names])
         for key in order:
@@ -124,18 +162,46 @@ class Registry:
         """Public names of the methods loaded so far; after a `find_name` that found nothing, those of all."""
         return sorted(name for method in self._methods.values() for name in method.public_names)
 
+    def load_all(self) -> list[TunerMethod]:
+        """Every method that can be loaded; what is wrong with another is told when it is asked for."""
+        for name in self.names:
+            with suppress(PeftcError):
+                self.get(name)
+        return [self._methods[name] for name in self.names if name in self._methods]
+
     def _only_claim(self, peft_type: str) -> Claim:
         claims = self.claims_for(peft_type)
+        if not claims and any(c.peft_type == peft_type for c in self.claims):
+            fix = f"Take `{peft_type.lower()}` out of PEFTC_BLOCK."
+            raise PeftcError(rules.PLUGIN_BLOCKED(f"`{peft_type}` is installed but blocked", fix=fix))
         if not claims:
             raise PeftcError(self._unknown(peft_type))
-        if claims[0].name in self.blocked:
-            fix = f"Take `{claims[0].name}` out of PEFTC_BLOCK."
-            raise PeftcError(rules.PLUGIN_BLOCKED(f"`{peft_type}` is installed but blocked", fix=fix))
         if len(claims) > 1:
             who = "; ".join(map(str, claims))
-            fix = f"Uninstall all but one of them, or set PEFTC_BLOCK={claims[0].name} to do without."
+            fix = f"Uninstall all but one of them, or hide the others: `PEFTC_BLOCK={_hiding(claims)}`."
             raise PeftcError(rules.PLUGIN_CONFLICT(f"`{peft_type}` is claimed by {who}", fix=fix))
         return claims[0]
+
+    def reason_missing(self, public_name: str) -> PeftcError | None:
+        """Why a public name that nothing declares is not there: its plugin is broken, claimed twice, or blocked.
+
+        Which plugin would declare a name follows from the type: `FakeConfig` would be of `FAKE`.
+        """
+        types = {c.peft_type.replace("_", "").lower(): c.peft_type for c in self.claims}
+        peft_type = types.get(_stem(public_name))
+        if peft_type is None or peft_type in self._methods:
+            return None
+        try:
+            self.get(peft_type)
+        except PeftcError as error:
+            return error
+        return None
+
+    @property
+    def out_of_order(self) -> tuple[Diagnostic, ...]:
+        """What is wrong with the plugins that were asked for and could not be loaded."""
+        claimed = {c.peft_type for c in self.claims}
+        return tuple(d for name, error in self._broken.items() if name in claimed for d in error.diagnostics)
 
     def _unknown(self, peft_type: str) -> Diagnostic:
         hint = did_you_mean(peft_type.upper(), self.names)
@@ -148,7 +214,9 @@ class Registry:
     def _load(self, claim: Claim) -> TunerMethod:
         try:
             plugin = importlib.import_module(claim.module)
-        except Exception as error:  # the plugin boundary: whatever a stranger's module does becomes a diagnostic
+        except BaseException as error:  # the plugin boundary: whatever a stranger's module does becomes a diagnostic
+            if is_of_user(error):
+                raise
             fix = f"Repair or uninstall {claim.distribution}; other methods work meanwhile."
             what = f"Importing {claim} raised {type(error).__name__}: {error}"
             raise PeftcError(rules.PLUGIN_BROKEN(what, fix=fix)) from error
@@ -160,16 +228,32 @@ class Registry:
             manager.register(plugin, claim.name)
             manager.check_pending()
             method = manager.hook.peftc_tuner()
-        except Exception as error:  # the plugin boundary
+        except BaseException as error:  # the plugin boundary
+            if is_of_user(error):
+                raise
             what = f"{claim} failed while registering: {type(error).__name__}: {error}"
             raise PeftcError(
                 rules.PLUGIN_BROKEN(what, fix="The hook is `peftc_tuner()`, marked `@hookimpl`.")
             ) from error
-        problem = _contract_problem(claim, method)
+        problem = contract_problem(claim.peft_type, method)
         if problem:
             raise PeftcError(rules.PLUGIN_INVALID(f"{claim}: {problem}", fix="Correct the plugin's record."))
         accepted: TunerMethod = method
         return accepted
+
+
+def _stem(public_name: str) -> str:
+    """What a public name of a method begins with, as the name of its type would be written."""
+    stem = public_name.lower()
+    for role in ("config", "model", "layer"):
+        stem = stem.removesuffix(role)
+    return stem
+
+
+def _hiding(claims: Sequence[Claim]) -> str:
+    """What to block so that one of the claims is left: that of peftc itself if there is one, else the first."""
+    kept = next((claim for claim in claims if claim.distribution == OWN), claims[0])
+    return ",".join(f"{claim.name}@{claim.distribution}" for claim in claims if claim is not kept)
 
 
 def _manager() -> pluggy.PluginManager:
@@ -179,24 +263,6 @@ def _manager() -> pluggy.PluginManager:
         manager.trace.root.setwriter(sys.stderr.write)
         manager.enable_tracing()
     return manager
-
-
-def _contract_problem(claim: Claim, method: object) -> str:
-    if method is None:
-        return "no function is marked `@hookimpl` and called `peftc_tuner`"
-    if not isinstance(method, TunerMethod):
-        return f"`peftc_tuner` returned a `{type(method).__name__}`, not a `TunerMethod`"
-    if method.peft_type != claim.peft_type:
-        return f"the record says `{method.peft_type}`, the entry point `{claim.peft_type}`"
-    if not (isinstance(method.config, type) and issubclass(method.config, PeftConfig)):
-        return "`config` is not a subclass of `PeftConfig`"
-    default = method.config.model_fields["peft_type"].default
-    if default != method.peft_type:
-        return f"`{method.config.__name__}.peft_type` is `{default}`, not `{method.peft_type}`"
-    if not method.is_prompt and method.call_tuner is None and not (method.prefix and method.layer_names):
-        return "a method on layers needs a `prefix` and `layer_names`"
-    stray = [n for n in method.layer_names if not n.startswith(method.prefix)]
-    return f"slots {stray} do not begin with the prefix `{method.prefix}`" if stray else ""
 
 
 @cache

@@ -15,13 +15,11 @@ from packaging.version import InvalidVersion, Version
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic
-from peftc.registry.manager import Registry
+from peftc.registry.manager import OWN, Registry
 
 #: Key of `adapter_config.json`.
 PLUGIN_KEY = "peftc_plugin"
 
-#: Methods that every installation has.
-_BUNDLED = "peftc"
 #: The name and version of a distribution; nothing else of a file may get into a command that a person is told to type.
 _REQUIREMENT = re.compile(r"([A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*)==([A-Za-z0-9]+(?:[.!+_-][A-Za-z0-9]+)*)")
 
@@ -30,7 +28,7 @@ def requirement_of(peft_type: str, registry: Registry) -> str | None:
     """What must be installed to use the method, e.g. `peftc-lora-xs==0.1.0`; None for methods that come with peftc and
     for those that no distribution brings."""
     claims = registry.claims_for(peft_type)
-    if len(claims) != 1 or claims[0].distribution == _BUNDLED:
+    if len(claims) != 1 or claims[0].distribution == OWN:
         return None
     requirement = f"{claims[0].distribution}=={claims[0].version}"
     return requirement if _REQUIREMENT.fullmatch(requirement) else None

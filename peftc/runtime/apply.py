@@ -11,9 +11,10 @@ from peftc.compiler.drift import differences
 from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.limits import MAX_NAME
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.classes import layer_factory
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_trained, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
@@ -30,6 +31,7 @@ def session_of(model: nn.Module) -> Session | None:
     return session if isinstance(session, Session) else None
 
 
+@whole
 def apply_plan(
     model: nn.Module,
     plan: InjectionPlan,
@@ -50,25 +52,25 @@ def apply_plan(
     drifted = differences(plan, graph) if plan.graph is None else ()
     if drifted:
         raise PeftcError(drifted)
-    with Journal() as journal:
-        if session is None:
-            session = Session(model, graph)
-            freeze(model, journal)
-            journal.note(model.__dict__.pop, SESSION, None)
-            model.__dict__[SESSION] = session
-        make = layer_factory(registry)
-        for adapter in plan.adapters:
-            _refuse_taken(session, adapter, mixed)
-            journal.note(_remove, session, adapter.name)
-            session.add(adapter, registry, make, (sources or {}).get(adapter.name))
-        if plan.active:
-            session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
+    if session is None:
+        session = Session(model, graph)
+        freeze(model)
+        keep(model)
+        model.__dict__[SESSION] = session
+    make = layer_factory(registry)
+    for adapter in plan.adapters:
+        _refuse_taken(session, adapter, mixed)
+        session.add(adapter, registry, make, (sources or {}).get(adapter.name))
+    if plan.active:
+        session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
     return session
 
 
+@whole
 def strip(model: nn.Module, session: Session) -> None:
     """Take every wrapper and all that was noted on the model off it."""
     session.unload()
+    keep(model)
     model.__dict__.pop(SESSION, None)
     model.__dict__.pop("peft_config", None)
 
@@ -77,6 +79,7 @@ def let_go(model: nn.Module) -> None:
     """Forget adapters that changed nothing of the model, as prompts do: it is an ordinary base then, for whoever has them too."""
     session = session_of(model) if isinstance(model, nn.Module) else None  # anything else is refused elsewhere
     if session is not None and session.is_apart:
+        keep(model)
         model.__dict__.pop(SESSION)
 
 
@@ -90,19 +93,15 @@ def hold(model: nn.Module, session: Session) -> None:
         what = "The base model was adapted by others meanwhile"
         fix = "Take their adapters off it first, with `unload()`."
         raise PeftcError(rules.MIXED_TYPES(what, fix=fix))
+    keep(model)
     model.__dict__[SESSION] = session
 
 
-def _remove(session: Session, name: str) -> None:
-    if name in session.plans:
-        session.delete(name)
-    session.prune()
-
-
 def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
-    if not adapter.name or any(mark in adapter.name for mark in "./\\"):
-        what = f"An adapter cannot be called `{adapter.name}`"
-        raise PeftcError(rules.ADAPTER_NAME(what, fix="Use a name without dots and slashes, such as `default`."))
+    if not is_usable(adapter.name):
+        what = f"An adapter cannot be called `{ascii(adapter.name)[1:-1]:.60}`"
+        fix = f"Use up to {MAX_NAME} bytes without dots, slashes and control characters, such as `default`."
+        raise PeftcError(rules.ADAPTER_NAME(what, fix=fix))
     if adapter.name in session.plans:
         raise PeftcError(name_taken(adapter.name))
     types = {plan.peft_type for plan in session.plans.values() if not plan.needed_by}
@@ -110,6 +109,13 @@ def _refuse_taken(session: Session, adapter: AdapterPlan, mixed: bool) -> None:
         return
     if types - {adapter.peft_type} and not mixed:
         raise PeftcError(mixed_types(adapter.config, types))
+
+
+def is_usable(name: object) -> bool:
+    """Whether an adapter can have the name, which becomes part of names of parameters and the name of a folder."""
+    if not isinstance(name, str) or not name.isprintable() or any(mark in name for mark in "./\\"):
+        return False
+    return 0 < len(name.encode("utf-8", "replace")) <= MAX_NAME
 
 
 def name_taken(name: str) -> Diagnostic:
@@ -124,9 +130,7 @@ def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:
     return rules.MIXED_TYPES(what, fix=fix)
 
 
-def freeze(model: nn.Module, journal: Journal) -> None:
+def freeze(model: nn.Module) -> None:
     """Stop every parameter of the model from requiring gradients."""
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            journal.note(parameter.requires_grad_, True)
-            parameter.requires_grad_(False)
+        keep_trained(parameter, False)

@@ -64,9 +64,15 @@ class Backend(ABC):
     def run(self, base: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
         """The layer's own forward with other (logical) parameters in place, differentiable in them."""
         own = {n: p for n, p in base._parameters.items() if p is not None}
-        if own.keys() != parameters.keys():
-            raise PeftcError(computed_elsewhere(base, next(iter(parameters.keys() ^ own.keys()))))
-        stored = {n: self.to_stored(n, t, own[n]).to(own[n].dtype) for n, t in parameters.items()}
+        strange = [*(n for n in own if n not in parameters), *(n for n in parameters if n not in base._parameters)]
+        if strange:
+            raise PeftcError(computed_elsewhere(base, strange[0]))
+        stored = {
+            n: self.to_stored(n, t, own[n]).to(own[n].dtype)
+            if n in own
+            else t.to(own["weight"].dtype)  # a bias it lacks
+            for n, t in parameters.items()
+        }
         with called_with(base, args, kwargs) as (args, kwargs):
             out: Tensor = functional_call(base, stored, args, kwargs)
         return out
@@ -175,13 +181,17 @@ class ConvBackend(Backend):
         kernel = base.kernel_size
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
         factor = A.reshape(A.shape[0], -1, *kernel)  # factors may be flat, as the contract has them, or as stored
-        h: Tensor = convolve(x, factor, None, base.stride, padding, base.dilation)
+        groups = base.in_channels // factor.shape[1]
+        if groups > 1:  # A is for the channels of one group, as the weight is: each gets it for its own
+            factor = factor.repeat(groups, *(1 for _ in factor.shape[1:]))
+        h: Tensor = convolve(x, factor, None, base.stride, padding, base.dilation, groups)
         return h
 
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
         kernel = _kernel_size(base)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
-        y: Tensor = convolve(h, B.reshape(*B.shape[:2], *(1 for _ in kernel)))
+        groups = h.shape[-1 - len(kernel)] // B.shape[1]  # in each group B has a part of what `down` gives
+        y: Tensor = convolve(h, B.reshape(*B.shape[:2], *(1 for _ in kernel)), groups=groups)
         return y
 
     def input_rows(self, weight: Tensor, base: nn.Module, patches: bool) -> Tensor:

@@ -18,7 +18,8 @@ from peftc.host.torch_modules import all_hooks
 from peftc.runtime.call import Shared
 from peftc.runtime.dropouts import found
 from peftc.runtime.gates import gated, is_gated
-from peftc.runtime.paths import Part, Path, Under, compose
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path, compose
 from peftc.runtime.rows import by_rows
 from peftc.runtime.storage import SlotModule, torch_dtype
 from peftc.tuner.slots import Container, Slot

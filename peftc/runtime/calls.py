@@ -16,6 +16,7 @@ from peftc.host import caches
 from peftc.registry.boundary import guarded
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import Gates
+from peftc.runtime.journal import keep_trained
 from peftc.runtime.layer import Source
 from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import INIT, SlotModule, allocate, torch_dtype
@@ -89,7 +90,9 @@ class CallModule(nn.Module):
         """Let the slots that train require gradients, or none."""
         for slot in self.site.slots:
             holder, name = self._place(slot.dotted)
-            holder._parameters[name].requires_grad_(trainable and slot.trainable)  # type: ignore[union-attr]  # held above
+            parameter = holder._parameters[name]
+            assert parameter is not None
+            keep_trained(parameter, trainable and slot.trainable)
 
     def around(
         self, shared: Shared, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

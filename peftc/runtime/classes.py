@@ -3,7 +3,7 @@ prompt encoders, made here on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
             "adapter_layer_names": method.layer_names,
             "dropout_name": method.layer_dropout or TunerLayer.dropout_name,
             "other_param_names": (*TunerLayer.other_param_names, *shown),
+            "_all_available_adapter_names": _names,
             "__module__": __name__,
             "__doc__": method.summary,
         }
@@ -48,12 +49,36 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
 
 
 def _option(option: str) -> property:
-    """An option of all adapters of a layer: name -> the value in force there."""
+    """An option of all adapters of a layer."""
+    return property(lambda layer: InForce(layer, lambda name: getattr(layer.site(name).config, option)))
 
-    def read(layer: TunerLayer) -> dict[str, Any]:
-        return {name: getattr(layer.site(name).config, option) for name in layer.adapters}
 
-    return property(read)
+def _names(layer: TunerLayer) -> list[str]:
+    """What programs written for the reference ask a layer for."""
+    return sorted(layer.adapters)
+
+
+class InForce(Mapping[str, Any]):
+    """Adapter of a layer -> what is in force there. Who keeps it sees adapters come and go; it is read and not written."""
+
+    __slots__ = ("_layer", "_read")
+
+    def __init__(self, layer: TunerLayer, read: Callable[[str], Any]) -> None:
+        self._layer, self._read = layer, read
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._layer.adapters:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.adapters)
+
+    def __len__(self) -> int:
+        return len(self._layer.adapters)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 _model_classes: dict[str, type[TunerModel]] = {}

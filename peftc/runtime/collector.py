@@ -6,11 +6,15 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peftc.runtime.journal import note
+
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """No garbage collection inside. Nests."""
     running = gc.isenabled()
+    if running:
+        note(gc.enable)
     gc.disable()
     try:
         yield

@@ -74,7 +74,11 @@ def converted(session: Session, name: str, to: str, rank: int | float, follow: F
     layers = list(session.layers_of(name))
     parts = {}
     for layer in follow(layers):
-        path = layer.site(name).path
+        path, tuner = layer.site(name).path, layer.part(name).tuner
+        if not tuner.is_mergeable:
+            what = f"`{name}` acts beside `{path}` and does not change its weight"
+            problems.add(rules.CANNOT_CONVERT(what, fix="Keep the adapter as it is.", where=path))
+            continue
         parts[path] = _factored(layer, name, rank)
         if parts[path] is None:
             what = f"`{name}` changes the bias of `{path}`, not only its weight"
@@ -136,9 +140,16 @@ def _planned(session: Session, plan: AdapterPlan, target: TunerMethod, ranks: Ma
     by_choice = _chosen(plan.config, target, _CHOICE)
     exact = {"target_modules": set(ranks)}
     for choice in (by_choice, exact) if by_choice.get("target_modules") else (exact,):
-        start = target.config(**_chosen(plan.config, target, _CARRIED), **choice)
+        start = target.least(**_chosen(plan.config, target, _CARRIED), **choice)
         config = _ranked(start, target, ranks)
-        made = compile_plan(session.graph, {plan.name: config}, given=list(ranks), loading=True, task_heads=False)
+        made = compile_plan(
+            session.graph,
+            {plan.name: config},
+            autocast_adapter_dtype=False,  # what is saved is in the model's dtype
+            given=list(ranks),
+            loading=True,
+            task_heads=False,
+        )
         if rules.GIVEN_TARGETS.code not in {warning.code for warning in made.warnings}:
             break
     return made.adapters[0]
@@ -171,6 +182,9 @@ def _slots(
     tensors: dict[str, Tensor] = {}
     for site in made.maps:
         found, tuner = factors[site.path], target.tuner_for(made.config, site.node(session.graph))
+        if not tuner.is_rankable:
+            what = f"{target.peft_type} makes no slots of thin factors on a {site.layer.cls} such as `{site.path}`"
+            raise PeftcError(rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.", where=site.path))
         slots = tuner.of_thin(site.config, site.layer, found.A, found.B)
         wrong = [slot.name for slot in site.slots if tuple(slots[slot.name].shape) != slot.shape]
         if wrong:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from peftc.runtime.paths import Part
+from peftc.runtime.journal import keep_entries, keep_entry
+from peftc.runtime.parts import Part
 
 
 def dropout_of(layer: nn.Module, name: str, adapter: str, p: float) -> nn.Module | None:
@@ -15,6 +16,7 @@ def dropout_of(layer: nn.Module, name: str, adapter: str, p: float) -> nn.Module
         return None
     container = _container(layer, name)
     if not isinstance(container._modules.get(adapter), nn.Dropout):
+        keep_entry(container._modules, adapter)
         made = container._modules[adapter] = nn.Dropout(p)
         made.training = layer.training
     return container._modules[adapter]
@@ -30,6 +32,7 @@ def drop_dropout(layer: nn.Module, name: str, adapter: str) -> None:
     """Remove an adapter's."""
     container = layer._modules.get(name)
     if container is not None:
+        keep_entries(container._modules)
         container._modules.pop(adapter, None)
 
 
@@ -37,6 +40,7 @@ def all_dropouts(layer: nn.Module, name: str, parts: Mapping[str, Part]) -> nn.M
     """Those of all adapters; one that drops nothing gets a module that does nothing, for others to hook."""
     container = _container(layer, name)
     for adapter in parts:
+        keep_entry(container._modules, adapter)
         container._modules.setdefault(adapter, nn.Identity())
     return container
 
@@ -44,6 +48,7 @@ def all_dropouts(layer: nn.Module, name: str, parts: Mapping[str, Part]) -> nn.M
 def _container(layer: nn.Module, name: str) -> nn.ModuleDict:
     container = layer._modules.get(name)
     if container is None:
+        keep_entry(layer._modules, name)
         container = layer._modules[name] = nn.ModuleDict()
     assert isinstance(container, nn.ModuleDict)
     return container

@@ -14,7 +14,8 @@ from torch import Tensor
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.runtime.call import Shared
-from peftc.runtime.paths import Part, Path, Under, update_of_branch, update_of_thin
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path, update_of_branch, update_of_thin
 
 
 @dataclass(frozen=True)

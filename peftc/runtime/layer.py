@@ -6,10 +6,10 @@ adapters' tensors; the mathematics is the method's. Live names are the ecosystem
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,24 @@ from peftc import rules
 from peftc.compiler.plan import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
 from peftc.runtime import places
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.called import noticing
 from peftc.runtime.dropouts import all_dropouts, drop_dropout, dropout_of
-from peftc.runtime.journal import Journal
-from peftc.runtime.paths import Part, Path, Under, adapted, opened, refuse_order
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, holder_of, view_class
+from peftc.runtime.folding import adapted, opened
+from peftc.runtime.inputs import first_argument
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
+from peftc.runtime.merged import merged_parameters
+from peftc.runtime.merging import Merging
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import Path
+from peftc.runtime.reading import as_read
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, holder_of, view_class
 from peftc.runtime.stores import Stock
+from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -35,15 +43,11 @@ from peftc.tuner.slots import Slot, labelled
 Source = Callable[[str], Tensor | None]
 
 
-#: adapters merged into a layer, the base parameters kept aside, and those in their place
-MergeState = tuple[list[str], places.State, places.State]
-
-
 class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
-class TunerLayer(nn.Module, BaseTunerLayer):
+class TunerLayer(Merging, BaseTunerLayer):
     """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
 
     The base layer may itself be one, of another method: then the adapters of that come first.
@@ -54,6 +58,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
     #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
     cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
 
     #: what the container of dropouts is called in the model
     dropout_name: ClassVar[str] = "adapter_dropout"
@@ -75,13 +83,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
         self._parts: dict[str, Part] = {}
         self._kind = site.layer.kind
-        self._first = _first_argument(type(self.get_base_layer()).forward)
-        #: the parameter that is adapted, where it is a single one of the module's
+        self._first = first_argument(type(self.get_base_layer()).forward)
         self.parameter = site.parameter
         self._active: tuple[str, ...] = ()
         self._disabled = False
         self._shared = Shared()
-        self._pristine: places.State = {}
+        self._is_aside = False
+        self._found_at, self._folded_at = {}, {}
+        self._nest()
         self._choose_path()
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -101,7 +110,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
         scaling = call(tuner.scaling)(site.config, site.layer)
         p = call(tuner.dropout)(site.config)
-        init, helper = call(tuner.init), Initializer(self.pristine)
+        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
         stock = stock or Stock()
         shared = stock.found(site.slots)
         made = filled(
@@ -117,9 +126,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             value = made[label]
             as_it_is = slot.derived or label in shared
             stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
+        for known in (self.scaling, self._sites, self._parts):
+            keep_entry(known, adapter)
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
+        if self._shared.by_rows:
+            keep(self)
+            self._choose_path()
 
     def derived(self, adapter: str, site: MapSite) -> Mapping[str, Tensor]:
         """What an adapter's method derives for its slots here by another plan, by name."""
@@ -128,27 +142,46 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
-        named = labelled(site.slots).items()
-        slots = {label: find(self, slot, adapter) for label, slot in named}
-        holders = {label: holder_of(self, slot, adapter) for label, slot in named}
+        named = labelled(site.slots)
+        slots = {label: find(self, slot, adapter) for label, slot in named.items()}
+        holders = {label: holder_of(self, slot, adapter) for label, slot in named.items()}
+        dropout = (
+            None if site.parameter else dropout_of(self, self.dropout_name, adapter, p)
+        )  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, holders, self.scaling, self),
             site.path,
-            dropout_of(self, self.dropout_name, adapter, p),
+            dropout,
             site.parameter,
-            labelled(site.slots),
+            named,
         )
-        if self._shared.by_rows:
-            self._choose_path()
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; raises `PeftcError` while it is merged."""
+        """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
+        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did.
+        """
+        acted = adapter_name in self._active
+        trained = any(tensor.requires_grad for _, tensor in self.parameters_of(adapter_name))
+        self.remove(adapter_name)
+        if not acted or self._active:
+            return
+        if not self._shared.active and self._sites:  # other layers follow this one
+            self._shared.active = (min(self._sites),)
+            tell([adapter_name], *self._shared.active)
+        self.activate(self._shared.active)
+        self.set_requires_grad(self._active, trained)
+
+    def remove(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors, and let nothing take over."""
         if adapter_name not in self._sites:
             return
         if adapter_name in self.merged_adapters:
-            what = f"`{adapter_name}` is merged into the base weights"
+            what = f"`{adapter_name}` is merged into the weight of this layer"
             raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
+        keep(self, self._shared)
+        keep_entries(self._sites, self._parts, self.scaling, self.held)
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
             drop(self, slot, adapter_name)
@@ -162,6 +195,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def join(self, shared: Shared) -> None:
         """Have in common with other layers what a model's layers share."""
+        keep(self)
         self.__dict__["_shared"] = shared
         if shared.by_rows:
             self._choose_path()
@@ -182,21 +216,21 @@ class TunerLayer(nn.Module, BaseTunerLayer):
                     tensor = self._parts[adapter].view[label]
                 yield slot.trainable and label not in held, tensor
 
-    def exchange(self, adapter: str, site: MapSite, journal: Journal) -> None:
+    def exchange(self, adapter: str, site: MapSite) -> None:
         """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
         tensor stays one, and nothing is composed anew."""
         old, tuner = self._sites[adapter]
         scaling = guarded(tuner.scaling, str(site.config.peft_type), site.path)(site.config, site.layer)
         own: float | Tensor = self.scaling[adapter]
-        journal.note(self._sites.__setitem__, adapter, (old, tuner))
-        journal.note(setattr, self._parts[adapter].view, "config", old.config)
+        keep_entry(self._sites, adapter)
+        note(setattr, self._parts[adapter].view, "config", old.config)
         self._sites[adapter] = (site, tuner)
         self._parts[adapter].view.config = site.config
         if isinstance(own, Tensor):
-            journal.note(own.copy_, own.clone())
+            keep_values(own)
             own.fill_(scaling)
         else:
-            journal.note(self.scaling.__setitem__, adapter, own)
+            keep_entry(self.scaling, adapter)
             self.scaling[adapter] = scaling
 
     def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
@@ -223,11 +257,13 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     # activation ---------------------------------------------------------------------------------------------------
 
+    @whole
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.set_requires_grad(self._sites, False)
         self.set_requires_grad(names, not inference_mode)
+        keep(self._shared)
         self._shared.active = names  # who calls this calls it on every layer
         self.activate(names)
 
@@ -236,37 +272,56 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             for trainable, parameter in self.parameters_of(name):
                 if parameter.is_leaf:
-                    parameter.requires_grad_(trainable and requires_grad)
+                    keep_trained(parameter, trainable and requires_grad)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate without touching what requires gradients; names that the layer does not have are passed over."""
+        keep(self)
         self.__dict__["_active"] = tuple(name for name in names if name in self._sites)
         self._choose_path()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapters act, or not. Trainability stays as it is."""
+        """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
+        keep(self)
+        self._disabled = not enabled
+        if self._shared.merges:
+            self.settle()
+        self._take_path()
+
+    def _take_path(self) -> None:
         state = self.__dict__
-        state["_disabled"] = not enabled
-        state["_path"] = state["_composed"] if enabled else state["_modules"]["base_layer"]
+        state["_path"] = state["_modules"]["base_layer"] if self._disabled else state["_composed"]
+
+    def _nest(self) -> None:
+        """Let a wrapper below know this one."""
+        self.__dict__["_outer"] = None
+        if isinstance(self.base_layer, TunerLayer):
+            self.base_layer.__dict__["_outer"] = ref(self)
 
     def _choose_path(self) -> None:
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
-        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._aside)
+        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._brought_aside)
         rows = self._parts if self._shared.by_rows else None
         state["_composed"] = noticing(self, self._shared, under, self._pending(), rows)
-        self.enable_adapters(not self._disabled)
+        self._take_path()
 
     def _pending(self) -> list[Part]:
-        """Active adapters that are not merged, first to last."""
+        """What acts beside the weights in place, first to last: active adapters that are not merged into them."""
+        if self._is_aside:
+            return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def _aside(self) -> dict[str, Tensor]:
+    def aside(self) -> dict[str, nn.Parameter | None]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
-        own = {name: was.value(name, self.device) for name, was in self._pristine.items()} if self._pristine else {}
-        return {**own, **(base._aside() if isinstance(base, TunerLayer) else {})}
+        return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
+
+    def _brought_aside(self) -> dict[str, Tensor | None]:
+        """The same, each with its value where the layer computes."""
+        base = self.base_layer
+        return {**self._found(), **(base._brought_aside() if isinstance(base, TunerLayer) else {})}
 
     def pristine(self) -> Mapping[str, Tensor]:
         """The base layer's parameters as they were before anything was merged into them, logical and frozen."""
@@ -293,10 +348,6 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def disable_adapters(self) -> bool:
         return self._disabled
 
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
     # the layer ----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -311,21 +362,26 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
         return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
                 raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
@@ -342,84 +398,33 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     # merging ------------------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold adapters into the base weights, those of wrappers below first. Raises `PeftcError`, with nothing changed,
-        with `safe_merge` on NaN or infinity, and where an adapter below would act after one that it now acts before.
-
-        The base's own parameter objects are kept aside, so that `unmerge` restores them bit for bit.
-        """
-        with Journal() as journal:
-            for layer in self.chain():
-                journal.note(layer.restore_merge, layer.merge_state())
-                layer._merge_own(safe_merge, adapter_names)
-
-    def _merge_own(self, check: bool, wanted: Sequence[str] | None) -> None:
-        wanted = self._active if wanted is None else wanted
-        names = [n for n in wanted if n in self._sites and n not in self.merged_adapters]
-        if not names:
-            return
-        refuse_order(self._under.between(), [self._parts[name] for name in names])
-        base = self.get_base_layer()
-        places.refuse_absent(base, self._parts[names[0]].path, "merged, the adapter would be lost")
-        parameters, was = self.merged_parameters(names, check), places.state_of(base)
-        self._pristine = {**{name: was[name] for name in parameters}, **self._pristine}
-        places.change(base, parameters)
-        self.merged_adapters.extend(names)
-        self._shared.merges = True
-        self._choose_path()
-
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
         base = self.base_layer
         return [*(base.chain() if isinstance(base, TunerLayer) else ()), self]
 
-    def merge_state(self) -> MergeState:
-        """What `restore_merge` needs."""
-        return list(self.merged_adapters), self._pristine, places.state_of(self.get_base_layer())
-
-    def restore_merge(self, state: MergeState) -> None:
-        """Go back to what was merged then."""
-        self.merged_adapters, self._pristine, parameters = state
-        places.restore(self.get_base_layer(), parameters)
-        self._choose_path()
-
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
-        base = self.get_base_layer()
         parts = [
             wrapper._parts[name].fixed(training=False)
             for wrapper in self.chain()
             for name in names
             if name in wrapper._parts and name not in wrapper.merged_adapters
         ]
-        with torch.no_grad():
-            logical = adapted(self._under, parts)
-            before = self.backend.opened(base)
-            changed = {n: t for n, t in logical.items() if n not in before or t is not before[n]}
-            if check and not all(torch.isfinite(t).all() for t in changed.values()):
-                what = f"Merging {', '.join(names)} gives NaN or infinity"
-                raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
-            result = {}
-            for name, tensor in changed.items():
-                own = base._parameters.get(name)
-                if own is None:
-                    raise PeftcError(places.computed_elsewhere(base, name))
-                stored = self.backend.to_stored(name, tensor, own).to(own.dtype)
-                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-            return result
+        return merged_parameters(self._under, parts, check)
 
-    def unmerge(self) -> None:
-        """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath."""
-        for layer in reversed(self.chain()):
-            if layer.merged_adapters:
-                layer.restore_merge(([], {}, layer._pristine))
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
 
     def changes(self, adapter: str) -> dict[str, Tensor]:
         """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
         with torch.no_grad():
             before = self.backend.opened(self.get_base_layer())
             after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
-            return {n: t - before[n].to(t.dtype) for n, t in after.items() if t is not before[n]}
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
@@ -440,15 +445,20 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         """Multiply the adapter's own scaling by `scale`."""
         if adapter in self._sites:
             site, tuner = self._sites[adapter]
+            keep_entry(self.scaling, adapter)
             self.scaling[adapter] = scale * tuner.scaling(site.config, site.layer)
 
+    @whole
     def scale_layer(self, scale: float) -> None:
         """Multiply the current scaling of the active adapters."""
+        keep_entries(self.scaling)
         for name in self._active:
             self.scaling[name] *= scale
 
+    @whole
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the current scaling of the active adapters; without a number, back to their own."""
+        keep_entries(self.scaling)
         for name in self._active:
             if scale is None:
                 self.set_scale(name, 1.0)
@@ -459,10 +469,12 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views and the chosen path refer to this object's containers: a copy makes its own."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_path", "_composed", "_under", "_parts")}
+        own = ("_path", "_composed", "_under", "_parts", "_outer")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
+        self._nest()
         self._parts = {}
         for adapter, (site, tuner) in self._sites.items():
             self._view(adapter, tuner.dropout(site.config))
@@ -471,15 +483,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     def _get_name(self) -> str:
         """How it is printed and reported: by method and kind of layer, as in the reference."""
         kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
-        return f"{self.peft_type.lower()}.{kind.value.capitalize()}"
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={list(self._active)}"
-
-
-@cache
-def _first_argument(forward: Callable[..., Any]) -> str:
-    """What a class of layers calls its input, for calls by keyword."""
-    names = iter(inspect.signature(forward).parameters)
-    next(names)
-    return next(names, "")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from peftc.compiler.plan import ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.registry.boundary import guarded
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory
 from peftc.runtime.layer import Source
-from peftc.runtime.places import device_of, hand_over, whole
+from peftc.runtime.places import device_of, entire, hand_over
 from peftc.runtime.storage import INIT, SlotModule, drop, filled, find, put
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
@@ -24,6 +25,9 @@ from peftc.tuner.slots import Container, Slot, labelled
 
 #: Where pickles look the classes of wrappers up.
 _HOME = "peftc.runtime.classes"
+
+#: a device, and a dtype if there is any floating-point tensor
+Placed = tuple[torch.device, torch.dtype | None]
 
 _classes: dict[str, type[ModuleWrapper]] = {}
 
@@ -38,7 +42,7 @@ class ModuleWrapper(nn.Module):
         self._inner = site.inner
         self._place = (parent, site.path.rpartition(".")[2])  # in a tuple, which torch does not take for a child
         self._sites: dict[str, tuple[ModuleSite, ModuleTuner[Any]]] = {}
-        self._shelves: dict[str, nn.Module] = {}
+        self._shelves: dict[str, Shelf] = {}
         self._is_in = False
         self._active: str | None = None
         self._disabled = False
@@ -59,13 +63,15 @@ class ModuleWrapper(nn.Module):
         """
         init = guarded(tuner.init, str(site.config.peft_type), site.path)
         made = filled(site, adapter, self._device(), source, lambda fresh: init(site.config, fresh, INIT))
-        shelf = nn.Module()
+        shelf = Shelf(self._placed())
         for label, slot in labelled(site.slots).items():
             parameter = nn.Parameter(made[label], requires_grad=False)
             if slot.named:
                 put(self, slot, adapter, parameter)
             else:
                 _lay(shelf, slot, parameter)
+        keep_entry(self._sites, adapter)
+        keep_entry(self._shelves, adapter)
         self._sites[adapter] = (site, tuner)
         self._shelves[adapter] = shelf
         self._settle()
@@ -76,6 +82,7 @@ class ModuleWrapper(nn.Module):
             return
         if self._active == adapter_name:
             self.activate(())
+        keep_entries(self._sites, self._shelves)
         site, _ = self._sites.pop(adapter_name)
         self._shelves.pop(adapter_name)
         for slot in site.slots:
@@ -113,19 +120,21 @@ class ModuleWrapper(nn.Module):
 
     def activate(self, names: Sequence[str]) -> None:
         """Let the one of these adapters act that is here, if any; what requires gradients stays as it is."""
+        keep(self)
         before = self._active
         self._active = next((name for name in names if name in self._sites), None)
         if before is not None and before != self._active:
             self._move(before, self, self._shelves[before])
+            self._shelves[before].placed = self._placed()
         if self._active is not None and before != self._active:
-            shelf, device = self._shelves[self._active], self._device()
-            if any(p.device != device and not p.is_meta for p in shelf.parameters()):
-                shelf.to(device)  # the model has gone there meanwhile
+            shelf = self._shelves[self._active]
+            shelf.follow(self._placed())
             self._move(self._active, shelf, self)
         self._settle()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapter act, or not. Names and trainability stay as they are."""
+        keep(self)
         self._disabled = not enabled
 
     @property
@@ -143,11 +152,12 @@ class ModuleWrapper(nn.Module):
     def _move(self, adapter: str, origin: nn.Module, target: nn.Module) -> None:
         """Hand over an adapter's tensors that go without its name."""
         site, _ = self._sites[adapter]
+        keep_entries(origin._parameters, target._parameters, origin._modules, target._modules)
         for slot in site.slots:
             if slot.name in origin._parameters and not slot.named:
                 parameter = origin._parameters[slot.name]
                 assert parameter is not None
-                held = whole(origin, {slot.name: parameter})[slot.name].detach() if parameter.is_meta else None
+                held = entire(origin, {slot.name: parameter})[slot.name].detach() if parameter.is_meta else None
                 del origin._parameters[slot.name]
                 hand_over(target, slot.name, parameter, held)
             elif slot.name in origin._modules and not slot.named:  # with all tensors of that name, whatever their tail
@@ -158,6 +168,9 @@ class ModuleWrapper(nn.Module):
         parent, name = self._place
         shows = self._active is not None or any(slot.named for site, _ in self._sites.values() for slot in site.slots)
         there = parent._modules[name]
+        keep(self)
+        keep_entry(self._modules, self._inner)
+        keep_entry(parent._modules, name)
         if shows and not self._is_in and there is not None:
             self.training = there.training
             self._modules[self._inner] = there
@@ -191,14 +204,38 @@ class ModuleWrapper(nn.Module):
     def _device(self) -> torch.device:
         return device_of(self.wrapped)
 
+    def _placed(self) -> Placed:
+        """Where the wrapped module computes, and in what dtype."""
+        found = next((p for p in self.wrapped.parameters() if p.is_floating_point()), None)
+        return self._device(), None if found is None else found.dtype
+
     def take_out(self) -> None:
         """Put the module back, whatever is here."""
         parent, name = self._place
+        keep(self)
+        keep_entry(parent._modules, name)
         parent._modules[name] = self.wrapped
         self._is_in = False
 
     def extra_repr(self) -> str:
         return f"adapters={list(self._sites)}, active={self.active_adapters}"
+
+
+class Shelf(nn.Module):
+    """Tensors of one adapter that are not in the model for now. `placed` is where that was when they left it."""
+
+    def __init__(self, placed: Placed) -> None:
+        super().__init__()
+        self.placed = placed
+
+    def follow(self, placed: Placed) -> None:
+        """Go where the model has gone meanwhile, and be cast as it was."""
+        device, dtype = placed
+        moved = any(p.device != device and not p.is_meta for p in self.parameters())
+        if moved or dtype != self.placed[1]:
+            for parameter in self.parameters():
+                keep_memory(parameter)
+            self.to(device=device if moved else None, dtype=dtype if dtype != self.placed[1] else None)
 
 
 class View:
@@ -226,7 +263,7 @@ class View:
             raise AttributeError(f"no slot `{name}`; there are {sorted(slots)}")
         container, key = self._wrapper.where(self.adapter, slots[name])
         tensor: Tensor = container[key]
-        return whole(self._wrapper, {name: tensor})[name] if tensor.is_meta else tensor
+        return entire(self._wrapper, {name: tensor})[name] if tensor.is_meta else tensor
 
 
 def wrapper_class(method: TunerMethod) -> type[ModuleWrapper]:

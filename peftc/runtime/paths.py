@@ -7,79 +7,26 @@ layer's kind admits. If one of them can only change parameters, all do, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftc import rules
-from peftc.diagnostics import PeftcError
-from peftc.graph.nodes import Kind
 from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.ops.recomputed import can_recompute, recomputed
-from peftc.ops.transposed import transposed
-from peftc.registry.boundary import guarded
-from peftc.runtime.backends import BACKENDS, Backend
-from peftc.runtime.experts import over_experts
+from peftc.runtime.backends import Backend
+from peftc.runtime.folding import adapted, folded, form_of_output, opened, trained_of
+from peftc.runtime.parts import Part, Under
 from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import LayerView
-from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner
-from peftc.tuner.slots import Slot
 
 #: x and whatever else the layer is called with -> y
 Path = Callable[..., Tensor]
-
-
-@dataclass(slots=True)
-class Part:
-    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one.
-
-    `modules` are the two that are called in place of products with the factors of a thin update, with its `scale`, where they
-    are to be called.
-    """
-
-    tuner: MapTuner[Any]
-    view: LayerView
-    path: str
-    dropout: Callable[[Tensor], Tensor] | None
-    parameter: str = ""
-    slots: Mapping[str, Slot] = field(default_factory=dict)
-    modules: tuple[nn.Module, nn.Module] | None = None
-    scale: float = 1.0
-
-    def fixed(self, training: bool) -> Part:
-        """The same with this mode and the scaling of now. What is merged or combined must not depend on chance."""
-        dropout = self.dropout if training else None
-        return Part(self.tuner, self.view.fixed(training), self.path, dropout, self.parameter, self.slots)
-
-    def over(self, tensors: dict[str, Tensor]) -> Part:
-        """The same with other tensors in its slots, by name."""
-        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout, self.parameter, self.slots)
-
-    def lowering(self, name: str) -> Callable[..., Any]:
-        """One of the method's functions; what it raises names the plugin and the layer."""
-        return guarded(getattr(self.tuner, name), str(self.view.config.peft_type), self.path)
-
-
-@dataclass(frozen=True, slots=True)
-class Under:
-    """What a layer's adapters act on: `base`, which is called, and the base layer `inner` under all wrappers.
-
-    Where they differ, other methods are between them: `between` gives their adapters in effect, first to last. `aside` are
-    parameters of the base layer as they were before anything was merged into them.
-    """
-
-    base: nn.Module
-    inner: nn.Module
-    backend: Backend
-    between: Callable[[], Sequence[Part]]
-    aside: Callable[[], Mapping[str, Tensor]]
 
 
 def compose(under: Under, parts: Sequence[Part]) -> Path:
@@ -322,6 +269,9 @@ def _along(change: Callable[..., Tensor], view: LayerView, axis: int) -> Callabl
 
 
 def _through_parameters(under: Under, parts: Sequence[Part]) -> Path:
+    for part in parts:
+        form_of_output(part)  # now, and not in a call
+
     def run(*args: Any, **kwargs: Any) -> Tensor:
         return through_parameters(under, [*under.between(), *parts], args, kwargs)
 
@@ -357,120 +307,35 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
     running, pristine = opened(under)
+    trained = trained_of(under)
 
-    def fold(parts: Sequence[Part]) -> dict[str, Tensor]:
-        folded = _folded(under, parts, running, pristine)
-        before = {} if beyond is None else _folded(under, parts[:beyond], running, pristine)
-        return {name: tensor - before[name] if before else tensor for name, tensor in folded.items()}
+    def fold(parts: Sequence[Part], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        now = {**running, **trained}
+        found = folded(under, parts, now, pristine)
+        before = {} if beyond is None else folded(under, parts[:beyond], now, pristine)
+        return {name: tensor - before[name] if name in before else tensor for name, tensor in found.items()}
 
     alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
     if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0], args[0].dtype):
-        return _linear_folded(fold, parts, args[0])
-    return under.backend.run(under.inner, fold(parts), args, kwargs)
+        return _linear_folded(fold, parts, args[0], trained)
+    return under.backend.run(under.inner, fold(parts, trained), args, kwargs)
 
 
-def _linear_folded(fold: Callable[[Sequence[Part]], Mapping[str, Tensor]], parts: Sequence[Part], x: Tensor) -> Tensor:
+def _linear_folded(
+    fold: Callable[[Sequence[Part], Mapping[str, Tensor]], Mapping[str, Tensor]],
+    parts: Sequence[Part],
+    x: Tensor,
+    trained: Mapping[str, Tensor],
+) -> Tensor:
+    """`trained` are parameters of the layer itself that train along, such as its bias."""
     slots = [part.view.tensors() for part in parts]
     parts = [part.fixed(part.view.training) for part in parts]  # backward folds as forward did
 
     def refold(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         rest = iter(tensors)
         over = [part.over({name: next(rest) for name in own}) for part, own in zip(parts, slots, strict=True)]
-        folded = fold(over)
+        folded = fold(over, dict(zip(trained, rest, strict=True)))
         weight, bias = folded["weight"], folded.get("bias")
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
-    return linear_folded(x, refold, [tensor for own in slots for tensor in own.values()])
-
-
-def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The base layer's logical parameters: as they are, and as they were before any merge."""
-    running = under.backend.opened(under.inner)
-    aside = {name: under.backend.to_logical(name, own.detach()) for name, own in under.aside().items()}
-    return running, {**running, **aside}
-
-
-def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
-    """The base layer's logical parameters with the adapters folded in, in activation order; the first change of each to
-    the running parameters `p`, beside the pristine `p0`. Differentiable in the slots."""
-    return _folded(under, parts, *opened(under))
-
-
-def refuse_order(below: Sequence[Part], own: Sequence[Part]) -> None:
-    """Raise `PeftcError` if merging a layer's own parts alone would let them act before what is pending below: only sums may
-    change places."""
-    if not below or all(part.tuner.additive for part in (*below, *own)):
-        return
-    first = ", ".join(f"`{part.view.adapter}`" for part in below)
-    what = f"Merging {', '.join(f'`{part.view.adapter}`' for part in own)} alone would change places with {first}"
-    fix = f"Merge {first} as well, or deactivate it before."
-    raise PeftcError(rules.MERGE_ORDER(what, fix=fix, where=own[0].path))
-
-
-def _folded(
-    under: Under, parts: Sequence[Part], running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    base, backend = under.inner, under.backend
-    for part in parts:
-        dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
-        if part.parameter:
-            p, p0 = ({"weight": tensors[part.parameter].to(dtype)} for tensors in (running, pristine))
-            running = {**running, part.parameter: _changed_parameter(base, backend, part, p, p0)}
-            continue
-        p = {name: tensor.to(dtype) for name, tensor in running.items()}
-        p0 = {name: tensor.to(dtype) for name, tensor in pristine.items()}
-        running = {**running, **_changed(base, backend, part, p, p0)}
-    return running
-
-
-def _changed_parameter(
-    base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
-) -> Tensor:
-    """The weights of all experts; where the mathematics is that of one, as it changes a linear layer's."""
-    tuner = part.tuner
-    if not isinstance(tuner, PerExpert):
-        return _changed(base, backend, part, p, p0)["weight"]
-    one, linear = tuner.one, BACKENDS[Kind.LINEAR]
-
-    def fold(view: LayerView, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _changed(base, linear, Part(one, view, part.path, None), p, p0)
-
-    return over_experts(tuner, part.view, fold, p, p0)
-
-
-def _changed(
-    base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    tuner, view = part.tuner, part.view
-    if "params" in tuner.lowerings:
-        return dict(part.lowering("params")(view, p, p0))
-    if "thin" in tuner.lowerings:
-        A, B, scale = part.lowering("thin")(view)
-        if view.layer.experts:
-            return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
-        return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
-    if "vectors" in tuner.lowerings and backend.vector_axis is not None:
-        index, values = part.lowering("vectors")(view)
-        rows = values if backend.vector_axis == 0 else values.t()
-        return {**p, "weight": p["weight"].index_copy(backend.vector_axis, index, rows.to(p["weight"].dtype))}
-    if not tuner.lowerings & {"input", "output"}:
-        what = f"{view.config.peft_type} says what it adds to an output, not how it changes the weight"
-        fix = "Keep it beside the model, alone on its layer; the plugin would have to give `params` or `thin`."
-        raise PeftcError(rules.CANNOT_MERGE(what, fix=fix, where=part.path))
-    changed = dict(p)
-    if "input" in tuner.lowerings:
-        changed["weight"] = _weight_after_input(base, backend, part, changed["weight"])
-    if "output" in tuner.lowerings:
-        output = part.lowering("output")
-        changed["weight"] = output(view, changed["weight"].t()).t()
-        if "bias" in changed and not tuner.spares_bias:
-            changed["bias"] = output(view, changed["bias"])
-    return changed
-
-
-def _weight_after_input(base: nn.Module, backend: Backend, part: Part, weight: Tensor) -> Tensor:
-    """`W M` where `input` is `x -> M x`: the vector-Jacobian product of `input` at W, so M is never formed."""
-    patches = part.tuner.input_space == "patches"
-    rows = backend.input_rows(weight, base, patches)
-    product = transposed(lambda x: part.lowering("input")(part.view, x), rows)
-    return backend.from_input_rows(product, weight, base, patches)
+    return linear_folded(x, refold, [*(tensor for own in slots for tensor in own.values()), *trained.values()])

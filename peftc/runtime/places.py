@@ -18,7 +18,8 @@ from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.host import offload, parallel
 from peftc.host.torch_modules import computed_by
-from peftc.runtime.journal import Journal
+from peftc.ops.combine import padded
+from peftc.runtime.journal import keep_values, note
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
@@ -42,7 +43,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found if tensor is not None}
 
 
-def whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def entire(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a model, each as a call of its module would have it: those that are brought with their values."""
     absent = _offloaded(model, tensors.values())
     found = {key: (tensor, absent.get(id(tensor))) for key, tensor in tensors.items()}
@@ -123,12 +124,17 @@ def computed_elsewhere(module: nn.Module, name: str) -> Diagnostic:
 class Original:
     """A parameter of a module as it was, and what brought its value then, if it was not there."""
 
-    parameter: nn.Parameter
+    parameter: nn.Parameter | None
     kept: Mapping[str, Tensor] | None
 
-    def value(self, name: str, device: torch.device) -> Tensor:
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its value is not with the parameter."""
+        return self.parameter is not None and self.parameter.is_meta and self.kept is not None
+
+    def value(self, name: str, device: torch.device) -> Tensor | None:
         """The tensor itself, on a device if it is brought there."""
-        if self.parameter.is_meta and self.kept is not None:
+        if self.parameter is not None and self.parameter.is_meta and self.kept is not None:
             return self.kept[name].to(device)
         return self.parameter
 
@@ -138,9 +144,9 @@ State = Mapping[str, Original]
 
 
 def state_of(module: nn.Module) -> State:
-    """The parameters that a module has of its own, for `restore`."""
+    """The parameters of a module, and that it has none under a name that it could have, for `restore`."""
     kept = offload.kept(module)
-    return {name: Original(p, kept) for name, p in module._parameters.items() if p is not None}
+    return {name: Original(parameter, kept) for name, parameter in module._parameters.items()}
 
 
 def change(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -148,8 +154,11 @@ def change(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     kept = offload.kept(module)
     if kept is None:
         module._parameters.update(parameters)
-    else:
-        offload.keep(module, offload.changed(kept, parameters))
+        return
+    for name, parameter in parameters.items():
+        if module._parameters.get(name) is None:  # what is brought must have a place
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    offload.keep(module, offload.changed(kept, parameters))
 
 
 def hand_over(module: nn.Module, name: str, parameter: nn.Parameter, value: Tensor | None) -> None:
@@ -161,28 +170,32 @@ def hand_over(module: nn.Module, name: str, parameter: nn.Parameter, value: Tens
         change(module, {name: parameter if value is None else nn.Parameter(value, parameter.requires_grad)})
 
 
-def fill(model: nn.Module, tensor: Tensor, value: Tensor, journal: Journal) -> None:
-    """Give a tensor of a model a value, in place or where it is brought from; the corner of a larger one.
+def fill(model: nn.Module, tensor: Tensor, value: Tensor, blocks: int = 1) -> None:
+    """Give a tensor of a model a value, in place or where it is brought from. One that is larger has zeros beside it, in each
+    of its `blocks`.
 
     Under `no_grad`. Raises `PeftcError` for a tensor without memory that nothing brings.
     """
     if not tensor.is_meta:
-        journal.note(tensor.copy_, tensor.clone())
-        _corner(tensor, value).copy_(value)
+        keep_values(tensor)
+        tensor.copy_(padded(value.to(tensor.device), tensor.shape, blocks))
         return
     at = _offloaded(model, [tensor]).get(id(tensor))
     if at is None:
         what = "The tensor has no memory: it is on the meta device, and nothing brings its value"
         raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix="Give the model its weights first."))
     module, name = at
-    made = nn.Parameter(_brought(module, name, tensor).clone(), requires_grad=False)
-    _corner(made, value).copy_(value)
-    journal.note(restore, module, state_of(module))
+    made = nn.Parameter(torch.empty_like(_brought(module, name, tensor)), requires_grad=False)
+    made.copy_(padded(value.to(made.device), made.shape, blocks))
+    keep_brought(module)
     change(module, {name: made})
 
 
-def _corner(tensor: Tensor, value: Tensor) -> Tensor:
-    return tensor if tensor.shape == value.shape else tensor[tuple(slice(size) for size in value.shape)]
+def keep_brought(module: nn.Module) -> None:
+    """Keep from where a module's tensors are brought, for undoing."""
+    kept = offload.kept(module)
+    if kept is not None:
+        note(offload.keep, module, kept)
 
 
 def refuse_offloaded(model: nn.Module, tensors: Mapping[str, Tensor], why: str = "would be trained") -> None:
@@ -199,17 +212,21 @@ def restore(module: nn.Module, state: State) -> None:
     """Let a module have parameters that it had, whether they are brought now, were then, both or neither."""
     kept, here = offload.kept(module), torch.device("cpu")
     for name, own in state.items():
-        if kept is None:
-            lost = own.parameter.is_meta and own.kept is not None
-            module._parameters[name] = (
-                nn.Parameter(own.value(name, here), own.parameter.requires_grad) if lost else own.parameter
-            )
+        if own.parameter is None:
+            module._parameters[name] = None
+        elif kept is None:
+            value = own.value(name, here) if own.is_elsewhere else None
+            again = own.parameter if value is None else nn.Parameter(value, own.parameter.requires_grad)
+            module._parameters[name] = again
+        elif module._parameters.get(name) is None:
+            module._parameters[name] = nn.Parameter(own.parameter.to("meta"), own.parameter.requires_grad)
     if kept is None:
         return
     before = next((own.kept for own in state.values() if offload.related(kept, own.kept)), None)
     if before is not None:
         offload.keep(module, before)
-    apart = {name: own.value(name, here) for name, own in state.items() if before is None or own.kept is not before}
+    values = {name: own.value(name, here) for name, own in state.items() if before is None or own.kept is not before}
+    apart = {name: value for name, value in values.items() if value is not None}
     if apart:
         offload.keep(module, offload.changed(before or kept, apart))
 

@@ -80,7 +80,7 @@ def paths_in(keys: Iterable[str], prefix: str) -> frozenset[str]:
         segments = segments_of(key, WRAPPED_ROOT)
         at = [i for i, part in enumerate(segments) if part.startswith(prefix)]
         if at:
-            paths.add(".".join(segments[: at[-1]]))
+            paths.add(".".join(part for part in segments[: at[-1]] if part != "base_layer"))
     return frozenset(paths)
 
 

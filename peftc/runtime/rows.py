@@ -18,10 +18,9 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.ops.grouped import grouped_low_rank
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.parts import Part, Under
 from peftc.runtime.paths import (
-    Part,
     Path,
-    Under,
     change_of_input,
     change_of_output,
     exchange_of_vectors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host.offload import whole_copy
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source
 
 
@@ -55,9 +56,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             found = source(f"{root}{name}") if source is not None else None
             if found is not None:
                 tensor.data = found.to(tensor.device, tensor.dtype)
+        keep_entry(self.modules_to_save._modules, adapter)
         self.modules_to_save.add_module(adapter, twin)
 
     def delete_adapter(self, adapter: str) -> None:
+        keep(self)
+        keep_entries(self.modules_to_save._modules)
         self.modules_to_save._modules.pop(adapter, None)
         if self._active == adapter:
             self._active = None
@@ -67,6 +71,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         twin = self.modules_to_save._modules.get(adapter)
         return list(twin.parameters()) if twin is not None else []
 
+    @whole
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate the first of these adapters that has a copy here, and make exactly its copy require gradients."""
         self.activate((adapter_names,) if isinstance(adapter_names, str) else adapter_names)
@@ -78,7 +83,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             for parameter in self.parameters_of(name):
                 if parameter.is_floating_point():
-                    parameter.requires_grad_(requires_grad)
+                    keep_trained(parameter, requires_grad)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Keys of a checkpoint, below the module -> names in this wrapper; empty if the adapter has no copy here."""
@@ -86,9 +91,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in (twin.state_dict() if twin is not None else ())}
 
     def activate(self, names: Sequence[str]) -> None:
+        keep(self)
         self._active = next((name for name in names if name in self.modules_to_save._modules), None)
 
     def enable_adapters(self, enabled: bool) -> None:
+        keep(self)
         self._disabled = not enabled
 
     @property
@@ -110,9 +117,16 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return self.original_module
         return self.modules_to_save[self._active]
 
+    def of(self, names: Iterable[str]) -> nn.Module:
+        """The module with these adapters in effect, whichever are now: the copy of the first that has one."""
+        own = self.modules_to_save._modules
+        return next((twin for name in names if (twin := own.get(name)) is not None), self.original_module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._shared.call if self._shared.by_rows and not self._disabled else None
-        return self.current(*args, **kwargs) if call is None else self._by_rows(call, args, kwargs)
+        if call is None or not call.adapters:
+            return self.current(*args, **kwargs)
+        return self._by_rows(call, args, kwargs)
 
     def _by_rows(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -18,19 +18,21 @@ from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import ModuleGraph
+from peftc.host.attention import is_read_past
 from peftc.registry.manager import Registry
 from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
 from peftc.runtime.calls import CallModule
 from peftc.runtime.drift import drift, home_of
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.places import device_of
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
-from peftc.runtime.together import keep_ties, refuse_clashes
+from peftc.runtime.switched import switch
+from peftc.runtime.together import gained, keep_ties, merged_already, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -84,8 +86,11 @@ class Session:
 
     # adding -------------------------------------------------------------------------------------------------------
 
+    @whole
     def add(self, plan: AdapterPlan, registry: Registry, make: LayerFactory, source: Source | None = None) -> None:
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
+        if plan.saves or self.copies:  # what deleted adapters left would be copied, or adapted, in place of the module
+            self.prune()
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
@@ -94,53 +99,54 @@ class Session:
         tuners = {
             (site.path, site.parameter): method.tuner_for(plan.config, site.node(self.graph)) for site in plan.maps
         }
-        with Journal() as journal, torch.no_grad():
+        with torch.no_grad():
             for site in plan.maps:
                 layer = home_of(self.layers.get(site.path), site)
                 if layer is None:
-                    layer = self._wrap(site.path, partial(make, plan.peft_type, site), journal)
-                    self._remember(self.layers, site.path, layer, journal)
+                    layer = self._wrap(site.path, partial(make, plan.peft_type, site))
+                    self._remember(self.layers, site.path, layer)
                     layer.join(self.shared)
-                journal.note(layer.delete_adapter, plan.name)
                 layer.add(plan.name, site, tuners[site.path, site.parameter], source, stock)
             self.stores.show()
-            self._add_around(plan, method, source, journal)
-            self._add_call(plan, method, source, journal)
+            self._add_around(plan, method, source)
+            self._add_call(plan, method, source)
             for save in plan.saves:
                 copy = self.copies.get(save.path)
                 if copy is None:
-                    copy = self._wrap(save.path, ModulesToSaveWrapper, journal)
-                    self._remember(self.copies, save.path, copy, journal)
+                    copy = self._wrap(save.path, ModulesToSaveWrapper)
+                    self._remember(self.copies, save.path, copy)
                     copy.join(self.shared)
-                journal.note(copy.delete_adapter, plan.name)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source)
-            self.base.change(plan, source, journal)
+            self.base.change(plan, source)
+            for known in (self.readers, self.seams, self.plans):
+                keep_entry(known, plan.name)
             readers = [tuner for tuner in tuners.values() if tuner.keywords]
             if readers:
                 self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
+            self.base.act(self.active if self.enabled else ())
 
-    def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
+    def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around modules."""
         for site in plan.modules:
             wrapper = self.modules.get(site.path)
             if wrapper is None:
                 parent, _, module = self._place(site.path)
                 wrapper = wrapper_class(method)(module, site, parent)
-                self._remember(self.modules, site.path, wrapper, journal)
+                self._remember(self.modules, site.path, wrapper)
             assert method.module_tuner is not None
-            journal.note(wrapper.delete_adapter, plan.name)
             wrapper.add(plan.name, site, method.module_tuner, source)
 
-    def _add_call(self, plan: AdapterPlan, method: TunerMethod, source: Source | None, journal: Journal) -> None:
+    def _add_call(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around calls."""
         if plan.call is None or method.call_tuner is None:
             return
         module = CallModule(plan, plan.call, method.call_tuner)
         module.fill(source, device_of(self.model))
+        keep_entry(self.holders, plan.call.owner)
         holder = self.holders.setdefault(plan.call.owner, nn.ModuleDict())
-        journal.note(holder._modules.pop, plan.name, None)
+        keep_entry(holder._modules, plan.name)
         holder._modules[plan.name] = module.train(self.model.training)
 
     def caller(self, name: str) -> CallModule | None:
@@ -156,24 +162,27 @@ class Session:
             return None
         return next((found for name in self.active if (found := self.caller(name)) is not None), None)
 
+    def is_weighed(self, name: str) -> bool:
+        """Whether an adapter is there for another that weighs it."""
+        return name in self.plans and bool(self.plans[name].needed_by)
+
     def needed_by(self, names: Iterable[str]) -> list[str]:
         """The adapters that these weigh."""
         return [name for name, plan in self.plans.items() if plan.needed_by and plan.needed_by in names]
 
-    def _wrap(self, path: str, wrap: Callable[[nn.Module], W], journal: Journal) -> W:
+    def _wrap(self, path: str, wrap: Callable[[nn.Module], W]) -> W:
         parent, name, module = self._place(path)
         wrapper = wrap(module)
         wrapper.training = module.training
-        journal.note(parent._modules.__setitem__, name, module)
+        if isinstance(wrapper, TunerLayer):
+            wrapper.read_past = is_read_past(parent, wrapper.get_base_layer())
+        keep_entry(parent._modules, name)
         parent._modules[name] = wrapper
         return wrapper
 
     @staticmethod
-    def _remember(known: dict[str, W], path: str, wrapper: W, journal: Journal) -> None:
-        if path in known:
-            journal.note(known.__setitem__, path, known[path])
-        else:
-            journal.note(known.pop, path)
+    def _remember(known: dict[str, W], path: str, wrapper: W) -> None:
+        keep_entry(known, path)
         known[path] = wrapper
 
     def gone(self, path: str) -> Diagnostic:
@@ -182,7 +191,8 @@ class Session:
         return rules.MODEL_DRIFTED(f"There is no module `{path}`", fix=hint or "Plan again for this model.", where=path)
 
     def prune(self) -> None:
-        """Take out wrappers that hold no adapter: what is left of one that could not be added."""
+        """Take out wrappers that hold no adapter: what is left where others took one out."""
+        keep_entries(self.layers, self.modules, self.copies)
         for path, layer in [item for item in self.layers.items() if not item[1].adapters]:
             below: nn.Module = layer
             while isinstance(below, TunerLayer) and not below.adapters:
@@ -250,6 +260,7 @@ class Session:
 
     # activation ---------------------------------------------------------------------------------------------------
 
+    @whole
     def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
         """Activate adapters, in this order. Their slots require gradients if `trainable`, those of others do not."""
         self.require(names)
@@ -260,7 +271,7 @@ class Session:
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, trainable)
-        self._activate(names)
+        self.activate(names)
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if these adapters cannot act at the same time."""
@@ -270,7 +281,9 @@ class Session:
         layer = self.layer_of(plan.name, path)
         return None if layer is None else layer.part(plan.name).tuner
 
-    def _activate(self, names: Sequence[str]) -> None:
+    def activate(self, names: Sequence[str]) -> None:
+        """Let these adapters act, in this order. What requires gradients stays as it is."""
+        keep(self.shared)
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
@@ -281,6 +294,7 @@ class Session:
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
         self.active = tuple(names)
+        self.base.act(self.active if self.enabled else ())
 
     def _take_out_merged(self, names: Sequence[str]) -> None:
         """Unmerge, with a warning, before others than the active adapters are activated."""
@@ -290,49 +304,48 @@ class Session:
             warn([rules.WHILE_MERGED(what, fix=fix, severity=Severity.WARNING)])
             self.unmerge()
 
+    @whole
     def bring_in(self, name: str, trainable: bool = True) -> None:
         """Activate an adapter in place of those of its own method, beside those of others. What trained before goes on to."""
         own = self.plans[name].peft_type
         others = [n for n in self.active if n in self.plans and self.plans[n].peft_type != own]
+        self.refuse_clashes([*others, name])
         self._take_out_merged([*others, name])
         self.set_requires_grad(name, trainable)
-        self._activate([*others, name])
+        self.activate([*others, name])
 
+    @whole
     def let_rows_differ(self) -> None:
         """From now on layers look whether a call names adapters by row."""
         if not self.shared.by_rows:
+            keep(self.shared)
             self.shared.by_rows = True
             for layer in self.wrappers():
                 layer.join(self.shared)
 
+    @whole
     def set_requires_grad(self, name: str, required: bool) -> None:
         """Make an adapter's trainable tensors require gradients, or not."""
+        keep_entries(self.requiring)
         (self.requiring.add if required else self.requiring.discard)(name)
         for layer in self.layers_of(name):
             layer.set_requires_grad(name, required)
         for wrapper in self.modules_of(name):
             for trainable, parameter in wrapper.parameters_of(name):
-                parameter.requires_grad_(trainable and required)
+                keep_trained(parameter, trainable and required)
         caller = self.caller(name)
         if caller is not None:
             caller.set_trainable(required)
         for copy in self.copies_of(name):
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
-                    parameter.requires_grad_(required)
+                    keep_trained(parameter, required)
         for parameter in self.base.trained(self.plans[name]).values():
-            parameter.requires_grad_(required)
+            keep_trained(parameter, required)
 
     def enable(self, enabled: bool) -> None:
-        """Let the active adapters act, or not."""
-        if enabled == self.enabled:
-            return
-        for name in self.active:
-            for layer in (*self.layers_of(name), *self.modules_of(name)):
-                layer.enable_adapters(enabled)
-            for copy in self.copies_of(name):
-                copy.enable_adapters(enabled)
-        self.enabled = enabled
+        """Let the active adapters, and merged ones, act, or not."""
+        switch(self, enabled)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` naming every adapter that is not there."""
@@ -341,7 +354,7 @@ class Session:
             have = ", ".join(f"`{n}`" for n in self.plans) or "none"
             raise PeftcError(
                 rules.ADAPTER_UNKNOWN(
-                    f"There is no adapter `{name}`; there is {have}",
+                    f"Adapter {name} does not exist; there is {have}",
                     fix=did_you_mean(name, self.plans) or f"Use {have}.",
                 )
                 for name in missing
@@ -349,44 +362,49 @@ class Session:
 
     # removing -----------------------------------------------------------------------------------------------------
 
-    def delete(self, name: str) -> None:
-        """Remove an adapter; its layers keep the others."""
-        self.require([name])
-        self.refuse_merged(name)
+    @whole
+    def remove(self, name: str) -> None:
+        """Remove an adapter; its layers keep the others, and nothing takes over."""
         self.set_requires_grad(name, False)
-        for layer in (*self.layers_of(name), *self.modules_of(name)):
-            layer.delete_adapter(name)
-        for copy in self.copies_of(name):
-            copy.delete_adapter(name)
+        for layer in self.layers_of(name):
+            layer.remove(name)
+        for module in (*self.modules_of(name), *self.copies_of(name)):
+            module.delete_adapter(name)
         for needed in self.needed_by([name]):
-            self.delete(needed)
+            self.remove(needed)
         call = self.plans[name].call
         if call is not None:
+            keep_entries(self.holders[call.owner]._modules)
             del self.holders[call.owner]._modules[name]
+        keep_entries(self.plans, self.seams, self.steps, self.readers)
         del self.plans[name], self.seams[name]
         self.steps.pop(name, None)
         self.readers.pop(name, None)
         self.base.restore([name])
-        self._activate([n for n in self.active if n != name])
+        self.activate([n for n in self.active if n != name])
 
+    @whole
     def merge(self, names: Sequence[str] | None = None, safe: bool = False) -> None:
         """Fold adapters into the base weights where they are; all layers or none."""
         names = self.active if names is None else names
         self.require(names)
+        if not names:
+            what, why = "No adapter is active, so nothing is merged", "The base weights stay as they are."
+            warn([rules.NOT_MERGED(what, why=why, fix="Activate one, or name some.")])
         again = [name for name in names if name in self.merged]
         if again:
-            what = f"Merged already: {', '.join(f'`{name}`' for name in again)}"
-            warn(
-                [rules.ALREADY_MERGED(what, fix="Nothing is to be done; `unmerge_adapter()` takes it out.")],
-            )
+            warn([merged_already(again, names, "unmerge_adapter")])
         self.refuse_around(names)
         self.refuse_clashes([*self.merged, *names])
-        with Journal() as journal:
-            for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
-                for layer in self.layers[path].chain():
-                    journal.note(layer.restore_merge, layer.merge_state())
-                self.layers[path].merge(safe, names)
-            keep_ties(self.graph, self.layers)
+        self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
+        for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
+            for layer in self.layers[path].chain() if not self.enabled else ():
+                layer.enable_adapters(False)
+            self.layers[path].merge(safe, names)
+        keep_ties(self.graph, self.layers)
+        warn(gained(self.layers))
+        self.base.still()
+        self.base.act(self.active if self.enabled else ())
 
     def refuse_around(self, names: Iterable[str]) -> None:
         """Raise `PeftcError` if one of the adapters is no change of weights."""
@@ -399,8 +417,10 @@ class Session:
             what = f"`{weighs}` weighs adapters anew in every call"
             raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
 
+    @whole
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
+        keep(self.shared)
         for layer in self.layers.values():
             layer.unmerge()
         self.shared.merges = False
@@ -418,11 +438,13 @@ class Session:
             return ()
         return tuple(dict.fromkeys(name for layer in self.wrappers() for name in layer.merged_adapters))
 
+    @whole
     def unload(self) -> None:
         """Take every wrapper out again: the same module objects as before are back in their places."""
+        keep(self, self.shared)
         for name in self.plans:
             for parameter in self.base.trained(self.plans[name]).values():
-                parameter.requires_grad_(False)
+                keep_trained(parameter, False)
         for path, layer in self.layers.items():
             self._put_back(path, layer.get_base_layer())
         for wrapper in self.modules.values():
@@ -434,19 +456,24 @@ class Session:
         self.layers, self.modules, self.copies, self.plans = {}, {}, {}, {}
         self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
         for holder in self.holders.values():
+            keep_entries(holder._modules)
             holder.clear()
 
-    def keep_trained(self) -> None:
-        """Before unloading a merged model: trained copies in effect become the modules, trained base tensors stay."""
-        self.base.keep()
+    def keep_trained(self, names: Iterable[str]) -> None:
+        """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
+        merged = (*names, *self.merged)
+        self.base.act(merged)
+        self.base.keep_changes()
+        keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
-            self._put_back(path, copy.current)
+            self._put_back(path, copy.of(merged))
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:
         head, _, name = path.rpartition(".")
         parent = self.find(head)
         assert parent is not None
+        keep_entry(parent._modules, name)
         parent._modules[name] = module
 
     # state --------------------------------------------------------------------------------------------------------
@@ -468,6 +495,6 @@ class Session:
             twin = self.copies[save.path].modules_to_save[name]
             for key, tensor in twin.state_dict(keep_vars=True).items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
-        tensors |= self.base.trained(plan)
+        tensors |= self.base.values(plan)
         caller = self.caller(name)
         return tensors if caller is None else tensors | caller.tensors()

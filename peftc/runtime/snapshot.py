@@ -34,6 +34,7 @@ _FORWARDS: Mapping[type[nn.Module], Kind] = {
     nn.Conv1d: Kind.CONV1D,
     nn.Conv2d: Kind.CONV2D,
     nn.Conv3d: Kind.CONV3D,
+    nn.MultiheadAttention: Kind.ATTENTION,
 }
 
 #: Rank of the weight of each kind: a layer whose `weight` is something else (packed, parametrised) is not of that kind.
@@ -200,6 +201,8 @@ def _describe(
 ) -> LayerFacts:
     cls = type(module).__name__
     weight = next((tensor for name, tensor in params if name == "weight"), computed)
+    if isinstance(module, nn.MultiheadAttention) and kind is Kind.ATTENTION:
+        return LayerFacts(kind, cls, module.embed_dim, module.embed_dim, params=params, buffers=buffers)
     if kind is Kind.OTHER:
         transposed = layers.stores_transposed(module)
         return LayerFacts(Kind.OTHER, cls, params=params, buffers=buffers, note=note, transposed=transposed)
@@ -230,9 +233,13 @@ def _lazy(path: str, name: str) -> Diagnostic:
 
 def _model_facts(model: nn.Module, paths: Mapping[int, str]) -> ModelFacts:
     base = unwrapped(model)
-    if not layers.is_pretrained(base):
-        return ModelFacts(type(base).__name__)
     loaded = cast(Any, base)
+    if not layers.is_pretrained(base):  # any model may tell its embeddings as those do
+        return ModelFacts(
+            type(base).__name__,
+            input_embeddings=_embedding_path(lambda: loaded.get_input_embeddings(), paths),
+            output_embeddings=_embedding_path(lambda: loaded.get_output_embeddings(), paths),
+        )
     config = loaded.config
     return ModelFacts(
         cls=type(base).__name__,
@@ -262,7 +269,7 @@ def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers
 def _embedding_path(getter: Callable[[], nn.Module | None], paths: Mapping[int, str]) -> str | None:
     try:
         module = getter()
-    except (NotImplementedError, AttributeError):  # a model without a text input or head says so by raising
+    except (NotImplementedError, AttributeError):  # a model without a text input or head raises, or has no such method
         return None
     return None if module is None else paths.get(id(unwrapped(module)))
 

@@ -17,12 +17,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError, warn
+from peftc.ops.combine import padded
 from peftc.registry.boundary import boundary
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import Session
 from peftc.runtime.step_state import StepState
-from peftc.runtime.storage import LayerView, unpadded
+from peftc.runtime.storage import LayerView
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 from peftc.tuner.steps import Changes
@@ -44,6 +45,7 @@ def schedule_problems(session: Session, steps: int) -> Iterator[Diagnostic]:
                 yield from tuner.schedule(session.plans[name].config, steps)
 
 
+@whole
 def take(session: Session, step: int) -> tuple[str, ...]:
     """Let the methods of adapters that train act, after the backward of optimiser step `step`, counted from 1, and before
     gradients are zeroed. Returns the adapters.
@@ -60,14 +62,14 @@ def take(session: Session, step: int) -> tuple[str, ...]:
             what = f"No tensor of `{name}` has a gradient at step {step}"
             fix = "Call it after `backward()` and before `zero_grad()`."
             raise PeftcError(rules.STEP_WITHOUT_GRADIENTS(what, fix=fix))
-    with torch.no_grad(), Journal() as journal:
+    with torch.no_grad():
         for name in names:
-            state = session.steps.setdefault(name, StepState())
+            state = _state_of(session, name)
             for tuner, layers in _by_tuner(session, name):
                 with boundary(session.plans[name].peft_type, "on_step"):
                     changes = tuner.on_step(session.plans[name].config, step, _views(layers, name), state.values)
                 _require_valid(changes, tuner, layers, session.plans[name].peft_type, name)
-                _carry_out(session, name, changes, layers, journal)
+                _carry_out(session, name, changes, layers)
             state.last = step
     return tuple(names)
 
@@ -105,28 +107,35 @@ def _require_valid(
         raise PeftcError(rules.PLUGIN_INVALID(f"Changes that {peft_type} asks for: {'; '.join(wrong)}", fix=fix))
 
 
-def _carry_out(
-    session: Session, name: str, changes: Changes, layers: Mapping[str, TunerLayer], journal: Journal
-) -> None:
+def _carry_out(session: Session, name: str, changes: Changes, layers: Mapping[str, TunerLayer]) -> None:
     for (path, slot), mask in changes.masks.items():
-        tensor = unpadded(_tensor(layers[path], name, slot), tuple(mask.shape))
-        journal.note(tensor.copy_, tensor.clone())
-        tensor.masked_fill_(~mask, 0)
+        tensor, blocks = _tensor(layers[path], name, slot), _slots(layers[path], name)[slot].blocks
+        keep_values(tensor)
+        tensor.masked_fill_(padded(~mask, tensor.shape, blocks), 0)
     for (path, slot), trains in changes.trainable.items():
-        hold(layers[path], name, slot, not trains, journal)
-    patch(session, name, changes.options, journal)
+        hold(layers[path], name, slot, not trains)
+    patch(session, name, changes.options)
 
 
-def hold(layer: TunerLayer, name: str, slot: str, held: bool, journal: Journal) -> None:
+def _state_of(session: Session, name: str) -> StepState:
+    """What steps left behind for an adapter, to be changed."""
+    keep_entry(session.steps, name)
+    state = session.steps.setdefault(name, StepState())
+    keep(state)
+    keep_entries(state.values)
+    return state
+
+
+def hold(layer: TunerLayer, name: str, slot: str, held: bool) -> None:
     """Stop a slot from training, until it is let go."""
-    own, tensor = layer.held.setdefault(name, set()), _tensor(layer, name, slot)
-    journal.note(layer.held.__setitem__, name, set(own))
-    journal.note(tensor.requires_grad_, tensor.requires_grad)
+    keep_entry(layer.held, name)
+    own = layer.held.setdefault(name, set())
+    keep_entries(own)
     (own.add if held else own.discard)(slot)
-    tensor.requires_grad_(not held)
+    keep_trained(_tensor(layer, name, slot), not held)
 
 
-def patch(session: Session, name: str, options: Mapping[str, Any], journal: Journal) -> None:
+def patch(session: Session, name: str, options: Mapping[str, Any]) -> None:
     """Change options of an adapter, on every layer. Raises `PeftcError` if a value is wrong."""
     if not options:
         return
@@ -135,10 +144,9 @@ def patch(session: Session, name: str, options: Mapping[str, Any], journal: Jour
     configs = {id(config): config for config in (plan.config, *(site.config for site in plan.sites))}
     for config in configs.values():
         for option, value in options.items():
-            journal.note(setattr, config, option, getattr(config, option))
+            note(setattr, config, option, getattr(config, option))
             setattr(config, option, value)
-    state = session.steps.setdefault(name, StepState())
-    journal.note(setattr, state, "options", state.options)
+    state = _state_of(session, name)
     state.options = {**state.options, **options}
 
 
@@ -234,13 +242,14 @@ def step_states(session: Session) -> dict[str, Any]:
     return found
 
 
+@whole
 def restore_step_states(session: Session, stored: Mapping[str, Any]) -> None:
     """Go on from there. Raises `PeftcError` if an adapter is not there or an option has a wrong value."""
     session.require(stored)
-    with Journal() as journal:
-        for name, content in stored.items():
-            session.steps[name] = StepState(content["last"], dict(content["values"]))
-            patch(session, name, content["options"], journal)
-            for layer in session.layers_of(name):
-                for slot in content["held"].get(layer.site(name).path, ()):
-                    hold(layer, name, slot, True, journal)
+    for name, content in stored.items():
+        keep_entry(session.steps, name)
+        session.steps[name] = StepState(content["last"], dict(content["values"]))
+        patch(session, name, content["options"])
+        for layer in session.layers_of(name):
+            for slot in content["held"].get(layer.site(name).path, ()):
+                hold(layer, name, slot, True)

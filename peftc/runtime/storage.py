@@ -22,7 +22,9 @@ from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
+from peftc.runtime.backends import Backend
 from peftc.runtime.call import Call
+from peftc.runtime.journal import keep_entries, keep_entry
 from peftc.runtime.places import tensor_of
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
@@ -37,6 +39,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def _product(tensor: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, tensor)
+
+
+def half_of(layer: LayerFacts) -> torch.dtype | None:
+    """The dtype of a layer in half precision; None for others."""
+    dtype = next((tensor.dtype for _, tensor in layer.params), "")
+    return torch_dtype(dtype) if dtype in ("float16", "bfloat16") else None
 
 
 class SlotModule(nn.Module):
@@ -79,19 +87,23 @@ _PLAIN = {key: value for key, value in _TEMPLATE.items() if not isinstance(value
 
 
 class Initializer:
-    """`SlotInit` on tensors. Runs under `no_grad`; tensors without data are left alone."""
+    """`SlotInit` on tensors. Runs under `no_grad`; tensors without data are left alone.
 
-    __slots__ = ("_opened",)
+    What is drawn beside a base layer in half precision is `rounded` to it, as the reference's parameters have once been.
+    """
 
-    def __init__(self, opened: Callable[[], Mapping[str, Tensor]] = dict) -> None:
+    __slots__ = ("_opened", "_rounded")
+
+    def __init__(self, opened: Callable[[], Mapping[str, Tensor]] = dict, rounded: torch.dtype | None = None) -> None:
         self._opened = opened
+        self._rounded = rounded
 
     @property
     def base(self) -> Mapping[str, Tensor]:
         return self._opened()
 
     def of_expert(self, name: str, index: int) -> Initializer:
-        return Initializer(lambda: {"weight": self._opened()[name][index]})
+        return Initializer(lambda: {"weight": self._opened()[name][index]}, self._rounded)
 
     def zeros(self, tensor: Tensor) -> None:
         tensor.zero_()
@@ -99,19 +111,47 @@ class Initializer:
     def ones(self, tensor: Tensor) -> None:
         tensor.fill_(1.0)
 
-    def normal(self, tensor: Tensor, std: float = 1.0) -> None:
-        if not tensor.is_meta:
-            tensor.normal_(0.0, std)
+    def fill(self, tensor: Tensor, value: float) -> None:
+        own = torch.tensor(value).to(self._rounded or torch.get_default_dtype())
+        tensor.fill_(own.item())
+
+    def normal(self, tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> None:
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            self._keep(tensor, drawn.normal_(mean, std))
 
     def uniform(self, tensor: Tensor, bound: float) -> None:
-        if not tensor.is_meta:
-            tensor.uniform_(-bound, bound)
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            self._keep(tensor, drawn.uniform_(-bound, bound))
 
     def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
         """He et al. 2015 with the fan of dimension 1 and up, as torch's own initialiser."""
-        if not tensor.is_meta:
-            bound = math.sqrt(6.0 / ((1.0 + a * a) * max(1, tensor.numel() // tensor.shape[0])))
-            tensor.uniform_(-bound, bound)
+        fan = max(1, tensor.numel() // tensor.shape[0])
+        self.uniform(tensor, math.sqrt(3.0) * (math.sqrt(2.0 / (1.0 + a * a)) / math.sqrt(fan)))  # in torch's order
+
+    def skip_normal(self, tensor: Tensor) -> None:
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            drawn.normal_()
+
+    def skip_uniform(self, tensor: Tensor) -> None:
+        drawn = _drawn_for(tensor)
+        if drawn is not None:
+            drawn.uniform_()
+
+    def _keep(self, tensor: Tensor, drawn: Tensor) -> None:
+        if self._rounded is not None:
+            drawn = drawn.to(self._rounded)
+        if drawn is not tensor:
+            tensor.copy_(drawn)
+
+
+def _drawn_for(tensor: Tensor) -> Tensor | None:
+    """Where the numbers for a tensor are drawn: in itself, if it is as all are drawn, else beside it; None if it has no data."""
+    if tensor.is_cpu and tensor.dtype is torch.get_default_dtype() and tensor.is_contiguous():
+        return tensor
+    return None if tensor.is_meta else torch.empty(tensor.shape, device="cpu")
 
 
 INIT = Initializer()
@@ -161,6 +201,7 @@ def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
     """The dict of adapters for a slot on a layer, made on first use."""
     container = owner._modules.get(slot.name)
     if container is None:
+        keep_entry(owner._modules, slot.name)
         container = owner._modules[slot.name] = container_for(slot)
     return container
 
@@ -170,19 +211,30 @@ def put(owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> tuple[dic
     container = container_of(owner, slot)
     if slot.container is Container.PARAMETER:
         if isinstance(container, nn.ParameterDict):
+            keep_entry(container._keys, adapter)
+            keep_entry(container._parameters, adapter)
             container[adapter] = tensor
         else:
-            container.register_buffer(adapter, tensor, persistent=slot.saved)
+            _put_buffer(container, adapter, tensor, slot.saved)
         return _tensors(container, slot), adapter
     holder = container._modules.get(adapter)
     if holder is None:
+        keep_entry(container._modules, adapter)
         holder = container._modules[adapter] = SlotModule.holding()
-    holder.__dict__["tails"] = (*holder.__dict__.get("tails", ()), slot.tail)
+    keep_entry(holder.__dict__, "tails")
+    holder.__dict__["tails"] = tuple(dict.fromkeys((*holder.__dict__.get("tails", ()), slot.tail)))
     if slot.derived:
-        holder.register_buffer(slot.tail, tensor, persistent=slot.saved)
+        _put_buffer(holder, slot.tail, tensor, slot.saved)
     else:
+        keep_entry(holder._parameters, slot.tail)
         holder._parameters[slot.tail] = cast(nn.Parameter, tensor)
     return _tensors(holder, slot), slot.tail
+
+
+def _put_buffer(holder: nn.Module, name: str, tensor: Tensor, saved: bool) -> None:
+    keep_entry(holder._buffers, name)
+    keep_entries(holder._non_persistent_buffers_set)
+    holder.register_buffer(name, tensor, persistent=saved)
 
 
 def _tensors(holder: nn.Module, slot: Slot) -> dict[str, Any]:
@@ -221,15 +273,19 @@ def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
         return
     if slot.home == "":
         holders: Counter[str] = container.__dict__[HOLDERS]
+        keep_entry(holders, adapter)
         holders[adapter] -= 1
         if holders[adapter] > 0:  # other layers hold it as well
             return
     if slot.container is Container.MODULE:
+        keep_entries(container._modules)
         container._modules.pop(adapter, None)
     elif isinstance(container, nn.ParameterDict):
         if adapter in container:
+            keep_entries(container._keys, container._parameters)
             del container[adapter]
     else:
+        keep_entries(container._buffers, container._non_persistent_buffers_set)
         container._buffers.pop(adapter, None)
         container._non_persistent_buffers_set.discard(adapter)
 
@@ -276,6 +332,11 @@ class Owner(Protocol):
     training: bool
 
     def pristine(self) -> Mapping[str, Tensor]: ...
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    @property
+    def backend(self) -> Backend: ...
 
     @property
     def call(self) -> Call | None: ...
@@ -382,6 +443,12 @@ class LayerView:
             raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix=fix))
         return tensor
 
+    def down(self, A: Tensor, x: Tensor) -> Tensor:
+        return self._owner.backend.down(self._owner.get_base_layer(), A, x)
+
+    def up(self, B: Tensor, h: Tensor) -> Tensor:
+        return self._owner.backend.up(self._owner.get_base_layer(), B, h)
+
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""
         call = self._owner.call
@@ -428,6 +495,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def unpadded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What an adapter has of a tensor that was made larger, for others to be swapped in; a view."""
-    return tensor if tensor.shape == shape else tensor[tuple(slice(size) for size in shape)]
+def unpadded(tensor: Tensor, slot: Slot) -> Tensor:
+    """What an adapter has of a slot's tensor that was made larger, for others to be swapped in; a view where it can be."""
+    if tensor.shape == slot.shape:
+        return tensor
+    blocks = tensor.unflatten(0, (slot.blocks, -1))
+    own = blocks[:, : slot.shape[0] // slot.blocks].flatten(0, 1)
+    return own[tuple(slice(size) for size in slot.shape)]

@@ -19,7 +19,7 @@ from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModuleGraph, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.runtime.journal import Journal
+from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
 from peftc.runtime.storage import unpadded
@@ -89,6 +89,7 @@ def restored(session: Session, source: AdapterPlan, values: Mapping[str, Any]) -
     return result
 
 
+@whole
 def take_saved_form(session: Session, name: str, options: Mapping[str, Any]) -> None:
     """Change options that training comes to, and give the adapter the tensors that a checkpoint would then hold of it.
 
@@ -100,8 +101,8 @@ def take_saved_form(session: Session, name: str, options: Mapping[str, Any]) -> 
     if foreign:
         what = f"`{sorted(foreign)[0]}` is not what training of a {session.plans[name].peft_type} comes to"
         raise PeftcError(rules.BAD_VALUE(what, fix="Make a new adapter with that option."))
-    with torch.no_grad(), Journal() as journal:
-        patch(session, name, options, journal)
+    with torch.no_grad():
+        patch(session, name, options)
         plan = session.plans[name]
         made = exported(session, name, session.tensors(name))
         facts = {key: TensorFacts.of(tensor) for key, tensor in made.items()}
@@ -112,10 +113,11 @@ def take_saved_form(session: Session, name: str, options: Mapping[str, Any]) -> 
                 container, key = layer.where(name, slot)
                 if container[key].shape != slot.shape:
                     own: nn.Parameter = container[key]
-                    journal.note(container.__setitem__, key, own)
+                    keep_entry(container, key)
                     value = made[site.key(slot, name).disk()].detach().clone()
                     container[key] = nn.Parameter(value, requires_grad=own.requires_grad)
-            layer.exchange(name, site, journal)
+            layer.exchange(name, site)
+        keep_entry(session.plans, name)
         session.plans[name] = new
 
 
@@ -134,8 +136,8 @@ def differing(session: Session, source: AdapterPlan) -> dict[str, Any]:
 
 def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by checkpoint key, as large as planned."""
-    shapes = {site.key(slot, plan.name).disk(): slot.shape for site, slot in plan.slots()}
-    return {key: unpadded(tensor, shapes[key]) if key in shapes else tensor for key, tensor in tensors.items()}
+    slots = {site.key(slot, plan.name).disk(): slot for site, slot in plan.slots()}
+    return {key: unpadded(tensor, slots[key]) if key in slots else tensor for key, tensor in tensors.items()}
 
 
 def _keys(site: MapSite, adapter: str) -> dict[str, str]:

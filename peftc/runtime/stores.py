@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from peftc.runtime.journal import keep, keep_entries, keep_entry
 from peftc.runtime.storage import HOLDERS, container_for, put
 from peftc.tuner.slots import Slot, labelled
 
@@ -25,18 +26,21 @@ class Stores:
     def container(self, slot: Slot) -> nn.Module:
         """The one for a slot, made on first use."""
         if slot.name not in self._containers:
+            keep_entry(self._containers, slot.name)
             made = self._containers[slot.name] = container_for(slot)
             made.__dict__[HOLDERS] = Counter()
         return self._containers[slot.name]
 
     def show_at(self, level: nn.Module) -> None:
         """Let the level above the model have them as well, under their names."""
+        keep(self)
         self._level = level
         self.show()
 
     def show(self) -> None:
         """Let that level, if there is one, have those that are new."""
         if self._level is not None:
+            keep_entries(self._level._modules)
             self._level._modules.update(self._containers)
 
     def prune(self) -> None:
@@ -48,6 +52,9 @@ class Stores:
         self._remove(list(self._containers))
 
     def _remove(self, names: Iterable[str]) -> None:
+        keep_entries(self._containers)
+        if self._level is not None:
+            keep_entries(self._level._modules)
         for name in names:
             del self._containers[name]
             if self._level is not None:
@@ -74,7 +81,9 @@ class Stock:
     def put(self, owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> None:
         """Store a slot's tensor on a layer, for others as well if it is shared."""
         if slot.home == "":
+            keep_entry(owner._modules, slot.name)
             container = owner._modules[slot.name] = self._stores.container(slot)
+            keep_entry(container.__dict__[HOLDERS], adapter)
             container.__dict__[HOLDERS][adapter] += 1
         if slot.home != "" or slot.label not in self._tensors:
             put(owner, slot, adapter, tensor)

@@ -1,34 +1,47 @@
-"""Weights that a base model's config says are one: a merge that makes them two is refused until the config says so.
+"""Weights that a base model's config says are one: a merge that makes them two says so in the config, or is refused.
 
 Whoever saves or loads the merged model goes by the config, keeps one of the two and loses the other, trained one or not.
+Of a module that was trained whole both are meant; an adapter on one use of a weight may be meant for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import PeftcError, Severity, warn
+from peftc.runtime.journal import note
 from peftc.runtime.places import tensor_of
 from peftc.runtime.session import Session
 
 
-def refuse_parting(session: Session, names: Sequence[str] | None) -> None:
-    """Raise `PeftcError` if merging these adapters (the active ones) gives values to tied weights that differ.
+def part(session: Session, names: Sequence[str] | None) -> None:
+    """Let the config no longer tie weights that merging these adapters (the active ones) parts, with a warning, if modules
+    that were trained whole are what parts them; else raise `PeftcError`, with nothing changed.
 
-    Nothing is changed. A model whose config does not tie its embeddings is not looked into: there both are kept.
+    A model whose config does not tie its embeddings is not looked into: there both are kept.
     """
     names = session.active if names is None else names
     session.require(names)
-    if not session.graph.ties or not _says_tied(session.model):
+    tying = [config for config in _configs(session.model) if getattr(config, "tie_word_embeddings", False)]
+    if not session.graph.ties or not tying:
         return
     parted = [group for group in session.graph.ties if _differ([_merged(session, name, names) for name in group])]
     if not parted:
         return
     weights = ", ".join(" and ".join(f"`{name}`" for name in group) for group in parted)
+    if all(_is_copied(session, group, names) for group in parted):
+        for config in tying:
+            note(setattr, config, "tie_word_embeddings", True)
+            config.tie_word_embeddings = False
+        what = f"{weights} are no longer one tensor; `tie_word_embeddings` of the model's config is `False` now"
+        why = "One of them was trained whole: a model that ties them again is another than the adapted one."
+        warn([rules.TIE_BROKEN(what, why=why, fix="Save the model with its config.", severity=Severity.WARNING)])
+        return
     what = (
         f"The config says that {weights} are one tensor; merged, they differ, and a saved model keeps only one of them"
     )
@@ -36,19 +49,29 @@ def refuse_parting(session: Session, names: Sequence[str] | None) -> None:
     raise PeftcError(rules.TIE_BROKEN(what, fix=fix))
 
 
-def _says_tied(model: nn.Module) -> bool:
-    """Whether the config of the model, or of a model inside it, ties its word embeddings."""
-    configs = {
-        id(config): config for module in model.modules() if (config := module.__dict__.get("config")) is not None
-    }
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs.values())
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The configs of the model and of models inside it, and those inside of these."""
+    found = {id(config): config for module in model.modules() if (config := module.__dict__.get("config")) is not None}
+    for config in list(found.values()):
+        text = getattr(config, "text_config", None)
+        found.setdefault(id(text), text)
+    yield from (config for config in found.values() if config is not None)
+
+
+def _is_copied(session: Session, group: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether the weights part because modules were trained whole, and no adapter is on one of them."""
+    adapted = {site.path for name in (*names, *session.merged) for site in session.plans[name].maps}
+    copied = {save.path for name in (*names, *session.merged) for save in session.plans[name].saves}
+    owners = [name.rpartition(".")[0] for name in group]
+    inside = [owner for owner in owners if any(f"{owner}.".startswith(f"{path}.") for path in copied)]
+    return bool(inside) and adapted.isdisjoint(owners)
 
 
 def _merged(session: Session, name: str, adapters: Sequence[str]) -> Tensor | None:
     """A parameter of the base model as it will be after merging."""
     for path, copy in session.copies.items():
         if name.startswith(f"{path}."):
-            return copy.current.get_parameter(name.removeprefix(f"{path}."))
+            return copy.of((*adapters, *session.merged)).get_parameter(name.removeprefix(f"{path}."))
     path, _, tail = name.rpartition(".")
     layer, module = session.layers.get(path), session.find(path)
     if layer is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from peftc import rules
+from peftc.compiler.draft import listed
 from peftc.compiler.modules import TunerOf, together
 from peftc.compiler.plan import AdapterPlan
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import ModuleGraph
+from peftc.runtime.journal import keep_entry
 from peftc.runtime.layer import TunerLayer
 
 
@@ -18,6 +21,15 @@ def refuse_clashes(plans: Sequence[AdapterPlan], tuner_of: TunerOf) -> None:
     clashes = tuple(together(plans, tuner_of))
     if clashes:
         raise PeftcError(clashes)
+
+
+def gained(layers: Mapping[str, TunerLayer]) -> Iterator[Diagnostic]:
+    """What to say of layers that have a bias only because an adapter was merged into them."""
+    paths = [path for path, layer in layers.items() if any(wrapper.gained for wrapper in layer.chain())]
+    if paths:
+        what = f"{listed(paths)}: the layer had no bias, and has one now"
+        fix = "Use the merged model as it is, or keep the adapter beside it; what is saved of it does not load as a whole."
+        yield rules.BIAS_GAINED(what, fix=fix, where=paths[0])
 
 
 def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:
@@ -34,4 +46,12 @@ def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:
             continue
         if all(other is not None and torch.equal(first, other) for other in apart):
             for owner in owners:
+                keep_entry(owner._parameters, tail)
                 owner._parameters[tail] = first
+
+
+def merged_already(again: Sequence[str], wanted: Sequence[str], undo: str) -> Diagnostic:
+    """That some adapters, or all that are to be merged, are; the method `undo` takes them out."""
+    told = ", ".join(f"`{name}`" for name in again)
+    what = "All adapters are already merged, nothing to do" if set(again) == set(wanted) else "Merged already"
+    return rules.ALREADY_MERGED(f"{what}: {told}", fix=f"Leave the call out; `{undo}()` takes them out.")

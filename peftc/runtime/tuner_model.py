@@ -12,22 +12,33 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from peftc import rules
+from peftc.compiler.plan import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import apply_plan, session_of, strip
 from peftc.runtime.calls import CallModule
+from peftc.runtime.handed import with_handed
+from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
-from peftc.runtime.ties import refuse_parting
+from peftc.runtime.succession import delete
+from peftc.runtime.ties import part
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
 
 #: The config of a model without one.
 NO_CONFIG = {"model_type": "custom"}
+
+
+def let_property_say(module: nn.Module, name: str) -> None:
+    """Ask a property again, which raised an `AttributeError`: for that Python goes on to `__getattr__`, and forgets it."""
+    found = getattr(type(module), name, None)
+    if isinstance(found, property):
+        found.__get__(module)
 
 
 class TunerModel(nn.Module):
@@ -47,6 +58,7 @@ class TunerModel(nn.Module):
     #: whether adapters of other methods may join
     mixes: ClassVar[bool] = False
 
+    @whole
     def __init__(
         self,
         model: nn.Module,
@@ -111,6 +123,7 @@ class TunerModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            let_property_say(self, name)
             return getattr(self.model, name)
 
     # adapters -----------------------------------------------------------------------------------------------------
@@ -120,12 +133,15 @@ class TunerModel(nn.Module):
         """What is applied. Raises `PeftcError` if nothing is any more."""
         session = session_of(self.model)
         if session is None:
-            raise PeftcError(rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again."))
+            raise PeftcError(
+                rules.NOT_ADAPTED("The model has no adapter any more", fix="Adapt it again.", also=AttributeError)
+            )
         return session
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.session.active)
+        session = session_of(self.model)
+        return [] if session is None else list(session.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -135,8 +151,20 @@ class TunerModel(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """Paths of all adapted layers, in the order of the adapters."""
         plans = self.session.plans.values()
-        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites))
+        return list(dict.fromkeys(site.path for plan in plans for site in plan.sites if not _parameter(site)))
 
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of all single parameters that are adapted, in the order of the adapters."""
+        found = (
+            f"{site.path}.{name}"
+            for plan in self.session.plans.values()
+            for site in plan.maps
+            if (name := site.parameter)
+        )
+        return list(dict.fromkeys(found))
+
+    @whole
     def inject_adapter(
         self,
         model: nn.Module,
@@ -158,10 +186,13 @@ class TunerModel(nn.Module):
         plan = plan_for(
             self.model, {adapter_name: config}, autocast_adapter_dtype, task_heads=False, given=given, mixed=self.mixes
         )
+        plan = with_handed(plan, self.model, {adapter_name: self.peft_config[adapter_name]})
         sources = {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {}
         apply_plan(self.model, plan, sources=sources, mixed=self.mixes)
+        keep_entry(self.peft_config, adapter_name)
         self.peft_config[adapter_name] = plan.adapter(adapter_name).config
 
+    @whole
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -199,13 +230,16 @@ class TunerModel(nn.Module):
         )
         made.require_shapes(plan.adapters[0])
         apply_plan(self.model, plan, sources={adapter_name: made.tensors.get}, mixed=self.mixes)
+        keep_entry(self.peft_config, adapter_name)
         self.peft_config[adapter_name] = plan.adapter(adapter_name).config
 
+    @whole
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter, or several in order; exactly their tensors become trainable."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.session.set_active(names, trainable=not inference_mode)
 
+    @whole
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Make the trainable tensors of adapters require gradients, or not, active or not."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -214,25 +248,34 @@ class TunerModel(nn.Module):
         for name in names:
             session.set_requires_grad(name, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors."""
-        self.session.delete(adapter_name)
-        self.peft_config.pop(adapter_name, None)
+    @whole
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove an adapter, or several, and their tensors. If nothing is active any more, another adapter takes over, with a
+        warning, and trains if the one that was active did. Raises `PeftcError`, with nothing changed."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        delete(self.session, names)
+        keep_entries(self.peft_config)
+        for name in names:
+            self.peft_config.pop(name, None)
 
+    @whole
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act."""
         self.session.enable(True)
 
+    @whole
     def disable_adapter_layers(self) -> None:
         """Have the model compute as its base does. Trainability is not touched."""
         self.session.enable(False)
 
     # merging ------------------------------------------------------------------------------------------------------
 
+    @whole
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; `unmerge_adapter` restores them bit for bit."""
         self.session.merge(adapter_names, safe_merge)
 
+    @whole
     def unmerge_adapter(self) -> None:
         """Take merged adapters out of the base weights."""
         session = self.session
@@ -240,20 +283,24 @@ class TunerModel(nn.Module):
             warn([rules.NOT_MERGED("No adapter is merged", fix="Leave the call out, or merge first.")])
         session.unmerge()
 
+    @whole
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
-        Raises `PeftcError`, with nothing changed, if tied weights would differ that the base's config says are one.
+        Where a module that was trained whole parts weights that the base's config says are one, the config no longer says so.
+        Raises `PeftcError`, with nothing changed, if an adapter on one of them would.
         """
         session = self.session
         session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
-        refuse_parting(session, adapter_names)
+        part(session, adapter_names)
+        session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
-        session.keep_trained()
+        session.keep_trained(session.active if adapter_names is None else adapter_names)
         return self._left(session)
 
+    @whole
     def unload(self) -> nn.Module:
         """The base model as it was, with the same module objects. This object has no adapter afterwards."""
         session = self.session
@@ -262,6 +309,7 @@ class TunerModel(nn.Module):
 
     def _left(self, session: Session) -> nn.Module:
         strip(self.model, session)
+        keep_entries(self.peft_config)
         self.peft_config.clear()
         return self.model
 
@@ -272,7 +320,7 @@ class TunerModel(nn.Module):
         found = next((module for name in names if (module := self.session.caller(name)) is not None), None)
         if found is None:
             what = "No active adapter acts around calls"
-            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`."))
+            raise PeftcError(rules.NOT_ADAPTED(what, fix="Activate one with `set_adapter`.", also=AttributeError))
         return found
 
     # facts --------------------------------------------------------------------------------------------------------
@@ -291,6 +339,11 @@ class TunerModel(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer adds a matrix to its weight that does not depend on the weight."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.session.wrappers())
+
+
+def _parameter(site: MapSite | ModuleSite) -> str:
+    """The single parameter of its module that a site adapts, if it does not adapt the module."""
+    return site.parameter if isinstance(site, MapSite) else ""
 
 
 class MixedModel(TunerModel):

@@ -128,7 +128,9 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     for plan in plans:
         copied = tuple(f"{plan.root}{save.path}." for save in plan.saves)
         tensors |= {
-            key: tensor for key, tensor in session.tensors(plan.name).items() if copied and key.startswith(copied)
+            key: tensor.detach().clone()  # the new adapter's own
+            for key, tensor in session.tensors(plan.name).items()
+            if copied and key.startswith(copied)
         }
     return Combined((tuner.of_rank(config, rank) if rank else None) or config, frozenset(members), tensors)
 
@@ -194,7 +196,7 @@ def _wrong_way(members: Mapping[str, _Member], how: Recipe) -> list[Diagnostic]:
             what = f"`{path}` is adapted in different ways by {', '.join(f'`{name}`' for name in member.names)}"
             problems[path] = rules.CANNOT_COMBINE(what, fix="Combine adapters with the same options.", where=path)
         elif not tuner.is_rankable and not tuner.is_combinable:
-            what = f"`{kind}` says no way to combine adapters"
+            what = f"`{kind}` says no way to combine adapters on a {member.site.layer.cls} such as `{path}`"
             problems[what] = rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`.")
         elif not tuner.is_rankable and how.kind not in ("svd", "linear"):
             what = f"`{kind}` combines adapters in one way of its own, not by `{how.kind}`"

@@ -1,4 +1,4 @@
-"""JSON Schemas made from the configs, which are the one source: per method, for specs, and for plans.
+"""JSON Schemas made from the configs, which are the one source: per method and for specs; those of plans and graphs.
 
 The text is canonical (sorted keys, two spaces, newline at the end), so that a committed schema is compared byte by byte and
 a diff shows every change of the options. Types of other distributions get theirs the same way, at run time.
@@ -17,16 +17,15 @@ from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, did_you_mean
-from peftc.registry.manager import Registry
+from peftc.registry.boundary import boundary
+from peftc.registry.manager import OWN, Registry
+from peftc.schema.graph import graph_schema
 from peftc.schema.plan import plan_schema
 from peftc.tuner.method import TunerMethod
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-SPEC, PLAN = "spec", "plan"
-
-#: The distribution whose schemas are committed.
-OWN = "peftc"
+SPEC, PLAN, GRAPH = "spec", "plan", "graph"
 
 Schema = dict[str, Any]
 
@@ -48,7 +47,8 @@ class _Generator(GenerateJsonSchema):
 
 def structure_of(method: TunerMethod) -> Schema:
     """The schema of a config of one method, without texts: for validation."""
-    return _typed(method.config.model_json_schema(), method)
+    with boundary(method.peft_type, "options"):
+        return _typed(method.config.model_json_schema(), method)
 
 
 def structure_of_spec() -> Schema:
@@ -58,7 +58,8 @@ def structure_of_spec() -> Schema:
 
 def method_schema(method: TunerMethod) -> Schema:
     """The schema of a config of one method."""
-    schema = method.config.model_json_schema(schema_generator=_Generator)
+    with boundary(method.peft_type, "options"):
+        schema = method.config.model_json_schema(schema_generator=_Generator)
     return _headed(
         _typed(schema, method), method.peft_type.lower(), f"{method.peft_type}: {method.summary}".rstrip(": ")
     )
@@ -83,14 +84,15 @@ def bundled(registry: Registry) -> list[str]:
 
 def names(registry: Registry) -> list[str]:
     """Names of the schemas that are committed."""
-    return [*(peft_type.lower() for peft_type in bundled(registry)), PLAN, SPEC]
+    return [*(peft_type.lower() for peft_type in bundled(registry)), GRAPH, PLAN, SPEC]
 
 
 def schema_named(name: str, registry: Registry) -> Schema:
-    """The schema called `spec`, `plan`, or like a PEFT type in any case. Raises `PeftcError` for an unknown type."""
+    """The schema called `spec`, `plan`, `graph`, or like a PEFT type in any case. Raises `PeftcError` for an unknown type."""
     special: Mapping[str, Callable[[], Schema]] = {
         SPEC: lambda: spec_schema(registry),
         PLAN: lambda: _headed(plan_schema(), PLAN, "peftc plan: exactly what an adapter changes"),
+        GRAPH: lambda: _headed(graph_schema(), GRAPH, "peftc graph: the modules of a model, without its weights"),
     }
     make = special.get(name.lower())
     if make is not None:

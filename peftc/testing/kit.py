@@ -19,7 +19,18 @@ from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.testing.checks import calls, declared, effect, features, gradients, lifecycle, modules, planning, prompts
+from peftc.testing.checks import (
+    calls,
+    declared,
+    effect,
+    features,
+    gradients,
+    lifecycle,
+    modules,
+    planning,
+    prompts,
+    states,
+)
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report
 from peftc.testing.subjects import Subject, subjects
@@ -145,6 +156,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (effect.starts_from_the_seed, everywhere),
     (calls.calls_change_nothing, everywhere),
     (effect.disabled_is_base, everywhere),
+    (effect.disabled_is_base_while_merged, in_weights),
     (effect.merged_equals_unmerged, in_weights),
     (effect.unmerging_restores, in_weights),
     (effect.merging_leaves_tensors_alone, in_weights),
@@ -164,6 +176,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (lifecycle.rows_are_as_alone, on_layers),
     (lifecycle.several_active_merge_alike, in_weights),
     (lifecycle.deleting_leaves_nothing, everywhere),
+    (states.another_takes_over, once),
     (lifecycle.unloading_restores, everywhere),
     (lifecycle.copies_are_equal_and_apart, everywhere),
     (lifecycle.injected_equals_wrapped, in_the_model),
@@ -173,6 +186,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (features.other_kinds_are_refused, once_with_targets),
     (features.excluded_modules_are_left_alone, once),
     (features.patterns_reach_their_layer, once),
+    (features.biases_train_along, once),
     (features.saved_modules_ride_along, once),
     (features.what_experts_cannot_is_refused, on_experts),
     (features.swapping_exchanges_values, on_few_layers),
@@ -201,6 +215,7 @@ ON_PARAMETERS = frozenset(
         effect.acts_when_trained,
         effect.starts_from_the_seed,
         effect.disabled_is_base,
+        effect.disabled_is_base_while_merged,
         effect.merged_equals_unmerged,
         effect.unmerging_restores,
         effect.merging_leaves_tensors_alone,

@@ -48,7 +48,7 @@ def quiet() -> Iterator[None]:
 @dataclass(frozen=True)
 class Subject:
     """A method, options, and a model. `targets` are the layers to adapt, None for the method's own defaults; `parameters` the
-    single parameters, beside no layers.
+    single parameters, beside no layers. `part` tells subjects apart that have different layers of one model.
 
     `first` marks those with the first options, for checks that need no others; `foremost` the one that stands for the method.
     """
@@ -60,9 +60,12 @@ class Subject:
     first: bool = field(default=False, compare=False)
     foremost: bool = field(default=False, compare=False)
     parameters: tuple[str, ...] = ()
+    part: str = ""
 
     def __str__(self) -> str:
-        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        options = ",".join(
+            f"{name}={value}" for name, value in (*self.options.items(), *([("only", self.part)] if self.part else []))
+        )
         if self.targets is None and self.method.adapts_layers:
             options = f"{options},defaults" if options else "defaults"
         return f"{options or ('defaults' if self.targets is None else 'no-options')}-{self.model.name}"
@@ -248,7 +251,8 @@ def subjects(method: TunerMethod) -> tuple[Subject, ...]:
             if (parameters if model.parameters else _has_place(method, options, model, targets)) and (
                 first or not method.adapts_layers or not model.is_language_model
             ):
-                found.append(Subject(method, options, model, targets, first, not found, parameters))
+                for part, own in _parted(method, options, model, targets).items():
+                    found.append(Subject(method, options, model, own, first, not found, parameters, part))
     if method.default_targets:
         found += [_by_defaults(method, model) for model in MODELS if model.is_language_model]
     return tuple(found)
@@ -295,6 +299,25 @@ def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) 
     config = method.config(**options)
     nodes = (node for node in model.graph.nodes if node.facts.kind in ADAPTABLE)
     return tuple(node.path for node in nodes if _fits(method, config, node))
+
+
+def _parted(
+    method: TunerMethod, options: Mapping[str, Any], model: TinyModel, targets: tuple[str, ...] | None
+) -> dict[str, tuple[str, ...] | None]:
+    """The targets; apart from each other, if a method can be folded into the weights of some of them and not into all."""
+    if not targets:
+        return {"": targets}
+    config = method.config(**options)
+    beside = []
+    for path in targets:
+        try:
+            with boundary(method.peft_type, "tuner_for", path):
+                beside += [] if method.tuner_for(config, model.graph.by_path[path]).is_mergeable else [path]
+        except PeftcError:
+            return {"": targets}  # the checks ask again
+    if len(beside) in (0, len(targets)):
+        return {"": targets}
+    return {"": tuple(path for path in targets if path not in beside), "beside": tuple(beside)}
 
 
 def _parameters(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> tuple[str, ...]:

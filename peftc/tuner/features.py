@@ -31,11 +31,11 @@ def _of_kind(kind: Kind) -> Callable[[TunerMethod], bool]:
 
 
 def _combines(method: TunerMethod) -> bool:
-    return bool(method.map_tuners) and all(t.is_rankable or t.is_combinable for t in method.map_tuners)
+    return any(tuner.is_rankable or tuner.is_combinable for tuner in method.map_tuners)
 
 
 def _merges(method: TunerMethod) -> bool:
-    return bool(method.map_tuners) and all(tuner.is_mergeable for tuner in method.map_tuners)
+    return any(tuner.is_mergeable for tuner in method.map_tuners)
 
 
 def _drops(method: TunerMethod) -> bool:
@@ -74,6 +74,7 @@ _LAYERS = {
     Kind.NORM: "norms",
     Kind.EXPERTS: "single parameters, as the stacked weights of experts (`target_parameters`)",
     Kind.EXPERTS_TRANSPOSED: "those stored as (experts, in, out)",
+    Kind.ATTENTION: "torch's `MultiheadAttention`: all of its projections",
     Kind.OTHER: "any module with parameters",
 }
 #: kinds of layer

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic
+from peftc.diagnostics import ConfigError, Diagnostic
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.tuner.calls import CallTuner
 from peftc.tuner.modules import ModuleTuner
@@ -56,6 +56,8 @@ class MapTuner(ABC, Generic[C]):
     input_space: ClassVar[str] = "features"
     #: whether the change of the weight does not depend on the weight (`W' = W + ΔW`); thin updates are always so
     additive: ClassVar[bool] = False
+    #: why a `branch` is no change of the layer's weight, where it cannot be one; for who wants to merge it
+    beside: ClassVar[str] = ""
     #: whether `output` acts on `W x` alone, and the layer's bias is added afterwards as it is
     spares_bias: ClassVar[bool] = False
     #: whether `branch` costs as much as the layer itself: then `params` serves where the base is not in half precision,
@@ -137,10 +139,14 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether slots of one rank, padded with zeros, are those of a larger one that does the same."""
+        return type(self).of_rank is not MapTuner.of_rank
+
+    @property
     def is_rankable(self) -> bool:
         """Whether the method makes slots of thin factors."""
-        given = type(self).of_thin is not MapTuner.of_thin and type(self).of_rank is not MapTuner.of_rank
-        return given and "thin" in self.lowerings
+        return self.has_ranks and type(self).of_thin is not MapTuner.of_thin and "thin" in self.lowerings
 
     @property
     def joins(self) -> bool:
@@ -226,7 +232,9 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def output(self, a: View, y: Tensor) -> Tensor:
-        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`."""
+        """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`. It may
+        add a constant, which is merged into the bias: a layer without one gets it, if its kind has any. What is neither is
+        not merged; then give `branch`."""
         raise NotImplementedError
 
     def vectors(self, a: View) -> tuple[Tensor, Tensor]:
@@ -353,13 +361,14 @@ class TunerMethod:
 
     @property
     def is_rankable(self) -> bool:
-        """Whether adapters of the method can be made of thin factors, on every layer."""
-        return bool(self.map_tuners) and all(tuner.is_rankable for tuner in self.map_tuners)
+        """Whether adapters of the method can be made of thin factors, if not on every layer."""
+        return any(tuner.is_rankable for tuner in self.map_tuners)
 
     @property
     def supports(self) -> frozenset[Kind]:
-        """Kinds of layer that the method can adapt."""
-        return frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        """Kinds of layer that the method can adapt. Attention consists of single parameters and a linear layer."""
+        found = frozenset(kind for tuner in self.map_tuners for kind in tuner.supports)
+        return found | {Kind.ATTENTION} if {Kind.EXPERTS, Kind.LINEAR} <= found else found
 
     @property
     def public_names(self) -> dict[str, str]:
@@ -367,6 +376,19 @@ class TunerMethod:
         names = {self.config.__name__: "config", self.model_class: "model", self.layer_class: "layer"}
         names[self.encoder_class] = "encoder"
         return {name: role for name, role in names.items() if name} | dict.fromkeys(self.exports, "export")
+
+    def least(self, **options: Any) -> PeftConfig:
+        """A config with these options, and with those that it needs beside them."""
+        return self.config(**self.needed(options), **options)
+
+    def needed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the first example's options that a config with the given ones cannot be made without."""
+        try:
+            self.config(**options)
+        except ConfigError as error:
+            missed = {told.where.path for told in error.diagnostics} - options.keys()
+            return {name: value for example in self.examples[:1] for name, value in example.items() if name in missed}
+        return {}
 
     def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
         """The mathematics for one site."""

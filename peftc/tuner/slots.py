@@ -44,6 +44,9 @@ class Slot:
     A `derived` slot is a frozen buffer that the method computes again wherever it was not saved (`MapTuner.derive`).
     Layers whose slots of one name have the same `share` (a `Share` or any other key) have one tensor. `home` is filled in
     by the compiler: the path of the layer that it is saved under, empty for the model itself.
+
+    Along the first dimension it consists of so many `blocks`, such as a rank for each group of a convolution. To be made
+    larger, each of them is.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Slot:
     derived: bool = False
     share: str = ""
     home: str | None = None
+    blocks: int = 1
 
     @property
     def label(self) -> tuple[str, str, str | None]:

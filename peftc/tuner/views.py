@@ -44,6 +44,13 @@ class View(Protocol):
 
     def __getitem__(self, label: str) -> Tensor: ...
 
+    def down(self, A: Tensor, x: Tensor) -> Tensor:
+        """`A x` with the layer's own geometry, for a `branch` that is thin in a way of its own: A `(r, in · kernel)` on the
+        channels of all groups or, where it has no more, on those of each; a table for ids."""
+
+    def up(self, B: Tensor, h: Tensor) -> Tensor:
+        """`B h` of what `down` gave: B `(out, r)`, or `(out, r / groups)` for a part of it in each group."""
+
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the call gives for each row of `x`, by one of the method's `keywords`: `(rows,)`, on the device of `x`.
 
@@ -54,13 +61,24 @@ class View(Protocol):
 
 
 class SlotInit(Protocol):
-    """Initialisers, so that a method needs no import for the usual ones. Meta tensors are left alone."""
+    """Initialisers, so that a method needs no import for the usual ones. Meta tensors are left alone.
+
+    Random numbers are those of torch's global generator on the CPU, in its default dtype, whatever the tensor's: one seed
+    gives one start, on every device. `skip_…` draws as many as the tensor has numbers and keeps none, so that those that
+    follow are the reference's; what is in the tensor is lost.
+    """
 
     def zeros(self, tensor: Tensor) -> None: ...
 
     def ones(self, tensor: Tensor) -> None: ...
 
-    def normal(self, tensor: Tensor, std: float = 1.0) -> None: ...
+    def fill(self, tensor: Tensor, value: float) -> None: ...
+
+    def normal(self, tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> None: ...
+
+    def skip_normal(self, tensor: Tensor) -> None: ...
+
+    def skip_uniform(self, tensor: Tensor) -> None: ...
 
     def uniform(self, tensor: Tensor, bound: float) -> None: ...
 

@@ -10,7 +10,7 @@ from tests.architecture.tree import Import, Source, sources
 
 # Lowest first. A file belongs to the longest prefix that fits; files of one row may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("peftc._version", "peftc.diagnostics"),
+    ("peftc._version", "peftc.limits", "peftc.diagnostics"),
     ("peftc.rules",),
     ("peftc.installed",),
     ("peftc.config", "peftc.graph"),
@@ -60,6 +60,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.ops": {"torch"},
     "peftc.host": {"accelerate", "deepspeed", "safetensors", "torch", "transformers"},
     "peftc.model": {"torch"},
+    "peftc.model.optimizers": {"torch", "bitsandbytes"},
     "peftc.runtime": {"torch"},
     "peftc.runtime.prompt": {"torch", "transformers"},  # tokenizers, and caches of keys and values
     "peftc.checkpoint": {"torch", "safetensors", "huggingface_hub"},

@@ -27,8 +27,17 @@ def test_type_checkers_and_editors_see_the_same_names() -> None:
     block = next(node for node in source.ast.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == peftc._HOMES
-    assert sorted(peftc.__all__) == sorted([*peftc._HOMES, "__version__"])
-    assert set(peftc.__all__) <= set(dir(peftc))
+    listed = next(node.value for node in block.body if isinstance(node, ast.Assign))
+    assert sorted(ast.literal_eval(listed)) == sorted([*peftc._HOMES, "__version__"])
+    assert {*peftc._HOMES, "__version__"} <= set(dir(peftc))
+
+
+def test_everything_can_be_imported_by_a_star() -> None:
+    names: dict[str, object] = {}
+    exec("from peftc import *", names)
+    wanted = {name for method in METHODS for name in method.public_names}
+    assert {*peftc._HOMES, "__version__", *wanted} <= names.keys()
+    assert all(names[method.config.__name__] is method.config for method in METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)

@@ -20,6 +20,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 CATCH_ALL: dict[str, str] = {
     "peftc.registry.boundary": "the plugin boundary: calls of a method's functions",
     "peftc.registry.manager": "the plugin boundary: importing and registering a plugin",
+    "peftc.runtime.journal": "an undo that fails must not keep others from being run; the first error is raised",
 }
 
 CODE = sources("peftc", "plugins")
@@ -65,6 +66,26 @@ def test_only_the_plugin_boundary_catches_everything(source: Source) -> None:
         and not _reraises(node)
     ]
     assert not caught or source.module in CATCH_ALL, f"{source.name} catches everything in lines {caught}"
+
+
+@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+def test_a_handler_of_builtin_classes_lets_our_own_errors_pass(source: Source) -> None:
+    """A `PeftcError` may be an `OSError` or a `ValueError`: who raises one below such a handler has another before it."""
+    caught = [
+        node.lineno
+        for node in ast.walk(source.ast)
+        if isinstance(node, ast.Try)
+        and any(_raises_ours(inner) for part in node.body for inner in ast.walk(part))
+        and "PeftcError" not in (kind := ast.unparse(node.handlers[0].type or ast.Constant(None)))
+        and "Error" in kind
+    ]
+    assert not caught, (
+        f"{source.name} may catch its own errors in lines {caught}: begin with `except PeftcError: raise`"
+    )
+
+
+def _raises_ours(node: ast.AST) -> bool:
+    return isinstance(node, ast.Raise) and ast.unparse(node.exc or node).startswith(("PeftcError(", "ConfigError("))
 
 
 def _reraises(handler: ast.ExceptHandler) -> bool:

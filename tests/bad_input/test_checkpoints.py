@@ -81,8 +81,15 @@ def weights(place: Path, change: Callable[[bytes], bytes]) -> Any:
     return open_adapter(file.parent)
 
 
+def file_of(*names: str, shape: tuple[int, ...] = (0,)) -> bytes:
+    """A safetensors file of tensors without a number."""
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, entry)).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 def only_pickle(place: Path) -> Any:
-    torch.save(tensors(), place / "adapter_model.bin")
+    torch.save({"tensors": tensors()}, place / "adapter_model.bin")
     return open_adapter(place)
 
 
@@ -140,7 +147,7 @@ CASES = {
     "a pickle": Case(
         rules.CHECKPOINT_PICKLED,
         only_pickle,
-        in_source(load, "if PICKLE_NAME in names:", "if False:"),
+        in_source(load, "_pickled(path, error) if pickled else", ""),
         "--to safetensors",
     ),
     "a folder without it": Case(
@@ -193,6 +200,24 @@ CASES = {
         lambda place: weights(place, lambda raw: b"PK\3\4" * 100),
         in_source(file_format, "if length > MAX_HEADER:", "if False:"),
         "this is another format",
+    ),
+    "a side of 10**30": Case(
+        rules.CHECKPOINT_DAMAGED,
+        lambda place: weights(place, lambda raw: file_of("x", shape=(0, 10**30))),
+        in_source(file_format, "    if reason:", "    if False:"),
+        "`x` has a side beyond 64 bits",
+    ),
+    "70 dimensions": Case(
+        rules.CHECKPOINT_DAMAGED,
+        lambda place: weights(place, lambda raw: file_of("x", shape=(0,) * 70)),
+        in_source(file_format, "    if reason:", "    if False:"),
+        "`x` has 70 dimensions",
+    ),
+    "more tensors than there are": Case(
+        rules.CHECKPOINT_DAMAGED,
+        lambda place: weights(place, lambda raw: file_of(*(f"x{i}" for i in range(250_001)))),
+        in_source(file_format, "if len(data) > MAX_TENSORS:", "if False:"),
+        "lists 250,001 tensors, more than 250,000",
     ),
     "absurd offsets": Case(
         rules.CHECKPOINT_DAMAGED,

@@ -217,3 +217,18 @@ def test_what_a_model_says_of_itself_is_what_the_reference_says() -> None:
         assert model.get_input_embeddings()(IDS).requires_grad
     prompt = peftc.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     assert not peftc.get_peft_model(transformers.LlamaForCausalLM(LLAMA), prompt).supports_lora_conversion()
+
+
+def test_a_base_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = saved("CAUSAL_LM", tmp_path)
+    code = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(str(words)) or "n")
+    with pytest.raises(PeftcError) as raised:
+        peftc.AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert raised.value.diagnostics[0].code == rules.BASE_UNREADABLE.code
+    assert "trust_remote_code" in raised.value.diagnostics[0].what
+    assert asked == []

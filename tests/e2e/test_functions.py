@@ -205,12 +205,54 @@ def test_a_refused_injection_changes_nothing() -> None:
     made = peftc.inject_adapter_in_model(peftc.LoraConfig(**CASES["lora"][2]), TINY["mlp"].build())
     before = described(made)
     for config, name in (
-        (peftc.LoraConfig(target_modules=["lin0"]), "default"),
+        (peftc.LoraConfig(target_modules=["x"]), "default"),
         (peftc.LoraConfig(target_modules=["x"]), "b"),
     ):
         with pytest.raises(PeftcError):
             peftc.inject_adapter_in_model(config, made, name)
     assert (described(made), list(made.peft_config)) == (before, ["default"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "PeftModel"])
+@pytest.mark.parametrize("meta", [False, True], ids=["made", "low_cpu_mem_usage"])
+def test_injecting_under_a_name_that_is_there_replaces_as_in_the_reference(wrapped: bool, meta: bool) -> None:
+    """The layers have the new adapter's slots alone, whose values are set and used; another adapter stays as it is."""
+    options = CASES["lora"][2]
+    results = []
+    for library in (peft, peftc):
+        model = TINY["mlp"].build()
+        old, new = library.LoraConfig(**{**options, "r": 2}), library.LoraConfig(**{**options, "r": 3})
+        beside = library.LoraConfig(**{**options, "r": 4})
+        if wrapped:
+            model = library.get_peft_model(model, old)
+            model.add_adapter("beside", beside)
+        else:
+            model = library.inject_adapter_in_model(old, model)
+            library.inject_adapter_in_model(beside, model, "beside")
+        assert library.inject_adapter_in_model(new, model, low_cpu_mem_usage=meta) is model
+        state = library.get_peft_model_state_dict(model)
+        filled = {key: torch.full(value.shape, 0.1) for key, value in state.items()}
+        library.set_peft_model_state_dict(model, filled, low_cpu_mem_usage=meta)
+        results.append((model, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}))
+    (theirs, names), (ours, own) = results
+    assert own == names
+    assert {name: config.r for name, config in ours.peft_config.items()} == {"default": 3, "beside": 4}
+    for model in (theirs, ours):
+        peftc.functional.set_adapter(model, "default") if model is ours else peft.functional.set_adapter(
+            model, "default"
+        )
+    x = TINY["mlp"].arguments()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**x), theirs(**x))
+
+
+def test_a_merged_adapter_makes_no_room() -> None:
+    made = peftc.get_peft_model(TINY["mlp"].build(), peftc.LoraConfig(**CASES["lora"][2]))
+    made.merge_adapter()
+    with pytest.raises(PeftcError, match="PC509"):
+        peftc.inject_adapter_in_model(peftc.LoraConfig(**CASES["lora"][2]), made)
+    assert made.session.merged == ("default",)
 
 
 # files ----------------------------------------------------------------------------------------------------------------

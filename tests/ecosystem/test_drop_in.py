@@ -94,3 +94,22 @@ for module, held in names.table().items():
             print(module, name, home)
 """
     assert output("-c", program) == []
+
+
+def test_everything_is_imported_by_a_star() -> None:
+    """From the package and from each module of a method, and every name that `dir` lists can be read."""
+    program = """
+import importlib
+import peftc.compat
+peftc.compat.install()
+from peft import *
+from peft.tuners import *
+from peftc.compat import names
+for module in ["peft", "peft.tuners", "peft.utils", *names.submodules("peft.tuners")]:
+    exec(f"from {module} import *")
+    found = importlib.import_module(module)
+    for name in dir(found):
+        getattr(found, name)
+LoraConfig, PromptEmbedding, PrefixEncoder, PromptEncoder, CPTEmbedding, CartridgeEncoder, MultitaskPromptEmbedding
+"""
+    assert output("-c", program) == []

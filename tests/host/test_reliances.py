@@ -32,6 +32,7 @@ from transformers import (
 
 from peftc.host import (
     architectures,
+    attention,
     caches,
     clients,
     generation,
@@ -324,6 +325,30 @@ def test_buffers_that_are_not_saved_have_names() -> None:
     assert set(torch_modules.transient_buffers(layer)) == {"passing"}
 
 
+def test_modules_are_counted_while_a_model_is_built() -> None:
+    with torch_modules.counted_modules(3, lambda: OverflowError("too many")):
+        nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)])
+        with pytest.raises(OverflowError):
+            nn.Sequential(nn.Linear(1, 1))
+    nn.ModuleList([nn.Linear(1, 1) for _ in range(5)])  # not after it
+
+
+@pytest.mark.parametrize("move", ["to", "half", "to_empty"])
+def test_casts_and_moves_come_down_to_one_function_of_every_module(move: str) -> None:
+    outer = nn.Sequential(torch_modules.KeepsAside())
+    keeper = outer[0]
+    assert isinstance(keeper, torch_modules.KeepsAside)
+    keeper._pristine["weight"] = own = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    if move == "to_empty":
+        outer.to_empty(device="meta")
+        assert keeper._pristine["weight"].is_meta
+        return
+    outer.to(torch.float16) if move == "to" else outer.half()
+    assert keeper._pristine["weight"] is own
+    assert own.dtype == torch.float16
+    assert not list(outer.parameters()), "what is aside is no part of the model"
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_repeat_what_is_given_in_place_of_a_function(
     reentrant: bool, monkeypatch: pytest.MonkeyPatch
@@ -409,3 +434,33 @@ def test_libraries_keep_their_answer_where_it_is_looked_for() -> None:
     for name, functions in clients.REMEMBERED.items():
         module = importlib.import_module(name)
         assert callable(vars(module)[functions[0]]), f"{name}.{functions[0]}"
+
+
+# attention ------------------------------------------------------------------------------------------------------------
+
+
+def noting(called: list[str], layer: nn.Module) -> Any:
+    forward = layer.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        called.append(type(layer).__name__)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_attention_and_encoders_read_parameters_of_layers_and_do_not_call_these(padded: bool) -> None:
+    with seeded(0):
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1).eval()
+    block, called = encoder.layers[0], []
+    for layer in (block.self_attn, block.self_attn.out_proj, block.linear1, block.norm1):
+        assert attention.is_read_past(block if layer is not block.self_attn.out_proj else block.self_attn, layer)
+        layer.forward = noting(called, layer)
+    mask = torch.tensor([[False, False, True]]) if padded else None
+    with torch.no_grad():
+        encoder(torch.ones(1, 3, 16), src_key_padding_mask=mask)
+        assert called == []  # one kernel
+        block.self_attn(*[torch.ones(1, 3, 16)] * 3)
+        assert called == ["MultiheadAttention"]  # its output layer is read
+    assert all(name in vars(block.self_attn) for name in attention.PRIVATE)

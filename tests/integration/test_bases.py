@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from peftc.cli.main import main
+from peftc.compiler.files import read_graph
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache
-from peftc.graph.files import read_graph
 from peftc.graph.locate import locate
 from peftc.graph.nodes import ModuleGraph
 from peftc.integrations.transformers.base import load_base, load_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import transformers
 from safetensors.torch import load_file
 
 from peftc import rules
+from peftc.checkpoint import save as saving
+from peftc.checkpoint.atomic import STAGING
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import PeftcError
 from peftc.integrations.transformers import training
@@ -195,6 +198,55 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("pwned"),)
+
+
+@pytest.mark.parametrize(
+    "content", [Payload(), {"tensors": {}, "steps": {}}, [1]], ids=["a payload", "empty", "a list"]
+)
+@pytest.mark.parametrize("name", training.ARCHIVES)
+def test_a_checkpoint_of_other_content_is_refused(
+    name: str, content: object, method: TunerMethod, interrupted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (checkpoint,) = interrupted.glob("checkpoint-*")
+    torch.save(content, checkpoint / name)
+    error = refused(lambda: fit(adapted(method), rows(), PAD, section(), interrupted, resume=True))
+    (diagnostic,) = error.diagnostics
+    assert diagnostic.code == rules.CANNOT_RESUME.code
+    assert name in diagnostic.what
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"train": 5}', "[" * 5000, '{"global_step": "x"}'])
+@pytest.mark.parametrize("name", [training.RUN_NAME, training.STATE_NAME])
+def test_a_checkpoint_with_other_facts_is_refused(name: str, text: str, method: TunerMethod, interrupted: Path) -> None:
+    (checkpoint,) = interrupted.glob("checkpoint-*")
+    (checkpoint / name).write_text(text, encoding="utf-8")
+    error = refused(lambda: fit(adapted(method), rows(), PAD, section(), interrupted, resume=True))
+    assert {d.code for d in error.diagnostics} == {rules.CANNOT_RESUME.code}
+
+
+def test_a_disk_that_is_full_for_the_adapters_state_is_told(
+    method: TunerMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(content: Any, path: Any, *rest: Any, **more: Any) -> None:
+        if Path(path).name == training.ARCHIVES[0]:
+            raise RuntimeError("[enforce fail] file write failed")
+        save(content, path, *rest, **more)
+
+    monkeypatch.setattr(torch, "save", full)
+    error = refused(lambda: fit(adapted(method), rows(), PAD, section(), tmp_path / "out"))
+    assert str(error.diagnostics[0].what) == "`checkpoint-2` could not be written: [enforce fail] file write failed"
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
 @pytest.mark.parametrize("harm", [cut, flip, Path.unlink], ids=["cut", "flipped", "gone"])
 @pytest.mark.parametrize("name", training.ARCHIVES)
 def test_a_damaged_checkpoint_is_refused(
@@ -216,19 +268,33 @@ def test_a_loss_that_is_not_finite_stops_the_training(method: TunerMethod, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_state.pt", "adapter_model.safetensors"])
 def test_a_full_disk_leaves_the_checkpoint_before(
-    method: TunerMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: TunerMethod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    save = torch.save
+    pickles, tensors = torch.save, saving.write_tensors
+    seen = 0
 
-    def full_at_step_4(what: Any, file: Any, **rest: Any) -> None:
-        if "checkpoint-4" in str(file):
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-        save(what, file, **rest)
+    def count(file: Any, error: Exception) -> None:
+        nonlocal seen
+        seen += Path(str(file)).name == name
+        if seen == 2:
+            raise error
 
-    monkeypatch.setattr(torch, "save", full_at_step_4)
+    def save(what: Any, file: Any, **rest: Any) -> None:
+        count(file, RuntimeError(f"PytorchStreamWriter failed writing {file}: file write failed"))
+        pickles(what, file, **rest)
+
+    def write(file: Path, content: Any, *rest: Any) -> None:
+        count(file, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)))
+        tensors(file, content, *rest)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(saving, "write_tensors", write)
     error = refused(lambda: fit(adapted(method), rows(), PAD, section(), tmp_path))
     assert error.diagnostics[0].code == rules.SAVE_FAILED.code
+    assert "checkpoint-4" in str(error)
+    assert STAGING not in str(error)  # a name that means nothing to a user
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
     assert fit(adapted(method), rows(), PAD, section(), tmp_path, resume=True).first_step == 3

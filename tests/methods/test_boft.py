@@ -101,7 +101,6 @@ def test_two_adapters_act_in_one_order_merged_or_not() -> None:
         (nn.Linear(15, 5), {"boft_block_size": 5, "boft_n_butterfly_factor": 2}, "PC401"),
         (nn.Linear(12, 5), {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, "PC401"),
         (nn.Linear(16, 5), {"boft_block_size": 4, "boft_n_butterfly_factor": 4}, "PC401"),
-        (nn.Conv2d(4, 4, 3, groups=2), {}, "PC401"),
         (nn.Linear(16, 5), {"boft_block_num": 4}, "PC118"),
         (nn.Linear(16, 5), {"boft_block_size": 0}, "PC118"),
         (nn.Linear(16, 5), {"bias": "some"}, "PC102"),

@@ -24,6 +24,7 @@ from peftc import (
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )
+from peftc.checkpoint.load import load_adapter_tensors
 from peftc.diagnostics import ConfigError
 from peftc.testing.models import MODELS
 
@@ -121,9 +122,16 @@ def test_what_cannot_be_joined(tmp_path: Path) -> None:
     ):
         with pytest.raises(PeftcError, match=said):
             compose_cartridge_adapters([tmp_path / path for path in paths], output_path=tmp_path / "both")
-    with pytest.raises(PeftcError, match="PC602"):
-        compose_cartridge_adapters([tmp_path / "one"] * 2, output_path=tmp_path / "both", safe_serialization=False)
     assert not (tmp_path / "both").exists()
+
+
+def test_joined_in_the_format_of_torch(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path / "one")
+    for name, safe in (("both", False), ("safe", True)):
+        compose_cartridge_adapters([tmp_path / "one"] * 2, output_path=tmp_path / name, safe_serialization=safe)
+    assert not (tmp_path / "both" / "adapter_model.safetensors").exists()
+    found, expected = load_adapter_tensors(tmp_path / "both"), load_adapter_tensors(tmp_path / "safe")
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 def test_more_frozen_tokens_than_tokens_are_refused() -> None:

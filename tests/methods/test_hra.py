@@ -78,11 +78,6 @@ def test_more_reflections_than_inputs_are_warned_of() -> None:
         wrapped(r=8)
 
 
-def test_a_grouped_convolution_is_refused() -> None:
-    with pytest.raises(PeftcError, match="PC401"):
-        wrapped(nn.Conv2d(4, 4, 3, groups=2))
-
-
 def test_a_kind_of_bias_that_does_not_exist_is_refused() -> None:
     with pytest.raises(PeftcError, match="PC102"):
         wrapped(bias="some")

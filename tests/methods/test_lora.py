@@ -143,9 +143,9 @@ def test_a_rank_beyond_the_layer_is_warned_of() -> None:
         wrapped(r=WIDTH + 1)
 
 
-def test_a_grouped_convolution_is_refused() -> None:
+def test_a_rank_that_groups_cannot_share_is_refused() -> None:
     with pytest.raises(PeftcError, match="PC401"):
-        wrapped(layer=nn.Conv1d(4, 4, 3, groups=2))
+        wrapped(layer=nn.Conv1d(4, 4, 3, groups=2), r=3)
 
 
 @pytest.mark.parametrize("option", NOT_YET)

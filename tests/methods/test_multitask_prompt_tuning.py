@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peftc import MultitaskPromptTuningConfig, PeftcError, PeftModel, PromptTuningConfig, get_peft_model
 from peftc import MultitaskPromptTuningInit as Init
@@ -69,7 +70,7 @@ def test_a_saved_adapter_needs_its_source_no_more(source: Path, tmp_path: Path) 
     ("path", "options", "code"),
     [
         ("nowhere.safetensors", {}, "PC601"),
-        ("weights.bin", {}, "PC602"),
+        ("weights.bin", {}, "PC601"),
         ("", {"prompt_tuning_init_task": 3}, "PC102"),
         ("", {"num_virtual_tokens": 4}, "PC532"),
     ],
@@ -77,6 +78,13 @@ def test_a_saved_adapter_needs_its_source_no_more(source: Path, tmp_path: Path) 
 def test_a_source_that_cannot_be_used(source: Path, path: str, options: dict[str, Any], code: str) -> None:
     with pytest.raises(PeftcError, match=code):
         started(source / path, Init.EXACT_SOURCE_TASK, **options)
+
+
+def test_a_source_that_torch_saved(source: Path, tmp_path: Path) -> None:
+    saved = load_file(source / "adapter_model.safetensors")
+    torch.save(saved, tmp_path / "weights.bin")
+    found = tensors(started(tmp_path / "weights.bin", Init.ONLY_SOURCE_SHARED))
+    assert torch.equal(found["prompt_embeddings"], saved["prompt_embeddings"])
 
 
 def test_a_source_of_another_method(tmp_path: Path) -> None:

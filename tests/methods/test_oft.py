@@ -131,12 +131,11 @@ def test_an_adjusted_size_is_told(options: dict[str, Any]) -> None:
     ("layer", "options", "code"),
     [
         (nn.Linear(13, 5), {"oft_block_size": 2}, "PC401"),
-        (nn.Conv2d(4, 4, 3, groups=2), {"oft_block_size": 4}, "PC401"),
         (nn.Linear(12, 5), {"r": 3}, "PC118"),
         (nn.Linear(12, 5), {"oft_block_size": 0}, "PC118"),
         (nn.Linear(12, 5), {"num_cayley_neumann_terms": 1}, "PC102"),
     ],
-    ids=["blocks of one", "groups", "both sizes", "no size", "a constant series"],
+    ids=["blocks of one", "both sizes", "no size", "a constant series"],
 )
 def test_what_cannot_rotate_is_refused(layer: nn.Module, options: dict[str, Any], code: str) -> None:
     with pytest.raises(PeftcError, match=code):

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 
@@ -475,6 +475,10 @@ class KeysThatJsonLacks(MutantConfig):
     table: dict[int, str] = pydantic.Field(default_factory=dict)
 
 
+class BiasesByAnotherName(MutantConfig):
+    bias: Literal["none", "all", "mut_only"] = "none"
+
+
 class ShortPrompt(SoundPrompt):
     def embeds(self, c: MutantPromptConfig, a: PromptView) -> Any:
         return a.rows[:-1]
@@ -571,6 +575,7 @@ MUTANTS: dict[str, Mutant] = {
     "keys_that_json_lacks": Mutant(
         record(Sound(), config=KeysThatJsonLacks, examples=({"table": {1: "a"}},)), "config_survives_files", "table"
     ),
+    "biases_by_another_name": Mutant(record(Sound(), config=BiasesByAnotherName), "biases_train_along", "mutant_only"),
     "by_length": Mutant(
         replace(SOUND_AROUND, tuner=ByLength()),
         "generation_with_a_cache_is_the_same",

@@ -41,7 +41,7 @@ from peftc.plugin import (
     rules,
 )
 from peftc.registry.manager import default_registry
-from peftc.testing.models import MODELS
+from peftc.testing.models import MODELS, seeded
 from tests.unit.fakes import plugin
 
 
@@ -324,7 +324,9 @@ def preface(kind: str = "PREFACE", **options: Any) -> PrefaceConfig:
 
 def adapted(config: PeftConfig | None = None, **names: PeftConfig) -> PeftModel:
     """A net with the adapter `default`, and with others by name."""
-    model = get_peft_model(Net(), config or narrow())
+    with seeded(0):  # files say which base weights they are for
+        base = Net()
+    model = get_peft_model(base, config or narrow())
     for name, other in names.items():
         model.add_adapter(name, other)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,19 +10,28 @@ import pytest
 import torch
 from torch import nn
 
+import peftc
 import peftc.compat.helpers as ours
 from peftc import PeftcWarning, get_peft_model
-from peftc.compat import names, values
-from peftc.compat.kinds import kind_class
+from peftc.compat import merging, names, values
+from peftc.compat.kinds import class_of, names_in
+from peftc.config.mixins import LayersMixin
 from peftc.diagnostics import PeftcError
 from peftc.integrations import fsdp, packages, placement, quantization
 from peftc.integrations.transformers.weight_conversion import build_peft_weight_mapping
+from peftc.registry.manager import default_registry
+from peftc.testing.models import MODELS
 from tests.runtime.methods import Net, adapted, narrow
+from tests.unit.chosen import plain_method
 
 other = pytest.importorskip("peft.utils.other")
 constants = pytest.importorskip("peft.utils.constants")
 import_utils = pytest.importorskip("peft.import_utils")
 integrations = pytest.importorskip("peft.utils.integrations")
+merge_utils = pytest.importorskip("peft.utils.merge_utils")
+tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
+peft = pytest.importorskip("peft")
+TINY = next(model for model in MODELS if model.is_language_model)
 
 
 def same(mine: Any, theirs: Any, *args: Any) -> None:
@@ -82,12 +92,91 @@ def test_which_adapters_are_to_be_merged() -> None:
 
 def test_classes_by_kind_are_for_isinstance() -> None:
     layer = next(iter(adapted().session.layers.values()))
-    linear, embedding = (kind_class(type(layer), name, name.lower()) for name in ("Linear", "Embedding"))
-    assert linear is kind_class(type(layer), "Linear", "linear") and linear.__name__ == "Linear"
+    linear, embedding = (class_of(type(layer), "any", name) for name in ("Linear", "Embedding"))
+    assert linear is class_of(type(layer), "any", "Linear") and linear.__name__ == "Linear"
     assert isinstance(layer, linear) and not isinstance(layer, embedding) and not isinstance(nn.Linear(1, 1), linear)
     assert issubclass(linear, linear) and not issubclass(embedding, linear)
     with pytest.raises(TypeError, match="isinstance"):
         linear(layer)
+
+
+def test_classes_by_what_is_wrapped_ask_the_base_layer_and_its_weight() -> None:
+    """As libraries for quantisation leave it: with a class of their own for the layer, or for its weight."""
+    found = {(package, name) for package in default_registry().names for name in names_in(package.lower())}
+    quantised = sorted((package.lower(), name) for package, name in found if "4bit" in name)
+    assert quantised
+    layer = next(iter(adapted().session.layers.values()))
+    package, name = quantised[0]
+    cls = class_of(type(layer), package, name)
+    assert not isinstance(layer, cls)
+    layer.base_layer.__class__ = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    assert isinstance(layer, cls)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "layers.1.mlp.down_proj"]},
+        {"target_modules": r".*layers\.\d+\.self_attn\.(k|v)_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": r".*layers\.1.*"},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
+        {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "blocks"]},
+    ],
+    ids=str,
+)
+def test_which_modules_a_config_means(options: dict[str, Any]) -> None:
+    method = next(m for m in map(default_registry().get, default_registry().names) if issubclass(m.config, LayersMixin))
+    mine, its = method.least(**options), getattr(peft, method.config.__name__)(**method.needed(options), **options)
+    paths = [path for path, _ in TINY.build().named_modules() if path]
+    found = {path for path in paths if ours.check_target_module_exists(mine, path)}
+    assert found == {path for path in paths if tuners_utils.check_target_module_exists(its, path)}
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_all_linear_layers_are_written_out(task: str | None) -> None:
+    method = plain_method()
+    made = []
+    for library, fill in ((peftc, ours), (peft, tuners_utils)):
+        config = getattr(library, method.config.__name__)(target_modules="all-linear", task_type=task)
+        assert fill._maybe_include_all_linear_layers(config, TINY.build()) is config
+        made.append(config.target_modules)
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_task_tensors_are_combined_as_in_the_reference(density: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(4, 5, generator=generator) for _ in range(3)]
+    weights = torch.tensor([0.5, 1.0, -0.25])
+    stacked = torch.stack(tensors)
+    calls: dict[str, tuple[Any, ...]] = {
+        "reshape_weight_task_tensors": (stacked, weights),
+        "magnitude_based_pruning": (tensors[0], density),
+        "random_pruning": (tensors[0], density, True),
+        "prune": (tensors[0], density, "random"),
+        "calculate_majority_sign_mask": (stacked, "frequency"),
+        "disjoint_merge": (stacked, stacked > 0),
+        "task_arithmetic": (tensors, weights),
+        "magnitude_prune": (tensors, weights, density),
+        "ties": (tensors, weights, density, "frequency"),
+        "dare_linear": (tensors, weights, density),
+        "dare_ties": (tensors, weights, density),
+    }
+    assert calls.keys() == names.table()["peft.utils.merge_utils"].keys()
+    for name, given in calls.items():
+        results = []
+        for module in (merging, merge_utils):
+            torch.manual_seed(3)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results.append(getattr(module, name)(*given))
+        torch.testing.assert_close(*results, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(ValueError, match="nothing"):
+        merging.prune(tensors[0], 0.5, "nothing")
 
 
 def test_constants_are_the_references() -> None:

@@ -29,7 +29,7 @@ from peftc.plugin import (
     parameter_slot,
 )
 from peftc.registry.manager import default_registry
-from peftc.runtime.paths import adapted as folded
+from peftc.runtime.folding import adapted as folded
 from peftc.runtime.snapshot import snapshot
 from peftc.testing.models import ExpertsNet, seeded
 from tests.unit.fakes import plugin

@@ -40,7 +40,22 @@ from peftc.model import assistance, base_state, files, hotswap, injected, mappin
 from peftc.model import conversion as converting
 from peftc.model import peft_model as runtime_model
 from peftc.model.assistance import row_values
-from peftc.runtime import apply, call, calls, conversion, drift, layer, planning, session, storage, values, weighted
+from peftc.runtime import (
+    apply,
+    call,
+    calls,
+    conversion,
+    drift,
+    layer,
+    merging,
+    planning,
+    session,
+    storage,
+    succession,
+    values,
+    weighted,
+)
+from peftc.runtime import merged as merged_weights
 from peftc.runtime.apply import apply_plan
 from peftc.runtime.call import Call
 from peftc.runtime.prompt import cache, driver, encoder, streams
@@ -160,19 +175,19 @@ CASES = {
     ),
     "activating one of two that is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter(["default", "nobody"]),
-        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "no adapter `nobody`",
+        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "nobody does not exist",
     ),
     "deleting what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
-        (session, "self.require([name])", "pass"), "no adapter `nobody`",
+        (succession, "    session.require(gone)\n", "    gone = []\n"), "nobody does not exist",
     ),
     "merging what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.merge_adapter(["default", "nobody"]),
-        (session, "        self.require(names)\n        again", "        again"), "no adapter `nobody`",
+        (session, "        self.require(names)\n        if not names", "        if not names"), "nobody does not exist",
     ),
     "saving what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.save_pretrained("nowhere", selected_adapters=["nobody"]),
-        (runtime_model, "self.session.require(names)", "pass"), "no adapter `nobody`",
+        (runtime_model, "self.session.require(names)", "pass"), "nobody does not exist",
     ),
     "wrapping twice": Case(
         rules.MIXED_TYPES, adapted, lambda m: get_peft_model(m.get_base_model(), narrow(), "another"),
@@ -200,7 +215,7 @@ CASES = {
         (converting, "if made.error > _ROUNDING:", "if False:"), "The changes differ by",
     ),
     "merging twice": Case(
-        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "Merged already: `default`, `other`",
+        rules.ALREADY_MERGED, merged, lambda m: m.merge_adapter(), (session, "if again:", "if False:"), "already merged, nothing to do: `default`, `other`",
     ),
     "unmerging what is not merged": Case(
         rules.NOT_MERGED, adapted, lambda m: m.unmerge_adapter(),
@@ -212,15 +227,15 @@ CASES = {
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
-        (layer, "if check and not all(", "if False and not all("), "Merging default gives NaN or infinity",
+        (merged_weights, "if check and not all(", "if False and not all("), "The adapter default seems to be broken",
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
-        (session, "journal.note(layer.restore_merge, layer.merge_state())", "pass"), "Merging default gives NaN or infinity",
+        (merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "The adapter default seems to be broken",
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
-        (runtime_model, "if session is None or not self.peft_config:", "if session is None:"), "has no adapter any more",
+        (runtime_model, "if session is None or (not session.plans", "if session is None or (False"), "has no adapter any more",
     ),
     "merging a prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_adapter(),
@@ -232,7 +247,7 @@ CASES = {
     ),
     "deleting what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.delete_adapter("default"),
-        (session, "if name in self.merged:", "if False:"), "`default` is merged into the base weights",
+        (succession, "if merged:", "if False:"), "Cannot delete adapter(s) ['default'] while they are merged",
     ),
     "loading over what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.load_adapter("nowhere", "other"),
@@ -244,15 +259,31 @@ CASES = {
     ),
     "a name with a dot": Case(
         rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "v1.2"),
-        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `v1.2`",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called `v1.2`",
     ),
     "a name that is a folder": Case(
         rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("../other", narrow()),
-        (apply, "if not adapter.name or any(", "if False and any("), "cannot be called `../other`",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called `../other`",
     ),
     "no name": Case(
         rules.ADAPTER_NAME, Net, lambda m: inject_adapter_in_model(narrow(), m, ""),
-        (apply, "if not adapter.name or any(", "if any("), "cannot be called ``",
+        (apply, "if not is_usable(adapter.name):", "if False:"), "cannot be called ``",
+    ),
+    "a name with a NUL": Case(
+        rules.ADAPTER_NAME, Net, lambda m: get_peft_model(m, narrow(), "a\0b"),
+        (apply, "not name.isprintable() or ", ""), r"cannot be called `a\x00b`",
+    ),
+    "half of a character as a name": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("\ud800", narrow()),
+        (apply, "not name.isprintable() or ", ""), r"cannot be called `\ud800`",
+    ),
+    "a name that no folder can have": Case(
+        rules.ADAPTER_NAME, adapted, lambda m: m.add_adapter("é" * 101, narrow()),
+        (apply, "<= MAX_NAME", "<= 9999"), "Use up to 200 bytes",
+    ),
+    "a prompt of no usable name": Case(
+        rules.ADAPTER_NAME, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(), "a\nb"),
+        (apply, "if not is_usable(adapter.name):", "if False:"), r"cannot be called `a\nb`",
     ),
     "a prompt without a wrapper": Case(
         rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
@@ -372,7 +403,7 @@ CASES = {
     ),
     "swapping what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: hotswap_adapter_from_state_dict(m, {}, "nobody", narrow()),
-        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "no adapter `nobody`",
+        (hotswap, "session.require([adapter_name])\n    session.refuse", "session.refuse"), "nobody does not exist",
     ),
     "preparing a compiled model": Case(
         rules.COMPILED_ALREADY, lambda: torch.compile(adapted(), backend="eager"), prepare_model_for_compiled_hotswap,
@@ -400,7 +431,7 @@ CASES = {
     ),
     "loading into what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: set_peft_model_state_dict(m, {}, "nobody"),
-        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "no adapter `nobody`",
+        (state, "    session.require([adapter_name])\n    session.refuse", "    session.refuse"), "nobody does not exist",
     ),
     "other base weights under what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: set_base_model_state_dict(m, get_base_model_state_dict(m)),
@@ -408,7 +439,7 @@ CASES = {
     ),
     "a merge that would change the order": Case(
         rules.MERGE_ORDER, nested, lambda m: m.merge_adapter(["other"]),
-        (layer, "if not below or all(", "if True or all("), "Merging `other` alone would change places with `default`",
+        (merging, "if not below or all(", "if True or all("), "Merging `other` alone would change places with `default`",
     ),
     "fewer names than rows": Case(
         rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names=["default"]),
@@ -460,7 +491,11 @@ CASES = {
     ),
     "rows while merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m(x(), adapter_names=["other"] * 5),
-        (rows, "if session.merged:", "if False:"), "Merged adapters act on every row: `default`, `other`",
+        (rows, "if session.merged and", "if False and"), "Merged adapters act on every row: `default`, `other`",
+    ),
+    "rows beside trained biases": Case(
+        rules.CALL_NOT_POSSIBLE, lambda: adapted(narrow(bias="all")), lambda m: m(x(), adapter_names=["default", *["__base__"] * 4]),
+        (rows, "if plan.trains and set", "if False and set"), "`default` trains biases of the base model",
     ),
     "rows with a prompt": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), adapter_names=["default"] * len(ids())),

@@ -139,17 +139,6 @@ def test_input_by_keyword() -> None:
         assert torch.equal(layer(input=x()), layer(x()))
 
 
-def test_no_adapter_left_to_act() -> None:
-    model = adapted(other=narrow())
-    with model.disable_adapter():
-        bare = model(x())
-    model.delete_adapter("default")
-    assert model.active_adapters == []
-    assert list(model.peft_config) == ["other"]
-    assert torch.equal(model(x()), bare)
-    assert [name for name, _ in model.named_parameters() if ".default" in name] == []
-
-
 # loading --------------------------------------------------------------------------------------------------------------
 
 

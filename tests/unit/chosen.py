@@ -18,6 +18,8 @@ def _is_plain(method: TunerMethod) -> bool:
     """Whether it says nothing of its defaults, alone and on a layer."""
     if not method.adapts_layers or not issubclass(method.config, TargetsMixin):
         return False
+    if method.needed({}):
+        return False
     config, layer = method.config(target_modules=["layer"]), linear(8, 8)
     tuners = [tuner for tuner in method.map_tuners if layer.kind in tuner.supports]
     return bool(tuners) and not [*method.check(config), *tuners[0].check(config, layer, "layer")]

@@ -143,6 +143,10 @@ class SampleTuner(MapTuner[SampleConfig]):
         if c.fail == "slots":
             raise ZeroDivisionError("no slots today")
         yield module_slot("sample_A", (c.r, layer.in_features))
+        while c.fail == "endless":
+            yield module_slot("sample_A", (c.r, layer.in_features))
+        if c.fail in ("float", "text"):
+            yield parameter_slot("sample_B", (8, 2.5)) if c.fail == "float" else "sample_B"  # type: ignore[arg-type, misc]
         yield parameter_slot(
             "other" if c.fail == "prefix" else "sample_B", (layer.out_features, 0 if c.fail == "shape" else c.r)
         )

@@ -148,6 +148,33 @@ def killed_at_random(place: Path, times: int, seed: int) -> dict[str, Any]:
     return {"mixed": [s for s in states if not s.isdecimal()], "different": len(set(states)), "left": left}
 
 
+def saved_together(place: Path, rounds: int, saves: int) -> dict[str, Any]:
+    """Two processes save into one folder, each again and again: the same config and plan each time, with other weights."""
+    target = prepare(place)
+    states: list[str] = []
+    for _ in range(rounds):
+        children = []
+        for generation in (1, 2):
+            children.append(os.fork())
+            if children[-1] == 0:
+                for number in range(saves):
+                    _save_weights(target, generation, number)
+                os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        states.append(state(target))
+    left = [str(path) for path in place.rglob(f"{atomic.STAGING}*")]
+    return {"mixed": [s for s in states if s not in ("1", "2")], "left": left}
+
+
+def _save_weights(target: Path, generation: int, number: int) -> None:
+    def write(staged: Path) -> None:
+        for name in FILES:
+            (staged / name).write_text(f"{generation} {number if name == 'weights' else ''}")
+
+    atomic.replace_files(target, write, commit="config")
+
+
 def become_nobody(target: Path, *modes: tuple[Path, int]) -> None:
     """Give the folder to an unprivileged user, set permissions, and be that user (who is not root already)."""
     nobody = 65534
@@ -240,6 +267,8 @@ def main() -> None:
             result = killed_at_every_step(place, arguments[0])
         elif task == "random":
             result = killed_at_random(place, int(arguments[0]), int(arguments[1]))
+        elif task == "together":
+            result = saved_together(place, int(arguments[0]), int(arguments[1]))
         elif task == "adapter":
             result = {case: refused_adapter(new_folder(place, case), case) for case in arguments}
         else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -274,4 +277,92 @@ def test_the_staging_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     with atomic._staging(tmp_path) as other:
         save(tmp_path / "adapter", 1)
         assert other.exists()
+    assert no_staging(tmp_path)
+
+
+# several processes, several folders ---------------------------------------------------------------------------------
+
+
+@linux
+@pytest.mark.parametrize("changed", ["one", "all"])
+def test_a_save_waits_while_another_process_puts_its_files_into_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """What it compared with must still be there when it renames: otherwise one file of each may stay."""
+    target = prepare(tmp_path)
+    put, children = atomic._put, []
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                monkeypatch.setattr(atomic, "_put", put)
+                with suppress(BaseException):
+                    save(target, 2)
+                os._exit(0)
+            time.sleep(0.2)  # the other one is done with writing
+        put(*args, **kwargs)
+
+    monkeypatch.setattr(atomic, "_put", slowly)
+    if changed == "one":
+        atomic.replace_files(target, lambda staged: _one(staged, target), commit="config")
+    else:
+        save(target, 1)
+    os.waitpid(children[0], 0)
+    assert state(target) == "2"
+    assert no_staging(tmp_path)
+
+
+def _one(staged: Path, target: Path) -> None:
+    for name in saving_driver.FILES:
+        shutil.copy(target / name, staged / name)
+    (staged / "config").write_text("1 ")
+
+
+@linux
+def test_of_two_processes_that_save_again_and_again_one_whole_result_is_left(root: Path) -> None:
+    found = driver(root, "together", "8", "12")
+    assert found["mixed"] == []
+    assert found["left"] == []
+
+
+def parts(generation: int, *paths: str) -> dict[str, atomic.Part]:
+    def write(staged: Path) -> None:
+        for name in saving_driver.FILES:
+            (staged / name).write_text(f"{generation} ")
+
+    return {path: atomic.Part(write, ("stale",)) for path in paths}
+
+
+@linux
+def test_several_folders_are_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "adapters"
+    atomic.replace_folders(root, parts(0, "", "a", "b/c"), commit="config")
+    (root / "a" / "mine").write_text("stays")
+    (root / "b" / "c" / "stale").write_text("goes")
+    found, seen = atomic._exchange_call(), []
+
+    def exchange(one: Path, other: Path) -> None:
+        seen.append([state(root / path) for path in ("", "a", "b/c")])
+        found(one, other)
+        seen.append([state(root / path) for path in ("", "a", "b/c")])
+
+    monkeypatch.setattr(atomic, "_exchange_call", lambda: exchange)
+    atomic.replace_folders(root, parts(1, "", "a", "b/c", "new"), commit="config")
+    assert seen == [["0"] * 3, ["1"] * 3]
+    assert state(root / "new") == "1"
+    assert (root / "a" / "mine").read_text() == "stays"
+    assert not (root / "b" / "c" / "stale").exists()
+    assert no_staging(tmp_path)
+
+
+@linux
+def test_several_folders_one_after_the_other_where_the_root_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "adapters"
+    atomic.replace_folders(root, parts(0, "", "a"), commit="config")
+    monkeypatch.chdir(root)
+    atomic.replace_folders(root, parts(1, "", "a"), commit="config")
+    assert [state(root / path) for path in ("", "a")] == ["1", "1"]
     assert no_staging(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from peftc.checkpoint.format import DTYPES, FormatError, read_header, write_file
+from peftc import rules
+from peftc.checkpoint.format import DTYPES, FormatError, Header, header_of, write_file
 from peftc.checkpoint.load import AdapterFile
 from peftc.checkpoint.save import write_tensors
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
+
+
+def read_header(path: Path) -> Header:
+    with FileIO(path) as file:
+        return header_of(file)
+
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=3)
@@ -31,7 +41,7 @@ def test_the_same_bytes_as_the_library_and_back(
     write_tensors(folder / "ours", tensors)
     save_file(tensors, folder / "theirs", metadata={"format": "pt"})
     assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
-    found = dict(AdapterFile(folder / "ours", read_header(folder / "ours")).items())
+    found = dict(AdapterFile.of(folder / "ours").items())
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
@@ -51,12 +61,47 @@ def test_shared_and_strided_tensors_are_written_by_value(tmp_path: Path) -> None
 
 def test_a_tensor_of_the_file_is_writable_and_the_file_stays_as_it_is(tmp_path: Path) -> None:
     write_tensors(tmp_path / "file", {"a": torch.zeros(4), "b": torch.zeros(4)})
-    file = AdapterFile(tmp_path / "file", read_header(tmp_path / "file"))
+    file = AdapterFile.of(tmp_path / "file")
     one = file.tensor("a")
     one += 1
     assert file.tensor("b").sum() == 0
     assert load_file(tmp_path / "file")["a"].sum() == 0
     assert one.untyped_storage().nbytes() == 16  # not the whole file: it can be pickled and shared
+
+
+@pytest.mark.parametrize("dtype", sorted(name for name, _ in DTYPES.values()))
+@pytest.mark.parametrize("odd", range(0, 72, 8))
+def test_what_was_read_stays_when_the_file_is_written_in_place_or_cut_short(
+    tmp_path: Path, dtype: str, odd: int
+) -> None:
+    """Wherever the tensors start: `cp new old` and a full disk write in place, and no memory is the file's."""
+    path = tmp_path / "file"
+    tensor = torch.arange(64).remainder(2).to(getattr(torch, dtype))
+    write_tensors(path, {"a" + "b" * odd: tensor})
+    held = dict(AdapterFile.of(path).items())
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)) for found in held.values())
+    path.write_bytes(b"")
+    assert all(torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)) for found in held.values())
+
+
+def test_header_and_tensors_are_of_one_file(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {"a": torch.ones(4)})
+    write_tensors(tmp_path / "other", {"b": torch.zeros(2), "a": torch.zeros(4)})
+    file = AdapterFile.of(tmp_path / "file")
+    (tmp_path / "other").rename(tmp_path / "file")
+    assert torch.equal(file.tensor("a"), torch.ones(4))
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {"a": torch.ones(40), "b": torch.ones(40)})
+    file = AdapterFile.of(tmp_path / "file")
+    os.truncate(tmp_path / "file", 300)
+    with pytest.raises(PeftcError, match=rules.CHECKPOINT_DAMAGED.code):
+        dict(file.items())
+    with pytest.raises(PeftcError, match=rules.CHECKPOINT_DAMAGED.code):
+        file.equal("a", "b")
 
 
 def test_a_header_that_was_not_padded(tmp_path: Path) -> None:
@@ -67,7 +112,7 @@ def test_a_header_that_was_not_padded(tmp_path: Path) -> None:
         header += " "
     raw = len(header).to_bytes(8, "little") + header.encode() + tensor.numpy().tobytes()
     (tmp_path / "file").write_bytes(raw)
-    assert torch.equal(AdapterFile(tmp_path / "file", read_header(tmp_path / "file")).tensor("a"), tensor)
+    assert torch.equal(AdapterFile.of(tmp_path / "file").tensor("a"), tensor)
 
 
 def file_with(tmp_path: Path, header: object, data: bytes = b"\0" * 16) -> Path:
@@ -158,7 +203,7 @@ def test_a_damaged_file_is_refused_or_gives_tensors_but_never_anything_else(
         raw[position] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
     try:
-        file = AdapterFile(path, read_header(path))
+        file = AdapterFile.of(path)
     except FormatError:
         return
     for _, tensor in file.items():

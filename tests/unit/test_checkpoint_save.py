@@ -78,11 +78,14 @@ def test_the_file_is_what_others_expect(tmp_path: Path) -> None:
     assert list(json.loads(text)) == sorted(json.loads(text))
 
 
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "torch"])
 @each_example
-def test_the_reference_reads_what_is_saved(tmp_path: Path, method: TunerMethod, example: dict[str, Any]) -> None:
+def test_the_reference_reads_what_is_saved(
+    tmp_path: Path, method: TunerMethod, example: dict[str, Any], pickled: bool
+) -> None:
     peft = pytest.importorskip("peft", reason="the reference is in the test environment only")
     plan, tensors = made(method, example)
-    save_adapter(tmp_path, tensors, plan.adapters[0].config, plan)
+    save_adapter(tmp_path, tensors, plan.adapters[0].config, plan, pickled=pickled)
     found = peft.utils.load_peft_weights(str(tmp_path), device="cpu")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
@@ -102,7 +105,7 @@ def test_saving_again_replaces_and_removes_only_what_is_ours(tmp_path: Path) -> 
     assert all(torch.equal(found[key], tensors[key] + 1) for key in tensors)
 
 
-def test_a_mapped_adapter_outlives_the_next_save(tmp_path: Path) -> None:
+def test_a_loaded_adapter_outlives_the_next_save(tmp_path: Path) -> None:
     """A model holds tensors of the file that it is then saved over."""
     config, _, tensors = first()
     save_adapter(tmp_path, tensors, config)

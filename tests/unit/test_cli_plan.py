@@ -222,13 +222,27 @@ def test_a_model_that_has_drifted_is_refused(run: Run, planned: str) -> None:
 
 def test_plans_that_cannot_be_applied(run: Run, planned: str) -> None:
     text = Path(planned).read_text(encoding="utf-8")
-    for name, content in (("edited", text.replace("q_proj", "o_proj")), ("half", text[:100]), ("none", "[]")):
-        code, _, err = run("apply", write(content, f"{name}.json"))
-        assert (code, rules.PLAN_INVALID.code in err) == (1, True)
+    for name, content, rule in (
+        ("edited.json", text.replace("q_proj", "o_proj"), rules.PLAN_INVALID),
+        ("half.json", text[:100], rules.SYNTAX),
+        ("none.json", "[]", rules.PLAN_INVALID),
+        ("spec.yaml", "version: 1", rules.PLAN_INVALID),
+    ):
+        code, _, err = run("apply", write(content, name))
+        assert (code, rule.code in err) == (1, True)
     Path("binary.json").write_bytes(b"\xff\xfe\x00")
     assert run("apply", "binary.json")[0] == 1
     code, _, err = run("apply", "missing.json")
     assert (code, "No such file" in err) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "train"])
+def test_a_plan_given_for_a_spec_is_known_as_one(command: str, run: Run, planned: str) -> None:
+    code, out, err = run(command, planned)
+    told = [line for line in (out + err).splitlines() if "error[" in line]
+    assert code == 1
+    assert told == ["error[PC116]: This is a plan, not a spec"]
+    assert "peftc apply" in out + err
 
 
 def test_a_plan_without_a_base_asks_for_one(run: Run) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import pprint
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import peft
 import pytest
+from transformers import HfArgumentParser
 
 import peftc
 from peftc import rules
@@ -38,7 +40,7 @@ def completed(method: TunerMethod, options: Mapping[str, Any]) -> dict[str, Any]
     What the method itself misses is taken from its first example; adapters to weigh, and what is found out of a model, are
     filled in.
     """
-    whole = dict(options)
+    whole = {**options, **method.needed(options)}
     for problem in method.check(method.config(**whole)):
         missed = problem.where.path or ""
         if problem.severity is Severity.ERROR and missed not in whole:
@@ -48,6 +50,9 @@ def completed(method: TunerMethod, options: Mapping[str, Any]) -> dict[str, Any]
         whole |= method.call_tuner.resolve(method.config(**whole), DIMS)
     return whole
 
+
+#: whose options may all be left out
+FREE = next(method for method in METHODS if not method.needed({}))
 
 EXAMPLES = [(m, completed(m, example)) for m in METHODS for example in ({}, *m.examples)]
 #: the least that a config of each method takes in the reference as well
@@ -88,10 +93,11 @@ def test_options_and_defaults_are_the_references(method: TunerMethod, options: d
 
 @pytest.mark.parametrize("method", [m for m in METHODS if LEAST[m.peft_type]], ids=lambda m: m.peft_type)
 def test_options_that_must_be_given_are_empty_in_both_until_then(method: TunerMethod) -> None:
-    fields, ours = {field.name: field for field in dataclasses.fields(reference(method))}, method.config().to_dict()
+    fields, ours = {field.name: field for field in dataclasses.fields(reference(method))}, method.config.model_fields
     for name in LEAST[method.peft_type]:
         made = fields[name].default_factory
-        assert ours[name] == (fields[name].default if made is dataclasses.MISSING else made())
+        empty = ours[name].get_default(call_default_factory=True)
+        assert empty == (fields[name].default if made is dataclasses.MISSING else made())
 
 
 @each_example
@@ -114,7 +120,7 @@ def test_each_reads_the_others_file(method: TunerMethod, options: dict[str, Any]
     theirs = theirs_of(method, options)
     theirs.save_pretrained(tmp_path / "theirs")
     read = PeftConfig.from_pretrained(tmp_path / "theirs")
-    assert {**read.to_dict(), "peft_version": None} == {**method.config(**options).to_dict()}
+    assert {**read.to_dict(), "peft_version": None} == {**method.config(**options).to_dict(), "peft_version": None}
     method.config(**options).save_pretrained(tmp_path / "ours")
     assert {**peft.PeftConfig.from_pretrained(tmp_path / "ours").to_dict(), "peft_version": None} == {
         **theirs.to_dict(),
@@ -136,6 +142,50 @@ def test_attributes_of_the_class(method: TunerMethod) -> None:
         assert ours.peft_type.value == theirs.peft_type.value == method.peft_type
         assert ours.is_prompt_learning == theirs.is_prompt_learning
         assert ours.is_adaption_prompt == theirs.is_adaption_prompt
+
+
+@each_example
+def test_dataclasses_take_it_for_one_as_the_references(method: TunerMethod, options: dict[str, Any]) -> None:
+    ours, theirs = method.config(**options), theirs_of(method, options)
+    assert dataclasses.is_dataclass(ours) and dataclasses.is_dataclass(method.config)
+    fields, known = ({field.name: field for field in dataclasses.fields(config)} for config in (ours, theirs))
+    assert known.keys() <= fields.keys()
+    assert all(field.metadata["help"] and field.init for field in fields.values())
+    made, wanted = dataclasses.asdict(ours), dataclasses.asdict(theirs)
+    assert {name: made[name] for name in wanted if name != "peft_version"} == {
+        name: value for name, value in wanted.items() if name != "peft_version"
+    }
+    other = dataclasses.replace(ours, inference_mode=True)
+    assert (type(other), other.inference_mode, ours.inference_mode) == (type(ours), True, False)
+    assert other.__replace__(inference_mode=False) == ours  # what `copy.replace` calls, from Python 3.13 on
+    with pytest.raises(TypeError, match="no_such_option"):
+        dataclasses.replace(ours, no_such_option=1)
+    with pytest.raises(ValueError, match="inference_mode"):
+        dataclasses.replace(ours, inference_mode="perhaps")
+    pprint.pformat(ours)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)
+def test_a_parser_of_dataclasses_takes_what_it_takes_of_the_references(method: TunerMethod) -> None:
+    def parsed(cls: type) -> bool:
+        try:
+            HfArgumentParser(cls)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    assert parsed(method.config) or not parsed(reference(method))
+
+
+@each_method
+def test_a_config_knows_which_version_made_it(method: TunerMethod) -> None:
+    least = LEAST[method.peft_type]
+    ours, theirs = method.config(**least), theirs_of(method, least)
+    for version, known in (
+        (ours.peft_version, theirs.peft_version),
+        (ours.to_dict()["peft_version"], peft.__version__),
+    ):
+        assert str(version).partition("@")[0] == known
 
 
 # as an object --------------------------------------------------------------------------------------------------------
@@ -178,7 +228,7 @@ def test_saving_and_reading_keeps_everything(method: TunerMethod, tmp_path: Path
 def test_a_config_cannot_be_of_another_type(method: TunerMethod) -> None:
     with pytest.raises(ConfigError, match="has no other type"):
         method.config(peft_type="SOMETHING")
-    assert method.config(peft_type=None).peft_type == method.peft_type
+    assert method.least(peft_type=None).peft_type == method.peft_type
 
 
 @each_method
@@ -304,7 +354,7 @@ def test_an_unknown_keyword_is_a_type_error_as_in_the_reference(method: TunerMet
     for cls in (method.config, reference(method)):
         with pytest.raises(TypeError):
             cls(no_such_option=1)
-    config, theirs = method.config(), reference(method)(task_type="CAUSAL_LM", **LEAST[method.peft_type])
+    config, theirs = method.least(), reference(method)(task_type="CAUSAL_LM", **LEAST[method.peft_type])
     assert isinstance(config, PeftConfig) and isinstance(config, PeftConfigMixin)
     assert config.peft_type.value == theirs.peft_type.value == method.peft_type
     assert config.is_adaption_prompt is theirs.is_adaption_prompt
@@ -323,7 +373,7 @@ def test_the_type_in_the_file_decides_whatever_class_reads_it(tmp_path: Path) ->
 
 
 def test_a_file_as_plain_data_without_what_describes_a_run(tmp_path: Path) -> None:
-    METHODS[0].config().save_pretrained(tmp_path)
+    METHODS[0].least().save_pretrained(tmp_path)
     file = tmp_path / CONFIG_NAME
     data = json.loads(file.read_text())
     assert PeftConfig.from_json_file(file) == data == peft.PeftConfig.from_json_file(str(file))
@@ -337,8 +387,8 @@ def test_a_file_as_plain_data_without_what_describes_a_run(tmp_path: Path) -> No
 
 def test_keywords_of_another_version_are_dropped_with_a_warning() -> None:
     with pytest.warns(PeftcWarning, match="later_option"):
-        config = PeftConfig.from_peft_type(peft_type=METHODS[0].peft_type, later_option=3)
-    assert config == METHODS[0].config()
+        config = PeftConfig.from_peft_type(peft_type=FREE.peft_type, later_option=3)
+    assert config == FREE.config()
     with pytest.raises(TypeError):
         PeftConfig.from_peft_type(later_option=3)
 

@@ -15,10 +15,11 @@ from peftc.config.base import CONFIG_NAME
 from peftc.config.files import config_from_dict, read_config, write_config, write_text
 from peftc.diagnostics import ConfigError, PeftcWarning, Where
 from peftc.registry.manager import default_registry
+from tests.unit.chosen import plain_method
 from tests.unit.fakes import FakeConfig, registry
 
 REGISTRY = default_registry()
-METHOD = REGISTRY.get(REGISTRY.names[0])
+METHOD = plain_method()
 
 
 def saved(folder: Path, **changes: Any) -> Path:
@@ -202,5 +203,5 @@ def test_permissions_are_those_of_an_ordinary_write(tmp_path: Path) -> None:
 
 def test_the_run_config_is_never_written(tmp_path: Path) -> None:
     for name in REGISTRY.names:
-        file = write_config(REGISTRY.get(name).config(), tmp_path / name)
+        file = write_config(REGISTRY.get(name).least(), tmp_path / name)
         assert "runtime_config" not in json.loads(file.read_text())

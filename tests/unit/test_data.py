@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, PeftcWarning, Where
+from peftc.integrations.transformers import data
 from peftc.integrations.transformers.data import (
     IGNORED,
-    MOST_TOLD,
     Collator,
     Encoded,
     Encoder,
@@ -21,6 +22,7 @@ from peftc.integrations.transformers.data import (
     read_examples,
     stop_ids,
 )
+from peftc.limits import MOST_LINES_TOLD
 from tests.integration import tiny
 
 ASKED = {"question": "Why?", "answer": "So."}
@@ -73,6 +75,8 @@ BAD_LINES = [
     ('{"question": "a", "answer": "  "}', "`answer` is empty"),
     ('{"text": null}', "`text` is null, not a string"),
     ('{"text": "a", "prompt": "b", "completion": "c"}', "several forms at once"),
+    ('{"text": "\\ud800"}', "half of a surrogate pair"),
+    ('{"messages": [{"role": "assistant", "content": "a", "x": {"\\udc00": 1}}]}', "half of a surrogate pair"),
     ('{"messages": []}', "an empty list"),
     ('{"messages": "hi"}', "a string, not a list"),
     ('{"messages": [{"role": "user"}]}', "lacks `role` or `content`"),
@@ -95,13 +99,39 @@ def test_a_bad_line_is_told_with_its_number(tmp_path: Path, line: str, told: str
     assert (problem.where.file, problem.where.line) == (str(file), 2)
 
 
+def test_a_pair_of_escapes_is_one_character(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "\\ud83d\\ude00"}\n', encoding="utf-8")
+    assert read_examples(file)[0].completion == "\U0001f600"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path, "a folder"),
+        (tmp_path / "a\0b", "null byte"),
+    ):
+        with pytest.raises(PeftcError, match=told) as raised:
+            read_examples(path)
+        assert raised.value.diagnostics[0].code == rules.DATA_UNREADABLE.code
+
+
+def test_a_line_without_an_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_DATA_LINE", 40)
+    tiny.write_lines(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long" * 20}])
+    with pytest.raises(PeftcError, match="more than 40 bytes") as raised:
+        read_examples(tmp_path / "a.jsonl")
+    assert raised.value.diagnostics[0].where.line == 2
+
+
 def test_all_bad_lines_are_told_at_once_up_to_a_limit(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text("nope\n" * (MOST_TOLD + 5), encoding="utf-8")
+    file.write_text("nope\n" * (MOST_LINES_TOLD + 5), encoding="utf-8")
     with pytest.raises(PeftcError) as raised:
         read_examples(file)
     *told, last = raised.value.diagnostics
-    assert [d.where.line for d in told] == list(range(1, MOST_TOLD + 1))
+    assert [d.where.line for d in told] == list(range(1, MOST_LINES_TOLD + 1))
     assert "5 more lines" in last.what
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,26 @@ def test_a_graph_of_another_form_is_built_again(tmp_path: Path) -> None:
     header = {"label": "x", "sha256": __import__("hashlib").sha256(body).hexdigest()}
     path.write_bytes(json.dumps(header).encode() + b"\n" + body)
     assert cache.get("key") is None
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(b"[" * 100_000),
+        lambda path: path.write_bytes(b"[" * 2000 + b"\n" + b"[" * 2000),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+    ids=["brackets", "lines of brackets", "a pipe", "a folder"],
+)
+def test_what_stands_in_the_place_of_a_graph_costs_time_and_no_result(tmp_path: Path, harm: Any) -> None:
+    cache = GraphCache(tmp_path)
+    cache.get_or_build("key", "a model", lambda: GRAPH)
+    harm(cached_file(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftcWarning)  # that it cannot be kept
+        assert cache.get_or_build("key", "a model", lambda: GRAPH) == GRAPH
+    assert [entry.label for entry in cache.entries()] in ([], ["a model"])
 
 
 def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path) -> None:

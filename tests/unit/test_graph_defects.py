@@ -99,7 +99,7 @@ DEFECTS: list[tuple[ModuleType, str, str, Callable[..., None]]] = [
     (locate, "if key not in _PROVENANCE", "", of_locate.test_the_fingerprint_is_of_the_content),
     (locate, "head + str(size).encode()", "head[:4]", of_locate.test_a_gguf_file_is_known_by_its_head_and_size),
     (locate, "revision=revision)", "revision=None)", of_locate.test_a_hub_model_in_the_local_cache),
-    (locate, "if path.stat().st_size > MAX_CONFIG_BYTES:", "if False:", of_locate.test_a_config_that_is_too_large),
+    (locate, "if _require_regular(path) > MAX_BASE_CONFIG:", "if False:", of_locate.test_a_config_that_is_too_large),
 ]
 
 

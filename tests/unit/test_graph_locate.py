@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peftc.config.sections import section_of_word
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph import locate as locate_module
 from peftc.graph.base_ref import BaseRef
-from peftc.graph.locate import locate
+from peftc.graph.locate import LocatedBase, locate, refuse_large
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 GGUF = b"GGUF" + bytes(100)
@@ -121,8 +122,64 @@ def test_a_config_that_is_none(tmp_path: Path, content: str, code: str) -> None:
 
 
 def test_a_config_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate_module, "MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr(locate_module, "MAX_BASE_CONFIG", 10)
     assert problem(BaseRef(path=str(folder_with(tmp_path)))).code == "PC303"
+
+
+def located(config: Any) -> LocatedBase:
+    return LocatedBase(BaseRef(config=config), "x", config=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"num_hidden_layers": 2_000_000}, "num_hidden_layers"),
+        ({"n_layer": 1e300}, "n_layer"),
+        ({"depths": [2, 2, 10**9]}, "depths"),
+        ({"text_config": {"num_hidden_layers": -(2**40)}}, "text_config.num_hidden_layers"),
+        ({"vision_config": {"num_hidden_layers": 1001}}, "vision_config.num_hidden_layers"),
+        ({"encoder_layers": 10**6}, "encoder_layers"),
+        ({"num_local_experts": 2**31}, "num_local_experts"),
+        ({"num_labels": 2**31}, "num_labels"),
+        ({"num_layers": [1] * 2000}, "num_layers"),
+    ],
+)
+def test_a_config_that_asks_for_more_than_any_model_has(config: Any, place: str) -> None:
+    with pytest.raises(PeftcError) as raised:
+        refuse_large(located(config))
+    (told,) = raised.value.diagnostics
+    assert told.code == "PC312"
+    assert f"`{place}`" in told.what
+
+
+def test_a_config_of_a_large_model_is_none_of_these() -> None:
+    usual = {
+        "num_hidden_layers": 1000,
+        "n_layer": 126,
+        "depths": [2, 2, 18, 2],
+        "block_size": 2**20,
+        "layer_norm_eps": 1e-5,
+    }
+    more = {
+        "num_experts": 512,
+        "num_labels": 21_841,
+        "n_positions": 10**7,
+        "vocab_size": 10**6,
+        "layer_types": ["a"] * 999,
+    }
+    refuse_large(located(usual | more | {"text_config": usual, "num_experts_per_tok": 8, "layers": None}))
+
+
+def test_configs_that_are_not_json_types_are_told() -> None:
+    for config in ({"a": object()}, {"a": 10**5000}, {"a": {1, 2}}):
+        assert problem(BaseRef(config=config)).code == "PC303"
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "model.gguf")
+    assert problem(BaseRef(config=str(tmp_path / "config.json"))).code == "PC303"
+    assert problem(BaseRef(gguf=str(tmp_path / "model.gguf"))).code == "PC303"
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:

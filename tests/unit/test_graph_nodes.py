@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftc.diagnostics import PeftcError
-from peftc.graph.files import graph_from_text, read_graph, replace_file, write_graph
+from peftc import rules
+from peftc.compiler.files import read_graph
+from peftc.diagnostics import PeftcError, Rule
+from peftc.graph.files import graph_from_text, replace_file, write_graph
 from peftc.graph.groups import grouped, ranges
 from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts, block_of
 from peftc.graph.roles import RoleFinder
@@ -68,17 +70,42 @@ def test_a_file_there_and_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["graph.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"version": 99}', b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_graph_is_a_diagnostic(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", rules.SYNTAX),
+        (b"{", rules.SYNTAX),
+        (b"[]", rules.GRAPH_INVALID),
+        (b"null", rules.GRAPH_INVALID),
+        (b'{"version": 99}', rules.GRAPH_INVALID),
+        (b'{"version": 99, "facts": [], "nodes": []}', rules.GRAPH_INVALID),
+        (b"\xff\xfe", rules.SYNTAX),
+        (b"[" * 100_000, rules.TOO_LARGE),
+    ],
+)
+def test_what_is_no_graph_is_a_diagnostic(tmp_path: Path, content: bytes, rule: Rule) -> None:
     path = tmp_path / "graph.json"
     path.write_bytes(content)
     with pytest.raises(PeftcError) as caught:
         read_graph(path)
-    assert [d.code for d in caught.value.diagnostics] == ["PC308"]
+    assert [d.code for d in caught.value.diagnostics] == [rule.code]
+
+
+def test_every_mistake_of_a_graph_is_told_with_its_line(tmp_path: Path) -> None:
+    data = graph().to_json()
+    data["facts"][1]["in_features"] = 4.0
+    del data["model"]["cls"]
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(data, indent=0))
+    with pytest.raises(PeftcError) as caught:
+        read_graph(path)
+    told = {(d.code, d.where.path) for d in caught.value.diagnostics}
+    assert told == {("PC308", "$.facts[1].in_features"), ("PC308", "$.model.cls")}
+    assert all((d.where.line or 0) > 1 for d in caught.value.diagnostics)
 
 
 def test_a_missing_graph_file_is_a_diagnostic(tmp_path: Path) -> None:
-    with pytest.raises(PeftcError, match="PC308"):
+    with pytest.raises(PeftcError, match="PC110"):
         read_graph(tmp_path / "none.json")
 
 
@@ -105,7 +132,8 @@ def test_damage_is_a_value_error_or_harmless(place: tuple[Any, ...], value: Any)
         found = graph_from_text(json.dumps(data).encode())
     except ValueError:
         return
-    assert isinstance(found, ModuleGraph)
+    assert ModuleGraph.from_json(found.to_json()) == found  # of the right types throughout
+    assert found.numel >= 0
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

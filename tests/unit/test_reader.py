@@ -14,11 +14,16 @@ from hypothesis import strategies as st
 from peftc.config.json_text import parse_json
 from peftc.config.places import Document, Location, json_path
 from peftc.config.reader import read_document
-from peftc.config.yaml_text import MAX_NODES, parse_yaml
+from peftc.config.yaml_text import parse_yaml
 from peftc.diagnostics import PeftcError
+from peftc.limits import MAX_INTEGER, MAX_NODES
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-MAX_INTEGER, MAX_INTEGER)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )

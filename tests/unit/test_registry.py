@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +13,13 @@ import pytest
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, Rule
+from peftc.graph.files import graph_from_text
 from peftc.plugin import hookimpl
 from peftc.registry import manager
-from peftc.registry.boundary import boundary
+from peftc.registry.boundary import boundary, guarded
 from peftc.registry.manager import Claim, Registry, installed
-from tests.unit.fakes import FakeConfig, claim, plugin, record, registry
+from peftc.tuner.method import TunerMethod
+from tests.unit.fakes import FakeConfig, FakeTuner, claim, plugin, record, registry
 
 MODULE = """
 from tests.unit.fakes import plugin, record
@@ -125,6 +129,51 @@ def test_a_hook_that_raises_is_an_error() -> None:
         Registry((), blocked=frozenset()).register(SimpleNamespace(peftc_tuner=peftc_tuner), "fake")
 
 
+@pytest.mark.parametrize("how", ["raise SystemExit(7)", "class B(BaseException): pass\nraise B('x')"])
+def test_a_plugin_that_would_end_the_process_breaks_itself_alone(how: str, site: Path) -> None:
+    distribution(site, "bad", "fake_ends", how)
+    made = Registry(blocked=frozenset())
+    assert told(made) is rules.PLUGIN_BROKEN
+    assert made.find_name("NoSuchNameAnywhere") is None  # which asks every plugin
+
+
+def test_a_hook_that_would_end_the_process_is_an_error() -> None:
+    @hookimpl
+    def peftc_tuner() -> object:
+        raise SystemExit(3)
+
+    with pytest.raises(PeftcError, match="SystemExit: 3"):
+        Registry((), blocked=frozenset()).register(SimpleNamespace(peftc_tuner=peftc_tuner), "fake")
+
+
+def test_an_interrupt_of_the_user_goes_through() -> None:
+    @hookimpl
+    def peftc_tuner() -> object:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Registry((), blocked=frozenset()).register(SimpleNamespace(peftc_tuner=peftc_tuner), "fake")
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(TunerMethod)])
+@pytest.mark.parametrize("value", [5.5, (5, None), {5: 5}], ids=["a number", "a tuple", "a mapping"])
+def test_every_field_of_a_record_is_looked_at(field: str, value: object) -> None:
+    made = record()
+    object.__setattr__(made, field, value)
+    with pytest.raises(PeftcError) as caught:
+        Registry((), blocked=frozenset()).register(plugin(made), "fake")
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == rules.PLUGIN_INVALID.code
+    assert field in diagnostic.what or field == "peft_type"
+
+
+@pytest.mark.parametrize("kinds", [None, "linear", frozenset({5})])
+def test_the_kinds_that_a_tuner_supports_are_looked_at(kinds: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTuner, "supports", kinds)
+    with pytest.raises(PeftcError, match=r"`FakeTuner\.supports` is"):
+        Registry((), blocked=frozenset()).register(plugin(record()), "fake")
+
+
 @pytest.mark.parametrize(
     ("made", "name", "says"),
     [
@@ -165,6 +214,73 @@ def test_a_blocked_plugin_is_hidden_and_said_to_be_blocked(monkeypatch: pytest.M
 def test_blocking_does_not_hide_that_two_claim_a_name_from_those_who_unblock() -> None:
     claims = [claim("fake", "one"), claim("fake", "two")]
     assert told(Registry(claims, blocked=frozenset())) is rules.PLUGIN_CONFLICT
+
+
+def test_one_distribution_of_two_can_be_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [claim("fake", "one", "First"), claim("fake", "two", "second")]
+    monkeypatch.setenv("PEFTC_BLOCK", "fake@first")
+    made = Registry(claims)
+    assert [c.distribution for c in made.claims_for("FAKE")] == ["second"]
+    assert made.names == ("FAKE",)
+    with pytest.raises(PeftcError, match=r"PEFTC_BLOCK=fake@second"):
+        Registry(claims, blocked=frozenset()).get("FAKE")
+    monkeypatch.setenv("PEFTC_BLOCK", "fake@first, fake@second")
+    assert told(Registry(claims)) is rules.PLUGIN_BLOCKED
+
+
+def test_a_conflict_with_a_bundled_method_says_how_to_keep_that(site: Path) -> None:
+    bundled = installed()[0]
+    distribution(site, "thief", "fake_thief_two", MODULE, entry=bundled.name)
+    with pytest.raises(PeftcError, match=f"PEFTC_BLOCK={bundled.name}@thief"):
+        Registry(blocked=frozenset()).get(bundled.peft_type)
+    assert Registry(blocked=frozenset({f"{bundled.name}@thief"})).get(bundled.peft_type).peft_type == bundled.peft_type
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("METADATA", b"\xff\xfe\x00"), ("METADATA", b"Version: 1.0\n"), ("entry_points.txt", b"\xff")]
+)
+def test_damaged_metadata_of_one_distribution_hides_no_other(site: Path, file: str, content: bytes) -> None:
+    distribution(site, "damaged", "fake_damaged", MODULE, entry="fakedamaged")
+    (site / "damaged-1.0.dist-info" / file).write_bytes(content)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        names = {c.name for c in installed()}
+    assert len(names) > 10
+    assert bool(shown) == (file == "entry_points.txt")
+
+
+def test_a_public_name_of_a_broken_plugin_says_why_it_is_missing() -> None:
+    made = Registry([Claim("fake", "no_such_module_anywhere", "d", "1")], blocked=frozenset())
+    assert made.find_name("FakeConfig") is None
+    assert "no_such_module_anywhere" in str(made.reason_missing("FakeConfig"))
+    assert made.reason_missing("OtherConfig") is None
+    assert [d.code for d in made.out_of_order] == [rules.PLUGIN_BROKEN.code]
+
+
+@pytest.mark.parametrize("source", ["raise SystemExit(5)", "1 / 0", MODULE])
+def test_names_and_commands_of_others_work_beside_a_plugin_that_does_not(source: str, site: Path) -> None:
+    """A plugin claims a bundled type: it is told by commands, and by the import of the type's own names."""
+    bundled = next(c for c in installed() if c.distribution == "peftc")
+    distribution(site, "rival", "fake_rival", source, entry=bundled.name)
+    name = Registry(blocked=frozenset({f"{bundled.name}@rival"})).get(bundled.peft_type).config.__name__
+    code = (
+        "import sys\nfrom peftc.cli.main import main\n"
+        "import peftc\nassert not hasattr(peftc, 'NoSuchName')\n"
+        f"try:\n    from peftc import {name}\nexcept ImportError as error:\n    print(error)\n"
+        "sys.exit(main(['methods']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(site), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert f"`PEFTC_BLOCK={bundled.name}@rival`" in run.stdout  # from the import
+    assert f"`PEFTC_BLOCK={bundled.name}@rival`" in run.stderr  # from the command
+    assert sum(c.peft_type in run.stdout for c in installed() if c.distribution == "peftc") > 10
 
 
 def test_tracing_prints_hook_calls() -> None:
@@ -215,6 +331,32 @@ def test_what_a_plugin_says_itself_passes_the_boundary() -> None:
     with pytest.raises(PeftcError) as caught, boundary("FAKE", "check"):
         raise own
     assert caught.value is own
+
+
+def test_what_peftc_raises_inside_of_a_method_is_not_blamed_on_the_method() -> None:
+    def thin() -> None:
+        {}["weight"]
+
+    with pytest.raises(PeftcError, match="plugin's authors, with the line") as caught, boundary("FAKE", "thin"):
+        thin()
+    assert "test_registry.py" in caught.value.diagnostics[0].fix
+
+    def slots() -> None:
+        graph_from_text(None)  # type: ignore[arg-type]
+
+    with pytest.raises(PeftcError, match="It was raised in peftc") as caught, boundary("FAKE", "slots"):
+        slots()
+    fix = caught.value.diagnostics[0].fix
+    assert "files.py" in fix
+    assert "test_registry.py" in fix
+
+
+def test_a_function_that_gives_another_kind_of_value_is_named() -> None:
+    def output() -> object:
+        return None
+
+    with pytest.raises(PeftcError, match="`output` of FAKE gives a `NoneType`, not a `dict`"):
+        guarded(output, "FAKE", "model.layer", dict)()
 
 
 def test_the_default_registry_is_made_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -78,7 +79,8 @@ def repeated(data: Any) -> bool:
 def told_at(method: TunerMethod, document: dict[str, Any]) -> tuple[set[Location], set[Location]]:
     """The options that pydantic and the schema object to. What is wrong between options, no schema says."""
     known = REGISTRY if method in METHODS else OURS
-    by_pydantic = check_config(document, lenient=False, registry=known)[1]
+    with patch.object(method.config, "contradictions", lambda self: ()):
+        by_pydantic = check_config(document, lenient=False, registry=known)[1]
     by_schema = structure_problems(document, STRUCTURES[method.peft_type])
     return {p.location[:1] for p in by_pydantic if p.location}, {p.location[:1] for p in by_schema}
 
@@ -127,7 +129,7 @@ def test_the_two_differences_are_what_they_are_said_to_be() -> None:
 @each_method
 def test_examples_fit_their_schema(method: TunerMethod) -> None:
     for example in ({}, *method.examples):
-        document = method.config(**example).to_json()
+        document = method.least(**example).to_json()
         assert [p.diagnostic.what for p in structure_problems(document, method_schema(method))] == []
 
 

@@ -21,8 +21,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import logging
 
 from peftc import rules
+from peftc.config.problems import shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.locate import CONFIG_FILE, LocatedBase
+from peftc.graph.base_ref import CONFIG_FILE
+from peftc.graph.locate import LocatedBase, refuse_large
 from peftc.host.architectures import auto_classes, classes_in, known_types
 
 #: What transformers' constructors and loaders raise on a config or a file that makes no sense to them.
@@ -84,6 +86,7 @@ def _config_of(base: LocatedBase) -> PretrainedConfig:
 
         return gguf.read_config(base.gguf)
     data = dict(base.config or {})
+    refuse_large(base)
     _require_known_type(base, data)
     try:
         with _alone_in_a_folder(data) as folder:  # so that transformers reads it with all its own corrections
@@ -146,6 +149,10 @@ def quiet() -> Iterator[None]:
 def _require_known_type(base: LocatedBase, data: dict[str, Any]) -> None:
     kind = data.get("model_type")
     where = _where(base)
+    named = data.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        what = f"`architectures` cannot be `{shorten(named)}`: should be a list of names"
+        raise PeftcError(rules.BASE_UNREADABLE(what, fix="Name the model's class in a list.", where=where))
     if isinstance(kind, str) and kind in known_types():
         return
     if "auto_map" in data:
@@ -156,7 +163,9 @@ def _require_known_type(base: LocatedBase, data: dict[str, Any]) -> None:
         fix = "Add `model_type`, or name the folder that `save_pretrained` of transformers wrote."
         raise PeftcError(rules.BASE_UNREADABLE("The config has no `model_type`", fix=fix, where=where))
     fix = did_you_mean(str(kind), known_types()) or f"transformers {transformers.__version__} may be too old for it."
-    raise PeftcError(rules.BASE_UNREADABLE(f"transformers does not know the model type `{kind}`", fix=fix, where=where))
+    raise PeftcError(
+        rules.BASE_UNREADABLE(f"transformers does not know the model type `{shorten(kind)}`", fix=fix, where=where)
+    )
 
 
 @contextmanager

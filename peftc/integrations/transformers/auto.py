@@ -103,6 +103,8 @@ def _base_model(
     if "distribution" in section:  # a name of ours, which transformers does not know
         return load_base(BaseRef(**section, task_type=task, dtype=_dtype_name(options)))[0]
     cls = _named_class(config, allowed) if task is None else getattr(transformers, AUTO_CLASSES[task])
+    if cls.__module__.partition(".")[0] == transformers.__name__:  # which asks on stdin where nothing is said
+        options = {"trust_remote_code": False, **options}
     try:
         model: nn.Module = cls.from_pretrained(name, revision=config.revision or "main", **options)
     except FAILURES as error:

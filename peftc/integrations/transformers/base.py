@@ -49,7 +49,7 @@ def load_base(
     with nullcontext() if located.gguf is None else gguf.read_once():
         model = _loaded_model(located, device) if located.has_weights else _random_model(located, seed)
         tokenizer = load_tokenizer(located)
-    model.name_or_path = model.config._name_or_path = base.name or ""  # saved files must not name a path unasked
+    model.name_or_path = model.config._name_or_path = base.lasting_name or ""  # not where a distribution lies
     nn.Module.to(model, device)
     return model.eval(), tokenizer
 

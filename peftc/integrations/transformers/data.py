@@ -6,15 +6,20 @@ token itself is trained, also where it is the padding token as well. Every bad l
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peftc import rules
+from peftc.config.json_text import has_surrogate
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, did_you_mean, warn
+from peftc.limits import MAX_DATA_LINE, MOST_LINES_TOLD
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +27,6 @@ if TYPE_CHECKING:
 
 #: Label of a position that is not trained; what PyTorch's cross entropy ignores.
 IGNORED = -100
-#: So many bad lines are told one by one; of the others only the number.
-MOST_TOLD = 20
 EXPECT = "expect"
 ROLES = ("system", "user", "assistant", "tool")
 #: A line has the keys of one of these forms.
@@ -31,6 +34,8 @@ ROLES = ("system", "user", "assistant", "tool")
 FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
 
 Message = Mapping[str, str]
+
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ def read_examples(path: str | Path) -> list[Example]:
     examples: list[Example] = []
     unread: Counter[str] = Counter()
     for where, text in _lines(Path(path)):
-        found = _parse_line(text, where)
+        found = _parse_line(text, where, told=len(problems) < MOST_LINES_TOLD)
         if isinstance(found, Diagnostic):
             problems.add(found)
         else:
@@ -92,9 +97,9 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def capped(problems: Sequence[Diagnostic], file: str) -> Iterator[Diagnostic]:
     """The first problems, and one more that says how many there are besides."""
-    yield from problems[:MOST_TOLD]
-    if len(problems) > MOST_TOLD:
-        more = len(problems) - MOST_TOLD
+    yield from problems[:MOST_LINES_TOLD]
+    if len(problems) > MOST_LINES_TOLD:
+        more = len(problems) - MOST_LINES_TOLD
         yield rules.DATA_LINE(
             f"{more:,} more {'line' if more == 1 else 'lines'} of `{file}` cannot be used",
             fix="Mend those above first; the others are often of the same kind.",
@@ -105,23 +110,32 @@ def capped(problems: Sequence[Diagnostic], file: str) -> Iterator[Diagnostic]:
 def _lines(path: Path) -> Iterator[tuple[Where, str]]:
     number = 0
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is a folder" if path.is_dir() else "it is not a regular file")
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+            for number, raw in enumerate(iter(partial(file.readline, MAX_DATA_LINE + 1), b""), start=1):
+                if len(raw) > MAX_DATA_LINE:
+                    what = f"A line of `{path}` has more than {MAX_DATA_LINE:,} bytes"
+                    place = Where(file=str(path), line=number)
+                    raise PeftcError(rules.DATA_UNREADABLE(what, fix="Write one example a line.", where=place))
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield Where(file=str(path), line=number), text
+    except PeftcError:
+        raise
     except UnicodeDecodeError as error:
         where = Where(file=str(path), line=number)
         problem = rules.DATA_UNREADABLE(f"`{path}` is not UTF-8: {error.reason}", fix="Save it as UTF-8.", where=where)
         raise PeftcError(problem) from None
-    except OSError as error:
-        what = f"`{path}` cannot be read: {error.strerror or error}"
+    except (OSError, ValueError) as error:  # the latter of a NUL in the name
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        what = f"`{path}` cannot be read: {reason}"
         fix = "Check `train.data` of the spec; a relative path starts at the spec's folder."
         raise PeftcError(rules.DATA_UNREADABLE(what, fix=fix, where=Where(file=str(path)))) from None
 
 
-def _parse_line(text: str, where: Where) -> Diagnostic | tuple[Example, set[str]]:
-    """The example and the keys that nothing reads, or what is wrong with the line."""
+def _parse_line(text: str, where: Where, told: bool = True) -> Diagnostic | tuple[Example, set[str]]:
+    """The example and the keys that nothing reads, or what is wrong with the line, with hints if it is `told`."""
     try:
         data = json.loads(text)
     except RecursionError:
@@ -131,23 +145,36 @@ def _parse_line(text: str, where: Where) -> Diagnostic | tuple[Example, set[str]
         return rules.DATA_LINE(f"The line is not JSON: {error.msg}", fix="Write one JSON object a line.", where=place)
     except ValueError as error:  # a number of more digits than Python converts
         return rules.DATA_LINE(f"The line is not JSON: {error}", fix="Write one JSON object a line.", where=where)
+    if has_surrogate(text) or (_ESCAPED.search(text) and _halves(data)):
+        what = "The line holds half of a surrogate pair, which is not a character"
+        return rules.DATA_LINE(what, fix="Correct the escape, or leave the character out.", where=where)
     if not isinstance(data, dict):
         return rules.DATA_LINE(f"The line is {_kind(data)}, not an object", fix=_forms_told(), where=where)
     fitting = [form for form in FORMS if set(form) <= data.keys()]
     if len(fitting) != 1:
-        return _no_form(data, fitting, where)
+        return _no_form(data, fitting, where, told)
     made = (
         _conversation(data["messages"], where) if fitting[0] == ("messages",) else _text_pair(data, fitting[0], where)
     )
     return made if isinstance(made, Diagnostic) else (made, data.keys() - {*fitting[0], EXPECT})
 
 
-def _no_form(data: Mapping[str, Any], fitting: Sequence[tuple[str, ...]], where: Where) -> Diagnostic:
+def _halves(data: Any) -> bool:
+    """Whether any text in the data has half of a surrogate pair; a whole pair of escapes is one character by now."""
+    if isinstance(data, str):
+        return has_surrogate(data)
+    if isinstance(data, dict):
+        return any(_halves(part) for item in data.items() for part in item)
+    return isinstance(data, list) and any(map(_halves, data))
+
+
+def _no_form(data: Mapping[str, Any], fitting: Sequence[tuple[str, ...]], where: Where, told: bool) -> Diagnostic:
     if fitting:
         forms = " and ".join(_form_told(form) for form in fitting)
         return rules.DATA_LINE(f"The line is of several forms at once: {forms}", fix="Keep one of them.", where=where)
     known = [key for form in FORMS for key in form]
-    hints = [hint for key in data if key not in known and (hint := did_you_mean(key, known))]
+    shown = list(data)[:8] if told else []
+    hints = [hint for key in shown if key not in known and (hint := did_you_mean(key, known))]
     keys = ", ".join(f"`{key}`" for key in list(data)[:8]) or "no keys"
     return rules.DATA_LINE(
         f"The line has {keys}, which is no form of example", fix=" ".join([*hints, _forms_told()]), where=where

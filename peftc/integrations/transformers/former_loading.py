@@ -82,7 +82,7 @@ class _Pending:
         try:
             former.require()
         except PeftcError:
-            self._session.delete(self.adapter)
+            self._session.remove(self.adapter)
             show(self._session.model, self._session)
             raise
         plan = self._session.plans[self.adapter]

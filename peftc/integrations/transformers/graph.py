@@ -14,6 +14,7 @@ from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache, key_of
 from peftc.graph.locate import LocatedBase, locate
 from peftc.graph.nodes import ModuleGraph
+from peftc.limits import MAX_MODULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +31,13 @@ def graph_of(base: BaseRef, cache: GraphCache | None = None) -> ModuleGraph:
         fix = "Expect the loaded model to differ in the kind and dtype of its layers."
         warn([rules.QUANTIZED_BASE(what, fix=fix, where=Where(file=base.name))])
     label = f"{base.name or 'config'} {base.task_type or ''} {base.dtype or ''}".strip()
-    graph = (cache or GraphCache()).get_or_build(key_of(located), label, lambda: build_graph(located))
+    graph = (cache or GraphCache()).get_or_build(key_of(located), label, lambda: _unnamed(build_graph(located)))
     return replace(graph, model=replace(graph.model, name_or_path=base.name))
+
+
+def _unnamed(graph: ModuleGraph) -> ModuleGraph:
+    """Without the folder that its config was read from, so that the file is the same however often it is made."""
+    return replace(graph, model=replace(graph.model, name_or_path=None))
 
 
 def build_graph(base: LocatedBase) -> ModuleGraph:
@@ -45,6 +51,7 @@ def meta_model(base: LocatedBase) -> PreTrainedModel:
     """The model without storage: shapes, dtypes and ties as they will be when it is loaded. Raises `PeftcError`."""
     import torch
 
+    from peftc.host.torch_modules import counted_modules
     from peftc.integrations.transformers.architecture import FAILURES, architecture_of, quiet, unbuildable
     from peftc.integrations.transformers.dtypes import dtype_of, keep_some_in_float32
 
@@ -52,10 +59,18 @@ def meta_model(base: LocatedBase) -> PreTrainedModel:
         found = architecture_of(base)
         dtype = dtype_of(base, found.config)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), counted_modules(MAX_MODULES, lambda: _too_many(base)):
                 model: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype)
+        except PeftcError:
+            raise
         except FAILURES as error:
             raise PeftcError(unbuildable(base, error)) from error
     if base.has_weights:
         keep_some_in_float32(model, dtype)
     return model
+
+
+def _too_many(base: LocatedBase) -> PeftcError:
+    what = f"The model has more than {MAX_MODULES:,} modules"
+    fix = "Correct the numbers of layers and of what is in them in the config."
+    return PeftcError(rules.BASE_TOO_LARGE(what, fix=fix, where=Where(file=base.ref.name)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ from peftc.compiler.of_spec import compile_spec
 from peftc.config.files import read_config
 from peftc.config.sections import TrainSection, section_of_word
 from peftc.config.spec import AdapterSpec
-from peftc.diagnostics import PeftcError, Where, did_you_mean, warn
+from peftc.diagnostics import PeftcError, Severity, Where, did_you_mean, warn
 from peftc.graph.base_ref import BaseRef
 from peftc.integrations.transformers.base import fit_vocabulary, load_base
 from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
 from peftc.model.peft_model import PeftModel
+from peftc.runtime import identity
+from peftc.runtime.session import Session
 from peftc.runtime.snapshot import snapshot
 
 
@@ -114,12 +116,19 @@ def fresh_adapter(base: Base, spec: AdapterSpec, seed: int) -> PeftModel:
     return PeftModel.from_plan(base.model, plan)
 
 
-def with_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+def with_adapter(model: PreTrainedModel, folder: str | Path, any_base: bool = True) -> PeftModel:
     """The model with an adapter from a folder or the hub, frozen, its vocabulary resized if the adapter carries another.
 
-    Raises `PeftcError`.
+    Raises `PeftcError`; unless `any_base`, also if the model's weights are not those that the adapter was trained on.
     """
-    fit_vocabulary(model, open_adapter(folder))
+    file = open_adapter(folder)
+    fit_vocabulary(model, file)
+    if not any_base:
+        session = Session(model, snapshot(model))
+        name = read_config(folder).base_model_name_or_path
+        found = identity.told(session, file.header.metadata, name, str(file.path), Severity.ERROR)
+        if found:
+            raise PeftcError(replace(one, fix=f"{one.fix} `--any-base` goes on all the same.") for one in found)
     return PeftModel.from_pretrained(model, folder)
 
 

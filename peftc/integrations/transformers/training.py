@@ -10,11 +10,13 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
+from peftc.config.json_text import parse_json
+from peftc.config.reader import read_text
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
 from peftc.installed.requirements import require
+from peftc.integrations.transformers.architecture import FAILURES, told
 from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
+from peftc.limits import MAX_JSON
 from peftc.model.files import live_names
 from peftc.model.peft_model import PeftModel
+from peftc.runtime import identity
 from peftc.runtime.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
@@ -42,6 +49,9 @@ STATE_NAME = "trainer_state.json"
 #: What carries on a training, the adapter as it lives in the model first: an adapter's own file may hold less, as the
 #: tables that an encoder gives. The others are Trainer's; all are archives with checksums.
 ARCHIVES = ("adapter_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+#: What only a hash tells of.
+_CONTENTS = {"data.content": "The training data has changed", "base.weights": "The base model has other weights"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,10 @@ class TrainResult:
     first_loss: float
     last_loss: float
     seconds: float
+
+
+#: Where a checkpoint is written before it takes its place, which means nothing to a user.
+_STAGED = re.compile(r"`?\S*/\.peftc-save-\S*: ?")
 
 
 class _Rows(Dataset[Encoded]):
@@ -152,28 +166,57 @@ class AdapterTrainer(Trainer):
             self._stage = stage
             try:
                 super(AdapterTrainer, self)._save_checkpoint(model, trial)
-            except RuntimeError as error:  # how torch says that a disk is full
+                made = stage / target.name
+                for item in sorted(made.iterdir()):
+                    item.rename(stage / item.name)
+                made.rmdir()
+                own = {name: tensor.detach() for name, tensor in _own(self._adapted).items()}
+                torch.save({"tensors": own, "steps": step_states(self._adapted.session)}, stage / ARCHIVES[0])
+                (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            except PeftcError as error:  # of saving the adapter, which knows only where it is staged
+                raise PeftcError(_not_written(target, error.diagnostics[0].what)) from error
+            except (OSError, RuntimeError) as error:  # the latter is how torch says that a disk is full
                 raise PeftcError(_not_written(target, error)) from error
-            made = stage / target.name
-            for item in sorted(made.iterdir()):
-                item.rename(stage / item.name)
-            made.rmdir()
-            own = {name: tensor.detach() for name, tensor in _own(self._adapted).items()}
-            torch.save({"tensors": own, "steps": step_states(self._adapted.session)}, stage / ARCHIVES[0])
-            (stage / RUN_NAME).write_text(json.dumps(self._run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
         try:
             replace_files(target, write, commit=STATE_NAME)
+        except PeftcError:  # may be an `OSError` itself
+            raise
+        except OSError as error:
+            raise PeftcError(_not_written(target, error)) from error
         finally:
             self._stage = None
         remove_checkpoints(self._folder, but=target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = torch.load(Path(resume_from_checkpoint) / ARCHIVES[0], map_location="cpu", weights_only=True)
-        with torch.no_grad():
-            for name, tensor in _own(self._adapted).items():
-                tensor.copy_(stored["tensors"][name])
-        restore_step_states(self._adapted.session, stored["steps"])
+        with _from_checkpoint(resume_from_checkpoint, ARCHIVES[0]):
+            archive = Path(resume_from_checkpoint) / ARCHIVES[0]
+            stored = torch.load(archive, map_location="cpu", weights_only=True, mmap=False)
+            with torch.no_grad():
+                for name, tensor in _own(self._adapted).items():
+                    tensor.copy_(stored["tensors"][name])
+            restore_step_states(self._adapted.session, stored["steps"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _from_checkpoint(checkpoint, "optimizer.pt` or `scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _from_checkpoint(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _from_checkpoint(folder: str | None, name: str) -> Iterator[None]:
+    """What is not a checkpoint's content is told by its file: a pickle of something else, tensors of another training."""
+    try:
+        yield
+    except (PeftcError, torch.OutOfMemoryError):
+        raise
+    except (*FAILURES, pickle.PickleError) as error:
+        what = f"`{name}` of the checkpoint is not what a training wrote: {told(error)}"
+        fix = f"Remove `{folder}` and train anew without `--resume`."
+        raise PeftcError(rules.CANNOT_RESUME(what, fix=fix, where=Where(file=folder))) from error
 
 
 def _own(model: PeftModel) -> dict[str, Tensor]:
@@ -281,8 +324,9 @@ def _steps_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-", 1)[1])
 
 
-def _not_written(target: Path, error: RuntimeError) -> Diagnostic:
-    what = f"`{target.name}` could not be written: {str(error).splitlines()[0]}"
+def _not_written(target: Path, error: OSError | RuntimeError | str) -> Diagnostic:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+    what = f"`{target.name}` could not be written: {_STAGED.sub('', reason)}"
     return rules.SAVE_FAILED(what, fix="Free some space, or choose another `--output`.", where=Where(file=str(target)))
 
 
@@ -301,7 +345,8 @@ def _run_facts(model: PeftModel, rows: Sequence[Encoded], how: TrainSection) -> 
     for name, config in model.peft_config.items():
         kept = {key: value for key, value in config.to_json().items() if key not in ("peft_version", "inference_mode")}
         adapters[f"adapters.{name}"] = kept
-    return {"train": options, "data": {"content": content.hexdigest()}, **adapters}
+    base = hashlib.sha256((identity.print_of(model.session) or "").encode()).hexdigest()
+    return {"train": options, "data": {"content": content.hexdigest()}, "base": {"weights": base}, **adapters}
 
 
 def _check_resumable(checkpoint: Path | None, folder: Path, run: Mapping[str, Any]) -> None:
@@ -312,10 +357,10 @@ def _check_resumable(checkpoint: Path | None, folder: Path, run: Mapping[str, An
         raise PeftcError(rules.CANNOT_RESUME(what, fix=fix, where=Where(file=str(folder)), why=""))
     problems = [problem for name in (RUN_NAME, STATE_NAME, *ARCHIVES) if (problem := _damage(checkpoint / name))]
     if not problems:
-        stored = json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))
+        stored = _read_facts(checkpoint / RUN_NAME)
         problems = [
             rules.CANNOT_RESUME(
-                "The training data has changed" if key == "data.content" else f"`{key}` was {old} and is now {new}",
+                _CONTENTS.get(key) or f"`{key}` was {old} and is now {new}",
                 fix="Set it back, or start anew in another `--output`.",
                 where=Where(file=str(checkpoint)),
             )
@@ -335,19 +380,35 @@ def _differences(stored: Mapping[str, Any], run: Mapping[str, Any]) -> list[tupl
     return found
 
 
+def _read_facts(path: Path) -> Mapping[str, Any]:
+    """What a training wrote of itself. Raises `PeftcError`, `TypeError` and `ValueError` for anything else."""
+    data = parse_json(read_text(str(path), MAX_JSON), str(path)).data
+    if not isinstance(data, dict):
+        raise ValueError("it is not an object")
+    if path.name == STATE_NAME:
+        steps = TrainerState(**data).global_step
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"`global_step` is {steps!r:.40}")
+    elif not all(isinstance(facts, dict) for facts in data.values()):
+        raise ValueError("it is not facts by subject")
+    return data
+
+
 def _damage(path: Path) -> Diagnostic | None:
     """What is wrong with a file of a checkpoint, if anything."""
     fix = f"Remove `{path.parent}` and train anew without `--resume`."
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            _read_facts(path)
             return None
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         reason = f"`{bad}` in it has a wrong checksum" if bad else None
+    except PeftcError as error:
+        reason = error.diagnostics[0].what
     except OSError as error:
         reason = error.strerror or str(error)
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (TypeError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error)
     if reason is None:
         return None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan, PromptSite
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
+from peftc.runtime.journal import keep_trained, keep_values, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.places import device_of, tensor_of
 from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
@@ -117,7 +118,9 @@ class PromptModule(nn.Module):
         return holder, last
 
     def restored(self, source: Source) -> list[tuple[Tensor, Tensor | None]]:
-        """Each slot's tensor with its value in a checkpoint."""
+        """Each slot's tensor with its value in a checkpoint. Raises `PeftcError` if slots hold what no checkpoint has."""
+        if not self._holds_table(self._restored(self.tensors())):
+            raise PeftcError(self._computed())
         values = self._restored(self._saved(source))
         places = {label: self._place(self.slots[label]) for label in values}
         return [(holder._parameters[name], values[label]) for label, (holder, name) in places.items()]  # type: ignore[misc]
@@ -126,7 +129,9 @@ class PromptModule(nn.Module):
         """Let the slots that train require gradients, or none."""
         for slot in self.slots.values():
             holder, name = self._place(slot)
-            holder._parameters[name].requires_grad_(trainable and slot.trainable)  # type: ignore[union-attr]  # held above
+            parameter = holder._parameters[name]
+            assert parameter is not None
+            keep_trained(parameter, trainable and slot.trainable)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by key."""
@@ -135,6 +140,7 @@ class PromptModule(nn.Module):
             with boundary(self._plan.peft_type, "export"):
                 return {self.site.disk: table, **self._tuner.export(self.config, PromptSlots(self))}
 
+    @whole
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Take a table as it is saved, in place of what the slots hold. Raises `PeftcError` if it does not fit, or if the
         slots hold something else that the table is computed from."""
@@ -146,12 +152,18 @@ class PromptModule(nn.Module):
         slots = self.slots
         strange = [label for label, value in values.items() if label not in slots or value.shape != slots[label].shape]
         if strange or not self._holds_table(values):
-            what = "The adapter computes its table from other tensors, which cannot be found from it"
-            raise PeftcError(rules.TABLE_REFUSED(what, fix="Use an adapter without projection or reparametrisation."))
+            raise PeftcError(self._computed())
         own = PromptSlots(self)
         with torch.no_grad():
             for label, value in values.items():
+                keep_values(own[label])
                 own[label].copy_(value)
+
+    def _computed(self) -> Diagnostic:
+        """What to say of a table for slots that it cannot be taken apart into."""
+        what = f"`{self.name}` computes its table from other tensors, which cannot be found from it"
+        fix = "Load it with `load_adapter`, or use an adapter without projection or reparametrisation."
+        return rules.TABLE_REFUSED(what, fix=fix)
 
     def _holds_table(self, values: Mapping[str, Tensor]) -> bool:
         """Whether these slots are all that the table is made of."""

@@ -65,7 +65,7 @@ def _shapes(layer: TunerLayer, args: tuple[Tensor, ...]) -> Iterator[tuple[str, 
 
 
 def _fan_in(facts: LayerFacts) -> int:
-    return facts.in_features * math.prod(facts.kernel)
+    return facts.in_features // facts.groups * math.prod(facts.kernel)
 
 
 def calls_change_nothing(s: Subject) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from peftc.graph.nodes import LINEAR_KINDS, Kind
 from peftc.model.peft_model import PeftModel
+from peftc.runtime.folding import adapted
 from peftc.runtime.layer import TunerLayer
-from peftc.runtime.paths import Part, Under, adapted, compose, has_functional_form
+from peftc.runtime.parts import Part, Under
+from peftc.runtime.paths import compose, has_functional_form
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, calls_of, layers_of, quiet, slots_of
@@ -56,6 +58,32 @@ def disabled_is_base(s: Subject) -> None:
     same(s.output(model), before, "The output after enabling again", "Keep no state between calls.")
 
 
+def disabled_is_base_while_merged(s: Subject) -> None:
+    """A merged model is asked for what its base says, as the reference model of a preference loss is: bit for bit."""
+    model, base = s.trained(), s.output(s.build())
+    layers = [module for module in model.modules() if isinstance(module, TunerLayer)]
+    model.merge_adapter()
+    state, y = state_of(model), s.output(model)
+    different(y, base, "Merging changes nothing in the output", "Correct `params`, or what it is derived from.")
+    fix = "Report this as a bug of peftc."
+    with model.disable_adapter():
+        same(s.output(model), base, "The output while merged and disabled", fix)
+        for layer in layers:
+            layer.enable_adapters(True)
+        same(s.output(model), y, "The output while merged, every layer enabled", fix)
+    for layer in layers:
+        layer.enable_adapters(False)
+    same(s.output(model), base, "The output while merged, every layer disabled", fix)
+    for layer in layers:
+        layer.enable_adapters(True)
+    same_tensors(state_of(model), state, "the merged model", fix)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        model.merge_adapter()
+        same(s.output(model), base, "The output of a model merged while disabled", fix)
+    same_tensors(state_of(model), state, "the model merged while disabled", fix)
+
+
 def merged_equals_unmerged(s: Subject) -> None:
     """People train with an adapter beside the weights and serve with it merged."""
     model = s.trained(dtype=torch.float64)
@@ -70,6 +98,11 @@ def merged_equals_unmerged(s: Subject) -> None:
         config.tie_word_embeddings = False  # where an adapter parts the two, both are to be kept
     merged = model.merge_and_unload()
     close(s.output(merged, torch.float64), y, "The output of the merged model", fix, tolerance=tolerance)
+    torn = [name for name, parameter in merged.named_parameters() if not parameter.is_contiguous()]
+    if torn:
+        raise broken(
+            f"`{torn[0]}` is not contiguous after merging, and cannot be saved", "Report this as a bug of peftc."
+        )
 
 
 def unmerging_restores(s: Subject) -> None:

@@ -81,7 +81,7 @@ def _thin_type() -> str:
     """A method that makes adapters of thin factors, and whose options may all be left out."""
     registry = default_registry()
     able = (method for method in map(registry.get, registry.names) if method.is_rankable)
-    return next(method.peft_type for method in able if not any(method.check(method.config())))
+    return next(method.peft_type for method in able if not any(method.check(method.least())))
 
 
 def other_kinds_are_refused(s: Subject) -> None:
@@ -107,6 +107,20 @@ def excluded_modules_are_left_alone(s: Subject) -> None:
         plan = compile_plan(s.model.graph, {"default": s.config(exclude_modules=[s.targets[0]])})
     adapted = [site.path for site in plan.adapters[0].maps]
     same_names(adapted, s.targets[1:], "The set of adapted modules, of which one is excluded,", _CORE)
+
+
+def biases_train_along(s: Subject) -> None:
+    """The option `bias` has the same values for all methods: `none`, `all`, and `<type>_only` for those of adapted layers."""
+    if not features_of(s.method)["options"]["bias"]:
+        return
+    own = f"{s.method.peft_type.lower()}_only"
+    biased = [node.path for node in s.model.graph.nodes if node.facts.has_bias]
+    for mode in ("all", own):
+        with quiet():
+            plan = compile_plan(s.model.graph, {"default": s.config(bias=mode)}).adapters[0]
+        wanted = [path for path in biased if mode == "all" or path in {site.path for site in plan.maps}]
+        fix = f"Let `bias` take `none`, `all` and `{own}`."
+        same_names([train.path for train in plan.trains], wanted, f"The set of biases that `bias={mode}` trains", fix)
 
 
 def patterns_reach_their_layer(s: Subject) -> None:

@@ -1,0 +1,457 @@
+"""The plain model: what an adapted model should be, told by a few tables and matrices, whatever happened to it before.
+
+It never asks the model under test. What one adapter does to one weight is read off a fresh model that has this adapter
+alone; how several come together is computed here, by the documented order: adapters fold in the order in which they were
+activated, those of several methods in the order in which their methods came to a layer. All numbers are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peftc import PeftConfig, PeftModel, get_peft_model
+from peftc.compiler.plan import AdapterPlan
+from peftc.runtime.layer import BaseTunerLayer, TunerLayer
+from peftc.runtime.tuner_model import TunerModel
+from peftc.testing.models import seeded
+from peftc.testing.subjects import quiet
+from tests.states.worlds import DTYPE, World
+
+#: What rounding explains, by dtype.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.2}
+#: stands for the base model among the adapters of rows
+BASE = "__base__"
+
+
+def plain_name(name: str, model: nn.Module, plans: Iterable[AdapterPlan] = ()) -> str:
+    """A parameter's name without what wrappers put into it: of a base tensor, its name in the base model."""
+    if isinstance(model, PeftModel):
+        name = name.removeprefix("base_model.")
+        name = name.removeprefix("model.") if isinstance(model.base_model, TunerModel) else name
+    for plan in plans:
+        for site in plan.modules:
+            inside = f"{site.path}.{site.inner}."
+            if name.startswith(inside):
+                name = f"{site.path}.{name.removeprefix(inside)}"
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
+def set_scale(model: nn.Module, name: str, scale: float) -> None:
+    """Set an adapter's scaling on every layer, as other libraries do."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            assert isinstance(module, TunerLayer)
+            module.set_scale(name, scale)
+
+
+def output_of(world: World, model: nn.Module, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """The model's output for the world's inputs, with gradients if they are on."""
+    dtype = dtype or torch.float64
+    read = isinstance(model, PeftModel) and bool(model.peft_config)  # else nobody takes what adapters read
+    given = world.kinds[0].subject.arguments(model, dtype) if read else world.model.arguments(dtype)
+    out = model(**given, **options)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+class Alone:
+    """One adapter on a fresh base: its names, and what it does to a weight."""
+
+    def __init__(self, world: World, config: PeftConfig, name: str, stored: bool = False) -> None:
+        config = config.model_copy(update={"inference_mode": stored}, deep=True)
+        with quiet(), seeded(0):
+            self.model = get_peft_model(world.build(), config, name).eval().to(DTYPE)
+        self.model.set_adapter(name)
+        self.name = name
+        self.plan = self.model.session.plans[name]
+        self.plans = tuple(self.model.session.plans.values())
+        self.known = set(world.build().state_dict())
+        self.live = {plain_name(n, self.model, self.plans): n for n in self.model.state_dict()}
+        self.own = [n for n in self.live if n not in self.known]
+        self.shapes = {n: self.model.state_dict()[live].shape for n, live in self.live.items()}
+        named = self.model.named_parameters()
+        self.trainable = {plain_name(n, self.model, self.plans) for n, p in named if p.requires_grad}
+        self.version: object = None
+        self._replaces: dict[str, bool] = {}
+
+    def take(self, adapter: Adapter) -> Alone:
+        """Have these tensors and this scale."""
+        if self.version != (adapter.version, adapter.scale):
+            own = self.model.state_dict()
+            with torch.no_grad():
+                for name, tensor in adapter.tensors.items():
+                    own[self.live[name]].copy_(tensor)
+            set_scale(self.model, self.name, adapter.scale)
+            self.version = (adapter.version, adapter.scale)
+        return self
+
+    @property
+    def layers(self) -> dict[str, TunerLayer]:
+        return {site.path: self.model.session.layers[site.path] for site in self.plan.maps}
+
+    @property
+    def merges(self) -> bool:
+        """Whether all that the adapter does is a change of weights."""
+        plan = self.plan
+        layers = plan.prompt is None and not plan.modules and plan.call is None
+        return layers and all(layer.part(self.name).tuner.is_mergeable for layer in self.layers.values())
+
+    def changed(self, path: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's parameters with the adapter folded in, from what they are and, of some methods, were at first."""
+        layer = self.layers[path]
+        base = layer.get_base_layer()
+        with torch.no_grad():
+            for name, parameter in base._parameters.items():
+                if parameter is not None:
+                    parameter.copy_(weights[f"{path}.{name}"])
+            return {f"{path}.{n}": p.detach() for n, p in layer.merged_parameters([self.name]).items()}
+
+    def folded(self, path: str, running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for running parameters beside the pristine ones: some add what they make of the latter."""
+        tuner = self.layers[path].part(self.name).tuner
+        sums = tuner.additive or ("params" in tuner.lowerings and not self.replaces(path, pristine))
+        if not sums:
+            return self.changed(path, running)
+        return {n: running[n] + (t - pristine[n]) for n, t in self.changed(path, pristine).items()}
+
+    def replaces(self, path: str, pristine: Mapping[str, Tensor]) -> bool:
+        """Whether the layer's own parameters do not matter to what comes out."""
+        if path not in self._replaces:
+            other = {name: tensor + 1.0 for name, tensor in pristine.items() if tensor.is_floating_point()}
+            one, two = self.changed(path, pristine), self.changed(path, {**pristine, **other})
+            self._replaces[path] = all(torch.allclose(one[name], two[name]) for name in one)
+        return self._replaces[path]
+
+
+_ALONE: dict[tuple[str, str, bool, str], Alone] = {}
+_versions = iter(range(10**12))
+
+
+@dataclass
+class Adapter:
+    """One adapter of the plain model; tensors by plain name, in the dtype that the model has them in."""
+
+    world: World
+    name: str
+    config: PeftConfig
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
+    requires: bool = False
+    #: whether it came from a file: then a prompt is only its table
+    stored: bool = False
+    #: what it makes of base tensors that train along
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    version: int = field(default_factory=lambda: next(_versions))
+
+    def changed(self) -> None:
+        """Note that tensors are others now."""
+        self.version = next(_versions)
+
+    @cached_property
+    def facts(self) -> Alone:
+        """What can be read off a fresh model with the adapter, whatever its values. Those that are alike share it."""
+        options = {key: value for key, value in self.config.to_dict().items() if key != "inference_mode"}
+        key = self.world.name, self.name, self.stored, repr(sorted(options.items()))
+        if key not in _ALONE:
+            _ALONE[key] = Alone(self.world, self.config, self.name, self.stored)
+        return _ALONE[key]
+
+    @property
+    def alone(self) -> Alone:
+        """The fresh model with its values."""
+        return self.facts.take(self)
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.config.peft_type)
+
+    @property
+    def plan(self) -> AdapterPlan:
+        return self.facts.plan
+
+    def is_like(self, other: Adapter) -> bool:
+        """Whether only values tell them apart."""
+        free = {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+        one, two = ({k: v for k, v in a.config.to_dict().items() if k not in free} for a in (self, other))
+        return one == two and self.facts.shapes == other.facts.shapes
+
+    @property
+    def layers(self) -> list[str]:
+        return [site.path for site in self.plan.maps]
+
+    @property
+    def copies(self) -> list[str]:
+        """Modules that it trains whole."""
+        return [save.path for save in self.plan.saves]
+
+    @property
+    def biases(self) -> list[str]:
+        """Base tensors that train along."""
+        return [f"{site.path}.{site.name}" for site in self.plan.trains]
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+class Plain:
+    """A model with adapters, as it should be."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.bare = world.build()
+        self.base = {name: tensor.clone() for name, tensor in self.bare.state_dict().items()}
+        #: the model's own dtype; what adapters train of `base` goes back in what the model has then
+        self.dtype = next(tensor.dtype for tensor in self.base.values() if tensor.is_floating_point())
+        self.adapters: dict[str, Adapter] = {}
+        self.active: list[str] = []
+        self.enabled = True
+        self.training = False
+        #: adapters merged at each layer, first to last, and the weights that came out
+        self.merged: dict[str, list[str]] = {}
+        self.weights: dict[str, Tensor] = {}
+        #: wrappers of each layer, innermost first: PEFT type and adapters
+        self.chains: dict[str, list[tuple[str, set[str]]]] = {}
+        #: whether modules were copied since wrappers were taken out last
+        self.has_copied = False
+        #: what dtype the model had when an adapter left it
+        self.aside: dict[str, torch.dtype] = {}
+        #: dtypes that the model had since nothing was merged
+        self.coarse: set[torch.dtype] = set()
+
+    # what happens -------------------------------------------------------------------------------------------------
+
+    def add(self, adapter: Adapter) -> None:
+        if adapter.copies or self.has_copied:  # wrappers that hold nothing and lie on top are taken out
+            for chain in self.chains.values():
+                while chain and not chain[-1][1]:
+                    chain.pop()
+        self.has_copied = bool(adapter.copies) or any(other.copies for other in self.adapters.values())
+        self.adapters[adapter.name] = adapter
+        for path in adapter.layers:
+            chain = self.chains.setdefault(path, [])
+            if not chain or chain[-1][0] != adapter.peft_type:
+                chain.append((adapter.peft_type, set()))
+            chain[-1][1].add(adapter.name)
+        self.aside[adapter.name] = self.dtype
+
+    def activate(self, names: Sequence[str], trains: bool = True) -> None:
+        if self.merged_names and set(names) != set(self.active):
+            self.unmerge()
+        dtype = self.dtype
+        for name, adapter in self.adapters.items():
+            adapter.requires = trains and name in names
+            if self.is_aside(name) and name in names and self.aside[name] != dtype:
+                _cast(adapter.tensors, dtype)
+                adapter.changed()
+            self.aside[name] = self.aside.get(name, dtype) if self.is_aside(name) and name not in names else dtype
+        self.active = list(dict.fromkeys(names))
+
+    def delete(self, name: str) -> None:
+        del self.adapters[name]
+        for chain in self.chains.values():
+            for _, names in chain:
+                names.discard(name)
+        self.active = [other for other in self.active if other != name]
+
+    def delete_and_succeed(self, name: str) -> None:
+        """Where nothing is active any more, another takes over, and trains if that did: the first by name, on layers."""
+        acted, trained = name in self.active, self.adapters[name].requires
+        self.delete(name)
+        if acted and not self.active and self.adapters:
+            on_layers = any(adapter.layers for adapter in self.adapters.values())
+            self.activate([min(self.adapters) if on_layers else next(iter(self.adapters))], trained)
+
+    def load(self, new: Adapter) -> None:
+        """An adapter from a file, in place of one of its name if there is one: no other is concerned."""
+        old = self.adapters.get(new.name)
+        if old is None or not old.is_like(new):
+            active = list(self.active)
+            if old is not None:
+                self.delete(new.name)
+            self.add(new)
+            self.active = active
+        else:
+            new.scale = old.scale  # only values are exchanged
+        self.adapters[new.name] = new
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Fold adapters in, where they are on top of what is merged; what lies over them is folded in anew."""
+        pristine = self.pristine(self.active)
+        self.coarse.add(self.dtype)
+        for path in self.chains:
+            before = self.merged.get(path, [])
+            wanted = self.order(path, [*before, *(name for name in names if name not in before)])
+            onto = before == wanted[: len(before)]
+            running = {**pristine, **(self.weights if onto else {})}
+            for name in wanted[len(before) :] if onto else wanted:
+                changed = self.adapters[name].alone.folded(path, running, pristine)
+                running |= changed
+                self.weights |= changed
+            if wanted:
+                self.merged[path] = wanted
+
+    def unmerge(self) -> None:
+        self.merged, self.weights = {}, {}
+        self.coarse = self.coarse if self.world.model.is_language_model else set()
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        apart = {key for adapter in self.adapters.values() for key in adapter.trained}
+        cast = {key: tensor for key, tensor in self.base.items() if key not in apart}
+        _cast(cast, dtype)
+        self.base |= cast
+        for adapter in self.adapters.values():
+            _cast(adapter.trained, dtype)
+        for name, adapter in self.adapters.items():
+            if not self.is_aside(name):
+                _cast(adapter.tensors, dtype)
+                adapter.changed()
+        # buffers that are not in a state dict, as a language model's frequencies, stay as coarse as they were made
+        self.coarse |= {dtype} if self.weights or self.world.model.is_language_model else set()
+
+    # what is ------------------------------------------------------------------------------------------------------
+
+    @property
+    def merged_names(self) -> set[str]:
+        return {name for names in self.merged.values() for name in names}
+
+    @property
+    def acting(self) -> list[str]:
+        """Active adapters, if they are to act."""
+        return self.active if self.enabled else []
+
+    def shown(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The base tensors, with what these adapters made of those that train along."""
+        found = dict(self.base)
+        _cast(found, self.dtype)
+        for name in names:
+            found |= {key: tensor.to(self.dtype) for key, tensor in self.adapters[name].trained.items()}
+        return found
+
+    def pristine(self, names: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The same in float64."""
+        return {name: t.double() if t.is_floating_point() else t for name, t in self.shown(names).items()}
+
+    @property
+    def tolerance(self) -> float:
+        """What rounding explains, relative to the largest value: now, or since something was merged."""
+        tensors = [t for own in (self.shown(()), *(a.tensors for a in self.adapters.values())) for t in own.values()]
+        floats = {t.dtype for t in tensors if t.is_floating_point()} | self.coarse
+        return max(self.world.model.tolerance, *(ROUNDING[dtype] for dtype in floats))
+
+    def order(self, path: str, names: Sequence[str]) -> list[str]:
+        """Of these adapters, those on a layer, in the order in which they act."""
+        return [name for _, there in self.chains.get(path, ()) for name in names if name in there]
+
+    def copied(self, names: Sequence[str]) -> dict[str, str]:
+        """Modules that are replaced by a copy, with whose."""
+        found: dict[str, str] = {}
+        for name in names:
+            for path in self.adapters[name].copies:
+                found.setdefault(path, name)
+        return found
+
+    def in_effect(self, names: Sequence[str], merged: bool = True, for_good: bool = False) -> dict[str, Tensor]:
+        """The base model's tensors with these adapters, beside what is merged; `for_good` with all that the latter train."""
+        pristine = self.pristine(names)
+        running = {**pristine, **(self.weights if merged else {})}
+        for path in self.chains:
+            for name in self.order(path, names):
+                if not (merged and name in self.merged.get(path, ())):
+                    running |= self.adapters[name].alone.folded(path, running, pristine)
+        for path, name in self.copied([*names, *(sorted(self.merged_names) if for_good else ())]).items():
+            for key in [key for key in running if key.startswith(f"{path}.")]:
+                tail = key.removeprefix(f"{path}.")
+                running[key] = self.adapters[name].tensors[f"{path}.modules_to_save.{name}.{tail}"].double()
+        return running
+
+    def of_weights(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The base model's output with these tensors in it."""
+        with torch.no_grad():
+            out = functional_call(self.bare, dict(weights), (), self.world.arguments)
+        return out if isinstance(out, Tensor) else out.logits
+
+    def output(self) -> Tensor:
+        """What the model should compute."""
+        return self.of_adapters(self.active if self.enabled else [], merged=self.enabled)
+
+    def of_adapters(self, names: Sequence[str], merged: bool = False) -> Tensor:
+        """What it should compute with these adapters in effect, in this order."""
+        if all(self.adapters[name].facts.merges for name in names):
+            return self.of_weights(self.in_effect(names, merged))
+        return self._fresh(names)
+
+    def _fresh(self, names: Sequence[str]) -> Tensor:
+        """The same where an adapter is more than a change of weights: by a fresh model that has nothing else."""
+        first, *others = (self.adapters[name] for name in names)
+        model = first.alone.model
+        if others:
+            with quiet():
+                model = (
+                    get_peft_model(self.world.build(), first.config.model_copy(deep=True), first.name).eval().to(DTYPE)
+                )
+                for other in others:
+                    model.add_adapter(other.name, other.config.model_copy(deep=True))
+                model.set_adapter(list(names))
+        live = {plain_name(n, model, first.facts.plans): t for n, t in model.state_dict().items()}
+        wanted = self.pristine(self.acting)
+        for adapter in (first, *others):
+            wanted |= adapter.tensors
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(wanted[name])
+            for adapter in (first, *others):
+                set_scale(model, adapter.name, adapter.scale)
+            return output_of(self.world, model).double()
+
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """What a batch should come to whose rows have these adapters."""
+        whole = {name: self.of_adapters([] if name == BASE else [name]) for name in dict.fromkeys(names)}
+        return torch.stack([whole[name][row] for row, name in enumerate(names)])
+
+    def names(self) -> set[str]:
+        """Plain names of all that is in the model."""
+        found = set(self.base)
+        for name, adapter in self.adapters.items():
+            found |= set() if self.is_aside(name) else set(adapter.tensors)
+        return found
+
+    def is_aside(self, name: str) -> bool:
+        """Whether an adapter's tensors are not in the model for now."""
+        return bool(self.adapters[name].plan.modules) and name not in self.active
+
+    @property
+    def instead(self) -> set[str]:
+        """Base tensors in whose place merged ones are."""
+        return set(self.weights) if self.enabled else set()
+
+    def trainable(self) -> set[str]:
+        """Plain names of what should require gradients; what stands in for a merged weight does not."""
+        requiring = [a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)]
+        return {name for adapter in requiring for name in adapter.facts.trainable} - self.instead
+
+    def grown(self) -> set[str]:
+        """Plain names of what a backward pass should reach."""
+        found = {name for a in self.adapters.values() if a.requires for name in a.biases} - self.instead
+        if not self.enabled:
+            return found
+        copied = self.copied(self.active)
+        for name in (name for name in self.active if self.adapters[name].requires):
+            adapter, trainable = self.adapters[name], self.adapters[name].facts.trainable
+            out = [path for path in adapter.layers if name in self.merged.get(path, ())]
+            out += [path for path in adapter.copies if copied[path] != name]
+            found |= {n for n in trainable if not any(n.startswith(f"{path}.") for path in out)} - self.instead
+        return found
+
+    def alike(self, name: str) -> Adapter:
+        """An adapter as it is now, for later."""
+        own = self.adapters[name]
+        tensors = {n: t.clone() for n, t in own.tensors.items()} | own.trained
+        return replace(own, config=own.config.model_copy(deep=True), tensors=tensors)
