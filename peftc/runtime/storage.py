@@ -493,12 +493,3 @@ def view_class(slots: tuple[str, ...]) -> type[LayerView]:
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory: the method's `init` or the checkpoint fills it."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def unpadded(tensor: Tensor, slot: Slot) -> Tensor:
-    """What an adapter has of a slot's tensor that was made larger, for others to be swapped in; a view where it can be."""
-    if tensor.shape == slot.shape:
-        return tensor
-    blocks = tensor.unflatten(0, (slot.blocks, -1))
-    own = blocks[:, : slot.shape[0] // slot.blocks].flatten(0, 1)
-    return own[tuple(slice(size) for size in slot.shape)]

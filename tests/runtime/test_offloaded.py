@@ -198,7 +198,12 @@ def test_nothing_is_merged_into_a_weight_that_nothing_brings(subject: Subject) -
     assert refused(model) == [rules.WEIGHT_ELSEWHERE.code]
     assert not model.session.merged
     with pytest.MonkeyPatch.context() as patch:
-        put_defect(patch, places.refuse_absent, "if absent:", "if False:")
+        put_defect(
+            patch,
+            places,
+            '    if absent:\n        what = f"`{absent[0]}`',
+            '    if False:\n        what = f"`{absent[0]}`',
+        )
         assert refused(model) == []
 
 
