@@ -32,7 +32,11 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     if tensor is None:  # computed from others, or for now a view of what is sharded
         found = getattr(module, name, None)
         return found if isinstance(found, Tensor) else None
-    return _brought(module, name, tensor) if tensor.is_meta else parallel.gathered(tensor)
+    if tensor.is_meta:
+        return _brought(module, name, tensor)
+    if tensor.requires_grad and torch.is_grad_enabled() and offload.hook_of(module) is not None:
+        tensor.register_hook(lambda grad: _refuse_gradient(name))  # it is there for this call
+    return parallel.gathered(tensor)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -77,6 +81,19 @@ def _brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
         value.requires_grad_().register_hook(lambda grad: _refuse_gradient(name))
     return value
+
+
+def refuse_gradients_of(module: nn.Module, output: Any) -> None:
+    """Have a backward through a module's output raise `PeftcError` if it would reach parameters that were there for the call."""
+    if not torch.is_grad_enabled():
+        return
+    lost = next((name for name, p in module.named_parameters() if p.requires_grad and p.is_meta), None)
+    if lost is None:
+        return
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(lambda grad: _refuse_gradient(lost))
 
 
 def _refuse_gradient(name: str) -> None:

