@@ -14,13 +14,14 @@ from peftc.ops.lowrank import is_traced
 def transposed(change: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """`rows M`, for rows `(n, features)` and `change(x) = x M^T`. Differentiable in the rows and in what `change` reads.
 
-    Activation checkpointing hides what is saved until backward, and this needs it at once: it is kept plainly.
+    Activation checkpointing hides what is saved until backward, and this needs it at once: it is kept plainly, detached, as a
+    node that held its own output would never be freed. Autograd attaches the history again.
     """
     if is_traced() or torch.is_inference_mode_enabled():
         (product,) = torch.func.vjp(change, torch.zeros_like(rows))[1](rows)
         return product
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, _as_it_is):
         x = torch.zeros_like(rows).requires_grad_()
         (product,) = torch.autograd.grad(change(x), x, rows, create_graph=again)
     return product

@@ -54,7 +54,8 @@ def adapted(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
 def folded(
     under: Under, parts: Sequence[Part], running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """These logical parameters with the adapters folded in: of what is `running`, beside what is `pristine`."""
+    """The parameters that adapters change, with all of them folded in, first to last; `running` are the layer's as they are,
+    `pristine` as they were before any merge. Both in logical order."""
     base, backend = under.inner, under.backend
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
