@@ -149,6 +149,8 @@ def _zero(out: Any) -> Any:
 
 @EACH
 def test_rows_of_hooked_slots(subject: Subject) -> None:
+    if subject.parameters:
+        pytest.skip("rows are not told apart inside of modules")
     model = subject.trained()
     subject.join(model, "other")
     count = next(iter(subject.model.arguments().values())).shape[0]
