@@ -15,9 +15,9 @@ from peftc import rules
 from peftc.compiler.plan import AdapterPlan, PromptSite
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
-from peftc.runtime.journal import keep_trained, keep_values, whole
+from peftc.runtime.journal import keep_trained, whole
 from peftc.runtime.layer import Source
-from peftc.runtime.places import device_of, tensor_of
+from peftc.runtime.places import device_of, fill, tensor_of
 from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import Container, Slot, labelled
@@ -153,11 +153,10 @@ class PromptModule(nn.Module):
         strange = [label for label, value in values.items() if label not in slots or value.shape != slots[label].shape]
         if strange or not self._holds_table(values):
             raise PeftcError(self._computed())
-        own = PromptSlots(self)
         with torch.no_grad():
             for label, value in values.items():
-                keep_values(own[label])
-                own[label].copy_(value)
+                holder, name = self._place(slots[label])
+                fill(self, holder._parameters[name], value)  # type: ignore[arg-type]  # held there
 
     def _computed(self) -> Diagnostic:
         """What to say of a table for slots that it cannot be taken apart into."""
