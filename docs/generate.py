@@ -30,7 +30,7 @@ from peftc.tuner.features import MATRIX, features_of
 from peftc.tuner.method import TunerMethod
 
 DOCS = Path(__file__).resolve().parent
-sys.path.append(str(DOCS.parent))  # for the benchmarks
+sys.path.insert(0, str(DOCS.parent))  # for the benchmarks; packages may have that name
 SUBJECTS = {
     "PC1": "Documents and configs",
     "PC2": "Plugins",

@@ -274,6 +274,9 @@ STEP_UNFIT = Rule(
     "Lengths do not fit the prompt",
     "Cache, mask, positions and input must agree on where the virtual tokens are; else other tokens come out.",
 )
+WEIGHT_ELSEWHERE = RuntimeRule(
+    "PC536", "Weight is not where it is needed", "What is done without it is lost, or done to something else."
+)
 SPLIT_BASE = RuntimeRule(
     "PC539", "Base is split by tensors", "Each process holds a part of each weight; the adapter would be held whole."
 )

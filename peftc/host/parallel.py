@@ -1,8 +1,8 @@
-"""Models whose weights transformers splits between processes by tensors."""
+"""Models whose weights are split between processes: by tensors (transformers), or into shards (DeepSpeed, FSDP)."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def parts(model: nn.Module) -> int:
@@ -12,3 +12,43 @@ def parts(model: nn.Module) -> int:
     `load_adapter` (in 5.18 and after).
     """
     return getattr(model, "_tp_size", None) or 1
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor before it was sharded.
+
+    Relied on: DeepSpeed's third stage notes it as `ds_shape` on a parameter whose content it takes out (0.3.10).
+    """
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A copy of a tensor with all its content; itself if it has all. Every process has to ask for it.
+
+    Relied on: `deepspeed.zero.GatheredParameters` makes parameters whole within its block (0.3.10).
+    """
+    if whole_shape(tensor) == tuple(tensor.shape):
+        return tensor
+    import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+#: Attributes under which wrappers hold the model that they wrap: `torch.compile`, FSDP (2.0), DDP and DataParallel (1.0).
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that torch puts round whole models."""
+    while type(model).__module__.startswith("torch."):
+        inner = next((model._modules[name] for name in _INSIDE if model._modules.get(name) is not None), None)
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def sharded(model: nn.Module) -> nn.Module | None:
+    """FSDP's wrapper, which alone knows the model's state dict; None for a model without one."""
+    return model if "_fsdp_wrapped_module" in model._modules else None

@@ -29,6 +29,17 @@ def own_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     return module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def all_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Hooks that see what a module gets and gives, likewise."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def computed_by(module: nn.Module) -> Collection[str]:
+    """Names of tensors that a module computes from others. Relied on: a parametrized module has `parametrizations` (1.9)."""
+    found = module._modules.get("parametrizations")
+    return () if found is None else tuple(found._modules)
+
+
 def transient_buffers(module: nn.Module) -> Collection[str]:
     """Names of buffers that are not saved. Relied on: `_non_persistent_buffers_set` (1.5)."""
     return module._non_persistent_buffers_set

@@ -28,7 +28,7 @@ def gather_params_ctx(
     """Within the block, parameters that DeepSpeed shards are whole. Without it, nothing happens."""
     if not check_deepspeed_zero3_enabled():
         return nullcontext()
-    import deepspeed  # type: ignore[import-not-found]
+    import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     return deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module)
 

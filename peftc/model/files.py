@@ -16,7 +16,7 @@ from peftc import rules
 from peftc.checkpoint.keys import assign, listed
 from peftc.checkpoint.report import LoadReport
 from peftc.checkpoint.save import Saved, save_adapters
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
 from peftc.diagnostics import PeftcError
@@ -26,7 +26,8 @@ from peftc.model.card import facts_of, new_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
 from peftc.model.loading import BESIDE, Loadable, LoadOptions, loadable, opened
 from peftc.registry.manager import default_registry
-from peftc.runtime.journal import keep_values, note, whole
+from peftc.runtime.journal import note, whole
+from peftc.runtime.places import entire, fill
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
@@ -123,30 +124,47 @@ def _live_tensors(
 ) -> dict[str, Tensor]:
     """The same as they are in memory."""
     plan = session.plans[name]
-    attached = {**session.tensors(name), **embeddings_to_save(session, plan, save_embedding_layers)}
-    tensors = {disk: tensor.detach() for disk, tensor in attached.items()}
-    if state_dict is not None:
-        tensors |= _gathered(model, attached, state_dict)
+    embeddings = embeddings_to_save(session, plan, save_embedding_layers)
+    root = plan.root if model is session.model else ""  # adapted in place, it has no wrapper
+    names = {disk: own.removeprefix(root) for disk, own in live_names(plan).items()}
+    tensors = (
+        {}
+        if state_dict is None
+        else _gathered({**names, **{key: key.removeprefix(root) for key in embeddings}}, state_dict)
+    )
+    if not names.keys() <= tensors.keys():
+        attached = session.tensors(name)
+        if state_dict is not None:
+            _refuse_incomplete([key for key, t in attached.items() if key not in tensors and t.requires_grad])
+        tensors = {disk: tensor.detach() for disk, tensor in entire(model, attached).items()} | tensors
+    tensors = {disk: tensor.detach() for disk, tensor in entire(model, embeddings).items()} | tensors
     encoders = model._modules.get("prompt_encoder")
     if plan.prompt is not None and isinstance(encoders, nn.ModuleDict):
         tensors |= _prompt(encoders[name], f"prompt_encoder.{name}.", state_dict)
     return without_padding(plan, tensors)
 
 
-def _gathered(model: nn.Module, attached: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as the state dict has them. Raises `PeftcError` if trained ones are not in it."""
-    live = (*model.named_parameters(), *model.named_buffers())  # the first of several names, which every state dict has
-    names = {id(tensor): name for name, tensor in live}
-    wanted = {
-        disk: names[id(tensor)] for disk, tensor in attached.items() if id(tensor) in names
-    }  # or it is kept aside
-    found = assign(set(wanted.values()), state_dict, "")
-    lacking = [disk for disk, name in wanted.items() if name not in found and attached[disk].requires_grad]
+def live_names(plan: AdapterPlan) -> dict[str, str]:
+    """Checkpoint key -> name in the wrapped model, for an adapter's tensors of its own."""
+    names = {p.disk: p.name for p in (*plan.parameters(), *plan.buffers()) if p.disk is not None}
+    for save in plan.saves:
+        for tail, _ in save.buffers:
+            names[f"{plan.root}{save.path}.{tail}"] = save.key(tail, plan.name).memory(plan.root)
+    return names
+
+
+def _gathered(names: Mapping[str, str], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by checkpoint key as a state dict has them, by their names in the model."""
+    found = assign(set(names.values()), state_dict, "")
+    return {disk: state_dict[found[name]].detach() for disk, name in names.items() if name in found}
+
+
+def _refuse_incomplete(lacking: Sequence[str]) -> None:
+    """Raise `PeftcError` if a state dict lacks tensors that are trained."""
     if lacking:
         what = f"`state_dict` has nothing for {listed(lacking)}"
         fix = "Give the state dict of the whole wrapped model, or leave it out."
         raise PeftcError(rules.SAVE_INCOMPLETE(what, fix=fix))
-    return {disk: state_dict[found[name]].detach() for disk, name in wanted.items() if name in found}
 
 
 def _prompt(encoder: nn.Module, root: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -233,15 +251,15 @@ def _overwrite(model: PeftModel, found: Loadable) -> None:
     """Load into the parameters that there are: an optimiser may hold them."""
     session, plan = model.session, found.adapter
     with torch.no_grad():
-        own = {key: tensor.detach() for key, tensor in session.tensors(plan.name).items()}
+        own = session.tensors(plan.name)
         values = restored(session, plan, {key: found.source(key) for key in own})
-        pairs = [(tensor, values[key]) for key, tensor in without_padding(session.plans[plan.name], own).items()]
+        blocks = {site.key(slot, plan.name).disk(): slot.blocks for site, slot in plan.slots()}
+        filled = [(tensor, values[key], blocks.get(key, 1)) for key, tensor in own.items()]
         if model.prompt_encoder is not None:
-            pairs += model._encoders()[plan.name].restored(found.source)
-        for tensor, stored in pairs:
+            filled += [(*pair, 1) for pair in model._encoders()[plan.name].restored(found.source)]
+        for tensor, stored, parts in filled:
             if stored is not None:
-                keep_values(tensor)
-                tensor.copy_(stored)
+                fill(model, tensor, stored, parts)
         session.base.carry(plan, found.source)
         patch(session, plan.name, differing(session, plan))
 

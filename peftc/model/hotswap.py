@@ -24,13 +24,15 @@ from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import Kind
+from peftc.model.files import live_names
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.peft_model import PeftModel
-from peftc.model.state import live_names, origin_of
+from peftc.model.state import origin_of
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
-from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, keep_values, whole
+from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, whole
 from peftc.runtime.layer import TunerLayer
+from peftc.runtime.places import fill, refuse_offloaded
 from peftc.runtime.planning import targeted
 from peftc.runtime.session import Session
 from peftc.runtime.storage import find
@@ -134,8 +136,7 @@ def hotswap_adapter_from_state_dict(
         slots = {site.key(slot, adapter_name).disk() for site, slot in plan.slots()}
         for key, own in session.tensors(adapter_name).items():
             if key in given and key not in slots:
-                keep_values(own)
-                own.copy_(given[key])
+                fill(session.model, own, given[key])
         _record(unwrapped(model), session, plan)
 
 
@@ -221,12 +222,14 @@ def _swap(
         value = given.get(key)
         if value is None and slot.derived:
             value = layer.derived(adapter, site)[slot.name]
-        value = own.new_full(slot.shape, slot.value or 0.0) if value is None else value.to(own.device, own.dtype)
+        device = layer.device if own.is_meta else own.device
+        made = torch.full(slot.shape, slot.value or 0.0, device=device) if value is None else value
+        value = made.to(device, own.dtype)
         fits = all(new <= old for new, old in zip(value.shape, own.shape, strict=True))
         if fits and (value.shape == own.shape or part.tuner.has_ranks):
-            keep_values(own)
-            own.copy_(padded(value, own.shape, slot.blocks))
+            fill(layer, own, value, slot.blocks)
         else:
+            refuse_offloaded(layer, {key: own}, "would get another shape")
             keep_memory(own)
             own.data = value.clone()
     layer.exchange(adapter, site)
@@ -271,13 +274,14 @@ def prepare_model_for_compiled_hotswap(
         raise PeftcError(rules.NOT_ADAPTED(what, fix="Load the first adapter before, and compile after."))
     shapes = [] if target_rank is None else list(_shapes(layers, target_rank))
     with torch.no_grad():
+        refuse_offloaded(model, {str(n): own for n, (own, _) in enumerate(shapes)}, "would get another shape")
         for own, slot in shapes:
             keep_memory(own)
             own.data = padded(own.data, slot.shape, slot.blocks)
     for layer in layers:
         keep_entries(layer.scaling)
+        device = layer.device
         for name, scale in layer.scaling.items():
-            device = next(tensor.device for _, tensor in layer.parameters_of(name))
             layer.scaling[name] = torch.as_tensor(scale, device=device)
 
 

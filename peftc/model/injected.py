@@ -18,6 +18,7 @@ from torch import nn
 from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
+from peftc.host import parallel
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.apply import SESSION, session_of
 from peftc.runtime.journal import keep, keep_entries, whole
@@ -60,9 +61,8 @@ def config_given(session: Session, adapter: str) -> PeftConfig | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` wraps, or the model itself."""
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
+    """The model that `torch.compile`, FSDP or DDP wraps, or the model itself."""
+    return parallel.unwrapped(model)
 
 
 def adapters_of(model: nn.Module) -> Session:

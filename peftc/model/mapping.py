@@ -13,7 +13,6 @@ from peftc.checkpoint.former import former_ranks, with_ranks
 from peftc.config.base import PeftConfig
 from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
-from peftc.host import parallel
 from peftc.model.injected import followed, note_adapted, show, unwrapped
 from peftc.model.mixed import PeftMixedModel
 from peftc.model.peft_model import DEFAULT, PeftModel
@@ -103,7 +102,6 @@ def inject_adapter_in_model(
         given_model = model = unwrapped(model)
         let_go(model)
         followed(model)
-        _refuse_split(model)
     asked = peft_config
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
@@ -134,15 +132,3 @@ def _owner(model: nn.Module, method: TunerMethod) -> PeftModel | None:
     if not isinstance(model, PeftModel) or model.prompt_encoder is not None or not model.peft_config:
         return None
     return model if model.mixes or model.peft_type == method.peft_type else None
-
-
-def _refuse_split(model: nn.Module) -> None:
-    """Raise `PeftcError` for a model whose weights transformers has split between processes by tensors.
-
-    transformers leaves it to this function to split the adapter too, and asks the version of `peft` whether it does.
-    """
-    parts = parallel.parts(model)
-    if parts > 1:
-        what = f"The weights of this `{type(model).__name__}` are split between {parts} processes"
-        fix = "Load the base without `tp_plan` or `distributed_config`, or shard it with FSDP or DeepSpeed."
-        raise PeftcError(rules.SPLIT_BASE(what, fix=fix))

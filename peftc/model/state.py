@@ -14,14 +14,16 @@ from peftc.checkpoint.report import match
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
-from peftc.model.files import tensors_of
+from peftc.host import parallel
+from peftc.model.files import live_names, tensors_of
 from peftc.model.injected import adapters_of, config_given, unwrapped
 from peftc.model.loading import vocabulary_facts
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.ops.combine import padded
-from peftc.runtime.journal import keep_entry, keep_values, whole
+from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
+from peftc.runtime.places import entire, fill
 from peftc.runtime.session import Session
 from peftc.runtime.stored import fitted, restored
 from peftc.tuner.slots import Slot
@@ -45,10 +47,13 @@ def get_peft_model_state_dict(
 
     Works on a `PeftModel` and on a model adapted in place, whose keys have no `base_model.model.`. With `state_dict`, as a
     sharded run gathers it, tensors are taken from there by their names in the model; an empty one gives an empty result,
-    as other processes of such a run have nothing. A compiled model is seen through with `unwrap_compiled` or without.
+    as other processes of such a run have nothing. FSDP's wrapper is asked for it, in the form that was set for it. A compiled model is seen through with `unwrap_compiled` or without.
 
     Raises `PeftcError` if the model has no such adapter or the state dict lacks part of it.
     """
+    sharded = parallel.sharded(model)
+    if sharded is not None and state_dict is None:
+        state_dict = sharded.state_dict()
     model = unwrapped(model)
     session = adapters_of(model)
     session.require([adapter_name])
@@ -59,15 +64,6 @@ def get_peft_model_state_dict(
         return tensors
     root = session.plans[adapter_name].root
     return {key.removeprefix(root): tensor for key, tensor in tensors.items()}
-
-
-def live_names(plan: AdapterPlan) -> dict[str, str]:
-    """Checkpoint key -> name in the wrapped model, for an adapter's tensors of its own."""
-    names = {p.disk: p.name for p in (*plan.parameters(), *plan.buffers()) if p.disk is not None}
-    for save in plan.saves:
-        for tail, _ in save.buffers:
-            names[f"{plan.root}{save.path}.{tail}"] = save.key(tail, plan.name).memory(plan.root)
-    return names
 
 
 @whole
@@ -81,12 +77,14 @@ def set_peft_model_state_dict(
     """Put a checkpoint's tensors into an adapter that the model has, in place; keys with or without `base_model.model.`.
 
     `ignore_mismatched_sizes` leaves tensors of another shape out, with a warning. With `low_cpu_mem_usage` slots take the
-    given tensors themselves, dtype included, and so may be on the meta device before. The result lists the adapter's
+    given tensors themselves, dtype included, and so may be on the meta device before. FSDP's wrapper loads them itself, into
+    each process its part. The result lists the adapter's
     names that got nothing and the keys without a place; both are warned of too.
 
     Raises `PeftcError`, with nothing changed: no such adapter, merged, other shapes, slots without memory, or no key has
     a place.
     """
+    sharded = parallel.sharded(model)
     model = unwrapped(model)
     session = adapters_of(model)
     session.require([adapter_name])
@@ -99,6 +97,7 @@ def set_peft_model_state_dict(
     given = put_together(given, plan, session.graph, config_given(session, adapter_name))
     facts = {key: TensorFacts.of(tensor) for key, tensor in given.items()}
     fit = fitted(plan, session.graph, facts)
+    values: Mapping[str, Tensor]
     report = match(
         fit,
         facts,
@@ -107,22 +106,34 @@ def set_peft_model_state_dict(
         same=lambda one, other: torch.equal(given[one], given[other].to(given[one].device)),
     ).require()
     values = {key: given[source] for key, source in report.sources.items()}
-    with torch.no_grad():
-        rest = restored(session, fit, values)
-        values = dict(rest)
-        filled: dict[str, Tensor] = {}
-        for disk, owner, slot in slots_of(session, adapter_name):
-            if disk in values:
-                if disk in rest:
-                    filled[disk] = _fill(owner, slot, adapter_name, rest.pop(disk), low_cpu_mem_usage)
-                _hold(owner, slot, adapter_name, filled[disk])  # or another layer has filled it
-        for tensor, value in _others(model, session, adapter_name, rest):
-            keep_values(tensor)
-            tensor.copy_(value)
-        session.base.carry(plan, rest.get)
+    if sharded is not None:
+        values = {key: value for key, value in values.items() if key in names}
+        own = plan.root if model is session.model else ""
+        sharded.load_state_dict({names[key].removeprefix(own): t for key, t in values.items()}, strict=False)
+    else:
+        values = _put_in(model, session, fit, values, low_cpu_mem_usage)
     missing = dict.fromkeys([*report.missing, *(key for key in names if key not in values)])
     live = [names.get(key, key).removeprefix(plan.root) for key in missing]
     return LoadResult([root + name for name in live], [origin.get(key, key) for key in report.unexpected])
+
+
+def _put_in(
+    model: nn.Module, session: Session, fit: AdapterPlan, given: Mapping[str, Tensor], assign: bool
+) -> Mapping[str, Tensor]:
+    """Give an adapter the values of a checkpoint, whose plan is `fit`; returns them as the adapter holds them. All or none."""
+    with torch.no_grad():
+        rest = restored(session, fit, given)
+        values = dict(rest)
+        filled: dict[str, Tensor] = {}
+        for disk, owner, slot in slots_of(session, fit.name):
+            if disk in values:
+                if disk in rest:
+                    filled[disk] = _fill(owner, slot, fit.name, rest.pop(disk), assign)
+                _hold(owner, slot, fit.name, filled[disk])  # or another layer has filled it
+        for tensor, value in _others(model, session, fit.name, rest):
+            fill(model, tensor, value)
+        session.base.carry(session.plans[fit.name], rest.get)
+    return values
 
 
 def origin_of(keys: Iterable[str], names: Mapping[str, str], root: str) -> dict[str, str]:
@@ -148,11 +159,10 @@ def _fill(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, value: Te
     container, key = owner.where(adapter, slot)
     own: Tensor = container[key]
     if not assign:
-        if own.is_meta:
+        if own.is_meta and entire(owner, {key: own})[key].is_meta:
             what = f"`{slot.name}` of `{adapter}` has no memory: it was made with `low_cpu_mem_usage`"
             raise PeftcError(rules.SHAPES_DIFFER(what, fix="Pass `low_cpu_mem_usage=True` here as well."))
-        keep_values(own)
-        own.copy_(padded(value.to(own.device), own.shape, slot.blocks))
+        fill(owner, own, value, slot.blocks)
         return own
     base = next((p for p in owner.parameters() if not p.is_meta), value)
     fresh = padded(value.detach().to(base.device), own.shape, slot.blocks)
@@ -172,7 +182,7 @@ def _hold(owner: TunerLayer | ModuleWrapper, slot: Slot, adapter: str, tensor: T
 def _others(model: nn.Module, session: Session, adapter: str, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Any]]:
     """What of an adapter is no slot of a layer: trained copies, base tensors, prompts; each with its value."""
     own = session.tensors(adapter)
-    pairs: list[tuple[Tensor, Any]] = [(own[key].detach(), value) for key, value in values.items() if key in own]
+    pairs: list[tuple[Tensor, Any]] = [(own[key], value) for key, value in values.items() if key in own]
     if isinstance(model, PeftModel) and model.prompt_encoder is not None:
         pairs += model._encoders()[adapter].restored(values.get)
     return pairs

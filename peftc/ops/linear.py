@@ -18,7 +18,7 @@ from peftc.ops.lowrank import add_update, down, factor_gradients, is_traced
 
 def is_bare(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether reading the weight equals calling the layer: frozen plain parameters of one dtype, no hook, no patch."""
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
 from peftc.host.layers import embedding_scale
+from peftc.runtime.places import called_with, computed_elsewhere, tensor_of, tensors_of
 
 
 class Backend(ABC):
@@ -56,19 +58,23 @@ class Backend(ABC):
         return delta
 
     def opened(self, base: nn.Module) -> dict[str, Tensor]:
-        """The layer's own parameters by name, logical."""
-        return {n: self.to_logical(n, p.detach()) for n, p in base._parameters.items() if p is not None}
+        """The layer's own parameters by name, logical, from wherever they are."""
+        return {n: self.to_logical(n, p.detach()) for n, p in tensors_of(base).items()}
 
     def run(self, base: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
         """The layer's own forward with other (logical) parameters in place, differentiable in them."""
         own = {n: p for n, p in base._parameters.items() if p is not None}
+        strange = [*(n for n in own if n not in parameters), *(n for n in parameters if n not in base._parameters)]
+        if strange:
+            raise PeftcError(computed_elsewhere(base, strange[0]))
         stored = {
             n: self.to_stored(n, t, own[n]).to(own[n].dtype)
             if n in own
             else t.to(own["weight"].dtype)  # a bias it lacks
             for n, t in parameters.items()
         }
-        out: Tensor = functional_call(base, stored, args, kwargs)
+        with called_with(base, args, kwargs) as (args, kwargs):
+            out: Tensor = functional_call(base, stored, args, kwargs)
         return out
 
     def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ class LinearBackend(Backend):
         return F.linear(h, B)
 
     def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        bias, weight = base._parameters.get("bias"), base._parameters["weight"]
+        bias, weight = tensor_of(base, "bias"), tensor_of(base, "weight")
         assert weight is not None
         own = F.linear(x, values.to(weight.dtype), None if bias is None else bias[index])
         return y.index_copy_(-1, index, own.to(y.dtype))
@@ -144,7 +150,7 @@ class EmbeddingBackend(Backend):
         return delta if scale is None else delta * scale
 
     def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        weight = base._parameters["weight"]
+        weight = tensor_of(base, "weight")
         assert weight is not None
         ids, order = index.sort()
         place = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)

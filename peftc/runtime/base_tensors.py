@@ -16,6 +16,7 @@ from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory, keep_trained, note
 from peftc.runtime.layer import Source
+from peftc.runtime.places import entire, refuse_offloaded
 
 if TYPE_CHECKING:
     from peftc.runtime.session import Session
@@ -50,6 +51,7 @@ class BaseTensors:
         """Load tensors that the checkpoint carries, and keep what they were: for trained ones, a copy."""
         before: list[tuple[nn.Parameter, Tensor]] = []
         find = source or (lambda key: None)
+        refuse_offloaded(self._session.model, dict(self.trained(plan)))
         for disk, parameter in self.trained(plan).items():
             found = find(disk)
             own = parameter.detach()
@@ -69,8 +71,12 @@ class BaseTensors:
         known = {id(parameter) for parameter, _ in (*self._trained[plan.name], *before)}
         for disk, _, own, _ in self.vocabulary(plan):
             found = find(disk)
-            if found is None or torch.equal(found.to(own), own):
+            if found is None:
                 continue
+            here = entire(self._session.model, {disk: own})[disk]
+            if torch.equal(found.to(here), here):
+                continue
+            refuse_offloaded(self._session.model, {disk: own})
             keep_memory(own)
             if id(own) not in known:
                 before.append((own, own.data))

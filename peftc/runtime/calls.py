@@ -18,12 +18,13 @@ from peftc.runtime.call import Call, Shared
 from peftc.runtime.gates import Gates
 from peftc.runtime.journal import keep_trained
 from peftc.runtime.layer import Source
+from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import INIT, SlotModule, allocate, torch_dtype
 from peftc.tuner.calls import CallTuner
 
 
 class CallModule(nn.Module):
-    """One adapter's storage, its tensors under their labels, and its method's view of it (`peftc.tuner.calls.CallView`)."""
+    """One adapter's storage, its tensors under their labels. Slots may have any name: what a method sees is its view."""
 
     def __init__(self, plan: AdapterPlan, site: CallSite, tuner: CallTuner[Any]) -> None:
         super().__init__()
@@ -32,26 +33,21 @@ class CallModule(nn.Module):
         self.tuner = tuner
         self.state: dict[str, Any] = {}
 
-    @property
-    def config(self) -> PeftConfig:
-        """The adapter's options."""
-        return self.plan.config
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Paths of the layers whose adapters are weighed."""
-        return self.site.layers
-
     def __getitem__(self, label: str) -> Tensor:
+        holder, last = self._place(label)
+        tensor = tensor_of(holder, last)
+        assert tensor is not None
+        return tensor
+
+    def _place(self, label: str) -> tuple[nn.Module, str]:
+        """The module that holds a tensor, and its name there."""
         holder: nn.Module = self
         *path, last = label.split(".")
         for name in path:
             child = holder._modules[name]
             assert child is not None
             holder = child
-        tensor = holder._parameters[last]
-        assert tensor is not None
-        return tensor
+        return holder, last
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins without what was kept from calls."""
@@ -64,7 +60,7 @@ class CallModule(nn.Module):
         found = {label: source(self.site.disk(label)) for label in made} if source is not None else {}
         given = {label: tensor for label, tensor in found.items() if tensor is not None}
         if len(given) < len(made):
-            guarded(self.tuner.init, self.plan.peft_type, None)(self.config, made, INIT)
+            guarded(self.tuner.init, self.plan.peft_type, None)(self.plan.config, made, INIT)
         for slot in self.site.slots:
             tensor = given.get(slot.dotted)
             own = (
@@ -86,12 +82,17 @@ class CallModule(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by key."""
-        return {self.site.disk(slot.dotted): self[slot.dotted] for slot in self.site.slots if slot.saved}
+        places = {self.site.disk(slot.dotted): self._place(slot.dotted) for slot in self.site.slots if slot.saved}
+        found = {key: holder._parameters[name] for key, (holder, name) in places.items()}
+        return {key: tensor for key, tensor in found.items() if tensor is not None}
 
     def set_trainable(self, trainable: bool) -> None:
         """Let the slots that train require gradients, or none."""
         for slot in self.site.slots:
-            keep_trained(self[slot.dotted], trainable and slot.trainable)
+            holder, name = self._place(slot.dotted)
+            parameter = holder._parameters[name]
+            assert parameter is not None
+            keep_trained(parameter, trainable and slot.trainable)
 
     def around(
         self, shared: Shared, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -107,4 +108,30 @@ class CallModule(nn.Module):
             with shared.opened(Call(gates=Gates(gates, layers, adapters))):
                 return model(*args, **kwargs)
 
-        return self.tuner.around(self, run, args, kwargs)
+        return self.tuner.around(View(self), run, args, kwargs)
+
+
+class View:
+    """One adapter around calls, as the method's mathematics sees it (`peftc.tuner.calls.CallView`)."""
+
+    def __init__(self, module: CallModule) -> None:
+        self._module = module
+
+    @property
+    def config(self) -> PeftConfig:
+        return self._module.plan.config
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return self._module.site.layers
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._module.state
+
+    @property
+    def training(self) -> bool:
+        return self._module.training
+
+    def __getitem__(self, label: str) -> Tensor:
+        return self._module[label]

@@ -35,9 +35,10 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
     if name not in _layer_classes:
         shown = {attribute: _option(option) for attribute, option in method.layer_options.items()}
         if method.layer_dropout:
-            shown[method.layer_dropout] = property(_dropouts)
+            shown |= {method.layer_dropout: property(TunerLayer.dropouts)}
         names = {
             "adapter_layer_names": method.layer_names,
+            "dropout_name": method.layer_dropout or TunerLayer.dropout_name,
             "other_param_names": (*TunerLayer.other_param_names, *shown),
             "_all_available_adapter_names": _names,
             "__module__": __name__,
@@ -50,10 +51,6 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
 def _option(option: str) -> property:
     """An option of all adapters of a layer."""
     return property(lambda layer: InForce(layer, lambda name: getattr(layer.site(name).config, option)))
-
-
-def _dropouts(layer: TunerLayer) -> InForce:
-    return InForce(layer, lambda name: layer.dropouts()[name])
 
 
 def _names(layer: TunerLayer) -> list[str]:

@@ -18,6 +18,7 @@ from peftc.runtime.affine import Form, form_of
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.experts import over_experts
 from peftc.runtime.parts import Part, Under
+from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import LayerView
 from peftc.tuner.experts import PerExpert
 
@@ -33,11 +34,9 @@ def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def trained_of(under: Under) -> dict[str, Tensor]:
     """Logical parameters of the base layer that train along, such as its bias, part of the graph."""
-    return {
-        name: under.backend.to_logical(name, own)
-        for name, own in under.inner._parameters.items()
-        if own is not None and own.requires_grad
-    }
+    trained = [name for name, own in under.inner._parameters.items() if own is not None and own.requires_grad]
+    found = ((name, tensor_of(under.inner, name)) for name in trained)
+    return {name: under.backend.to_logical(name, own) for name, own in found if own is not None}
 
 
 def adapted_as_trained(under: Under, parts: Sequence[Part]) -> Mapping[str, Tensor]:
@@ -80,7 +79,7 @@ def _changed_parameter(
     one, linear = tuner.one, BACKENDS[Kind.LINEAR]
 
     def fold(view: LayerView, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _changed(base, linear, Part(one, view, part.path, None, part.parameter, part.known), p, p0)
+        return _changed(base, linear, Part(one, view, part.path, None, part.parameter, known=part.known), p, p0)
 
     return over_experts(tuner, part.view, fold, p, p0)
 

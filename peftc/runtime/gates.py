@@ -42,6 +42,11 @@ class Gates:
         return gate.reshape(*y.shape[:-1], 1)
 
 
+def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:
+    """Whether calls may multiply the updates of one of these adapters."""
+    return not shared.gated.isdisjoint(part.view.adapter for part in parts)
+
+
 def gated(plain: Path, shared: Shared, under: Under, parts: Sequence[Part]) -> Path:
     """The plain path, but while a call is open that weighs adapters, their updates by its coefficients."""
     updates = [(part, _update(under, part)) for part in parts]

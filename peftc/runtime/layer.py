@@ -20,19 +20,20 @@ from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
 from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
+from peftc.runtime import places
 from peftc.runtime.backends import BACKENDS, Backend
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.called import noticing
+from peftc.runtime.dropouts import all_dropouts, drop_dropout, dropout_of
 from peftc.runtime.folding import adapted, opened
-from peftc.runtime.gates import gated
-from peftc.runtime.inputs import Dropout, first_argument
+from peftc.runtime.inputs import first_argument
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.merged import merged_parameters
 from peftc.runtime.merging import Merging
 from peftc.runtime.parts import Part, Under
-from peftc.runtime.paths import Path, compose
+from peftc.runtime.paths import Path
 from peftc.runtime.reading import as_read
-from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, view_class
+from peftc.runtime.storage import Initializer, derived, drop, filled, find, half_of, holder_of, view_class
 from peftc.runtime.stores import Stock
 from peftc.runtime.succession import tell
 from peftc.tuner.method import MapTuner
@@ -62,6 +63,9 @@ class TunerLayer(Merging, BaseTunerLayer):
     #: the parameter that is adapted, where it is a single one of the module's
     parameter: str = ""
 
+    #: what the container of dropouts is called in the model
+    dropout_name: ClassVar[str] = "adapter_dropout"
+
     _path: Path
     _under: Under
 
@@ -85,6 +89,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         self._disabled = False
         self._shared = Shared()
         self._is_aside = False
+        self._found_at, self._folded_at = {}, {}
         self._nest()
         self._choose_path()
 
@@ -111,7 +116,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         made = filled(
             site,
             adapter,
-            self._device(),
+            self.device,
             source,
             lambda fresh: init(site.config, site.layer, fresh, helper),
             shared,
@@ -126,22 +131,30 @@ class TunerLayer(Merging, BaseTunerLayer):
         self.scaling[adapter] = scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, p)
+        if self._shared.by_rows:
+            keep(self)
+            self._choose_path()
 
     def derived(self, adapter: str, site: MapSite) -> Mapping[str, Tensor]:
         """What an adapter's method derives for its slots here by another plan, by name."""
         derive = guarded(self._sites[adapter][1].derive, str(site.config.peft_type), site.path)
-        return derived(site, self._device(), partial(derive, site.config, site.layer))
+        return derived(site, self.device, partial(derive, site.config, site.layer))
 
     def _view(self, adapter: str, p: float) -> None:
         site, tuner = self._sites[adapter]
-        slots = {label: find(self, slot, adapter) for label, slot in labelled(site.slots).items()}
-        dropout = Dropout(self, p) if p > 0 and not site.parameter else None  # parameters see no inputs
+        named = labelled(site.slots)
+        slots = {label: find(self, slot, adapter) for label, slot in named.items()}
+        holders = {label: holder_of(self, slot, adapter) for label, slot in named.items()}
+        dropout = (
+            None if site.parameter else dropout_of(self, self.dropout_name, adapter, p)
+        )  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
-            view_class(tuple(slots))(adapter, site, slots, self.scaling, self),
+            view_class(tuple(slots))(adapter, site, slots, holders, self.scaling, self),
             site.path,
             dropout,
             site.parameter,
+            named,
         )
 
     @whole
@@ -172,6 +185,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
             drop(self, slot, adapter_name)
+        drop_dropout(self, self.dropout_name, adapter_name)
         self._parts.pop(adapter_name)
         self.scaling.pop(adapter_name)
         self.held.pop(adapter_name, None)
@@ -197,7 +211,10 @@ class TunerLayer(Merging, BaseTunerLayer):
             held = self.held.get(adapter, ())
             for label, slot in labelled(self._sites[adapter][0].slots).items():
                 container, key = find(self, slot, adapter)
-                yield slot.trainable and label not in held, container[key]
+                tensor = container.get(key)
+                if tensor is None:  # computed from others
+                    tensor = self._parts[adapter].view[label]
+                yield slot.trainable and label not in held, tensor
 
     def exchange(self, adapter: str, site: MapSite) -> None:
         """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
@@ -232,9 +249,11 @@ class TunerLayer(Merging, BaseTunerLayer):
         """An adapter's mathematics with its view of this layer. Raises `KeyError`."""
         return self._parts[adapter]
 
-    def dropouts(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What drops inputs of each adapter in training; the identity for those that drop none."""
-        return {name: part.dropout or nn.Identity() for name, part in self._parts.items()}
+    def dropouts(self) -> nn.ModuleDict:
+        """What drops inputs of each adapter in training; the identity for those that drop none. All are called from now on."""
+        found = all_dropouts(self, self.dropout_name, self._parts)
+        self._choose_path()
+        return found
 
     # activation ---------------------------------------------------------------------------------------------------
 
@@ -252,7 +271,8 @@ class TunerLayer(Merging, BaseTunerLayer):
         """Make the trainable slots of adapters require gradients, or all their slots not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             for trainable, parameter in self.parameters_of(name):
-                keep_trained(parameter, trainable and requires_grad)
+                if parameter.is_leaf:
+                    keep_trained(parameter, trainable and requires_grad)
 
     def activate(self, names: Sequence[str]) -> None:
         """Activate without touching what requires gradients; names that the layer does not have are passed over."""
@@ -282,12 +302,9 @@ class TunerLayer(Merging, BaseTunerLayer):
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
-        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self.aside)
-        pending = self._pending()
-        path = compose(under, pending)
-        if not self._shared.gated.isdisjoint(part.view.adapter for part in pending):
-            path = gated(path, self._shared, under, pending)
-        state["_composed"] = by_rows(path, self._shared, under, self._parts) if self._shared.by_rows else path
+        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._brought_aside)
+        rows = self._parts if self._shared.by_rows else None
+        state["_composed"] = noticing(self, self._shared, under, self._pending(), rows)
         self._take_path()
 
     def _pending(self) -> list[Part]:
@@ -300,6 +317,11 @@ class TunerLayer(Merging, BaseTunerLayer):
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
+
+    def _brought_aside(self) -> dict[str, Tensor | None]:
+        """The same, each with its value where the layer computes."""
+        base = self.base_layer
+        return {**self._found(), **(base._brought_aside() if isinstance(base, TunerLayer) else {})}
 
     def pristine(self) -> Mapping[str, Tensor]:
         """The base layer's parameters as they were before anything was merged into them, logical and frozen."""
@@ -369,12 +391,10 @@ class TunerLayer(Merging, BaseTunerLayer):
         """How the base layer stores and applies its weight."""
         return BACKENDS[self._kind]
 
-    def _device(self) -> torch.device:
-        base = self.get_base_layer()
-        parameter = next((p for p in base._parameters.values() if p is not None), None)
-        if parameter is None:
-            parameter = next(base.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return places.device_of(self.get_base_layer())
 
     # merging ------------------------------------------------------------------------------------------------------
 
@@ -409,7 +429,7 @@ class TunerLayer(Merging, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
         name = self.parameter or "weight"
-        like = self.get_base_layer()._parameters[name]
+        like = places.tensor_of(self.get_base_layer(), name)
         assert like is not None
         return self.backend.to_stored(name, self.changes(adapter)[name], like)
 

@@ -11,6 +11,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.runtime.folding import adapted
 from peftc.runtime.parts import Part, Under
+from peftc.runtime.places import computed_elsewhere
 
 
 def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[str, nn.Parameter]:
@@ -27,6 +28,8 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
             raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
         result = {}
         for name, tensor in changed.items():
+            if name not in base._parameters:
+                raise PeftcError(computed_elsewhere(base, name))
             own = base._parameters[name]
             if own is None:
                 weight = base._parameters["weight"]
@@ -35,6 +38,6 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
             else:
                 stored = backend.to_stored(name, tensor, own).to(own.dtype)
                 if stored.stride() != own.stride():  # files and kernels want weights as they lay in memory before
-                    stored = torch.empty_like(own).copy_(stored)
+                    stored = torch.empty_like(own, device=stored.device).copy_(stored)
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
         return result

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 from weakref import ReferenceType
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host.torch_modules import KeepsAside
+from peftc.runtime import places
 from peftc.runtime.journal import keep, keep_entries, whole
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Merging(KeepsAside):
     merged_adapters: list[str]
     #: whether the parameters that this wrapper found are in place, and what it made of them is in `_folded`
     _is_aside: bool
+    #: from where the values of what it found, and of what it made of it, are brought, for those that are elsewhere
+    _found_at: dict[str, Mapping[str, Tensor] | None]
+    _folded_at: dict[str, Mapping[str, Tensor] | None]
     _active: tuple[str, ...]
     _disabled: bool
     _parts: dict[str, Part]
@@ -91,11 +95,15 @@ class Merging(KeepsAside):
             return
         self._refuse_order(names)
         base = self.get_base_layer()
+        places.refuse_absent(base, self._parts[names[0]].path, "merged, the adapter would be lost")
         keep(self, self._shared)
         keep_entries(self.merged_adapters, self._pristine, base._parameters)
-        for name, parameter in self.merged_parameters(names, check).items():
-            self._pristine.setdefault(name, base._parameters[name])
-            base._parameters[name] = parameter
+        places.keep_brought(base)
+        parameters, was = self.merged_parameters(names, check), places.state_of(base)
+        self._found_at = {**{name: was[name].kept for name in parameters}, **self._found_at}
+        for name in parameters:
+            self._pristine.setdefault(name, was[name].parameter)
+        places.change(base, parameters)
         self.merged_adapters.extend(names)
         self._shared.merges = True
         self._choose_path()
@@ -121,21 +129,32 @@ class Merging(KeepsAside):
             layer._merge_own(False, names)
         self.settle()
 
+    def _found(self) -> dict[str, Tensor | None]:
+        """What this wrapper found when it merged, with values."""
+        if not self._pristine:
+            return {}
+        device, at = places.device_of(self.get_base_layer()), self._found_at
+        return {name: places.Original(own, at.get(name)).value(name, device) for name, own in self._pristine.items()}
+
     def _take_out(self) -> list[str]:
         """Put back what this wrapper found; returns what it had merged."""
         names = self.merged_adapters
         if names:
-            self._put(self._pristine)
+            self._put(self._pristine, self._found_at)
             self.merged_adapters, self._pristine, self._folded, self._is_aside = [], {}, {}, False
+            self._found_at, self._folded_at = {}, {}
             self._choose_path()
         return names
 
-    def _put(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
+    def _put(
+        self, parameters: Mapping[str, nn.Parameter | None], at: Mapping[str, Mapping[str, Tensor] | None]
+    ) -> None:
         """Have these in the base layer; what was there, and this wrapper's state, are kept for undoing."""
-        in_place = self.get_base_layer()._parameters
+        base = self.get_base_layer()
         keep(self)
-        keep_entries(in_place)
-        in_place.update(parameters)
+        keep_entries(base._parameters)
+        places.keep_brought(base)
+        places.restore(base, {name: places.Original(own, at.get(name)) for name, own in parameters.items()})
 
     # switched off -------------------------------------------------------------------------------------------------
 
@@ -159,12 +178,13 @@ class Merging(KeepsAside):
 
     def _set_aside(self) -> None:
         if not self._is_aside:
-            in_place = self.get_base_layer()._parameters
-            folded = {name: parameter for name in self._pristine if (parameter := in_place[name]) is not None}
-            self._put(self._pristine)
+            was = places.state_of(self.get_base_layer())
+            folded = {name: own for name in self._pristine if (own := was[name].parameter) is not None}
+            self._put(self._pristine, self._found_at)
             self._folded, self._is_aside = folded, True
+            self._folded_at = {name: was[name].kept for name in folded}
 
     def _put_in(self) -> None:
         if self._is_aside:
-            self._put(self._folded)
-            self._folded, self._is_aside = {}, False
+            self._put(self._folded, self._folded_at)
+            self._folded, self._folded_at, self._is_aside = {}, {}, False

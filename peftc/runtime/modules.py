@@ -17,6 +17,7 @@ from peftc.config.base import PeftConfig
 from peftc.registry.boundary import guarded
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory
 from peftc.runtime.layer import Source
+from peftc.runtime.places import device_of, entire, hand_over
 from peftc.runtime.storage import INIT, SlotModule, drop, filled, find, put
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
@@ -154,7 +155,11 @@ class ModuleWrapper(nn.Module):
         keep_entries(origin._parameters, target._parameters, origin._modules, target._modules)
         for slot in site.slots:
             if slot.name in origin._parameters and not slot.named:
-                target._parameters[slot.name] = origin._parameters.pop(slot.name)
+                parameter = origin._parameters[slot.name]
+                assert parameter is not None
+                held = entire(origin, {slot.name: parameter})[slot.name].detach() if parameter.is_meta else None
+                del origin._parameters[slot.name]
+                hand_over(target, slot.name, parameter, held)
             elif slot.name in origin._modules and not slot.named:  # with all tensors of that name, whatever their tail
                 target._modules[slot.name] = origin._modules.pop(slot.name)
 
@@ -197,12 +202,12 @@ class ModuleWrapper(nn.Module):
             return getattr(self.wrapped, name)
 
     def _device(self) -> torch.device:
-        return self._placed()[0]
+        return device_of(self.wrapped)
 
     def _placed(self) -> Placed:
-        """Where the wrapped module is, and in what dtype."""
+        """Where the wrapped module computes, and in what dtype."""
         found = next((p for p in self.wrapped.parameters() if p.is_floating_point()), None)
-        return (torch.device("cpu"), None) if found is None else (found.device, found.dtype)
+        return self._device(), None if found is None else found.dtype
 
     def take_out(self) -> None:
         """Put the module back, whatever is here."""
@@ -258,7 +263,7 @@ class View:
             raise AttributeError(f"no slot `{name}`; there are {sorted(slots)}")
         container, key = self._wrapper.where(self.adapter, slots[name])
         tensor: Tensor = container[key]
-        return tensor
+        return entire(self._wrapper, {name: tensor})[name] if tensor.is_meta else tensor
 
 
 def wrapper_class(method: TunerMethod) -> type[ModuleWrapper]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from peftc.runtime.affine import Form
 from peftc.runtime.backends import Backend
 from peftc.runtime.storage import LayerView
 from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import Slot
 
 #: What each of a method's functions gives.
 _GIVES: Mapping[str, type[object]] = {
@@ -22,35 +23,34 @@ _GIVES: Mapping[str, type[object]] = {
 }
 
 
+@dataclass(slots=True, eq=False)
 class Part:
-    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one."""
+    """One adapter of a layer: its mathematics, its view, its dropout; and which parameter it is on, if on a single one.
 
-    __slots__ = ("dropout", "known", "parameter", "path", "tuner", "view")
+    `modules` are the two that are called in place of products with the factors of a thin update, with its `scale`, where they
+    are to be called.
+    """
 
-    def __init__(
-        self,
-        tuner: MapTuner[Any],
-        view: LayerView,
-        path: str,
-        dropout: Callable[[Tensor], Tensor] | None,
-        parameter: str = "",
-        known: dict[str, Form] | None = None,
-    ) -> None:
-        self.parameter = parameter
-        self.known = {} if known is None else known
-        self.tuner = tuner
-        self.view = view
-        self.path = path
-        self.dropout = dropout
+    tuner: MapTuner[Any]
+    view: LayerView
+    path: str
+    dropout: Callable[[Tensor], Tensor] | None
+    parameter: str = ""
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    modules: tuple[nn.Module, nn.Module] | None = None
+    scale: float = 1.0
+    known: dict[str, Form] = field(default_factory=dict)
 
     def fixed(self, training: bool) -> Part:
         """The same with this mode and the scaling of now. What is merged or combined must not depend on chance."""
-        dropout = self.dropout if training else None
-        return Part(self.tuner, self.view.fixed(training), self.path, dropout, self.parameter, self.known)
+        return self._as(self.view.fixed(training), self.dropout if training else None)
 
     def over(self, tensors: dict[str, Tensor]) -> Part:
         """The same with other tensors in its slots, by name."""
-        return Part(self.tuner, self.view.over(tensors), self.path, self.dropout, self.parameter, self.known)
+        return self._as(self.view.over(tensors), self.dropout)
+
+    def _as(self, view: LayerView, dropout: Callable[[Tensor], Tensor] | None) -> Part:
+        return Part(self.tuner, view, self.path, dropout, self.parameter, self.slots, known=self.known)
 
     def lowering(self, name: str) -> Callable[..., Any]:
         """One of the method's functions; what it raises names the plugin and the layer."""

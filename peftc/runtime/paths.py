@@ -7,6 +7,7 @@ layer's kind admits. If one of them can only change parameters, all do, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from peftc.ops.recomputed import can_recompute, recomputed
 from peftc.runtime.backends import Backend
 from peftc.runtime.folding import adapted, folded, form_of_output, opened, trained_of
 from peftc.runtime.parts import Part, Under
+from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import LayerView
 from peftc.tuner.method import MapTuner
 
@@ -51,7 +53,7 @@ def _where_precise(under: Under, through: Path, beside: Path) -> Path:
     parameters = under.inner._parameters
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        weight = parameters["weight"]
+        weight = parameters.get("weight")
         precise = weight is not None and weight.is_floating_point() and weight.dtype.itemsize >= 4
         return (through if precise else beside)(*args, **kwargs)
 
@@ -78,7 +80,7 @@ def _step(path: Path, under: Under, part: Part, alone: bool) -> Path:
     given = part.tuner.lowerings
     if "thin" in given:
         fresh = under.base is under.inner  # else another method made the output, and may need it
-        if fresh and under.backend.is_plain_linear:
+        if fresh and under.backend.is_plain_linear and part.modules is None:
             return _fused(path, under.base, part, alone)
         return _thin(path, under, part)
     if "branch" in given:
@@ -125,11 +127,15 @@ def _thin(path: Path, under: Under, part: Part) -> Path:
 def update_of_thin(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
     """`x -> s B A x`, with the layer's own geometry."""
     thin, view, dropout, backend, inner = part.lowering("thin"), part.view, part.dropout, under.backend, under.inner
+    modules, fixed = part.modules, part.scale
 
     def update(x: Tensor) -> Tensor:
-        A, B, scale = thin(view)
         if dropout is not None and x.is_floating_point():
             x = dropout(x)
+        if modules is not None:
+            h = modules[0](x, by=partial(backend.down, inner))
+            return modules[1](h, by=partial(backend.up, inner)) * fixed
+        A, B, scale = thin(view)
         h = backend.down(inner, A, x.to(A.dtype) if x.is_floating_point() else x)
         return backend.up(inner, B, h) * scale
 
@@ -248,8 +254,7 @@ def _around_bias(under: Under, output: Callable[..., Tensor]) -> Callable[..., T
 def _bias_below(under: Under) -> Tensor | None:
     """What the base adds to its output; methods between may have changed it."""
     between = under.between()
-    bias = adapted(under, between).get("bias") if between else under.inner._parameters.get("bias")
-    return bias
+    return adapted(under, between).get("bias") if between else tensor_of(under.inner, "bias")
 
 
 def _along(change: Callable[..., Tensor], view: LayerView, axis: int) -> Callable[[Tensor], Tensor]:
@@ -278,7 +283,7 @@ def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: A
 
     In training, an adapter that drops inputs gets a run of the layer for its own part.
     """
-    if not any(part.dropout is not None and part.view.training for part in parts):
+    if not any(_drops(part) for part in parts):
         return _run(under, parts, None, args, kwargs)
     x, *rest = args
     y = _run(under, [], None, args, kwargs)
@@ -286,6 +291,14 @@ def through_parameters(under: Under, parts: Sequence[Part], args: Any, kwargs: A
         own = part.dropout(x) if part.dropout is not None and x.is_floating_point() else x
         y = y + _run(under, parts[: count + 1], count, (own, *rest), kwargs)
     return y
+
+
+def _drops(part: Part) -> bool:
+    """Whether an adapter's input may differ from the layer's: in training, and where somebody hooks what drops it."""
+    dropout = part.dropout
+    if dropout is None or part.view.training:
+        return dropout is not None
+    return isinstance(dropout, nn.Module) and any(own_hooks(dropout))
 
 
 def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwargs: Any) -> Tensor:

@@ -14,6 +14,7 @@ from peftc.compiler.plan import WRAPPED_ROOT, AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, warn
+from peftc.host import parallel
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
@@ -39,6 +40,7 @@ def plan_for(
     if not isinstance(model, nn.Module):
         what = f"A {type(model).__name__} is not a `torch.nn.Module`"
         raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
+    _refuse_split(model)
     session = session_of(model)
     plan = compile_plan(
         snapshot(model) if session is None else session.graph,
@@ -57,6 +59,18 @@ def plan_for(
         raise PeftcError(problems)
     warn(w for w in plan.warnings if not loading or w.code not in _OF_THE_START)
     return plan
+
+
+def _refuse_split(model: nn.Module) -> None:
+    """Raise `PeftcError` for a model whose weights transformers has split between processes by tensors.
+
+    transformers leaves it to the adapter's library to split the adapter too, and asks the version of `peft` whether it does.
+    """
+    parts = parallel.parts(model)
+    if parts > 1:
+        what = f"The weights of this `{type(model).__name__}` are split between {parts} processes"
+        fix = "Load the base without `tp_plan` or `distributed_config`, or shard it with FSDP or DeepSpeed."
+        raise PeftcError(rules.SPLIT_BASE(what, fix=fix))
 
 
 def paths_in(keys: Iterable[str], prefix: str) -> frozenset[str]:

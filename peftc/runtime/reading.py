@@ -12,6 +12,7 @@ from peftc.diagnostics import PeftcError, Severity
 from peftc.runtime.call import Shared
 from peftc.runtime.folding import adapted_as_trained
 from peftc.runtime.parts import Part, Under
+from peftc.runtime.places import tensor_of
 
 #: Lowerings that change a weight and nothing else.
 _OF_WEIGHTS = frozenset({"thin", "vectors"})
@@ -25,7 +26,7 @@ def as_read(under: Under, parts: Sequence[Part], shared: Shared, name: str) -> T
     if name not in under.inner._parameters:
         other: Tensor = getattr(under.inner, name)  # whose error says that there is none
         return other
-    own = under.inner._parameters[name]
+    own = tensor_of(under.inner, name)
     if own is None or not parts or not any(_may_change(part, name) for part in parts):
         return own
     _refuse(parts, shared)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.host.offload import whole_copy
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source
+from peftc.runtime.places import refuse_gradients_of
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -50,7 +51,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def add(self, adapter: str, root: str, source: Source | None = None) -> None:
         """Copy the original for an adapter; `root` begins the disk keys under which `source` may have its tensors."""
-        twin = copy.deepcopy(self.original_module)
+        twin = whole_copy(self.original_module)
         for name, tensor in twin.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
             found = source(f"{root}{name}") if source is not None else None
@@ -125,7 +126,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._shared.call if self._shared.by_rows and not self._disabled else None
         if call is None or not call.adapters:
-            return self.current(*args, **kwargs)
+            output = self.current(*args, **kwargs)
+            refuse_gradients_of(self.current, output)
+            return output
         return self._by_rows(call, args, kwargs)
 
     def _by_rows(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -27,6 +27,7 @@ from peftc.runtime.drift import drift, home_of
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
+from peftc.runtime.places import device_of
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
@@ -142,8 +143,7 @@ class Session:
         if plan.call is None or method.call_tuner is None:
             return
         module = CallModule(plan, plan.call, method.call_tuner)
-        parameter = next(self.model.parameters(), None)
-        module.fill(source, torch.device("cpu") if parameter is None else parameter.device)
+        module.fill(source, device_of(self.model))
         keep_entry(self.holders, plan.call.owner)
         holder = self.holders.setdefault(plan.call.owner, nn.ModuleDict())
         keep_entry(holder._modules, plan.name)

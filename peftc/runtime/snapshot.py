@@ -7,6 +7,7 @@ sees through our own wrappers: an adapted layer counts as its base layer, at the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,8 @@ from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleN
 from peftc.graph.roles import RoleFinder
 from peftc.host import layers
 from peftc.host.fused import former_layers
-from peftc.host.torch_modules import transient_buffers
+from peftc.host.parallel import whole_shape
+from peftc.host.torch_modules import computed_by, transient_buffers
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
@@ -116,7 +118,7 @@ class _Inventory:
 
     def __init__(self) -> None:
         self._facts: dict[Any, LayerFacts] = {}
-        self._tensors: dict[tuple[torch.Size, torch.dtype], TensorFacts] = {}
+        self._tensors: dict[tuple[tuple[int, ...], torch.dtype], TensorFacts] = {}
         self._classes: dict[type, tuple[Kind, str]] = {}
         self._names: dict[int, list[str]] = {}
         self.lazy: list[Diagnostic] = []
@@ -125,11 +127,12 @@ class _Inventory:
         cls = type(module)
         params = self._parameters(path, module) if module._parameters else ()
         buffers = self._buffers(module) if module._buffers else ()
-        key = (cls, params, buffers, module.groups if isinstance(module, _CONVOLUTIONS) else 1)
+        computed = self._computed(module)
+        key = (cls, params, buffers, module.groups if isinstance(module, _CONVOLUTIONS) else 1, computed)
         facts = self._facts.get(key)
         if facts is None:
             kind, note = self._classes.get(cls) or self._classes.setdefault(cls, _kind_of(cls))
-            facts = self._facts[key] = _describe(module, kind, note, params, buffers)
+            facts = self._facts[key] = _describe(module, kind, note, params, buffers, computed)
         return facts
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
@@ -157,11 +160,19 @@ class _Inventory:
         )
 
     def _tensor(self, tensor: torch.Tensor) -> TensorFacts:
-        key = (tensor.shape, tensor.dtype)
+        key = (whole_shape(tensor), tensor.dtype)
         facts = self._tensors.get(key)
         if facts is None:
-            facts = self._tensors[key] = TensorFacts.of(tensor)
+            facts = self._tensors[key] = replace(TensorFacts.of(tensor), shape=key[0])
         return facts
+
+    def _computed(self, module: nn.Module) -> TensorFacts | None:
+        """The weight of a layer that computes it from other tensors."""
+        if "weight" not in computed_by(module):
+            return None
+        with torch.no_grad():
+            weight = module.weight
+        return self._tensor(weight) if isinstance(weight, torch.Tensor) else None
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -186,9 +197,10 @@ def _describe(
     note: str,
     params: tuple[tuple[str, TensorFacts], ...],
     buffers: tuple[tuple[str, TensorFacts], ...],
+    computed: TensorFacts | None,
 ) -> LayerFacts:
     cls = type(module).__name__
-    weight = next((tensor for name, tensor in params if name == "weight"), None)
+    weight = next((tensor for name, tensor in params if name == "weight"), computed)
     if isinstance(module, nn.MultiheadAttention) and kind is Kind.ATTENTION:
         return LayerFacts(kind, cls, module.embed_dim, module.embed_dim, params=params, buffers=buffers)
     if kind is Kind.OTHER:

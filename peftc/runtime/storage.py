@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftc import rules
@@ -24,6 +25,7 @@ from peftc.graph.nodes import LayerFacts
 from peftc.runtime.backends import Backend
 from peftc.runtime.call import Call
 from peftc.runtime.journal import keep_entries, keep_entry
+from peftc.runtime.places import tensor_of
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
 
@@ -35,6 +37,10 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _product(tensor: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, tensor)
+
+
 def half_of(layer: LayerFacts) -> torch.dtype | None:
     """The dtype of a layer in half precision; None for others."""
     dtype = next((tensor.dtype for _, tensor in layer.params), "")
@@ -42,7 +48,13 @@ def half_of(layer: LayerFacts) -> torch.dtype | None:
 
 
 class SlotModule(nn.Module):
-    """Holds one adapter's tensor of a slot under the slot's tail: `lora_A.default` with its `weight`."""
+    """Holds one adapter's tensor of a slot under the slot's tail: `lora_A.default` with its `weight`.
+
+    It is read, not called, unless somebody is to see its calls (`peftc.runtime.called`).
+    """
+
+    #: names of its tensors, where others may have taken them out of torch's dictionaries
+    tails: tuple[str, ...] = ()
 
     @classmethod
     def holding(cls, **parameters: nn.Parameter) -> SlotModule:
@@ -54,6 +66,16 @@ class SlotModule(nn.Module):
             state[key] = make()
         state["_parameters"].update(parameters)
         return module
+
+    def forward(self, x: Tensor | None = None, *, by: Callable[[Tensor, Tensor], Tensor] = _product) -> Any:
+        """What it makes of an input: of its one tensor and that, `by` says what. Without an input copies of its tensors, one
+        alone or several in their order: what it holds may be there only during the call."""
+        tensors = [found for name in self.tails if (found := tensor_of(self, name)) is not None]
+        if x is not None:
+            (tensor,) = tensors
+            return by(tensor, x.to(tensor.dtype) if x.is_floating_point() else x)
+        copies = tuple(tensor.clone() for tensor in tensors)
+        return copies[0] if len(copies) == 1 else copies
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
@@ -199,6 +221,8 @@ def put(owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> tuple[dic
     if holder is None:
         keep_entry(container._modules, adapter)
         holder = container._modules[adapter] = SlotModule.holding()
+    keep_entry(holder.__dict__, "tails")
+    holder.__dict__["tails"] = tuple(dict.fromkeys((*holder.__dict__.get("tails", ()), slot.tail)))
     if slot.derived:
         _put_buffer(holder, slot.tail, tensor, slot.saved)
     else:
@@ -219,16 +243,27 @@ def _tensors(holder: nn.Module, slot: Slot) -> dict[str, Any]:
 
 def find(owner: nn.Module, slot: Slot, adapter: str) -> tuple[dict[str, Any], str]:
     """Where a stored tensor is looked up. Raises `KeyError` if the adapter has none."""
+    holder = holder_of(owner, slot, adapter)
+    if slot.container is Container.MODULE:
+        return _tensors(holder, slot), slot.tail
+    tensors = _tensors(holder, slot)
+    if adapter not in tensors:
+        raise KeyError(adapter)
+    return tensors, adapter
+
+
+def holder_of(owner: nn.Module, slot: Slot, adapter: str) -> nn.Module:
+    """The module that has a stored tensor; wrappers that others have put round it are seen through."""
     container = owner._modules[slot.name]
     assert container is not None
     if slot.container is Container.PARAMETER:
-        tensors = _tensors(container, slot)
-        if adapter not in tensors:
-            raise KeyError(adapter)
-        return tensors, adapter
+        return container
     holder = container._modules[adapter]
     assert holder is not None
-    return _tensors(holder, slot), slot.tail
+    while not isinstance(holder, SlotModule):
+        holder = next(iter(holder._modules.values()))
+        assert holder is not None
+    return holder
 
 
 def drop(owner: nn.Module, slot: Slot, adapter: str) -> None:
@@ -330,13 +365,14 @@ def derived(
 class LayerView:
     """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
 
-    __slots__ = ("_mode", "_owner", "_scalings", "_slots", "adapter", "config", "layer")
+    __slots__ = ("_holders", "_mode", "_owner", "_scalings", "_slots", "adapter", "config", "layer")
 
     def __init__(
         self,
         adapter: str,
         site: MapSite,
         slots: Mapping[str, tuple[dict[str, Any], str]],
+        holders: Mapping[str, nn.Module],
         scalings: dict[str, float],
         owner: Owner,
     ) -> None:
@@ -344,6 +380,7 @@ class LayerView:
         self.config: PeftConfig = site.config
         self.layer: LayerFacts = site.layer
         self._slots = slots
+        self._holders = holders
         self._scalings = scalings
         self._owner = owner
         self._mode: bool | None = None
@@ -359,6 +396,7 @@ class LayerView:
         """The same with other tensors, by slot name."""
         view = self._copy()
         view._slots = {name: (tensors, name) for name in tensors}
+        view._holders = {}
         return view
 
     def of_expert(self, tensors: dict[str, Tensor]) -> LayerView:
@@ -375,7 +413,7 @@ class LayerView:
 
     def tensors(self) -> dict[str, Tensor]:
         """The slots' tensors as they are now, by name."""
-        return {name: container[key] for name, (container, key) in self._slots.items()}
+        return {name: self[name] for name in self._slots}
 
     @property
     def training(self) -> bool:
@@ -391,7 +429,18 @@ class LayerView:
 
     def __getitem__(self, label: str) -> Tensor:
         container, key = self._slots[label]
-        tensor: Tensor = container[key]
+        tensor: Tensor | None = container.get(key)
+        return self._elsewhere(label) if tensor is None or tensor.is_meta else tensor
+
+    def _elsewhere(self, label: str) -> Tensor:
+        """A tensor that is not where it was put: it is computed from others, or has to be brought."""
+        container, key = self._slots[label]
+        holder = self._holders.get(label)
+        tensor = container[key] if holder is None else tensor_of(holder, key)
+        if tensor is None:
+            what = f"`{label}` of `{self.adapter}` is no longer where it was put"
+            fix = "Its module was changed by another library: load the adapter anew, and let that library do its work then."
+            raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix=fix))
         return tensor
 
     def down(self, A: Tensor, x: Tensor) -> Tensor:
@@ -418,9 +467,9 @@ class LayerView:
 
     def dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
-        container, key = next(iter(self._slots.values()))
-        dtype: torch.dtype = container[key].dtype
-        return dtype
+        label, (container, key) = next(iter(self._slots.items()))
+        tensor: Tensor | None = container.get(key)
+        return (self._elsewhere(label) if tensor is None else tensor).dtype
 
 
 @cache
@@ -430,8 +479,11 @@ def view_class(slots: tuple[str, ...]) -> type[LayerView]:
     def reader(slot: str) -> property:
         def read(view: LayerView) -> Tensor:
             container, key = view._slots[slot]
-            tensor: Tensor = container[key]
-            return tensor
+            try:
+                tensor: Tensor = container[key]
+            except KeyError:
+                return view._elsewhere(slot)
+            return view._elsewhere(slot) if tensor.is_meta else tensor
 
         return property(read)
 
@@ -441,12 +493,3 @@ def view_class(slots: tuple[str, ...]) -> type[LayerView]:
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory: the method's `init` or the checkpoint fills it."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def unpadded(tensor: Tensor, slot: Slot) -> Tensor:
-    """What an adapter has of a slot's tensor that was made larger, for others to be swapped in; a view where it can be."""
-    if tensor.shape == slot.shape:
-        return tensor
-    blocks = tensor.unflatten(0, (slot.blocks, -1))
-    own = blocks[:, : slot.shape[0] // slot.blocks].flatten(0, 1)
-    return own[tuple(slice(size) for size in slot.shape)]

@@ -22,7 +22,6 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
-from peftc.runtime.storage import unpadded
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -137,7 +136,16 @@ def differing(session: Session, source: AdapterPlan) -> dict[str, Any]:
 def without_padding(plan: AdapterPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's tensors by checkpoint key, as large as planned."""
     slots = {site.key(slot, plan.name).disk(): slot for site, slot in plan.slots()}
-    return {key: unpadded(tensor, slots[key]) if key in slots else tensor for key, tensor in tensors.items()}
+    return {key: _unpadded(tensor, slots[key]) if key in slots else tensor for key, tensor in tensors.items()}
+
+
+def _unpadded(tensor: Tensor, slot: Slot) -> Tensor:
+    """What an adapter has of a slot's tensor that was made larger, for others to be swapped in; a view where it can be."""
+    if tensor.shape == slot.shape:
+        return tensor
+    blocks = tensor.unflatten(0, (slot.blocks, -1))
+    own = blocks[:, : slot.shape[0] // slot.blocks].flatten(0, 1)
+    return own[tuple(slice(size) for size in slot.shape)]
 
 
 def _keys(site: MapSite, adapter: str) -> dict[str, str]:

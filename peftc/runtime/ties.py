@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import PeftcError, Severity, warn
 from peftc.runtime.journal import note
+from peftc.runtime.places import tensor_of
 from peftc.runtime.session import Session
 
 
@@ -78,7 +79,7 @@ def _merged(session: Session, name: str, adapters: Sequence[str]) -> Tensor | No
         changed = layer.merged_parameters([name for name in adapters if name not in merged])
         if tail in changed:
             return changed[tail]
-    return module._parameters.get(tail) if module is not None else None
+    return tensor_of(module, tail) if module is not None else None
 
 
 def _differ(tensors: Sequence[Tensor | None]) -> bool:

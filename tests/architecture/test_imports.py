@@ -58,7 +58,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.compat.pins": {"packaging"},
     "peftc.cli": {"rich", "torch", "transformers"},
     "peftc.ops": {"torch"},
-    "peftc.host": {"torch", "transformers"},
+    "peftc.host": {"accelerate", "deepspeed", "safetensors", "torch", "transformers"},
     "peftc.model": {"torch"},
     "peftc.model.optimizers": {"torch", "bitsandbytes"},
     "peftc.runtime": {"torch"},

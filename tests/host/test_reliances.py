@@ -38,10 +38,12 @@ from peftc.host import (
     generation,
     layers,
     loading,
+    offload,
     parallel,
     torch_modules,
     trainer,
 )
+from peftc.ops import lowrank
 from peftc.testing.models import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -370,6 +372,56 @@ def test_checkpoints_repeat_what_is_given_in_place_of_a_function(
     runs.clear()
     y.sum().backward()
     assert len(runs) == 1
+
+
+def test_parametrized_modules_say_what_they_compute() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert list(torch_modules.computed_by(layer)) == ["weight"]
+    assert not torch_modules.computed_by(nn.Linear(2, 2))
+    assert not any(torch_modules.all_hooks(layer))
+
+
+def test_forward_derivatives_have_a_level() -> None:
+    from torch.autograd import forward_ad
+
+    assert not lowrank.is_traced()
+    with forward_ad.dual_level():
+        assert lowrank.is_traced()
+
+
+# accelerate, and wrappers of whole models -----------------------------------------------------------------------------
+
+
+def test_an_offloaded_module_has_a_hook_that_brings_its_tensors() -> None:
+    from accelerate import cpu_offload
+
+    layer = nn.Linear(2, 2)
+    weight = layer.weight.detach().clone()
+    model = nn.Sequential(layer)
+    assert offload.hook_of(layer) is None
+    cpu_offload(model, torch.device("cpu"))
+    assert layer.weight.is_meta
+    brought = offload.brought(layer, "weight")
+    assert brought is not None and torch.equal(brought, weight)
+    before = offload.kept(layer)
+    assert before is not None
+    offload.keep(layer, offload.changed(before, {"weight": weight * 2}))
+    x = torch.ones(1, 2)
+    torch.testing.assert_close(model(x), nn.functional.linear(x, weight * 2, before["bias"]))
+    with offload.own_forward(layer):
+        assert layer(x.to("meta")).is_meta
+    assert not any(p.is_meta for p in offload.whole_copy(layer).parameters())
+
+
+def test_wrappers_of_whole_models_are_seen_through() -> None:
+    layer = nn.Linear(2, 2)
+    assert parallel.unwrapped(torch.compile(layer)) is layer
+    assert parallel.unwrapped(nn.DataParallel(layer)) is layer
+    assert parallel.unwrapped(nn.Sequential(layer)) is not layer
+    assert parallel.sharded(layer) is None
+    assert parallel.gathered(layer.weight) is layer.weight
+    layer.weight.ds_shape = torch.Size([4, 4])  # as DeepSpeed notes it
+    assert parallel.whole_shape(layer.weight) == (4, 4)
 
 
 # who asks for `peft` --------------------------------------------------------------------------------------------------

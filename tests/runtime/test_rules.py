@@ -291,7 +291,7 @@ CASES = {
     ),
     "a base that is split by tensors": Case(
         rules.SPLIT_BASE, split, lambda m: inject_adapter_in_model(narrow(), m),
-        (mapping, "    if parts > 1:", "    if False:"), "are split between 2 processes",
+        (planning, "    if parts > 1:", "    if False:"), "are split between 2 processes",
     ),
     "a prompt before nothing": Case(
         rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),

@@ -17,7 +17,7 @@ from peftc.checkpoint.save import PLAN_NAME, save_adapter
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError, PeftcWarning, Rule
 from peftc.graph.nodes import TensorFacts
-from peftc.model.state import live_names
+from peftc.model.files import live_names
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples, injection_plan, little_graph
 

@@ -39,8 +39,8 @@ from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.limits import MAX_JSON
 from peftc.model import identity
+from peftc.model.files import live_names
 from peftc.model.peft_model import PeftModel
-from peftc.model.state import live_names
 from peftc.runtime.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.

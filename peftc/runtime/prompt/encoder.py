@@ -15,8 +15,9 @@ from peftc import rules
 from peftc.compiler.plan import AdapterPlan, PromptSite
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
-from peftc.runtime.journal import keep_trained, keep_values, whole
+from peftc.runtime.journal import keep_trained, whole
 from peftc.runtime.layer import Source
+from peftc.runtime.places import device_of, fill, tensor_of
 from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import Container, Slot, labelled
@@ -70,7 +71,7 @@ class PromptModule(nn.Module):
 
     def fill(self, word_embeddings: nn.Embedding, source: Source | None) -> None:
         """Make the slots: from the checkpoint, or as the method starts them."""
-        device = word_embeddings.weight.device
+        device = device_of(word_embeddings)
         made = {
             label: allocate(slot.shape, torch_dtype(slot.dtype or self.site.dtype), device)
             for label, slot in self.slots.items()
@@ -106,18 +107,31 @@ class PromptModule(nn.Module):
             holder = holder._modules.get(name) or _put(holder, name)
         holder._parameters[last] = parameter
 
+    def _place(self, slot: Slot) -> tuple[nn.Module, str]:
+        """The module that holds a slot's tensor, and its name there."""
+        holder: nn.Module = self
+        *path, last = _path(slot)
+        for name in path:
+            child = holder._modules[name]
+            assert child is not None
+            holder = child
+        return holder, last
+
     def restored(self, source: Source) -> list[tuple[Tensor, Tensor | None]]:
         """Each slot's tensor with its value in a checkpoint. Raises `PeftcError` if slots hold what no checkpoint has."""
         if not self._holds_table(self._restored(self.tensors())):
             raise PeftcError(self._computed())
-        slots = PromptSlots(self)
-        return [(slots[label].data, value) for label, value in self._restored(self._saved(source)).items()]
+        values = self._restored(self._saved(source))
+        places = {label: self._place(self.slots[label]) for label in values}
+        return [(holder._parameters[name], values[label]) for label, (holder, name) in places.items()]  # type: ignore[misc]
 
     def set_trainable(self, trainable: bool) -> None:
         """Let the slots that train require gradients, or none."""
-        slots = PromptSlots(self)
-        for label, slot in self.slots.items():
-            keep_trained(slots[label], trainable and slot.trainable)
+        for slot in self.slots.values():
+            holder, name = self._place(slot)
+            parameter = holder._parameters[name]
+            assert parameter is not None
+            keep_trained(parameter, trainable and slot.trainable)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, by key."""
@@ -139,11 +153,10 @@ class PromptModule(nn.Module):
         strange = [label for label, value in values.items() if label not in slots or value.shape != slots[label].shape]
         if strange or not self._holds_table(values):
             raise PeftcError(self._computed())
-        own = PromptSlots(self)
         with torch.no_grad():
             for label, value in values.items():
-                keep_values(own[label])
-                own[label].copy_(value)
+                holder, name = self._place(slots[label])
+                fill(self, holder._parameters[name], value)  # type: ignore[arg-type]  # held there
 
     def _computed(self) -> Diagnostic:
         """What to say of a table for slots that it cannot be taken apart into."""
@@ -240,10 +253,11 @@ def _put(holder: nn.Module, name: str) -> nn.Module:
 class PromptSlots:
     """Slots of an encoder by label (`peftc.tuner.views.PromptView`)."""
 
-    __slots__ = ("_encoder",)
+    __slots__ = ("_brought", "_encoder")
 
     def __init__(self, encoder: PromptModule) -> None:
         self._encoder = encoder
+        self._brought: dict[str, Tensor] = {}
 
     @property
     def training(self) -> bool:
@@ -253,12 +267,16 @@ class PromptSlots:
         return label in self._encoder.slots
 
     def __getitem__(self, label: str) -> Tensor:
-        holder: Any = self._encoder
-        *path, last = _path(self._encoder.slots[label])
-        for name in path:
-            holder = holder._modules[name]
-        tensor: Tensor = holder._parameters[last]
-        return tensor
+        holder, name = self._encoder._place(self._encoder.slots[label])
+        tensor = holder._parameters.get(name)
+        if tensor is not None and not tensor.is_meta:
+            return tensor
+        if label not in self._brought:
+            found = tensor_of(holder, name)
+            if found is None:
+                raise KeyError(label)
+            self._brought[label] = found
+        return self._brought[label]
 
     def __getattr__(self, label: str) -> Tensor:
         try:
@@ -280,7 +298,9 @@ class Start:
 
     @property
     def embedding_weight(self) -> Tensor:
-        return self._embeddings.weight.detach()
+        weight = tensor_of(self._embeddings, "weight")
+        assert weight is not None
+        return weight.detach()
 
     def tokenize(self, name_or_path: str, text: str, **kwargs: Any) -> Sequence[int]:
         """Token ids of a text. Raises `PeftcError` if the tokenizer cannot be loaded or gives no token."""
