@@ -20,6 +20,7 @@ from peftc import AdaLoraConfig, PeftcError, PeftcWarning, PeftModel, get_peft_m
 from peftc.config.sections import TrainSection
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.integrations.transformers.training import fit
+from peftc.runtime.steps import patch
 from tests.golden.models import base_model
 
 SCHEDULE = {"init_r": 6, "target_r": 2, "total_step": 12, "tinit": 2, "tfinal": 3, "deltaT": 2}
@@ -115,7 +116,7 @@ def test_layers_that_keep_nothing_are_saved_and_loaded(tmp_path: Path) -> None:
     config = ours.peft_config["default"]
     assert config.rank_pattern is not None
     path = "model.layers.0.self_attn.q_proj.lora_E"
-    config.rank_pattern = {**config.rank_pattern, path: [False] * 6}
+    patch(ours.session, "default", {"rank_pattern": {**config.rank_pattern, path: [False] * 6}})
     with torch.no_grad():
         ours.get_base_model().model.layers[0].self_attn.q_proj.lora_E["default"].zero_()
     expected = logits(ours)

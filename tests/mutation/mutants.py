@@ -509,7 +509,7 @@ class OneSlotShort(SoundAround):
 MUTANTS: dict[str, Mutant] = {
     "shape_of_the_process": Mutant(record(ShapeOfTheProcess()), "plan_equals_model", "is planned as"),
     "shape_of_the_call": Mutant(record(ShapeOfTheCall()), "compiling_leaves_the_config_alone", "gives two plans"),
-    "list_for_shape": Mutant(record(ListForShape()), "plan_survives_json", "another one"),
+    "list_for_shape": Mutant(record(ListForShape()), "plan_survives_json", "no tuple of whole numbers"),
     "slot_in_double": Mutant(record(SlotInDouble()), "half_precision_bases", "torch.float64"),
     "unsaved_slot": Mutant(record(UnsavedSlot()), "saving_and_loading_is_exact", "differs by"),
     "reads_content": Mutant(record(ReadsContentInInit()), "works_without_storage", "`init` of MUTANT raised"),

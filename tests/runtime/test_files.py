@@ -28,6 +28,7 @@ from peftc.config import hub
 from peftc.diagnostics import Rule
 from peftc.model import card, embeddings, files, loading
 from peftc.runtime import ties
+from peftc.testing.models import seeded
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, preface, prompted, stretch, x
 from tests.runtime.test_rules import Image, told
@@ -213,7 +214,7 @@ def test_only_the_main_process_writes_and_further_keywords_are_accepted(folder: 
     assert sorted(p.name for p in (folder / "a").iterdir()) == ["README.md", "other"]
     model.save_pretrained(folder / "b")
     assert sorted(p.name for p in (folder / "b").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "other", "peftc_plan.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "other", "peftc_base.json", "peftc_plan.json",
     ]  # fmt: skip
     assert not (folder / "b" / "other" / "README.md").exists()
 
@@ -359,6 +360,12 @@ def of_another_method(folder: Path) -> Any:
     return adapted()
 
 
+def same_net() -> Net:
+    """The base of `adapted`."""
+    with seeded(0):
+        return Net()
+
+
 def with_card(text: bytes) -> Callable[[Path], Any]:
     def start(folder: Path) -> Any:
         (folder / "README.md").write_bytes(text)
@@ -415,7 +422,7 @@ CASES = {
         (loading, "elif not isinstance(config, PeftConfig):", "elif False:"), "`config` is a dict",
     ),
     "an offload that is not done": Case(
-        rules.WITHOUT_EFFECT, net, lambda m, p: PeftModel.from_pretrained(Net(), p / "adapter", ephemeral_gpu_offload=True),
+        rules.WITHOUT_EFFECT, net, lambda m, p: PeftModel.from_pretrained(same_net(), p / "adapter", ephemeral_gpu_offload=True),
         (loading, "if options.ephemeral_gpu_offload:", "if False:"), "`ephemeral_gpu_offload` has no effect",
     ),
     "a choice that is none": Case(
@@ -432,7 +439,7 @@ CASES = {
     ),
     "a base whose config is cut short": Case(
         rules.VOCABULARY_UNKNOWN, broken_config, lambda m, p: m.save_pretrained(p / "new"),
-        (embeddings, "except (OSError, ValueError) as error:", "except ZeroDivisionError as error:"), "config.json` cannot be read",
+        (embeddings, "except PeftcError as error:\n        what", "except ZeroDivisionError as error:\n        what"), "The config is not JSON",
     ),
     "a conversion that is not there": Case(
         rules.OPTION_NOT_AVAILABLE, net, lambda m, p: m.save_pretrained(p / "new", path_initial_model_for_weight_conversion="x"),
@@ -456,7 +463,7 @@ CASES = {
     ),
     "a card that is not text": Case(
         rules.CARD_UNREADABLE, with_card(b"\xff\xfe"), lambda m, p: m.create_or_update_model_card(p),
-        (checkpoint_card, "except (OSError, UnicodeDecodeError) as error:", "except ZeroDivisionError as error:"), "cannot be read",
+        (checkpoint_card, "except UnicodeDecodeError as error:", "except ZeroDivisionError as error:"), "cannot be read",
     ),
     "a folder that is a file": Case(
         rules.SAVE_FAILED, with_card(b"Mine."), lambda m, p: m.create_or_update_model_card(p / "README.md" / "below"),
@@ -465,10 +472,6 @@ CASES = {
     "a hub that does not answer": Case(
         rules.PUSH_FAILED, net, unreachable_hub,
         (hub, "return rules.PUSH_FAILED(", "return rules.HUB_UNAVAILABLE("), "no connection",
-    ),
-    "merging a trained copy of a tied head": Case(
-        rules.TIE_BROKEN, tied(*FACTORS, modules_to_save=["lm_head"]), lambda m, p: m.merge_and_unload(), PARTED,
-        "`model.embed_tokens.weight` and `lm_head.weight` are one tensor",
     ),
     "merging a tied head": Case(
         rules.TIE_BROKEN, tied(*FACTORS, "lm_head"), lambda m, p: m.merge_and_unload(), PARTED,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftc.compiler.compile import compile_plan
+from peftc.compiler.plan import MapSite
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts
+from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer import TunerLayer
 from peftc.testing.compare import same, state_of
 from peftc.testing.models import seeded
@@ -73,7 +76,7 @@ def calls_change_nothing(s: Subject) -> None:
     model = s.trained()
     if s.method.is_prompt:
         s.output(model)  # the first may bring slots back to where they may be (`constrain`), all further ones not
-    config, state = model.peft_config["default"].to_dict(), state_of(model)
+    options, state = _options_of(model), state_of(model)
     with seeded(5):
         before = torch.random.get_rng_state()
         first = s.output(model)
@@ -90,15 +93,34 @@ def calls_change_nothing(s: Subject) -> None:
             same(arg, before_call, f"The input of `{path}` after a call", "Change no tensor in place.", path)
     for name, tensor in model.state_dict().items():
         same(tensor, state[name], f"`{name}` after a call", "Change no tensor in place.", name)
-    if model.peft_config["default"].to_dict() != config:
+    if _options_of(model) != options:
         raise broken("A call changed the config", "Only read `a.config`.")
 
 
 def starting_leaves_the_config_alone(s: Subject) -> None:
     """The config that is saved is the one that was planned, whatever the method does with it when it starts."""
     with quiet():
-        planned = compile_plan(s.model.graph, {"default": s.config()}).adapters[0].config.to_dict()
-    found = s.wrap().peft_config["default"].to_dict()
-    changed = sorted(name for name, value in planned.items() if found[name] != value)
+        plan = compile_plan(s.model.graph, {"default": s.config()}).adapters[0]
+    planned = {"": plan.config.to_dict(), **{_key(site): site.config.to_dict() for site in plan.maps}}
+    found = _options_of(s.wrap())
+    changed = sorted(
+        {
+            name
+            for key in planned.keys() & found.keys()
+            for name, value in planned[key].items()
+            if found[key][name] != value
+        }
+    )
     if changed:
         raise broken(f"Starting an adapter changed its options {changed}", "Only read the config that `init` is given.")
+
+
+def _options_of(model: PeftModel) -> dict[str, dict[str, Any]]:
+    """The options that the adapter's config and each of its layers have now; layers compute by copies of their own."""
+    sites = [layer.site("default") for layer in model.session.wrappers() if "default" in layer.adapters]
+    own = {_key(site): site.config.to_dict() for site in sites}
+    return {"": model.peft_config["default"].to_dict(), **own}
+
+
+def _key(site: MapSite) -> str:
+    return f"{site.path}:{site.parameter}"
