@@ -30,9 +30,11 @@ ATTRIBUTE = "peft_config"
 
 @dataclass(frozen=True, slots=True)
 class _Adapted:
-    """A model, and the config and name of the adapter that was put into it. Neither is kept alive by this."""
+    """A model, and the config and name of the adapter that was put into it. Neither model nor config is kept alive by this;
+    `given` is a copy of the config as it was handed over, before it was filled in."""
 
     config: ReferenceType[PeftConfig]
+    given: PeftConfig
     model: ReferenceType[nn.Module]
     adapter: str
 
@@ -41,9 +43,9 @@ class _Adapted:
 _last: ContextVar[_Adapted | None] = ContextVar("last", default=None)
 
 
-def note_adapted(config: PeftConfig, model: nn.Module, adapter: str) -> None:
-    """Remember that an adapter was put into a model by this config."""
-    _last.set(_Adapted(ref(config), ref(model), adapter))
+def note_adapted(config: PeftConfig, given: PeftConfig, model: nn.Module, adapter: str) -> None:
+    """Remember that an adapter was put into a model by this config; `given` is a copy of it from before."""
+    _last.set(_Adapted(ref(config), given, ref(model), adapter))
 
 
 def adapted_last(config: PeftConfig) -> Session | None:
@@ -57,7 +59,7 @@ def config_given(session: Session, adapter: str) -> PeftConfig | None:
     """The config by which an adapter was put into its model, as it was given; None if another came after it."""
     last = _last.get()
     known = last is not None and last.model() is session.model and last.adapter == adapter
-    return last.config() if last is not None and known else None
+    return last.given if last is not None and known else None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

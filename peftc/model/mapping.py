@@ -102,7 +102,7 @@ def inject_adapter_in_model(
         given_model = model = unwrapped(model)
         let_go(model)
         followed(model)
-    asked = peft_config
+    asked, as_given = peft_config, peft_config.model_copy()
     given = None if state_dict is None else paths_in(state_dict, method.prefix)
     if given is not None:
         peft_config = targeted(peft_config, given)
@@ -122,7 +122,7 @@ def inject_adapter_in_model(
     else:
         keep_entry(owner.peft_config, adapter_name)
         owner.peft_config[adapter_name] = plan.adapters[0].config
-    note_adapted(asked, model, adapter_name)
+    note_adapted(asked, as_given, model, adapter_name)
     return given_model
 
 

@@ -25,6 +25,9 @@ IDS = torch.arange(4, 20)[None]
 VOCABULARY = 40
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+#: What only our folders have.
+OURS = ("peftc_base.json", "peftc_plan.json")
+
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -104,7 +107,7 @@ def test_the_same_files_with_the_same_tensors(
             str(tmp_path / library), save_embedding_layers=choice
         )
         found[library] = load_file(tmp_path / library / "adapter_model.safetensors")
-    assert tree(tmp_path / "peftc") == {*tree(tmp_path / "peft"), "peftc_plan.json"}
+    assert tree(tmp_path / "peftc") == {*tree(tmp_path / "peft"), *OURS}
     assert found["peftc"].keys() == found["peft"].keys()
     assert all(torch.equal(tensor, found["peft"][key]) for key, tensor in found["peftc"].items())
 
@@ -250,7 +253,7 @@ def test_pushing_loses_the_card_in_the_reference_and_not_here(tmp_path: Path, mo
         model = adapted(library, llama("somebody/base"))
         model.add_adapter("second", LIBRARIES[library].LoraConfig(task_type="CAUSAL_LM"))
         cards[library] = _pushed(model, tmp_path / library, monkeypatch)
-    assert tree(tmp_path / "peftc") == {*tree(tmp_path / "peft"), "peftc_plan.json", "second/peftc_plan.json"}
+    assert tree(tmp_path / "peftc") == {*tree(tmp_path / "peft"), *OURS, *(f"second/{name}" for name in OURS)}
     assert cards["peft"]["library_name"] == "transformers"
     assert cards["peftc"] == {
         "base_model": "somebody/base", "library_name": "peft", "pipeline_tag": "text-generation",

@@ -186,7 +186,7 @@ def test_each_row_has_its_adapter(model: str, first: Any, second: Any, names: li
     theirs, ours = two(peft, model, first, second), two(peftc, model, first, second)
     arguments = repeated(tiny(model).arguments(), len(names))
     found = output(ours, arguments, adapter_names=names)
-    torch.testing.assert_close(found, output(theirs, arguments, adapter_names=names), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, output(theirs, arguments, adapter_names=names), rtol=1e-4, atol=5e-5)
     assert not torch.allclose(found, output(ours, arguments), atol=1e-3)
 
 
