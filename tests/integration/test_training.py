@@ -104,6 +104,7 @@ def test_training_learns_and_changes_only_the_adapter(method: TunerMethod, tmp_p
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "peftc_base.json",
         "peftc_plan.json",
     ]
 

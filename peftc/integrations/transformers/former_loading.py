@@ -21,7 +21,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from peftc.checkpoint.former import FormerReader, Joint
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError, Where
-from peftc.model.injected import adapted_last, show
+from peftc.model.injected import adapted_last, config_given, show
 from peftc.runtime.session import Session
 
 #: What a key of a former layer is called between the two conversions, with its number.
@@ -73,7 +73,8 @@ class _Pending:
         session = self._session
         if session is None or not session.graph.former:
             return None
-        return FormerReader(session.plans[self.adapter], session.graph, self.config, Where())
+        given = config_given(session, self.adapter)  # which still says ranks by the names of then
+        return FormerReader(session.plans[self.adapter], session.graph, given or self.config, Where())
 
     @cached_property
     def _joints(self) -> Mapping[str, tuple[Joint, str]]:
