@@ -19,6 +19,7 @@ from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.host import offload, parallel
 from peftc.host.torch_modules import computed_by
 from peftc.ops.combine import padded
+from peftc.ops.lowrank import is_traced
 from peftc.runtime.journal import keep_values, note
 
 
@@ -78,7 +79,7 @@ def _brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if value is None:
         return tensor
     value = value.detach().to(tensor.dtype)
-    if tensor.requires_grad and torch.is_grad_enabled():
+    if tensor.requires_grad and torch.is_grad_enabled() and not is_traced():
         value.requires_grad_().register_hook(lambda grad: _refuse_gradient(name))
     return value
 
