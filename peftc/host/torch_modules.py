@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     register_module_module_registration_hook,
 )
+from torch.overrides import _len_torch_function_stack, _pop_mode
 
 #: Hooks of every module: torch changes these dictionaries in place (2.0).
 GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
@@ -22,6 +23,18 @@ GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     _global_backward_hooks,
     _global_backward_pre_hooks,
 )
+
+
+def leave_contexts(depth: int) -> None:
+    """Leave contexts of function modes, such as `with torch.device(…)`, that nobody left, down to so many of them. Relied on:
+    each is one entry of a stack of torch's (2.0)."""
+    while context_depth() > depth:
+        _pop_mode()
+
+
+def context_depth() -> int:
+    """How many such contexts are open."""
+    return _len_torch_function_stack()
 
 
 def own_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:

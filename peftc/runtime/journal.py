@@ -18,6 +18,8 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch import Tensor
 
+from peftc.host.torch_modules import context_depth, leave_contexts
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -33,6 +35,7 @@ class Journal:
         self._undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self._outer = _open.get()
         self._grad = torch.is_grad_enabled()
+        self._depth = context_depth()
 
     def note(self, undo: Callable[..., Any], *args: Any) -> None:
         """Say how the next change is undone. It may be undone that was not made, or twice."""
@@ -70,7 +73,9 @@ class Journal:
                     if attempt:
                         error.add_note(f"Not all could be undone: {type(other).__name__}: {other}")
             self._undo.pop()
-        torch.set_grad_enabled(self._grad)  # what switched it off may have been cut off before it could switch it on
+        # what changed these for a while may have been cut off before it could set them back
+        torch.set_grad_enabled(self._grad)
+        leave_contexts(self._depth)
 
 
 def whole(function: Callable[P, R]) -> Callable[P, R]:

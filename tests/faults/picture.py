@@ -30,7 +30,11 @@ Picture = list[tuple[str, object]]
 
 def picture(*roots: object) -> Picture:
     """Objects in their order, values, bits, flags."""
-    found: Picture = [("gradients", torch.is_grad_enabled()), ("collector", gc.isenabled())]
+    found: Picture = [
+        ("gradients", torch.is_grad_enabled()),
+        ("collector", gc.isenabled()),
+        ("device", torch.get_default_device()),
+    ]
     seen: set[int] = set()
     for root in roots:
         _look(root, "", found, seen)

@@ -103,6 +103,7 @@ def test_tensors_get_their_values_and_flags_back_and_gradients_are_as_before() -
     @whole
     def operation() -> None:
         torch.set_grad_enabled(False)  # as a context that is cut off leaves it
+        torch.device("meta").__enter__()
         keep_values(tensor)
         tensor.zero_()
         keep_trained(tensor, False)
@@ -111,6 +112,7 @@ def test_tensors_get_their_values_and_flags_back_and_gradients_are_as_before() -
     with pytest.raises(ValueError, match="no"):
         operation()
     assert torch.is_grad_enabled()
+    assert torch.get_default_device().type == "cpu"
     assert tensor.requires_grad
     assert torch.equal(tensor, torch.ones(3))
 

@@ -464,3 +464,11 @@ def test_attention_and_encoders_read_parameters_of_layers_and_do_not_call_these(
         block.self_attn(*[torch.ones(1, 3, 16)] * 3)
         assert called == ["MultiheadAttention"]  # its output layer is read
     assert all(name in vars(block.self_attn) for name in attention.PRIVATE)
+
+
+def test_a_context_of_a_device_is_one_entry_of_a_stack() -> None:
+    depth = torch_modules.context_depth()
+    torch.device("meta").__enter__()  # and whoever was to leave it was cut off
+    assert torch.empty(1).is_meta and torch_modules.context_depth() == depth + 1
+    torch_modules.leave_contexts(depth)
+    assert not torch.empty(1).is_meta and torch_modules.context_depth() == depth
