@@ -14,7 +14,7 @@ from peftc.diagnostics import PeftcError
 from peftc.host import caches
 from peftc.registry.manager import default_registry
 from peftc.runtime.classes import encoder_class
-from peftc.runtime.journal import keep_entry
+from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.prompt import cache
 from peftc.runtime.prompt.driver import PromptDriver
@@ -68,6 +68,7 @@ class PromptsMixin:
             return driver.filled(None, batch_size, own)
         return driver.encoder.rows(batch_size, task_ids)
 
+    @whole
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The table that a checkpoint of the adapter holds, on the CPU."""
         self.session.require([adapter_name])

@@ -24,14 +24,15 @@ def boundary(peft_type: str, function: str, path: str | None = None) -> Iterator
     """Calls of `function` of the method `peft_type`, for the module at `path`. Raises `PeftcError` for any exception.
 
     A `PeftcError` passes through: the plugin has said itself what is wrong. A plugin that would end the process is told of
-    like any other, but for functions of a running training, in which the end may have been asked for by a signal.
+    like any other, but for functions of a running training, in which the end may have been asked for by a signal. Running
+    out of memory is not its doing.
     """
     try:
         yield
     except PeftcError:
         raise
     except BaseException as error:
-        if is_of_user(error) or (function in _RUNNING and not isinstance(error, Exception)):
+        if is_of_user(error) or _out_of_memory(error) or (function in _RUNNING and not isinstance(error, Exception)):
             raise
         raise _raised(peft_type, function, path, error) from error
 
@@ -99,7 +100,7 @@ def _place(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 

@@ -90,7 +90,11 @@ def _config_of(base: LocatedBase) -> PretrainedConfig:
     _require_known_type(base, data)
     try:
         with _alone_in_a_folder(data) as folder:  # so that transformers reads it with all its own corrections
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config._name_or_path = (
+                ""  # a folder that is gone at once says nothing, and parts of the model would show it
+            )
+            return config
     except FAILURES as error:
         fix = "Compare it with the config of a model that works; `peftc graph` tries it alone."
         raise PeftcError(rules.BASE_UNREADABLE(told(error), fix=fix, where=_where(base))) from error
