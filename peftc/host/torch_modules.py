@@ -9,13 +9,14 @@ from typing import Any, Self
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
     _global_forward_hooks,
     register_module_module_registration_hook,
 )
-from torch.overrides import _len_torch_function_stack, _pop_mode
+from torch.overrides import _pop_mode
 
 #: Hooks of every module: torch changes these dictionaries in place (2.0).
 GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (

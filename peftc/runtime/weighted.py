@@ -180,6 +180,10 @@ def _beside_layers(plans: Sequence[AdapterPlan]) -> list[Diagnostic]:
         if plan.trains:
             what = f"`{plan.name}` trains tensors of the base model itself"
             problems.append(rules.CANNOT_COMBINE(what, fix="Merge it into the base instead."))
+    for plan in [] if problems else plans:
+        if not plan.maps:
+            what = f"`{plan.name}` has nothing of its own on layers"
+            problems.append(rules.CANNOT_COMBINE(what, fix="Keep the adapters beside each other."))
     saved = [save.path for plan in plans for save in plan.saves]
     for path in dict.fromkeys(path for path in saved if saved.count(path) > 1):
         what = f"`{path}` is trained whole (modules_to_save) by several of them"

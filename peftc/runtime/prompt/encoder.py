@@ -15,7 +15,7 @@ from peftc import rules
 from peftc.compiler.plan import AdapterPlan, PromptSite
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
-from peftc.runtime.journal import keep_trained, whole
+from peftc.runtime.journal import keep_trained, keep_values, whole
 from peftc.runtime.layer import Source
 from peftc.runtime.places import device_of, fill, tensor_of
 from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
@@ -184,6 +184,9 @@ class PromptModule(nn.Module):
         """
         slots = PromptSlots(self)
         with torch.no_grad():
+            for label, slot in self.slots.items():
+                if slot.trainable:  # an operation that asks for the table, and fails, has moved nothing
+                    keep_values(slots[label])
             guarded(self._tuner.constrain, self._plan.peft_type, None)(self.config, slots)
         if task_ids is not None:
             return guarded(self._tuner.of_tasks, self._plan.peft_type, None)(self.config, slots, task_ids)
