@@ -31,8 +31,9 @@ from peftc.testing.checks import lifecycle
 from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import TunerMethod
-from tests.mutation import imports_torch, mutants
-from tests.mutation.mutants import CHOICE, FUNCTIONS, LOWERINGS, MUTANTS, SOUND_METHODS
+from tests.mutation import imports_torch, mutants, sound
+from tests.mutation.mutants import CHOICE, FUNCTIONS, LOWERINGS, MUTANTS
+from tests.mutation.sound import SOUND_METHODS
 
 Choose = Callable[[str], None]
 Patch = pytest.MonkeyPatch
@@ -169,7 +170,7 @@ def rows_allowed(patch: Patch) -> None:
 
 
 def any_kind(patch: Patch) -> None:
-    patch.setattr(mutants.Sound, "supports", frozenset(Kind))
+    patch.setattr(sound.Sound, "supports", frozenset(Kind))
     patch.setattr(TunerMethod, "supports", frozenset())
 
 
