@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -33,6 +36,32 @@ def gathered(tensor: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()
+
+
+def gathering(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within, a module's tensors that DeepSpeed sharded are whole, to be read. Every process has to enter."""
+    shards = [tensor for tensor in module.parameters() if whole_shape(tensor) != tuple(tensor.shape)]
+    if not shards:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(shards)
+
+
+def of_call(tensor: Tensor) -> Tensor:
+    """A parameter that a module looked up during a call, whole, such that its gradient comes back in shards.
+
+    Relied on: DeepSpeed's third stage gives modules a dictionary of parameters that makes one whole when it is looked up by
+    `[]` during the engine's call (0.5). FSDP leaves `DTensor`s where its hooks did not run, as in what nobody calls; the
+    gradient of each process is its own, and their mean is what FSDP trains on (2.6).
+    """
+    if type(tensor.data).__name__ != "DTensor":
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    own: Any = tensor
+    whole: Tensor = own.full_tensor(grad_placements=[Partial("avg")] * own.device_mesh.ndim)
+    return whole
 
 
 #: Attributes under which wrappers hold the model that they wrap: `torch.compile`, FSDP (2.0), DDP and DataParallel (1.0).
