@@ -251,7 +251,9 @@ def restore(module: nn.Module, state: State) -> None:
 
 def refuse_absent(module: nn.Module, path: str, why: str) -> None:
     """Raise `PeftcError` if parameters of a module have no memory, and nothing brings their values."""
+    views = [(name, own) for name in elsewhere(module) if isinstance(own := module.__dict__.get(name), Tensor)]
     shards = [name for name, own in module._parameters.items() if own is not None and parallel.is_shard(own)]
+    shards += [name for name, own in views if not parallel.is_whole(own, tuple(own.shape))]
     if shards:
         what = f"`{shards[0]}` of the layer is in shards, one of them here: {why}"
         raise PeftcError(
