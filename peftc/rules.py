@@ -301,6 +301,11 @@ BESIDE_SHARDS = Rule(
     "Trained like that, each process comes to an adapter of its own.",
     WARNING,
 )
+SLOT_CALLED = RuntimeRule(
+    "PC546",
+    "Part of an adapter is asked for what it does not compute",
+    "Alone it holds tensors; the layer knows the rest.",
+)
 CANNOT_COMBINE = Rule(
     "PC550", "Adapters cannot be combined", "A new adapter has to be able to hold what the others come to."
 )

@@ -51,7 +51,7 @@ def sharded_by(model: nn.Module) -> str | None:
     Relied on: DeepSpeed's engine gives each module a `ZeROOrderedDict` of parameters in its third stage (0.5).
     """
     for module in model.modules():
-        if _is_sharder(type(module)) or _FLAT in module._parameters:
+        if _is_sharder(type(module).__mro__) or _FLAT in module._parameters:
             return "FSDP"
         if type(module._parameters).__name__ == "ZeROOrderedDict":
             return "DeepSpeed"
@@ -64,8 +64,8 @@ def is_flattened(model: nn.Module) -> bool:
 
 
 @cache
-def _is_sharder(cls: type[nn.Module]) -> bool:
-    return any(base.__name__ in _SHARDERS and base.__module__.startswith("torch.distributed.") for base in cls.__mro__)
+def _is_sharder(classes: tuple[type, ...]) -> bool:
+    return any(cls.__name__ in _SHARDERS and cls.__module__.startswith("torch.distributed.") for cls in classes)
 
 
 def is_distributed(tensor: Tensor) -> bool:

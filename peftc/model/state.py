@@ -123,9 +123,7 @@ def _put_in(
 ) -> Mapping[str, Tensor]:
     """Give an adapter the values of a checkpoint, whose plan is `fit`; returns them as the adapter holds them. All or none."""
     if parallel.sharded_by(model) is not None:
-        refuse_parts(
-            session.plans[fit.name], session.tensors(fit.name), "it cannot be given other values as it is here"
-        )
+        refuse_parts(session.plans[fit.name], session.tensors(fit.name), "their values cannot be changed here")
     with torch.no_grad():
         rest = restored(session, fit, given)
         values = dict(rest)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc import rules
+from peftc.diagnostics import PeftcError
 from peftc.host import parallel
 from peftc.host.torch_modules import all_hooks
 from peftc.runtime.call import Shared
@@ -114,9 +116,21 @@ def _read(layer: nn.Module, part: Part) -> Iterator[tuple[str, Tensor]]:
             continue
         module = _module(layer, slot, part.view.adapter)
         if id(module) not in given:
-            tensors, tails = module(), _holder(module).tails
+            tensors, tails = _given(module, label), _holder(module).tails
             given[id(module)] = dict(zip(tails, (tensors,) if isinstance(tensors, Tensor) else tensors, strict=True))
         yield label, given[id(module)][slot.tail]
+
+
+def _given(module: nn.Module, label: str) -> Any:
+    """What a slot's module gives where it is called without an input. Hooks that need one raise."""
+    try:
+        return module()
+    except PeftcError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+        what = f"The module of `{label}` was called for its tensors, without an input, and what hangs on it raised {error!r}"
+        fix = "Take the hook off, or hang it on the layer: the method does not multiply an input by these tensors as they are."
+        raise PeftcError(rules.SLOT_CALLED(what, fix=fix)) from error
 
 
 def calling(layer: nn.Module, part: Part) -> Part:
