@@ -295,6 +295,17 @@ CANNOT_CONVERT = Rule(
 CONVERSION_LOSES = Rule(
     "PC544", "Conversion is not exact", "What the rank leaves out of the adapter's changes is lost.", WARNING
 )
+BESIDE_SHARDS = Rule(
+    "PC545",
+    "Adapter beside shards",
+    "Trained like that, each process comes to an adapter of its own.",
+    WARNING,
+)
+SLOT_CALLED = RuntimeRule(
+    "PC546",
+    "Part of an adapter is asked for what it does not compute",
+    "Alone it holds tensors; the layer knows the rest.",
+)
 CANNOT_COMBINE = Rule(
     "PC550", "Adapters cannot be combined", "A new adapter has to be able to hold what the others come to."
 )

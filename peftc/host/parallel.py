@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -33,6 +37,93 @@ def gathered(tensor: Tensor) -> Tensor:
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()
+
+
+#: Classes that hold parameters in shards: of FSDP (1.12), and what `fully_shard` makes of a module's class (2.6).
+_SHARDERS = frozenset({"FullyShardedDataParallel", "FSDPModule"})
+#: Names by which FSDP marks parameters that are views of a flat one, and under which it keeps the flat one (2.0).
+_FLATTENED, _FLAT = "_fsdp_flattened", "_flat_param"
+
+
+def sharded_by(model: nn.Module) -> str | None:
+    """Who holds parameters of a model in shards and brings them for calls, if anybody: FSDP or DeepSpeed.
+
+    Relied on: DeepSpeed's engine gives each module a `ZeROOrderedDict` of parameters in its third stage (0.5).
+    """
+    for module in model.modules():
+        if _is_sharder(type(module).__mro__) or _FLAT in module._parameters:
+            return "FSDP"
+        if type(module._parameters).__name__ == "ZeROOrderedDict":
+            return "DeepSpeed"
+    return "FSDP" if is_flattened(model) else None
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether parameters are for now parts of a flat one, without their shapes."""
+    return any(getattr(tensor, _FLATTENED, False) for tensor in model.parameters())
+
+
+@cache
+def _is_sharder(classes: tuple[type, ...]) -> bool:
+    return any(cls.__name__ in _SHARDERS and cls.__module__.startswith("torch.distributed.") for cls in classes)
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is in shards that torch itself puts together (`DTensor`, 2.5)."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def is_shard(parameter: Tensor) -> bool:
+    """Whether a parameter is, or was before it was gathered, in shards."""
+    taken_out = whole_shape(parameter) != tuple(parameter.shape)
+    return taken_out or is_distributed(parameter) or getattr(parameter, _FLATTENED, False)
+
+
+def is_whole(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has, in shape and memory, all of a shape; it may be larger.
+
+    Relied on: FSDP frees the storage of what parameters are views of (1.12).
+    """
+    if tensor.dim() != len(shape) or any(own < wanted for own, wanted in zip(tensor.shape, shape, strict=True)):
+        return False
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
+    return not plain or tensor.untyped_storage().nbytes() > 0
+
+
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A value in the shards of another tensor, if that is in shards. Every process has to ask for it."""
+    if not is_distributed(like) or is_distributed(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    own: Any = like
+    return distribute_tensor(value, own.device_mesh, own.placements)
+
+
+def gathering(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within, a module's tensors that DeepSpeed sharded are whole, to be read. Every process has to enter."""
+    shards = [tensor for tensor in module.parameters() if whole_shape(tensor) != tuple(tensor.shape)]
+    if not shards:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(shards)
+
+
+def of_call(tensor: Tensor) -> Tensor:
+    """A parameter that a module looked up during a call, whole, such that its gradient comes back in shards.
+
+    Relied on: DeepSpeed's third stage gives modules a dictionary of parameters that makes one whole when it is looked up by
+    `[]` during the engine's call (0.5). FSDP leaves `DTensor`s where its hooks did not run, as in what nobody calls; the
+    gradient of each process is its own, and their mean is what FSDP trains on (2.6).
+    """
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    own: Any = tensor
+    whole: Tensor = own.full_tensor(grad_placements=[Partial("avg")] * own.device_mesh.ndim)
+    return whole
 
 
 #: Attributes under which wrappers hold the model that they wrap: `torch.compile`, FSDP (2.0), DDP and DataParallel (1.0).

@@ -21,6 +21,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import TensorFacts
+from peftc.host import parallel
 from peftc.model import identity
 from peftc.model.card import facts_of, new_card
 from peftc.model.embeddings import AUTO, embeddings_to_save
@@ -30,6 +31,7 @@ from peftc.runtime.journal import note, whole
 from peftc.runtime.places import entire, fill
 from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
+from peftc.runtime.shards import refuse_distributed, refuse_parts
 from peftc.runtime.steps import patch
 from peftc.runtime.stored import can_take, differing, exported, fitted, restored, without_padding
 
@@ -59,6 +61,7 @@ def save(
     for name in names:
         place = "" if name == AT_ROOT else name
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
+        refuse_distributed(tensors)
         plan = _saved_as(_plan_of(model, name), tensors)
         config, needed = _with_needed(model.session, name, root / place, _with_mapping(model, model.peft_config[name]))
         saved |= {str(Path(place, path)): replace(other, pickled=pickled) for path, other in needed.items()}
@@ -134,6 +137,9 @@ def _live_tensors(
     )
     if not names.keys() <= tensors.keys():
         attached = session.tensors(name)
+        if parallel.sharded_by(model) is not None:
+            lacking = {key: tensor for key, tensor in attached.items() if key not in tensors}
+            refuse_parts(plan, lacking, "it cannot be saved as it is here")
         if state_dict is not None:
             _refuse_incomplete([key for key, t in attached.items() if key not in tensors and t.requires_grad])
         tensors = {disk: tensor.detach() for disk, tensor in entire(model, attached).items()} | tensors

@@ -92,7 +92,9 @@ def _readable(session: Session, name: str) -> Tensor | None:
     tensor = kept if kept is not None or module is None else module._parameters.get(own)
     if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return None
-    return tensor.detach() if tensor.is_floating_point() and tensor.numel() > 1 else None
+    return (
+        tensor.detach() if tensor.is_floating_point() and tensor.numel() > 1 and tensor.dim() > 1 else None
+    )  # or a shard
 
 
 def _sample(tensor: Tensor) -> Sample:

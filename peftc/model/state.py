@@ -25,6 +25,7 @@ from peftc.runtime.layer import TunerLayer
 from peftc.runtime.modules import ModuleWrapper
 from peftc.runtime.places import entire, fill
 from peftc.runtime.session import Session
+from peftc.runtime.shards import refuse_parts
 from peftc.runtime.stored import fitted, restored
 from peftc.tuner.slots import Slot
 
@@ -121,6 +122,8 @@ def _put_in(
     model: nn.Module, session: Session, fit: AdapterPlan, given: Mapping[str, Tensor], assign: bool
 ) -> Mapping[str, Tensor]:
     """Give an adapter the values of a checkpoint, whose plan is `fit`; returns them as the adapter holds them. All or none."""
+    if parallel.sharded_by(model) is not None:
+        refuse_parts(session.plans[fit.name], session.tensors(fit.name), "their values cannot be changed here")
     with torch.no_grad():
         rest = restored(session, fit, given)
         values = dict(rest)

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc import rules
+from peftc.diagnostics import PeftcError
+from peftc.host import parallel
 from peftc.host.torch_modules import all_hooks
 from peftc.runtime.call import Shared
 from peftc.runtime.dropouts import found
@@ -21,11 +24,11 @@ from peftc.runtime.gates import gated, is_gated
 from peftc.runtime.parts import Part, Under
 from peftc.runtime.paths import Path, compose
 from peftc.runtime.rows import by_rows
-from peftc.runtime.storage import SlotModule, torch_dtype
+from peftc.runtime.storage import SlotModule, holder_of, torch_dtype
 from peftc.tuner.slots import Container, Slot
 
-#: where a module was put, under which name; itself, and its attributes
-Watched = tuple[dict[str, Any], str, nn.Module, dict[str, Any]]
+#: where a module, or a dictionary of tensors, was put, under which name; itself, and a module's attributes
+Watched = tuple[dict[str, Any], str, Any, dict[str, Any]]
 
 
 def _watched(layer: nn.Module, parts: Iterable[Part]) -> tuple[Watched, ...]:
@@ -43,6 +46,14 @@ def _watched(layer: nn.Module, parts: Iterable[Part]) -> tuple[Watched, ...]:
     return tuple({id(entry[2]): entry for entry in entries}.values())
 
 
+def _tables(layer: nn.Module, parts: Iterable[Part]) -> list[nn.Module]:
+    """What holds the tensors of these adapters' slots that have no module of their own. DeepSpeed gives it another dictionary,
+    and FSDP hangs its hooks on it, though nobody calls it."""
+    slots = [(slot, part.view.adapter) for part in parts for slot in part.slots.values() if not slot.derived]
+    tables = [holder_of(layer, slot, name) for slot, name in slots if slot.container is Container.PARAMETER]
+    return list({id(table): table for table in tables}.values())
+
+
 def _watch(modules: dict[str, Any], name: str) -> Watched:
     module = modules[name]
     return modules, name, module, module.__dict__
@@ -54,11 +65,13 @@ def noticing(
     """A layer's forward with the pending adapters in effect, and with those of rows where calls may name them: by reading
     slots while their modules are plain, else by calling these."""
     plain = _composed(shared, under, pending, rows)
-    modules = _watched(layer, {part.view.adapter: part for part in (*pending, *(rows or {}).values())}.values())
-    if not modules:
+    parts = {part.view.adapter: part for part in (*pending, *(rows or {}).values())}.values()
+    modules, tables = _watched(layer, parts), _tables(layer, parts)
+    if not modules and not tables:
         return plain
     wrapped = any(name and not isinstance(module, SlotModule) for _, name, module, _ in modules)
-    hooks = tuple(hooks for _, _, module, _ in modules for hooks in all_hooks(module))
+    hooks = tuple(hooks for module in (*(own[2] for own in modules), *tables) for hooks in all_hooks(module))
+    watched = (*modules, *((table.__dict__, "_parameters", table._parameters, {}) for table in tables))
     change = calling if rows is None and not is_gated(shared, pending) else reading
 
     def called() -> Path:
@@ -69,8 +82,8 @@ def noticing(
     def run(*args: Any, **kwargs: Any) -> Tensor:
         if wrapped or any(hooks):
             return called()(*args, **kwargs)
-        for home, name, module, state in modules:
-            if home.get(name) is not module or "forward" in state:
+        for home, name, own, state in watched:
+            if home.get(name) is not own or "forward" in state:
                 return called()(*args, **kwargs)
         return plain(*args, **kwargs)
 
@@ -97,13 +110,27 @@ def _read(layer: nn.Module, part: Part) -> Iterator[tuple[str, Tensor]]:
     given: dict[int, dict[str, Tensor]] = {}
     for label, slot in part.slots.items():
         if slot.container is not Container.MODULE:
-            yield label, part.view[label]
+            table: Any = holder_of(layer, slot, part.view.adapter)
+            tensor = part.view[label] if slot.derived else parallel.of_call(table[part.view.adapter])
+            yield label, part.view[label] if tensor.is_meta else tensor
             continue
         module = _module(layer, slot, part.view.adapter)
         if id(module) not in given:
-            tensors, tails = module(), _holder(module).tails
+            tensors, tails = _given(module, label), _holder(module).tails
             given[id(module)] = dict(zip(tails, (tensors,) if isinstance(tensors, Tensor) else tensors, strict=True))
         yield label, given[id(module)][slot.tail]
+
+
+def _given(module: nn.Module, label: str) -> Any:
+    """What a slot's module gives where it is called without an input. Hooks that need one raise."""
+    try:
+        return module()
+    except PeftcError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+        what = f"The module of `{label}` was called for its tensors, without an input, and what hangs on it raised {error!r}"
+        fix = "Take the hook off, or hang it on the layer: the method does not multiply an input by these tensors as they are."
+        raise PeftcError(rules.SLOT_CALLED(what, fix=fix)) from error
 
 
 def calling(layer: nn.Module, part: Part) -> Part:

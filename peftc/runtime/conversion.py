@@ -24,6 +24,7 @@ from peftc.ops.factors import Factors, of_dense, of_thin
 from peftc.registry.manager import default_registry
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import Session
+from peftc.runtime.shards import refuse_sharded
 from peftc.tuner.method import TunerMethod
 
 #: options of the old adapter that say which modules it is about, and of what model; the new one gets them where it has them
@@ -67,6 +68,7 @@ def converted(session: Session, name: str, to: str, rank: int | float, follow: F
     whose bias changes or that the new method cannot adapt.
     """
     session.require([name])
+    refuse_sharded(session.model, "its tensors are not here to be converted")
     target, plan = default_registry().get(to), session.plans[name]
     problems = Collector()
     problems.add(*_of_rank(rank), *_of_target(target), *_of_adapter(session, plan))

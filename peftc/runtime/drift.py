@@ -12,6 +12,7 @@ from torch import nn
 from peftc import rules
 from peftc.compiler.plan import AdapterPlan, MapSite
 from peftc.diagnostics import Diagnostic
+from peftc.host.parallel import whole_shape
 from peftc.runtime.layer import TunerLayer
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def drift(session: Session, plan: AdapterPlan) -> Iterator[Diagnostic]:
             continue
         for name, planned in site.layer.params:
             own = module._parameters.get(name)
-            if own is not None and tuple(own.shape) != planned.shape:
-                what = f"`{site.path}.{name}` is {tuple(own.shape)}, the plan was made for {planned.shape}"
+            if own is not None and whole_shape(own) != planned.shape:
+                what = f"`{site.path}.{name}` is {whole_shape(own)}, the plan was made for {planned.shape}"
                 yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
     yield from _other_parameters(session, plan)
     for path in (*(site.path for site in plan.modules), *(save.path for save in plan.saves)):

@@ -196,7 +196,7 @@ def fill(model: nn.Module, tensor: Tensor, value: Tensor, blocks: int = 1) -> No
     """
     if not tensor.is_meta:
         keep_values(tensor)
-        tensor.copy_(padded(value.to(tensor.device), tensor.shape, blocks))
+        tensor.copy_(parallel.laid_out(padded(value.to(tensor.device), tensor.shape, blocks), tensor))
         return
     at = _offloaded(model, [tensor]).get(id(tensor))
     if at is None:
@@ -251,7 +251,9 @@ def restore(module: nn.Module, state: State) -> None:
 
 def refuse_absent(module: nn.Module, path: str, why: str) -> None:
     """Raise `PeftcError` if parameters of a module have no memory, and nothing brings their values."""
-    shards = [n for n, p in module._parameters.items() if p is not None and parallel.whole_shape(p) != tuple(p.shape)]
+    views = [(name, own) for name in elsewhere(module) if isinstance(own := module.__dict__.get(name), Tensor)]
+    shards = [name for name, own in module._parameters.items() if own is not None and parallel.is_shard(own)]
+    shards += [name for name, own in views if not parallel.is_whole(own, tuple(own.shape))]
     if shards:
         what = f"`{shards[0]}` of the layer is in shards, one of them here: {why}"
         raise PeftcError(

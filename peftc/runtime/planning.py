@@ -18,6 +18,7 @@ from peftc.host import parallel
 from peftc.registry.manager import default_registry
 from peftc.runtime.apply import session_of
 from peftc.runtime.layer import Source
+from peftc.runtime.shards import note_adding
 from peftc.runtime.snapshot import snapshot
 from peftc.runtime.storage import torch_dtype
 
@@ -41,6 +42,7 @@ def plan_for(
         what = f"A {type(model).__name__} is not a `torch.nn.Module`"
         raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
     _refuse_split(model)
+    note_adding(model)
     session = session_of(model)
     plan = compile_plan(
         snapshot(model) if session is None else session.graph,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
+from peftc.host import parallel
 from peftc.host.offload import whole_copy
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
@@ -51,7 +52,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def add(self, adapter: str, root: str, source: Source | None = None) -> None:
         """Copy the original for an adapter; `root` begins the disk keys under which `source` may have its tensors."""
-        twin = whole_copy(self.original_module)
+        with parallel.gathering(self.original_module):
+            twin = whole_copy(self.original_module)
         for name, tensor in twin.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
             found = source(f"{root}{name}") if source is not None else None

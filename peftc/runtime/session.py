@@ -29,10 +29,11 @@ from peftc.runtime.layer import Source, TunerLayer
 from peftc.runtime.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.places import device_of
 from peftc.runtime.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.shards import refuse_sharded
 from peftc.runtime.step_state import StepState
 from peftc.runtime.stores import Stock, Stores
 from peftc.runtime.switched import switch
-from peftc.runtime.together import gained, keep_ties, merged_already, refuse_clashes
+from peftc.runtime.together import gained, keep_ties, merged_already, refuse_around, refuse_clashes
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -394,7 +395,8 @@ class Session:
         again = [name for name in names if name in self.merged]
         if again:
             warn([merged_already(again, names, "unmerge_adapter")])
-        self.refuse_around(names)
+        refuse_around([self.plans[name] for name in names])
+        refuse_sharded(self.model, "merged, the adapter would be lost")
         self.refuse_clashes([*self.merged, *names])
         self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
@@ -405,17 +407,6 @@ class Session:
         warn(gained(self.layers))
         self.base.still()
         self.base.act(self.active if self.enabled else ())
-
-    def refuse_around(self, names: Iterable[str]) -> None:
-        """Raise `PeftcError` if one of the adapters is no change of weights."""
-        around = [name for name in names if self.plans[name].modules]
-        if around:
-            what = f"`{around[0]}` acts around modules, such as `{self.plans[around[0]].modules[0].path}`"
-            raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
-        weighs = next((name for name in names if self.plans[name].call is not None), None)
-        if weighs is not None:
-            what = f"`{weighs}` weighs adapters anew in every call"
-            raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
 
     @whole
     def unmerge(self) -> None:
@@ -470,9 +461,7 @@ class Session:
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:
-        head, _, name = path.rpartition(".")
-        parent = self.find(head)
-        assert parent is not None
+        parent, name, _ = self._place(path)
         keep_entry(parent._modules, name)
         parent._modules[name] = module
 

@@ -38,6 +38,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _product(tensor: Tensor, x: Tensor) -> Tensor:
+    """What a call from outside gets. How a convolution steps, the layer knows that calls."""
+    if tensor.dim() != 2:
+        what = f"A slot of shape {tuple(tensor.shape)} was called by another than its layer"
+        fix = "Call the layer; gradients of single samples come from `torch.func`, or leave convolutions out."
+        raise PeftcError(rules.SLOT_CALLED(what, fix=fix))
     return F.linear(x, tensor)
 
 

@@ -23,6 +23,18 @@ def refuse_clashes(plans: Sequence[AdapterPlan], tuner_of: TunerOf) -> None:
         raise PeftcError(clashes)
 
 
+def refuse_around(plans: Sequence[AdapterPlan]) -> None:
+    """Raise `PeftcError` if one of the adapters is no change of weights."""
+    around = next((plan for plan in plans if plan.modules), None)
+    if around is not None:
+        what = f"`{around.name}` acts around modules, such as `{around.modules[0].path}`"
+        raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
+    weighs = next((plan for plan in plans if plan.call is not None), None)
+    if weighs is not None:
+        what = f"`{weighs.name}` weighs adapters anew in every call"
+        raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
+
+
 def gained(layers: Mapping[str, TunerLayer]) -> Iterator[Diagnostic]:
     """What to say of layers that have a bias only because an adapter was merged into them."""
     paths = [path for path, layer in layers.items() if any(wrapper.gained for wrapper in layer.chain())]

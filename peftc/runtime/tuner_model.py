@@ -23,10 +23,12 @@ from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.session import Session
+from peftc.runtime.shards import refuse_sharded
 from peftc.runtime.steps import finished, take
 from peftc.runtime.stored import take_saved_form
 from peftc.runtime.succession import delete
 from peftc.runtime.ties import part
+from peftc.runtime.together import refuse_around
 from peftc.runtime.values import taken, values_given
 from peftc.runtime.weighted import combined, recipe
 
@@ -293,7 +295,8 @@ class TunerModel(nn.Module):
         Raises `PeftcError`, with nothing changed, if an adapter on one of them would.
         """
         session = self.session
-        session.refuse_around([n for n in adapter_names or session.active if n in session.plans])
+        refuse_around([session.plans[n] for n in adapter_names or session.active if n in session.plans])
+        refuse_sharded(session.model, "merged, the adapter would be lost")
         part(session, adapter_names)
         session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)

@@ -81,17 +81,21 @@ def run_both(script: str, folder: Path, *arguments: str) -> Both:
 def start(folder: Path, code: str, script: str, arguments: tuple[str, ...]) -> subprocess.Popen[str]:
     """The script in a process of its own, without a network."""
     folder.mkdir(parents=True)
+    command = [sys.executable, "-c", code, str(SCRIPTS / script), *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def environment() -> dict[str, str]:
+    """What a script finds in its environment: one thread, no network, and our modules."""
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true"}
     path = [
         *filter(None, [os.environ.get("PYTHONPATH")]),
         ROOT,
         SCRIPTS,
     ]  # what is in front stays there: another release
-    environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(map(str, path)), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code, str(SCRIPTS / script), *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(map(str, path)), "CUDA_VISIBLE_DEVICES": ""}
 
 
 # comparing ------------------------------------------------------------------------------------------------------------

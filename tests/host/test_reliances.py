@@ -424,6 +424,25 @@ def test_wrappers_of_whole_models_are_seen_through() -> None:
     assert parallel.whole_shape(layer.weight) == (4, 4)
 
 
+def test_who_shards_is_known_by_class_and_marks() -> None:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, _common_utils, _unshard_param_utils
+    from torch.distributed.tensor import DTensor
+
+    assert {FSDPModule.__name__, FullyShardedDataParallel.__name__} == parallel._SHARDERS
+    assert all(cls.__module__.startswith("torch.distributed.") for cls in (FSDPModule, FullyShardedDataParallel))
+    assert parallel._FLATTENED == _common_utils.FSDP_FLATTENED
+    assert parallel._FLAT == _unshard_param_utils.FLAT_PARAM
+    assert DTensor.__name__ == "DTensor"
+    assert {"grad_placements"} <= set(inspect.signature(DTensor.full_tensor).parameters)
+    assert parallel.sharded_by(nn.Linear(2, 2)) is None
+
+
+def test_deepspeeds_engine_brings_parameters_that_are_looked_up() -> None:
+    offload = pytest.importorskip("deepspeed.runtime.zero.parameter_offload", exc_type=ImportError)
+    assert "all_gather" in inspect.getsource(offload.ZeROOrderedDict.__getitem__)
+    assert "_parameters" in inspect.getsource(offload._inject_parameters)
+
+
 # who asks for `peft` --------------------------------------------------------------------------------------------------
 
 

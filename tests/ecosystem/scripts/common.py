@@ -46,6 +46,6 @@ def sums(model: nn.Module) -> dict[str, float]:
     return {name: p.double().abs().sum().item() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def write(results: dict[str, Any]) -> None:
+def write(results: dict[str, Any], name: str = "results.json") -> None:
     """Leave the results in the working folder."""
-    Path("results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    Path(name).write_text(json.dumps(results, indent=1), encoding="utf-8")
