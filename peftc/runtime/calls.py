@@ -33,6 +33,11 @@ class CallModule(nn.Module):
         self.tuner = tuner
         self.state: dict[str, Any] = {}
 
+    @property
+    def config(self) -> PeftConfig:
+        """The options in force; methods of the model may change them, and they are saved so."""
+        return self.plan.config
+
     def __getitem__(self, label: str) -> Tensor:
         holder, last = self._place(label)
         tensor = tensor_of(holder, last)
@@ -60,7 +65,7 @@ class CallModule(nn.Module):
         found = {label: source(self.site.disk(label)) for label in made} if source is not None else {}
         given = {label: tensor for label, tensor in found.items() if tensor is not None}
         if len(given) < len(made):
-            guarded(self.tuner.init, self.plan.peft_type, None)(self.plan.config, made, INIT)
+            guarded(self.tuner.init, self.plan.peft_type, None)(self.config, made, INIT)
         for slot in self.site.slots:
             tensor = given.get(slot.dotted)
             own = (
@@ -119,7 +124,7 @@ class View:
 
     @property
     def config(self) -> PeftConfig:
-        return self._module.plan.config
+        return self._module.config
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ _FORWARDS: Mapping[type[nn.Module], Kind] = {
     nn.MultiheadAttention: Kind.ATTENTION,
 }
 
-#: Rank of the weight of each kind: a layer whose `weight` is something else (packed, parametrised) is not of that kind.
+#: Rank of the weight of each kind: a layer whose `weight` is something else (packed) is not of that kind.
 _WEIGHT_RANK: Mapping[Kind, int] = {
     Kind.LINEAR: 2,
     Kind.CONV1D_TRANSPOSED: 2,

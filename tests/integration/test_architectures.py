@@ -71,7 +71,7 @@ def test_the_plan_is_the_adapted_model(model_type: str, tmp_path: Path) -> None:
     others = {option: [] for option in method.default_targets if option != "target_modules"}  # few models have defaults
     options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **others}
     needed = method.examples[0] if [*method.check(method.least(**options))] else {}  # what it cannot do without
-    config = method.config(**{**needed, **options})
+    config = method.least(**{**needed, **options})
     plan = compile_plan(graph, {"default": config})
 
     model = get_peft_model(meta_model(locate(base)), config)

@@ -69,7 +69,7 @@ def test_files_go_both_ways(writer: ModuleType, tmp_path: Path) -> None:
     model = made(writer)
     model.save_pretrained(str(tmp_path))
     loaded = reader.PeftModel.from_pretrained(Net(batch_first=True), str(tmp_path)).eval()
-    torch.testing.assert_close(loaded(x()), model(x()))
+    torch.testing.assert_close(loaded(x()), model(x()), rtol=1e-4, atol=1e-4)
 
 
 def test_the_update_of_the_output_counts_twice_and_its_gradient_too() -> None:
@@ -82,7 +82,8 @@ def test_the_update_of_the_output_counts_twice_and_its_gradient_too() -> None:
     theirs, ours = found
     assert theirs.keys() == ours.keys()
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient * (2 if "out_proj" in name else 1), rtol=1e-3, atol=1e-3)
+        right = gradient * (2 if "out_proj" in name else 1)
+        torch.testing.assert_close(ours[name], right, rtol=1e-3, atol=1e-5 * right.abs().max().item())
     layer = made(peftc).get_base_model().mha.base_layer.out_proj
     B, A = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     torch.testing.assert_close(layer.weight, layer.base_layer.weight + 2 * (8 / 4) * B @ A)
