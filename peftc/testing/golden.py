@@ -89,7 +89,8 @@ class GoldenCase:
             yield f"trainable and total parameters are {counts}, not {self.info['trainable'], self.info['total']}"
         yield from self._saved(model)
         with torch.no_grad():
-            with model.disable_adapter():  # the base's, whatever the writer left of the adapter in it (`out.y_disabled`)
+            # switched off, the base acts, whatever of the adapter the writer leaves in `out.y_disabled`
+            with model.disable_adapter():
                 yield from _apart("the output while disabled", self._call(model), self.tensors["out.y_base"])
             if "out.y_merged" in self.tensors:
                 yield from self._merged(model)
