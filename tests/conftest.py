@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -62,6 +63,14 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     for name in ("PEFTC_BLOCK", "PEFTC_TRACE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PEFTC_CACHE", str(tmp_path_factory.getbasetemp() / "peftc-cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_what_tests_make_is_collected() -> None:
+    """Trainings and compilers collect garbage again and again, each time for as long as there are objects: leave out those of
+    all that was imported, and of the modules of tests before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
