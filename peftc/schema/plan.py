@@ -74,6 +74,11 @@ def _definitions() -> dict[str, Schema]:
             reason=TEXT,
             tensors=list_of(ref("tensor")),
             buffers=list_of(ref("tensor")),
+            lifted={
+                "const": True,
+                "description": "What of it is in half precision is copied as float32; missing for a copy as it is.",
+            },
+            optional=("lifted",),
         ),
         "prompt": obj(
             "Virtual tokens, before the input or in the cache.",

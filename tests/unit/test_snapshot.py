@@ -100,15 +100,20 @@ def test_groups_alone_tell_convolutions_apart() -> None:
     [
         (Grouped(4, 4), "a subclass of Linear with a forward of its own"),
         (Scaled(4, 4), "a subclass of Embedding with a forward of its own"),
-        (parametrize.register_parametrization(nn.Linear(3, 5), "weight", Doubling()), "no parameter `weight`"),
         (nn.LayerNorm(4, elementwise_affine=False), "no parameter `weight`"),
     ],
-    ids=["grouped", "scaled", "parametrised", "bare norm"],
+    ids=["grouped", "scaled", "bare norm"],
 )
 def test_what_only_looks_like_a_kind_is_none_and_says_why(module: nn.Module, told: str) -> None:
     facts = layer_facts(module)
     assert facts.kind is Kind.OTHER
     assert told in facts.note
+
+
+def test_a_layer_that_computes_its_weight_is_of_its_kind() -> None:
+    facts = layer_facts(parametrize.register_parametrization(nn.Linear(3, 5), "weight", Doubling()))
+    assert (facts.kind, facts.in_features, facts.out_features) == (Kind.LINEAR, 3, 5)
+    assert "weight" not in dict(facts.params)
 
 
 def test_the_linear_subclasses_trusted_by_name_are_affine() -> None:
