@@ -6,7 +6,7 @@ elsewhere and cannot be brought is refused by name: nothing is merged or compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -207,6 +207,18 @@ def fill(model: nn.Module, tensor: Tensor, value: Tensor, blocks: int = 1) -> No
     made.copy_(padded(value.to(made.device), made.shape, blocks))
     keep_brought(module)
     change(module, {name: made})
+
+
+def share_brought(modules: Sequence[nn.Module], name: str) -> None:
+    """Have hooks of several modules bring one tensor where they bring equal ones from memory; each file is one of its own."""
+    maps = [offload.kept(module) for module in modules]
+    values = [kept[name] for kept in maps if kept is not None and name in kept and kept[name] is kept[name]]
+    if len(values) < len(modules) or not all(torch.equal(values[0], other) for other in values[1:]):
+        return
+    for module, value in zip(modules, values, strict=True):
+        if value.data_ptr() != values[0].data_ptr():
+            keep_brought(module)
+            change(module, {name: nn.Parameter(values[0], requires_grad=False)})
 
 
 def keep_brought(module: nn.Module) -> None:
