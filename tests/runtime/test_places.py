@@ -199,9 +199,17 @@ REFUSED = {
 }
 
 
+#: `test_offloaded` has the others of those places
+NOT_THERE = (generate, unload, convert, train_whole)
+CASES = [
+    pytest.param(way, operation, id=f"{way.__name__}-{operation.__name__}")
+    for way in (*OFFLOADED, *COMPUTED)
+    for operation in (NOT_THERE if way in (in_memory, on_disk, in_both) else OPERATIONS)
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
-@pytest.mark.parametrize("way", [*OFFLOADED, *COMPUTED], ids=lambda way: way.__name__)
+@pytest.mark.parametrize(("way", "operation"), CASES)
 def test_it_is_done_as_on_plain_weights_or_refused_by_name(
     way: Callable[[Any, Path], Any], operation: Callable[[Case], None], tmp_path: Path
 ) -> None:
