@@ -148,7 +148,9 @@ class _Inventory:
                 self.lazy.append(_lazy(path, name))
                 continue
             held = offload.held(module, name) if tensor.is_meta else None
-            self._names.setdefault(id(tensor) if held is None else held.data_ptr(), []).append(f"{path}.{name}" if path else name)
+            self._names.setdefault(id(tensor) if held is None else held.data_ptr(), []).append(
+                f"{path}.{name}" if path else name
+            )
             found.append((name, self._tensor(tensor)))
         return tuple(found)
 
