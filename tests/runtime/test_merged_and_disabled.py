@@ -357,7 +357,7 @@ def test_a_checkpoint_of_a_merged_adapter_has_nothing_merged_in_it() -> None:
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["beside", "merged"])
-@pytest.mark.parametrize("at", range(1, 60))
+@pytest.mark.parametrize("at", range(1, 40))
 def test_a_block_that_is_interrupted_on_its_way_out_leaves_adapters_on(at: int, merge: bool) -> None:
     """An interrupt at a line of what switches them on again; beyond the last line nothing happens."""
     model = whole()
