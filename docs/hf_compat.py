@@ -95,6 +95,20 @@ class Row:
         return f"| `{self.name}` | {self.status} | {self.why} |"
 
 
+#: What *same* does not say of states that a model can be in.
+STATES = """- Weights that accelerate offloads (`cpu_offload`, `disk_offload`, `device_map` with `cpu` or `disk`): forward, training,
+  generation, merging, saving, loading and conversion do what they do on others. A gradient of an adapter that is itself offloaded
+  is refused (PC536): offload the base first. Weights that a layer computes (`weight_norm`, parametrizations) are adapted and
+  trained beside; merging into them is refused (PC536).
+- When the active adapter is deleted, the first that remains takes over, with a warning (PC560), and trains if the deleted one
+  did, copies of `modules_to_save` too. When none remains, the model is its base.
+- A method whose output has a constant (`y * scale + shift`) merges into weight and bias; a layer without a bias gets one then, with
+  a warning, and unmerging takes it away again.
+- Copies of `modules_to_save` beside a base in half precision are float32 while `autocast_adapter_dtype` is on, as factors are: in the
+  reference they stay in the base's dtype. What they give, what is merged and what is in files has the base's dtype.
+- `disable_adapter()` is a state of the model: other threads see it. `adapter_names=["__base__"]` is one of the call."""
+
+
 def compat_page(registry: Registry) -> str:
     """The whole page."""
     rows = list(all_rows(registry))
@@ -116,6 +130,8 @@ def compat_page(registry: Registry) -> str:
         " kind of layer and the base's dtype, and torch's generator is left where the reference leaves it. Loading draws"
         " nothing. `tests/methods/test_starts.py` holds it. Other numbers:",
         "\n".join(f"- {where}: {why}." for where, why in OTHER_STARTS.items()),
+        "## States",
+        STATES,
         "## Every name",
         "\n".join([HEAD, *map(str, rows)]),
     ]

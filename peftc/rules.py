@@ -429,6 +429,9 @@ PLUGIN_OUTDATED = Rule(
 SYSTEM_REFUSED = SystemRule(
     "PC701", "The operating system refused", "The command stopped; what it writes is written whole or not at all."
 )
+OUT_OF_MEMORY = SystemRule(
+    "PC702", "Memory ran out", "The command stopped; what it writes is written whole or not at all."
+)
 DATA_UNREADABLE = Rule("PC710", "Training data cannot be read", "Training needs examples.")
 DATA_LINE = Rule("PC711", "Line is not an example", "What a line of another form should teach cannot be guessed.")
 DATA_KEYS_UNREAD = Rule("PC712", "Keys of the data that nothing reads", "They have no effect on training.", WARNING)

@@ -14,6 +14,7 @@ from peftc.checkpoint.values import content_problems
 from peftc.config.base import CONFIG_NAME
 from peftc.config.hub import CARD
 from peftc.diagnostics import Collector, PeftcError, Where, warn
+from peftc.registry.boundary import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,8 @@ def read_pickle(folder: Path) -> dict[str, Tensor]:
         what = f"`{file}`: {error.strerror or error}"
         raise PeftcError(rules.CHECKPOINT_UNREADABLE(what, fix=fix, where=where)) from error
     except _REFUSED as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PeftcError(rules.PICKLE_CONTENT(f"`{file}` cannot be read: {reason}", fix=_FIX, where=where)) from None
     if not isinstance(held, dict):

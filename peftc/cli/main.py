@@ -19,6 +19,7 @@ from typing import NoReturn, TextIO
 from peftc import __version__, rules
 from peftc.cli import console
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Where, did_you_mean
+from peftc.registry.boundary import is_out_of_memory
 
 #: name -> one line of help. The module has the same line as `HELP`; a test compares them.
 COMMANDS = {
@@ -72,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:  # /dev/full as stdout; a file that vanished under a command
         console.show([_system_refused(error)])
+        return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        console.show([_out_of_memory(error)])
         return FAILED
 
 
@@ -140,6 +146,12 @@ def _system_refused(error: OSError) -> Diagnostic:
     file = error.filename if isinstance(error.filename, str) else None
     what = f"{error.strerror or type(error).__name__}"
     return rules.SYSTEM_REFUSED(what, fix="Check the path, its permissions and the free space.", where=Where(file=file))
+
+
+def _out_of_memory(error: BaseException) -> Diagnostic:
+    what = str(error).partition("\n")[0] or type(error).__name__
+    fix = "Use a smaller batch or shorter texts, half precision (`dtype`), or a machine with more memory."
+    return rules.OUT_OF_MEMORY(what, fix=fix)
 
 
 def _show_warning(

@@ -100,7 +100,9 @@ def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
         yield f"meant by `{wrapped.reason}`: is wrapped, with {_slots(wrapped)}"
     if len(after.saves) > len(before.saves):
         yield from (
-            f"copied and trained whole, in `{s.path}`" for s in after.saves if f"{path}.".startswith(f"{s.path}.")
+            f"copied and trained whole{', in float32' if s.lifted else ''}, in `{s.path}`"
+            for s in after.saves
+            if f"{path}.".startswith(f"{s.path}.")
         )
     if len(after.trains) > len(before.trains):
         yield from (f"its {train.name} is trained ({train.reason})" for train in after.trains if train.path == path)

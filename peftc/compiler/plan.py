@@ -15,7 +15,7 @@ from peftc.compiler.rewrite import Rewrite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef
-from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts
+from peftc.graph.nodes import HALF, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts
 from peftc.tuner.prompt import Place
 from peftc.tuner.slots import Key, Share, Slot
 
@@ -116,12 +116,19 @@ class ModuleSite:
 
 @dataclass(frozen=True, slots=True)
 class SaveSite:
-    """A module that is copied and trained whole. `tensors` are all parameters below it by their path from it."""
+    """A module that is copied and trained whole. `tensors` are all parameters below it by their path from it, as they are
+    in the module and in a checkpoint; in a `lifted` copy what is in half precision is in float32."""
 
     path: str
     tensors: tuple[tuple[str, TensorFacts], ...]
     buffers: tuple[tuple[str, TensorFacts], ...]
     reason: str
+    lifted: bool = False
+
+    def copied(self) -> Iterator[tuple[str, TensorFacts]]:
+        """Parameters of the copy."""
+        for tail, facts in self.tensors:
+            yield tail, replace(facts, dtype="float32") if self.lifted and facts.dtype in HALF else facts
 
     def key(self, tail: str, adapter: str) -> Key:
         return Key(self.path, "modules_to_save", adapter, tail)
@@ -267,7 +274,7 @@ class AdapterPlan:
         root = self.root
         yield from self._of_slots(False, trainable, active, depth)
         for save in self.saves:
-            for tail, tensor in save.tensors:
+            for tail, tensor in save.copied():
                 name, disk = save.key(tail, self.name).memory(root), f"{root}{save.path}.{tail}"
                 yield PlannedParameter(name, disk, tensor.shape, tensor.dtype, trainable, self.name)
         for train in self.trains:
@@ -278,7 +285,6 @@ class AdapterPlan:
                 key = Key("prompt_encoder", "", self.name, f"{slot.name}.{slot.tail}" if slot.tail else slot.name)
                 dtype, table = slot.dtype or self.prompt.dtype, self.prompt.disk_of(slot)
                 yield PlannedParameter(key.memory(), table, slot.shape, dtype, slot.trainable and trainable, self.name)
-
         for slot in () if self.call is None else self.call.slots:
             assert self.call is not None
             place = self.call.memory(slot.dotted, self.name)
@@ -357,8 +363,8 @@ class AdapterPlan:
                 times = 1 if shared else kinds[id(site.slots), site.dtype]
                 tally.count(slot.dtype or site.dtype, slot.numel * times, slot.trainable)
         for save in self.saves:
-            for _, tensor in save.tensors:
-                tally.count(tensor.dtype, tensor.numel)
+            for _, facts in save.copied():
+                tally.count(facts.dtype, facts.numel)
         for train in self.trains:
             tally.trained[train.tensor.dtype] += train.tensor.numel
         if self.prompt is not None:

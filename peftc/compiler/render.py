@@ -83,11 +83,18 @@ def _site_rows(sites: Sequence[MapSite | ModuleSite], with_reason: bool) -> Iter
 
 
 def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
-    copies = [(s.path, (sum(facts.numel for _, facts in s.tensors), s.reason)) for s in adapter.saves]
+    copies = [(s.path, (sum(facts.numel for _, facts in s.tensors), s.reason, s.lifted)) for s in adapter.saves]
     for copy in grouped(copies):
-        number, reason = copy.tag
+        number, reason, lifted = copy.tag
         told = f"{copy.count * number:,}"
-        yield copy.pattern, f"×{copy.count:,}", "whole module", "a copy", told, f"modules_to_save: {reason}"
+        yield (
+            copy.pattern,
+            f"×{copy.count:,}",
+            "whole module",
+            "a float32 copy" if lifted else "a copy",
+            told,
+            f"modules_to_save: {reason}",
+        )
     tagged = [(f"{t.path}.{t.name}" if t.path else t.name, (t.tensor.shape, t.reason)) for t in adapter.trains]
     for bias in grouped(tagged):
         shape, reason = bias.tag

@@ -167,7 +167,13 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
         "kinds": [json.loads(kind) for kind in table],
         "maps": rows,
         "saves": [
-            {"path": s.path, "reason": s.reason, "tensors": _tensors(s.tensors), "buffers": _tensors(s.buffers)}
+            {
+                "path": s.path,
+                "reason": s.reason,
+                "tensors": _tensors(s.tensors),
+                "buffers": _tensors(s.buffers),
+                **({"lifted": True} if s.lifted else {}),
+            }
             for s in adapter.saves
         ],
         "trains": [
@@ -193,7 +199,13 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         config=config,
         maps=tuple(MapSite(path, *kinds[index], *parameter) for path, index, *parameter in data["maps"]),
         saves=tuple(
-            SaveSite(s["path"], tensors_from_json(s["tensors"]), tensors_from_json(s["buffers"]), s["reason"])
+            SaveSite(
+                s["path"],
+                tensors_from_json(s["tensors"]),
+                tensors_from_json(s["buffers"]),
+                s["reason"],
+                s.get("lifted", False),
+            )
             for s in data["saves"]
         ),
         trains=tuple(

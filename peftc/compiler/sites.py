@@ -19,7 +19,7 @@ from peftc.compiler.plan import MapSite, SaveSite, TrainSite
 from peftc.compiler.select import TASK_HEADS
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
-from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import HALF, OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
 from peftc.tuner.experts import PerExpert
@@ -246,7 +246,7 @@ def slot_dtype(weight: str, autocast: bool) -> str:
     >>> slot_dtype("bfloat16", True), slot_dtype("bfloat16", False), slot_dtype("uint8", True)
     ('float32', 'bfloat16', 'float32')
     """
-    if weight in ("float16", "bfloat16"):
+    if weight in HALF:
         return "float32" if autocast else weight
     return weight if weight in ("float32", "float64", "complex64", "complex128") else "float32"
 
@@ -376,7 +376,8 @@ def copy_modules(draft: Draft, context: Context) -> Draft:
             continue
         if node.facts.cls in _CONTAINERS:
             problems.append(_container(node, context))
-        saves.append(_save_site(context.graph, position, next(name for name in names if node.path.endswith(name))))
+        name = next(name for name in names if node.path.endswith(name))
+        saves.append(_save_site(context.graph, position, name, context.autocast_adapter_dtype))
     task = draft.config.task_type
     heads = TASK_HEADS.get(task, ()) if task else ()
     if heads and not saves:
@@ -409,13 +410,15 @@ def _container(node: ModuleNode, context: Context) -> Diagnostic:
     return rules.CANNOT_SAVE(what, fix="Name the modules in it.", where=context.where("modules_to_save"))
 
 
-def _save_site(graph: ModuleGraph, position: int, name: str) -> SaveSite:
+def _save_site(graph: ModuleGraph, position: int, name: str, autocast: bool) -> SaveSite:
     root = graph.nodes[position].path
     inside = list(below(graph, position))
     own = {f"{root}.{tail}" for tail, _ in _tensors(root, inside, "params")}
     # a parameter that the module itself uses twice stays one parameter in the copy
     tensors = [(t, f) for t, f in _tensors(root, inside, "params") if graph.alias_of.get(f"{root}.{t}") not in own]
-    return SaveSite(root, tuple(tensors), tuple(_tensors(root, inside, "buffers")), name)
+    buffers = tuple(_tensors(root, inside, "buffers"))
+    lifted = autocast and any(facts.dtype in HALF for _, facts in (*tensors, *buffers))
+    return SaveSite(root, tuple(tensors), buffers, name, lifted)
 
 
 def below(graph: ModuleGraph, position: int) -> Iterator[ModuleNode]:

@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def config_from_keywords(cls: type[PeftConfigMixin], options: Mapping[str, Any])
     if "peft_type" not in options and own is None:
         return PeftConfig(**options)
     config, told = config_from_dict({"peft_type": own, **options}, lenient=True)
-    warn(told)
+    warn(_dropped_together(told))
     return config
 
 
@@ -100,8 +100,20 @@ def read_config(source: str | os.PathLike[str], *, subfolder: str | None = None,
     except PeftcError as error:  # callers of the reference catch a `ValueError`
         raise ConfigError(error.diagnostics) from error
     config, warnings = config_from_document(document, lenient=True)
-    warn(warnings)
+    warn(_dropped_together(warnings))
     return config
+
+
+def _dropped_together(warnings: Sequence[Diagnostic]) -> Sequence[Diagnostic]:
+    """The warnings, of keys that were dropped one for all: whoever loads an adapter did not write its file."""
+    dropped = [warning for warning in warnings if warning.code == rules.DROPPED_KEY.code]
+    if len(dropped) < 2:
+        return warnings
+    names = ", ".join(f"`{(warning.where.path or '').removeprefix('$.')}`" for warning in dropped)
+    what = f"{len(dropped)} keys are not known and were dropped: {names}"
+    fix = "If they matter to this adapter, use a version that has them; `peftc validate` tells each with its line."
+    together = rules.DROPPED_KEY(what, fix=fix, where=Where(file=dropped[0].where.file))
+    return [together, *(warning for warning in warnings if warning not in dropped)]
 
 
 def write_config(

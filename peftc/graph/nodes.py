@@ -95,6 +95,7 @@ class TensorFacts:
         return self.numel * DTYPE_BYTES.get(self.dtype, 4)
 
 
+HALF = frozenset({"float16", "bfloat16"})
 #: Bytes of one number; dtypes that are not here count as four.
 DTYPE_BYTES: Mapping[str, int] = {
     "complex128": 16,

@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from peftc.registry.boundary import is_out_of_memory
+
 # transformers is imported by the functions: models of plain torch do without it
 
 #: Names that releases have for the cache of a call and of its output, newest first.
@@ -76,9 +78,9 @@ def fills(model: nn.Module, name: str) -> bool | None:
             cache = made(model.config)
             copy(**call, **{name: cache}, use_cache=True)
             return length(cache) == ids.shape[1]
-    except torch.OutOfMemoryError:  # which is no answer of the model's
-        raise
-    except _NO_ANSWER:
+    except _NO_ANSWER as error:
+        if is_out_of_memory(error):  # which is no answer of the model's
+            raise
         return None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftc.graph.former import EXPERT, FormerLayers, filled
+from peftc.registry.boundary import is_out_of_memory
 
 #: What transformers' conversions raise on tensors that they do not fit, or where a release lacks what is used here.
 _UNFIT = (
@@ -48,9 +49,9 @@ def former_layers(model: nn.Module, weights: Iterable[tuple[str, str, int]]) -> 
     try:
         conversions = _conversions(model)
         return tuple(_former(conversions, model, weights)) if conversions else ()
-    except torch.OutOfMemoryError:  # which says nothing about names
-        raise
-    except _UNFIT:
+    except _UNFIT as error:
+        if is_out_of_memory(error):  # which is no answer of the model's
+            raise
         return ()
 
 
@@ -78,9 +79,9 @@ def _former(
             elif parameter == "weight":
                 layers = names.before(key)
             layers = layers if all(names.now(_keyed(layer)) == key for layer in layers) else ()
-        except torch.OutOfMemoryError:
-            raise
-        except _UNFIT:
+        except _UNFIT as error:
+            if is_out_of_memory(error):  # which is no answer of the model's
+                raise
             continue  # a conversion that needs more than one tensor, or sizes of the config: no linear layers, fused
         layers = tuple(_general(layer, numbers) for layer in layers)
         if layers and layers != (module,):

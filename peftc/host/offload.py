@@ -56,6 +56,12 @@ def kept(module: nn.Module) -> Mapping[str, Tensor] | None:
     return None if hook is None else hook.weights_map
 
 
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor in memory that a hook brings; None where nothing brings it, or it is read from a file each time."""
+    values = kept(module)
+    return None if values is None or name not in values or _is_on_disk(values, name) else values[name]
+
+
 def keep(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """From now on, let the module's hook bring `values`; other tensors come from where they came from."""
     hook = hook_of(module)

@@ -33,7 +33,7 @@ from peftc.runtime.prompt.encoder import Exporter
 from peftc.runtime.session import Session
 from peftc.runtime.shards import refuse_distributed, refuse_parts
 from peftc.runtime.steps import patch
-from peftc.runtime.stored import can_take, differing, exported, fitted, restored, without_padding
+from peftc.runtime.stored import can_take, differing, exported, fitted, in_base_formats, restored, without_padding
 
 if TYPE_CHECKING:
     from peftc.model.peft_model import PeftModel
@@ -104,7 +104,8 @@ def adapter_tensors(
     `state_dict` is the wrapped model's, as a sharded run gathers it: tensors are then taken from it by their names in the
     model. Raises `PeftcError` if it lacks some that are trained; frozen ones may be left out.
     """
-    return tensors_of(model, model.session, name, save_embedding_layers, state_dict)
+    tensors = tensors_of(model, model.session, name, save_embedding_layers, state_dict)
+    return in_base_formats(model.session, name, tensors)
 
 
 def tensors_of(

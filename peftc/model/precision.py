@@ -14,7 +14,8 @@ from peftc.diagnostics import PeftcError
 from peftc.model.injected import adapters_of, followed
 from peftc.model.peft_model import PeftModel
 from peftc.model.state import slots_of
-from peftc.runtime.journal import whole
+from peftc.runtime.journal import keep_memory, whole
+from peftc.runtime.lifted import lift
 from peftc.runtime.storage import find, put
 
 M = TypeVar("M", bound=nn.Module)
@@ -98,7 +99,8 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 @whole
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Lift an adapter's slots of less than 4 bytes per number to float32, as new parameters; base weights stay.
+    """Lift an adapter's slots of less than 4 bytes per number to float32, as new parameters, and what is in half precision of
+    modules that it trains whole; base weights stay.
 
     Raises `PeftcError` if there is no such adapter.
     """
@@ -115,3 +117,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
                 wide = own.detach().float()
                 lifted[own] = wide if slot.derived else nn.Parameter(wide, requires_grad=own.requires_grad)
             put(layer, slot, adapter_name, lifted[own])
+    for copy in session.copies_of(adapter_name):
+        for tensor in (*copy.parameters_of(adapter_name), *copy.modules_to_save[adapter_name].buffers()):
+            keep_memory(tensor)
+            lift(tensor)

@@ -22,7 +22,7 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tens
     """
     if isinstance(scale, Tensor):  # so that what is compiled need not be again when the number changes
         return (y + scale * ((x.to(A.dtype) @ A.t()) @ B.t())).to(y.dtype)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_recorded():
         if is_traced():
             return (y + scale * ((x.to(A.dtype) @ A.t()) @ B.t())).to(y.dtype)
         out: Tensor = _AddLowRank.apply(y, x, A, B, scale)
@@ -35,12 +35,20 @@ def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tens
 
 
 def is_traced() -> bool:
-    """Whether the computation is compiled, transformed or differentiated forwards, and so must consist of plain operations:
-    traced, a function that writes into its input gets wrong gradients, and `torch.func` and `torch.autograd.forward_ad`
+    """Whether the computation is compiled, recorded, transformed or differentiated forwards, and so must consist of plain
+    operations: traced, a function that writes into its input gets wrong gradients, and `torch.func` and `torch.autograd.forward_ad`
     refuse functions with a backward of their own."""
     return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
+        or is_recorded()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
+
+
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` records, which compares what it finds with gradients and without."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def down(x: Tensor, A: Tensor) -> Tensor:

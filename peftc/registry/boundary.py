@@ -32,7 +32,7 @@ def boundary(peft_type: str, function: str, path: str | None = None) -> Iterator
     except PeftcError:
         raise
     except BaseException as error:
-        if is_of_user(error) or _out_of_memory(error) or (function in _RUNNING and not isinstance(error, Exception)):
+        if is_of_user(error) or is_out_of_memory(error) or (function in _RUNNING and not isinstance(error, Exception)):
             raise
         raise _raised(peft_type, function, path, error) from error
 
@@ -60,7 +60,7 @@ def guarded(function: Callable[P, R], peft_type: str, path: str | None, kind: ty
         except PeftcError:
             raise
         except Exception as error:
-            if _out_of_memory(error) or _control_flow(error):
+            if is_out_of_memory(error) or _control_flow(error):
                 raise
             raise _raised(peft_type, function.__name__, path, error) from error
         if isinstance(found, kind):
@@ -100,7 +100,9 @@ def _place(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}"
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which says nothing of what was computed: callers react to it by its type. torch raises errors
+    of several types for it, `RuntimeError` among them."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 

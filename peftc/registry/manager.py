@@ -22,7 +22,7 @@ from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, nearest, warn
 from peftc.registry import hookspecs
-from peftc.registry.boundary import is_of_user
+from peftc.registry.boundary import is_of_user, is_out_of_memory
 from peftc.registry.contract import contract_problem
 from peftc.tuner.method import TunerMethod
 
@@ -215,7 +215,7 @@ class Registry:
         try:
             plugin = importlib.import_module(claim.module)
         except BaseException as error:  # the plugin boundary: whatever a stranger's module does becomes a diagnostic
-            if is_of_user(error):
+            if is_of_user(error) or is_out_of_memory(error):
                 raise
             fix = f"Repair or uninstall {claim.distribution}; other methods work meanwhile."
             what = f"Importing {claim} raised {type(error).__name__}: {error}"
@@ -229,7 +229,7 @@ class Registry:
             manager.check_pending()
             method = manager.hook.peftc_tuner()
         except BaseException as error:  # the plugin boundary
-            if is_of_user(error):
+            if is_of_user(error) or is_out_of_memory(error):
                 raise
             what = f"{claim} failed while registering: {type(error).__name__}: {error}"
             raise PeftcError(

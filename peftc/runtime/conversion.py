@@ -25,6 +25,7 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.layer import TunerLayer
 from peftc.runtime.session import Session
 from peftc.runtime.shards import refuse_sharded
+from peftc.runtime.stored import in_base_formats
 from peftc.tuner.method import TunerMethod
 
 #: options of the old adapter that say which modules it is about, and of what model; the new one gets them where it has them
@@ -201,5 +202,5 @@ def _slots(
 def _copied(session: Session, plan: AdapterPlan) -> dict[str, Tensor]:
     """Modules that the adapter trains whole."""
     saved = tuple(f"{plan.root}{save.path}." for save in plan.saves)
-    found = session.tensors(plan.name).items() if saved else ()
+    found = in_base_formats(session, plan.name, session.tensors(plan.name)).items() if saved else ()
     return {key: tensor.detach().clone() for key, tensor in found if key.startswith(saved)}

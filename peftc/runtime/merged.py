@@ -29,7 +29,7 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
         result = {}
         for name, tensor in changed.items():
             if name not in base._parameters:
-                raise PeftcError(computed_elsewhere(base, name))
+                raise PeftcError(computed_elsewhere(base, name, parts[0].path))
             own = base._parameters[name]
             if own is None:
                 weight = base._parameters["weight"]

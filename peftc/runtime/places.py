@@ -6,7 +6,7 @@ elsewhere and cannot be brought is refused by name: nothing is merged or compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -128,11 +128,11 @@ def called_with(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any
         yield offload.moved(hook, args), offload.moved(hook, kwargs)
 
 
-def computed_elsewhere(module: nn.Module, name: str) -> Diagnostic:
+def computed_elsewhere(module: nn.Module, name: str, path: str | None = None) -> Diagnostic:
     """The diagnostic for a change of a parameter that is none of the module's own."""
     what = f"`{name}` of a {type(module).__name__} is computed from other tensors, and cannot be changed itself"
     fix = "Make it a plain parameter (`remove_parametrizations`), or use a method that acts beside the layer."
-    return rules.WEIGHT_ELSEWHERE(what, fix=fix)
+    return rules.WEIGHT_ELSEWHERE(what, fix=fix, where=path)
 
 
 # replacing ------------------------------------------------------------------------------------------------------------
@@ -207,6 +207,17 @@ def fill(model: nn.Module, tensor: Tensor, value: Tensor, blocks: int = 1) -> No
     made.copy_(padded(value.to(made.device), made.shape, blocks))
     keep_brought(module)
     change(module, {name: made})
+
+
+def share_brought(modules: Sequence[nn.Module], name: str) -> None:
+    """Have hooks of several modules bring one tensor where they bring equal ones from memory; each file is one of its own."""
+    values = [value for module in modules if (value := offload.held(module, name)) is not None]
+    if len(values) < len(modules) or not all(torch.equal(values[0], other) for other in values[1:]):
+        return
+    for module, value in zip(modules, values, strict=True):
+        if value.data_ptr() != values[0].data_ptr():
+            keep_brought(module)
+            change(module, {name: nn.Parameter(values[0], requires_grad=False)})
 
 
 def keep_brought(module: nn.Module) -> None:

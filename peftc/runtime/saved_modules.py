@@ -15,6 +15,7 @@ from peftc.host.offload import whole_copy
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, whole
 from peftc.runtime.layer import Source
+from peftc.runtime.lifted import called, half_of, lift, narrow, narrowed
 from peftc.runtime.places import refuse_gradients_of
 
 
@@ -50,10 +51,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Have in common with other layers what a model's layers share."""
         self._shared = shared
 
-    def add(self, adapter: str, root: str, source: Source | None = None) -> None:
-        """Copy the original for an adapter; `root` begins the disk keys under which `source` may have its tensors."""
+    def add(self, adapter: str, root: str, source: Source | None = None, lifted: bool = False) -> None:
+        """Copy the original for an adapter; `root` begins the disk keys under which `source` may have its tensors.
+
+        In a `lifted` copy what is in half precision is in float32.
+        """
         with parallel.gathering(self.original_module):
             twin = whole_copy(self.original_module)
+        for tensor in (*twin.parameters(), *twin.buffers()) if lifted else ():
+            lift(tensor)
         for name, tensor in twin.state_dict(keep_vars=True).items():
             tensor.requires_grad_(False)
             found = source(f"{root}{name}") if source is not None else None
@@ -125,13 +131,22 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         own = self.modules_to_save._modules
         return next((twin for name in names if (twin := own.get(name)) is not None), self.original_module)
 
+    def taking_over(self, names: Iterable[str]) -> nn.Module:
+        """The same, to be in the module's place for good."""
+        found = self.of(names)
+        return found if found is self.original_module else narrow(found, self.original_module)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self._shared.call if self._shared.by_rows and not self._disabled else None
         if call is None or not call.adapters:
-            output = self.current(*args, **kwargs)
+            output = self._called(self.current, args, kwargs)
             refuse_gradients_of(self.current, output)
             return output
         return self._by_rows(call, args, kwargs)
+
+    def _called(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        half = None if module is self.original_module else half_of(module, self.original_module)
+        return module(*args, **kwargs) if half is None else called(module, half, args, kwargs)
 
     def _by_rows(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -142,13 +157,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             modules.setdefault(own.get(adapter) or self.original_module, []).append(rows)
         if len(modules) == 1:
             (module,) = modules
-            return module(*args, **kwargs)  # type: ignore[no-any-return]
+            return self._called(module, args, kwargs)  # type: ignore[no-any-return]
         places = [torch.cat(rows) for rows in modules.values()]
         parts = []
         for module, rows in zip(modules, places, strict=True):
-            found = module(
-                *(_taken(a, rows, count) for a in args), **{k: _taken(v, rows, count) for k, v in kwargs.items()}
-            )
+            given = [_taken(a, rows, count) for a in args]
+            found = self._called(module, given, {k: _taken(v, rows, count) for k, v in kwargs.items()})
             if not isinstance(found, Tensor):
                 what = f"A {type(module).__name__} returns a {type(found).__name__}, whose rows cannot be put together"
                 raise PeftcError(rules.ROWS_DIFFER(what, fix="Call the model once for each adapter."))
@@ -158,7 +172,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     @property
     def weight(self) -> Tensor:
-        weight: Tensor = self.current.weight  # type: ignore[assignment]  # modules type attributes loosely
+        weight: Tensor = self._read("weight")
         return weight
 
     def __getattr__(self, name: str) -> Any:
@@ -167,7 +181,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         except AttributeError:
             if name.startswith("_") or name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.current, name)
+            return self._read(name)
+
+    def _read(self, name: str) -> Any:
+        """An attribute of the module in effect. Who reads a weight computes with it, in the module's number format."""
+        module = self.current
+        value = getattr(module, name)
+        if module is self.original_module or not isinstance(value, Tensor):
+            return value
+        return narrowed(self.original_module, name, value)
 
 
 def _taken(value: Any, rows: Tensor, count: int) -> Any:

@@ -117,7 +117,7 @@ class Session:
                     copy = self._wrap(save.path, ModulesToSaveWrapper)
                     self._remember(self.copies, save.path, copy)
                     copy.join(self.shared)
-                copy.add(plan.name, f"{plan.root}{save.path}.", source)
+                copy.add(plan.name, f"{plan.root}{save.path}.", source, save.lifted)
             self.base.change(plan, source)
             for known in (self.readers, self.seams, self.plans):
                 keep_entry(known, plan.name)
@@ -457,7 +457,7 @@ class Session:
         self.base.keep_changes()
         keep_entries(self.copies)
         for path, copy in list(self.copies.items()):
-            self._put_back(path, copy.of(merged))
+            self._put_back(path, copy.taking_over(merged))
             del self.copies[path]
 
     def _put_back(self, path: str, module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.former import FormerLayers, starred
 from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
 from peftc.graph.roles import RoleFinder
-from peftc.host import layers
+from peftc.host import layers, offload
 from peftc.host.fused import former_layers
 from peftc.host.parallel import whole_shape
 from peftc.host.torch_modules import computed_by, transient_buffers
@@ -136,7 +136,7 @@ class _Inventory:
         return facts
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
-        """Names of parameters that are one object, in the order met."""
+        """Names of parameters that are one object, or are brought from one for calls, in the order met."""
         return tuple(tuple(names) for names in self._names.values() if len(names) > 1)
 
     def _parameters(self, path: str, module: nn.Module) -> tuple[tuple[str, TensorFacts], ...]:
@@ -147,7 +147,10 @@ class _Inventory:
             if isinstance(tensor, _SHAPELESS):
                 self.lazy.append(_lazy(path, name))
                 continue
-            self._names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+            held = offload.held(module, name) if tensor.is_meta else None
+            self._names.setdefault(id(tensor) if held is None else held.data_ptr(), []).append(
+                f"{path}.{name}" if path else name
+            )
             found.append((name, self._tensor(tensor)))
         return tuple(found)
 

@@ -20,6 +20,7 @@ from peftc.graph.nodes import ModuleGraph, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.runtime.journal import keep_entry, whole
+from peftc.runtime.lifted import narrowed
 from peftc.runtime.session import Session
 from peftc.runtime.steps import patch
 from peftc.tuner.method import MapTuner
@@ -64,6 +65,20 @@ def exported(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict
                 made = tuner.export(site.config, site.path, site.layer, own)
             result |= {key: made[slot] for slot, key in keys.items()}
     return result | {copy: result[key] for copy, key in session.plans[name].copies().items() if key in result}
+
+
+def in_base_formats(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors by checkpoint key, those of modules that it trains whole in the number formats of the base.
+
+    That is what the reference's files hold, and what loads there in every way: where tensors of a file become the
+    model's own, a head in float32 beside a base in half precision could not compute.
+    """
+    result, plan = dict(tensors), session.plans[name]
+    for save in plan.saves:
+        root, original = f"{plan.root}{save.path}.", session.copies[save.path].original_module
+        for key in [key for key in result if key.startswith(root)]:
+            result[key] = narrowed(original, key.removeprefix(root), result[key])
+    return result
 
 
 def restored(session: Session, source: AdapterPlan, values: Mapping[str, Any]) -> dict[str, Any]:

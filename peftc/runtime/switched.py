@@ -44,11 +44,16 @@ def disabled(session: Session) -> Iterator[None]:
         what = f"{len(off)} of {len(wrappers)} layers are disabled already; after the block all are enabled"
         warn([rules.PARTLY_DISABLED(what, fix="Enable them before, or disable all with `disable_adapter_layers`.")])
     before = session.enabled and not (off and len(off) == len(wrappers))
-    session.enable(False)
     try:
-        yield
-    finally:
-        session.enable(before)
+        session.enable(False)
+        try:
+            yield
+        finally:
+            session.enable(before)
+    except BaseException:  # of the block, or an interrupt while they were switched: that is gone the second time
+        if session.enabled is not before:
+            session.enable(before)
+        raise
 
 
 def _acting(session: Session) -> list[Wrapper]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import PeftcError, Severity, warn
 from peftc.runtime.journal import note
+from peftc.runtime.lifted import narrowed
 from peftc.runtime.places import tensor_of
 from peftc.runtime.session import Session
 
@@ -71,7 +72,9 @@ def _merged(session: Session, name: str, adapters: Sequence[str]) -> Tensor | No
     """A parameter of the base model as it will be after merging."""
     for path, copy in session.copies.items():
         if name.startswith(f"{path}."):
-            return copy.of((*adapters, *session.merged)).get_parameter(name.removeprefix(f"{path}."))
+            tail = name.removeprefix(f"{path}.")
+            found = copy.of((*adapters, *session.merged)).get_parameter(tail)
+            return narrowed(copy.original_module, tail, found.detach())
     path, _, tail = name.rpartition(".")
     layer, module = session.layers.get(path), session.find(path)
     if layer is not None:

@@ -14,6 +14,7 @@ from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import ModuleGraph
 from peftc.runtime.journal import keep_entry
 from peftc.runtime.layer import TunerLayer
+from peftc.runtime.places import share_brought
 
 
 def refuse_clashes(plans: Sequence[AdapterPlan], tuner_of: TunerOf) -> None:
@@ -52,6 +53,7 @@ def keep_ties(graph: ModuleGraph, layers: Mapping[str, TunerLayer]) -> None:
         if len(owners) < len(group) or len(tails) > 1:
             continue
         (tail,) = tails
+        share_brought(owners, tail)
         first, *others = (owner._parameters[tail] for owner in owners)
         apart = [other for other in others if other is not first]
         if first is None or not apart or any(other is None or other.is_meta for other in (first, *apart)):

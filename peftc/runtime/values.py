@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftc import rules
 from peftc.diagnostics import Collector, Diagnostic, PeftcError
-from peftc.registry.boundary import guarded
+from peftc.registry.boundary import guarded, is_out_of_memory
 from peftc.runtime.call import Call, values_differ
 from peftc.runtime.session import Session
 
@@ -29,7 +29,9 @@ def taken(session: Session, kwargs: MutableMapping[str, Any]) -> dict[str, Tenso
 def _as_values(name: str, value: Any) -> Tensor:
     try:
         found = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         found = torch.empty(0, 0)
     if found.dim() != 1 or found.is_floating_point() or found.is_complex():
         what = f"`{name}` is not a list of whole numbers"

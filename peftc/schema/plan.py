@@ -68,13 +68,7 @@ def _definitions() -> dict[str, Schema]:
                 "The place.", file=TEXT, line=SIZE, column=SIZE, path=TEXT, optional=("file", "line", "column", "path")
             ),
         ),
-        "save": obj(
-            "A module that is copied, trained whole and saved.",
-            path=TEXT,
-            reason=TEXT,
-            tensors=list_of(ref("tensor")),
-            buffers=list_of(ref("tensor")),
-        ),
+        "save": _save(),
         "prompt": obj(
             "Virtual tokens, before the input or in the cache.",
             slots=list_of(ref("slot")),
@@ -126,6 +120,21 @@ def _rewrite() -> Schema:
         layers=list_of(TEXT, "Names of the layers, in the order of their rows; empty if it was always a parameter."),
         parameter={**TEXT, "description": "What it is called now, as in `target_parameters`."},
         options=list_of(change),
+    )
+
+
+def _save() -> Schema:
+    return obj(
+        "A module that is copied, trained whole and saved.",
+        path=TEXT,
+        reason=TEXT,
+        tensors=list_of(ref("tensor")),
+        buffers=list_of(ref("tensor")),
+        lifted={
+            "const": True,
+            "description": "What of it is in half precision is copied as float32; missing for a copy as it is.",
+        },
+        optional=("lifted",),
     )
 
 

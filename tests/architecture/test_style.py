@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from typing import TypeGuard
 
 import pytest
@@ -21,6 +22,20 @@ CATCH_ALL: dict[str, str] = {
     "peftc.registry.boundary": "the plugin boundary: calls of a method's functions",
     "peftc.registry.manager": "the plugin boundary: importing and registering a plugin",
     "peftc.runtime.journal": "an undo that fails must not keep others from being run; the first error is raised",
+}
+
+# Handlers that take an error of memory for another, each with the reason why it is none.
+NO_MEMORY: dict[str, str] = {
+    "peftc.ops.transposed.hides_saved": "a context is opened, and no tensor made",
+    "peftc.integrations.transformers.jobs.device_named": "a name is read",
+    "peftc.checkpoint.weights.device_of": "a name is read",
+    "peftc.integrations.packages.is_torch_tpu_available": "a device is asked for",
+    "peftc.checkpoint.zipped.zipped_header_of": "a header is read: sizes that no memory holds are damage",
+    "peftc.integrations.transformers.architecture._config_of": "a config is read: sizes that no memory holds are wrong",
+    "peftc.integrations.transformers.graph.meta_model": "no memory is taken: sizes that no memory holds are wrong",
+    "peftc.integrations.transformers.gguf.read_config": "a header is read: sizes that no memory holds are damage",
+    "peftc.integrations.transformers.gguf.load_tokenizer": "a header is read: sizes that no memory holds are damage",
+    "peftc.runtime.journal.Journal.undo": "an undo that fails must not keep others from being run; the first error is raised",
 }
 
 CODE = sources("peftc", "plugins")
@@ -66,6 +81,42 @@ def test_only_the_plugin_boundary_catches_everything(source: Source) -> None:
         and not _reraises(node)
     ]
     assert not caught or source.module in CATCH_ALL, f"{source.name} catches everything in lines {caught}"
+
+
+def test_a_wide_handler_lets_errors_of_memory_pass() -> None:
+    """torch's `OutOfMemoryError` is a `RuntimeError`: caught as what it is not, it blames a config, a file or a plugin, and
+    whoever would free memory and go on never sees it."""
+    assert set(_takes_memory()) == NO_MEMORY.keys()
+
+
+def _takes_memory() -> Iterator[str]:
+    wide = {"Exception", "BaseException", "RuntimeError", "MemoryError"}
+    tuples = {
+        (source.module, target.id): {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+        for source in CODE
+        for node in source.ast.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    imported = {name: classes for (_, name), classes in tuples.items() if not name.startswith("_")}
+    for source in CODE:
+        for name, function in source.functions:
+            for node in ast.walk(function):
+                if isinstance(node, ast.ExceptHandler):
+                    classes = (
+                        wide if node.type is None else {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+                    )
+                    classes = classes.union(*(tuples.get((source.module, c), imported.get(c, set())) for c in classes))
+                    if classes & wide and not _reraises(node) and not _lets_memory_pass(node):
+                        yield f"{source.module}.{name}"
+
+
+def _lets_memory_pass(handler: ast.ExceptHandler) -> bool:
+    """Whether it begins with raising such an error again, or raises all but such."""
+    first = handler.body[0]
+    asked = isinstance(first, ast.If) and "is_out_of_memory(error)" in ast.unparse(first.test)
+    return asked and isinstance(first, ast.If) and isinstance(first.body[0], ast.Raise) and first.body[0].exc is None
 
 
 @pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)

@@ -115,6 +115,17 @@ def _inside(place: Path) -> Iterator[None]:
         os.chdir(old)
 
 
+def without_memory(place: Path) -> Any:
+    """Run the program, out of memory in whatever it does."""
+
+    def fail(words: list[str]) -> int:
+        raise MemoryError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli_main, "_dispatch", fail)
+        cli_main.main(["methods"])
+
+
 # what is bad ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +240,7 @@ CASES = {
     "a record without a prefix": Case(rules.PLUGIN_INVALID, broken_hook, "needs a `prefix`", "", contract, "and not (method.prefix and method.layer_names):", "and False:"),
     "a plugin that raises": Case(rules.PLUGIN_RAISED, own_check_fails, "RuntimeError: a mistake in the plugin", "doc.yaml:3:21", boundary_module, "return PeftcError(rules.PLUGIN_RAISED(what, fix=fix, where=path))", "return error"),
     # the frame
+    "no memory": Case(rules.OUT_OF_MEMORY, without_memory, "can't allocate memory", "", cli_main, "console.show([_out_of_memory(error)])", "pass"),
     "a refusal of the system": Case(rules.SYSTEM_REFUSED, command("schema", "plan", "--write", "--dir", "/dev/null/x"), "Not a directory", "", cli_main, "console.show([_system_refused(error)])", "pass"),
 }  # fmt: skip
 

@@ -187,3 +187,26 @@ def test_a_convolution_keeps_its_geometry(target: str, tmp_path: Path) -> None:
     ours = case.output(case.loaded_by("peftc", tmp_path))
     assert not torch.allclose(case.output(theirs), ours, atol=1e-3)
     torch.testing.assert_close(case.output(theirs.merge_and_unload()), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("thrifty", [False, True], ids=["plain", "low_cpu_mem_usage"])
+@pytest.mark.parametrize(("writer", "reader"), BOTH_WAYS, ids=["peft-to-peftc", "peftc-to-peft"])
+def test_a_head_trained_whole_beside_a_base_in_half_precision(
+    writer: str, reader: str, thrifty: bool, tmp_path: Path
+) -> None:
+    """Here it trains in float32, there in the base's format; files hold the latter, which can be loaded in every way."""
+
+    def base() -> Any:
+        return case.tiny.build().bfloat16()
+
+    case = lora("llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with seeded(5):
+        made = LIBRARIES[writer].get_peft_model(base(), getattr(LIBRARIES[writer], case.config)(**case.options)).eval()
+    moved(made)
+    made.save_pretrained(str(tmp_path))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: t.dtype for key, t in stored.items() if "lm_head" in key} == {
+        "base_model.model.lm_head.weight": torch.bfloat16
+    }
+    loaded = LIBRARIES[reader].PeftModel.from_pretrained(base(), str(tmp_path), low_cpu_mem_usage=thrifty).eval()
+    torch.testing.assert_close(case.output(loaded), case.output(made), rtol=0.02, atol=0.05)

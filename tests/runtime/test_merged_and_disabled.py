@@ -6,9 +6,12 @@ The kit holds the plain case for every method that merges (`disabled_is_base_whi
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -351,3 +354,37 @@ def test_a_checkpoint_of_a_merged_adapter_has_nothing_merged_in_it() -> None:
     before = model.adapter_tensors("default")
     model.merge_adapter()
     assert same(model.adapter_tensors("default"), before)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["beside", "merged"])
+@pytest.mark.parametrize("at", range(1, 40))
+def test_a_block_that_is_interrupted_on_its_way_out_leaves_adapters_on(at: int, merge: bool) -> None:
+    """An interrupt at a line of what switches them on again; beyond the last line nothing happens."""
+    model = whole()
+    if merge:
+        model.merge_adapter()
+    y, before = model(x()), bits(model)
+    lines = 0
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != switched.__file__:
+            return interrupt if event == "call" else None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return interrupt
+
+    try:
+        with model.disable_adapter():
+            model(x())
+            sys.settrace(interrupt)
+            sys._getframe().f_trace = interrupt
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    assert model.session.enabled
+    assert torch.equal(model(x()), y) and same(bits(model), before)

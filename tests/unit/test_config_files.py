@@ -85,8 +85,9 @@ def test_unknown_keys_are_dropped_with_a_warning_each(tmp_path: Path) -> None:
     saved(tmp_path, later_option=3, another={"a": 1})
     with pytest.warns(PeftcWarning) as shown:
         config = read_config(tmp_path)
-    told = {w.message.diagnostic.where.path for w in shown}  # type: ignore[union-attr]
-    assert told == {"$.later_option", "$.another"}
+    (told,) = [w.message.diagnostic for w in shown]  # type: ignore[union-attr]  # one, however many they are
+    assert told.code == rules.DROPPED_KEY.code
+    assert "`later_option`" in told.what and "`another`" in told.what
     assert config == METHOD.config(**(METHOD.examples[0] if METHOD.examples else {}))
 
 

@@ -113,6 +113,7 @@ def test_what_only_looks_like_a_kind_is_none_and_says_why(module: nn.Module, tol
 def test_a_layer_that_computes_its_weight_is_of_its_kind() -> None:
     facts = layer_facts(parametrize.register_parametrization(nn.Linear(3, 5), "weight", Doubling()))
     assert (facts.kind, facts.in_features, facts.out_features) == (Kind.LINEAR, 3, 5)
+    assert "weight" not in dict(facts.params)
 
 
 def test_the_linear_subclasses_trusted_by_name_are_affine() -> None:

@@ -27,6 +27,7 @@ from peftc.integrations.transformers.architecture import AUTO_CLASSES, FAILURES,
 from peftc.integrations.transformers.base import load_base
 from peftc.model.peft_model import DEFAULT, PeftModel
 from peftc.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peftc.registry.boundary import is_out_of_memory
 
 #: libraries whose public model classes a config may name
 _LIBRARIES = ("transformers", "diffusers")
@@ -108,6 +109,8 @@ def _base_model(
     try:
         model: nn.Module = cls.from_pretrained(name, revision=config.revision or "main", **options)
     except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         fix = "Name a base model that can be reached: load it yourself and use `PeftModel.from_pretrained(model, folder)`."
         raise PeftcError(rules.BASE_UNREADABLE(told(error), fix=fix, where=Where(file=name))) from error
     return model

@@ -23,6 +23,7 @@ from peftc.graph.locate import LocatedBase, locate
 from peftc.integrations.transformers import gguf
 from peftc.integrations.transformers.architecture import FAILURES, architecture_of, unbuildable
 from peftc.integrations.transformers.dtypes import dtype_of
+from peftc.registry.boundary import is_out_of_memory
 
 #: A folder with one of these has a tokenizer.
 _TOKENIZER_FILES = (
@@ -68,6 +69,8 @@ def load_tokenizer(base: LocatedBase) -> PreTrainedTokenizerBase | None:
             base.source, revision=base.ref.revision or "main", trust_remote_code=False
         )
     except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise PeftcError(unbuildable(base, error)) from error
     return tokenizer
 
@@ -85,6 +88,8 @@ def _loaded_model(base: LocatedBase, device: torch.device | str) -> PreTrainedMo
                 base.source, revision=base.ref.revision or "main", **options
             )
         except FAILURES as error:
+            if is_out_of_memory(error):
+                raise
             raise PeftcError(unbuildable(base, error)) from error
     return model
 
@@ -96,6 +101,8 @@ def _random_model(base: LocatedBase, seed: int) -> PreTrainedModel:
             torch.manual_seed(seed)
             model: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype_of(base, found.config))
     except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         raise PeftcError(unbuildable(base, error)) from error
     return model
 

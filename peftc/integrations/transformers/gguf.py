@@ -24,6 +24,7 @@ from transformers import (
 from peftc import rules
 from peftc.diagnostics import PeftcError, Where
 from peftc.host import loading
+from peftc.registry.boundary import is_out_of_memory
 
 #: What a damaged or unknown file makes the readers raise: they index into bytes and look names up in tables.
 _DAMAGE = (
@@ -57,6 +58,8 @@ def load_model(path: Path, cls: type[PreTrainedModel], **options: Any) -> PreTra
                 str(path.parent), gguf_file=path.name, **loading.dense_options(), **options
             )
     except _DAMAGE as error:
+        if is_out_of_memory(error):
+            raise
         raise _damaged(path, error) from error
     loading.forget_quantization(model)
     return model

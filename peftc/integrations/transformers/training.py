@@ -41,6 +41,7 @@ from peftc.limits import MAX_JSON
 from peftc.model import identity
 from peftc.model.files import live_names
 from peftc.model.peft_model import PeftModel
+from peftc.registry.boundary import is_out_of_memory
 from peftc.runtime.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
@@ -176,6 +177,8 @@ class AdapterTrainer(Trainer):
             except PeftcError as error:  # of saving the adapter, which knows only where it is staged
                 raise PeftcError(_not_written(target, error.diagnostics[0].what)) from error
             except (OSError, RuntimeError) as error:  # the latter is how torch says that a disk is full
+                if is_out_of_memory(error):
+                    raise
                 raise PeftcError(_not_written(target, error)) from error
 
         try:
@@ -211,9 +214,11 @@ def _from_checkpoint(folder: str | None, name: str) -> Iterator[None]:
     """What is not a checkpoint's content is told by its file: a pickle of something else, tensors of another training."""
     try:
         yield
-    except (PeftcError, torch.OutOfMemoryError):
+    except PeftcError:
         raise
     except (*FAILURES, pickle.PickleError) as error:
+        if is_out_of_memory(error):
+            raise
         what = f"`{name}` of the checkpoint is not what a training wrote: {told(error)}"
         fix = f"Remove `{folder}` and train anew without `--resume`."
         raise PeftcError(rules.CANNOT_RESUME(what, fix=fix, where=Where(file=folder))) from error
