@@ -125,7 +125,7 @@ def _given(module: nn.Module, label: str) -> Any:
     """What a slot's module gives where it is called without an input. Hooks that need one raise."""
     try:
         return module()
-    except PeftcError:
+    except (PeftcError, torch.OutOfMemoryError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         what = f"The module of `{label}` was called for its tensors, without an input, and what hangs on it raised {error!r}"

@@ -1,10 +1,8 @@
-"""`python -m tests.faults [METHOD...]`: a failure of every kind at every call of every operation of the methods (all of them).
-
-`python -m tests.faults lines [METHOD...]`: an interrupt on every line instead.
-"""
+"""`python -m tests.faults [METHOD...]`: a failure at every call of every operation of the methods (all of them)."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 
@@ -14,23 +12,26 @@ from tests.faults.operations import Case, operations
 from tests.faults.runs import counted, failed
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Print one line for each operation, and what was wrong. 0: nothing was."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("methods", nargs="*", default=default_registry().names)
+    parser.add_argument("--lines", action="store_true", help="an interrupt on every line instead")
+    parser.add_argument("--all-kinds", action="store_true", help="every kind of failure at each call, not one in turn")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th call or line")
+    args = parser.parse_args()
+    inject = lines if args.lines else calls
+    failures = [KeyboardInterrupt] if args.lines else FAILURES if args.all_kinds else None
     wrong = total = 0
-    by_line = names[:1] == ["lines"]
-    inject, failures = (lines, [KeyboardInterrupt]) if by_line else (calls, FAILURES)
     start = time.process_time()
-    for name in names[by_line:] or default_registry().names:
+    for name in args.methods:
         case = Case(name)
         for operation in operations(case):
-            places = counted(operation, inject)
-            bad = list(failed(operation, range(1, len(places) + 1), inject, failures))
-            total += len(places) * len(failures)
+            places = len(counted(operation, inject))
+            bad = list(failed(operation, range(1, places + 1, args.every), inject, failures))
+            total += len(range(0, places, args.every)) * len(failures or [0])
             wrong += len(bad)
-            print(
-                f"{name:24} {operation!s:32} {len(places):5} places, {len(bad)} failures that left something",
-                flush=True,
-            )
+            print(f"{name:24} {operation!s:32} {places:5} places, {len(bad)} failures that left something", flush=True)
             for line in bad[:20]:
                 print(f"    {line}", flush=True)
     print(f"{total:,} failures, {wrong} left something, {time.process_time() - start:.0f} s of one core")
@@ -38,4 +39,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

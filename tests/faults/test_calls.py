@@ -1,7 +1,7 @@
 """A failure at any call that peftc makes leaves a model as it was: bits, objects, flags, hooks, names, what is active.
 
 Every place of the code that an operation passes is tried, with the first time and the last time that it comes by, over all
-methods together; `python -m tests.faults` tries every single call, for each method, with every kind of failure.
+methods together; `python -m tests.faults` tries every single call, for each method, and with `--all-kinds` every kind of failure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def case() -> Case:
 
 
 def test_an_interrupt_on_any_line_leaves_everything_as_it_was(case: Case) -> None:
-    """The first and the last time that any operation comes by; `python -m tests.faults lines` tries all of them."""
+    """The first and the last time that any operation comes by; `python -m tests.faults --lines` tries all of them."""
     wrong, seen = [], set[tuple[Place, bool]]()
     for operation in operations(case):
         numbers = list(new(counted(operation, lines), seen))
