@@ -80,6 +80,12 @@ class Case:
         self.subject.join(model, "other")
         return model
 
+    def asked(self) -> PeftModel:
+        """A model whose table was asked for before: slots are where they may be."""
+        model = self.one()
+        table(model)
+        return model
+
     def merged(self) -> PeftModel:
         model = self.one()
         model.merge_adapter()
@@ -136,7 +142,7 @@ def operations(case: Case) -> Iterator[Operation]:
     if isinstance(case.one().base_model, TunerModel):
         yield from _on_layers(case)
     if case.method.is_prompt:
-        yield Operation("load a table", case.one, lambda m: encoder(m).load_prompt_embeddings(table(m)))
+        yield Operation("load a table", case.asked, lambda m: encoder(m).load_prompt_embeddings(table(m)))
 
 
 def _on_layers(case: Case) -> Iterator[Operation]:
