@@ -2,8 +2,9 @@
 
 from peftc.checkpoint.atomic import replace_files
 from peftc.checkpoint.load import AdapterFile, load_adapter_tensors, open_adapter
+from peftc.checkpoint.names import PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.report import LoadReport, expected_tensors, match, match_file
-from peftc.checkpoint.save import PLAN_NAME, WEIGHTS_NAME, save_adapter
+from peftc.checkpoint.save import save_adapter
 
 __all__ = [
     "PLAN_NAME",

@@ -22,7 +22,7 @@ from peftc import rules
 from peftc.checkpoint.content import Content
 from peftc.checkpoint.format import Entry, FormatError, Header, header_of
 from peftc.checkpoint.keys import renamed
-from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME
+from peftc.checkpoint.names import PICKLE_NAME, WEIGHTS_NAME
 from peftc.checkpoint.zipped import zipped_header_of
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
-from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME, not_written, write_tensors
+from peftc.checkpoint.names import PICKLE_NAME, WEIGHTS_NAME
+from peftc.checkpoint.save import not_written, write_tensors
 from peftc.checkpoint.values import content_problems
 from peftc.config.base import CONFIG_NAME
 from peftc.config.hub import CARD

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from peftc import rules
 from peftc.checkpoint.keys import Nearest, assign, common_change, listed, one_of_each
 from peftc.checkpoint.named import assign_planned
-from peftc.checkpoint.save import PLAN_NAME
+from peftc.checkpoint.names import PLAN_NAME
 from peftc.compiler.plan import AdapterPlan
 from peftc.config.reader import read_bytes
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Severity, Where, warn

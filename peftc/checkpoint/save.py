@@ -17,6 +17,7 @@ from peftc import rules
 from peftc._version import FILE_VERSION
 from peftc.checkpoint.atomic import Part, replace_folders
 from peftc.checkpoint.format import write_file
+from peftc.checkpoint.names import BASE_NAME, PICKLE_NAME, PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.values import content_problems
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.serial import plan_to_text
@@ -28,13 +29,6 @@ from peftc.graph.nodes import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-#: What others wrote before there was safetensors, and write where a program asks for it.
-PICKLE_NAME = "adapter_model.bin"
-PLAN_NAME = "peftc_plan.json"
-#: The print of the base model that the adapter was saved on.
-BASE_NAME = "peftc_base.json"
 
 
 def save_adapter(

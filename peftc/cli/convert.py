@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _to_safetensors(args: argparse.Namespace) -> int:
+    from peftc.checkpoint.names import WEIGHTS_NAME
     from peftc.checkpoint.pickled import pickle_to_safetensors  # here: below the torch line
-    from peftc.checkpoint.save import WEIGHTS_NAME
     from peftc.integrations.transformers import jobs
 
     if args.out is not None:

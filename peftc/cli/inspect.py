@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from peftc import rules
 from peftc.checkpoint.load import AdapterFile, open_adapter
+from peftc.checkpoint.names import PLAN_NAME
 from peftc.checkpoint.report import match_file
-from peftc.checkpoint.save import PLAN_NAME
 from peftc.checkpoint.values import stored_problems
 from peftc.cli import console
 from peftc.cli.generate import adapter_named

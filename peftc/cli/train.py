@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftc import rules
-from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.cli import console, progress
 from peftc.compiler.render import percent, size
 from peftc.config.sections import TrainSection

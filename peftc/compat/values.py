@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from peftc.checkpoint import names
 from peftc.compiler.match import ALL_LINEAR
 from peftc.config.base import CONFIG_NAME as CONFIG_NAME
 
-#: the pickle that old adapters are in; peftc does not read it
-WEIGHTS_NAME: Final = "adapter_model.bin"
-SAFETENSORS_WEIGHTS_NAME: Final = "adapter_model.safetensors"
+WEIGHTS_NAME: Final = names.PICKLE_NAME
+SAFETENSORS_WEIGHTS_NAME: Final = names.WEIGHTS_NAME
 TOKENIZER_CONFIG_NAME: Final = "tokenizer_config.json"
 INCLUDE_LINEAR_LAYERS_SHORTHAND: Final = ALL_LINEAR
 EMBEDDING_LAYER_NAMES: Final = ["embed_tokens", "lm_head"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.checkpoint.save import BASE_NAME
+from peftc.checkpoint.names import BASE_NAME
 from peftc.config.reader import read_text
 from peftc.diagnostics import Diagnostic, Severity, Where
 from peftc.limits import MAX_CARD

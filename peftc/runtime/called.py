@@ -18,6 +18,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host import parallel
 from peftc.host.torch_modules import all_hooks
+from peftc.registry.boundary import is_out_of_memory
 from peftc.runtime.call import Shared
 from peftc.runtime.dropouts import found
 from peftc.runtime.gates import gated, is_gated
@@ -125,9 +126,11 @@ def _given(module: nn.Module, label: str) -> Any:
     """What a slot's module gives where it is called without an input. Hooks that need one raise."""
     try:
         return module()
-    except (PeftcError, torch.OutOfMemoryError):
+    except PeftcError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         what = f"The module of `{label}` was called for its tensors, without an input, and what hangs on it raised {error!r}"
         fix = "Take the hook off, or hang it on the layer: the method does not multiply an input by these tensors as they are."
         raise PeftcError(rules.SLOT_CALLED(what, fix=fix)) from error

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.plan import PROMPT_ROOT, WRAPPED_ROOT, InjectionPlan
 from peftc.config.base import CONFIG_NAME

@@ -22,8 +22,9 @@ from peftc import rules
 from peftc.checkpoint import format as file_format
 from peftc.checkpoint import keys, load, report, save, values
 from peftc.checkpoint.load import open_adapter
+from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.checkpoint.report import LoadReport, expected_tensors, match
-from peftc.checkpoint.save import WEIGHTS_NAME, save_adapter, write_tensors
+from peftc.checkpoint.save import save_adapter, write_tensors
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Rule
 from peftc.graph.nodes import TensorFacts
 from tests.defects import put_defect

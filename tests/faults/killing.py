@@ -24,8 +24,9 @@ from safetensors import safe_open
 from peftc import PeftModel, convert_adapter
 from peftc.checkpoint.atomic import STAGING
 from peftc.checkpoint.load import load_adapter_tensors
+from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.checkpoint.pickled import pickle_to_safetensors
-from peftc.checkpoint.save import WEIGHTS_NAME, save_adapter
+from peftc.checkpoint.save import save_adapter
 from peftc.config.base import CONFIG_NAME
 from peftc.config.sections import TrainSection
 from peftc.integrations.transformers.data import Encoded

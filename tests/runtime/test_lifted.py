@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peftc.checkpoint.save import WEIGHTS_NAME
+from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.compiler.cost import cost_of
 from peftc.compiler.plan import InjectionPlan
 from peftc.compiler.render import render_plan

@@ -12,8 +12,9 @@ import torch
 
 from peftc import rules
 from peftc.checkpoint.load import open_adapter
+from peftc.checkpoint.names import PLAN_NAME
 from peftc.checkpoint.report import LoadReport, base_of, base_tensors, expected_tensors, match, match_file
-from peftc.checkpoint.save import PLAN_NAME, save_adapter
+from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan import AdapterPlan
 from peftc.diagnostics import PeftcError, PeftcWarning, Rule
 from peftc.graph.nodes import TensorFacts

@@ -18,8 +18,8 @@ from peftc import rules
 from peftc._version import VERSION
 from peftc.checkpoint import load_adapter_tensors, open_adapter, save_adapter
 from peftc.checkpoint.load import PICKLE_NAME
+from peftc.checkpoint.names import PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.report import expected_tensors, match_file
-from peftc.checkpoint.save import PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.values import stored_problems
 from peftc.cli import main
 from peftc.compiler.plan import InjectionPlan

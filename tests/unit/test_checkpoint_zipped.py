@@ -12,7 +12,8 @@ import torch
 
 from peftc import PeftcError, rules
 from peftc.checkpoint.load import open_adapter
-from peftc.checkpoint.save import PICKLE_NAME, WEIGHTS_NAME, write_tensors
+from peftc.checkpoint.names import PICKLE_NAME, WEIGHTS_NAME
+from peftc.checkpoint.save import write_tensors
 from tests.unit.test_checkpoint_pickled import HELD, MARK
 
 WHOLE = torch.randn(10, 4)
