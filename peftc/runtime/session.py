@@ -325,7 +325,7 @@ class Session:
 
     @whole
     def set_requires_grad(self, name: str, required: bool) -> None:
-        """Make an adapter's trainable tensors require gradients, or not."""
+        """Make an adapter's trainable tensors require gradients, or not: those of adapters that it weighs as well."""
         keep_entries(self.requiring)
         (self.requiring.add if required else self.requiring.discard)(name)
         for layer in self.layers_of(name):
@@ -342,6 +342,8 @@ class Session:
                     keep_trained(parameter, required)
         for parameter in self.base.trained(self.plans[name]).values():
             keep_trained(parameter, required)
+        for weighed in self.needed_by([name]):
+            self.set_requires_grad(weighed, required)
 
     def enable(self, enabled: bool) -> None:
         """Let the active adapters, and merged ones, act, or not."""

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftc import PeftcError, PeftModel, get_peft_model, rules
+from peftc import PeftcError, PeftConfig, PeftModel, get_peft_model, rules
 from peftc.diagnostics import PeftcWarning
 from peftc.helpers import rescale_adapter_scale
 from peftc.model.hotswap import hotswap_adapter
@@ -58,6 +58,8 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
+            while self.blocks:
+                self.blocks.pop()[0].__exit__(None, None, None)
             for model, y in self.left:
                 with torch.no_grad():
                     assert torch.equal(output_of(self.world, model, y.dtype), y), "a model changed with its copy"
@@ -104,7 +106,7 @@ class Machine(RuleBasedStateMachine):
     def attempt(self, call: Callable[[], object], must: Sequence[str], may: Sequence[str] = ()) -> bool:
         """Whether it was done. It has to be refused for one of `must`, if there are any; it may be for one of `may`."""
         if must:
-            with self.refused(*must):
+            with self.refused(*must, *may):  # where several reasons hold, one is told
                 call()
             return False
         before = self.objects()
@@ -397,7 +399,7 @@ class Machine(RuleBasedStateMachine):
                     self.close(found[key], tensor, f"saved {key} of {name}")
                 else:
                     assert torch.equal(found[key].double(), tensor.double()), f"saved {key} of {name}"
-            content[name] = self.plain.alike(name)
+            content[name] = self.plain.alike(name).placed(PeftConfig.from_pretrained(place))
         self.saved[slot] = {**self.saved.get(slot, {}), **content}
 
     def place(self, slot: str, name: str) -> Path:
@@ -561,11 +563,7 @@ class Machine(RuleBasedStateMachine):
         assert state.keys() == wanted.keys()
         for key, tensor in wanted.items():
             self.close(state[key], tensor, f"{key} of the base")
-        training, dtype = self.plain.training, self.plain.dtype
-        self.plain = Plain(self.world)
-        self.plain.dtype = dtype
-        self.plain.base = {key: tensor.detach().clone() for key, tensor in state.items()}
-        self.plain.training = training
+        self.plain = self.plain.again(state)
         self._wrap(base, data.draw(st.sampled_from(self.world.kinds), "kind"), name)
 
     # what holds after every step ----------------------------------------------------------------------------------
