@@ -293,6 +293,8 @@ class Session:
             wrapper.activate(names)
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
+        for name in [name for name in touched if (name in names) != (name in self.active)]:
+            self._let_base_train(name, name in names)
         self.active = tuple(names)
         self.base.act(self.active if self.enabled else ())
 
@@ -340,10 +342,15 @@ class Session:
             for parameter in copy.parameters_of(name):
                 if parameter.is_floating_point():
                     keep_trained(parameter, required)
-        for parameter in self.base.trained(self.plans[name]).values():
-            keep_trained(parameter, required)
+        self._let_base_train(name, name in self.active)
         for weighed in self.needed_by([name]):
             self.set_requires_grad(weighed, required)
+
+    def _let_base_train(self, name: str, acts: bool) -> None:
+        """Let the base tensors that an adapter trains require gradients, if it is to train: while others act they are the
+        base's own, and a step would change the base."""
+        for parameter in self.base.trained(self.plans[name]).values():
+            keep_trained(parameter, acts and name in self.requiring)
 
     def enable(self, enabled: bool) -> None:
         """Let the active adapters, and merged ones, act, or not."""

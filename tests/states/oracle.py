@@ -269,6 +269,8 @@ class Plain:
         dtype = self.dtype
         for name, adapter in self.adapters.items():
             adapter.requires = trains and name in names
+            if name in names:
+                _cast(adapter.trained, dtype)
             if self.is_aside(name) and name in names and self.aside[name] != dtype:
                 _cast(adapter.tensors, dtype)
                 adapter.changed()
@@ -329,15 +331,21 @@ class Plain:
         no file holds: they stay as coarse as they were made."""
         return self.world.model.is_language_model or any(adapter.facts.hides for adapter in self.adapters.values())
 
+    @property
+    def is_all_shown(self) -> bool:
+        """Whether a state dict has every tensor: nothing is kept aside for later, and no buffer is left out."""
+        aside = self.merged_names or any(self.is_aside(n) or a.biases for n, a in self.adapters.items())
+        return not aside and not self.hides
+
     def cast(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         apart = {key for adapter in self.adapters.values() for key in adapter.trained}
         cast = {key: tensor for key, tensor in self.base.items() if key not in apart}
         _cast(cast, dtype)
         self.base |= cast
-        for adapter in self.adapters.values():
-            _cast(adapter.trained, dtype)
         for name, adapter in self.adapters.items():
+            if name in self.active:
+                _cast(adapter.trained, dtype)
             if not self.is_aside(name):
                 _cast(adapter.tensors, dtype)
                 adapter.changed()
@@ -466,12 +474,15 @@ class Plain:
 
     def trainable(self) -> set[str]:
         """Plain names of what should require gradients; what stands in for a merged weight does not."""
-        requiring = [a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)]
-        return {name for adapter in requiring for name in adapter.facts.trainable} - self.instead
+        requiring = {n: a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)}
+        found = {name for adapter in requiring.values() for name in adapter.facts.trainable}
+        still = {name for n, adapter in requiring.items() if n not in self.active for name in adapter.biases}
+        return found - still - self.instead
 
     def grown(self) -> set[str]:
         """Plain names of what a backward pass should reach."""
-        found = {name for a in self.adapters.values() if a.requires for name in a.biases} - self.instead
+        acting = [a for n, a in self.adapters.items() if a.requires and n in self.active]
+        found = {name for a in acting for name in a.biases} - self.instead
         if not self.enabled:
             return found
         copied = self.copied(self.active)

@@ -17,7 +17,7 @@ STEPS = 10_000
 #: operations on one model
 LENGTH = 25
 #: models beyond those that would do if each had all its operations: some end earlier
-MORE = 2
+MORE = 4
 
 #: of each world, by the worlds that ran
 taken: dict[str, int] = {}
