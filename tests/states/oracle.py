@@ -123,7 +123,8 @@ class Alone:
             for name, parameter in base._parameters.items():
                 if parameter is not None:
                     parameter.copy_(weights[f"{path}.{name}"])
-            return {f"{path}.{n}": p.detach() for n, p in layer.merged_parameters([self.name]).items()}
+            merged = layer.merged_parameters([self.name])
+            return {f"{path}.{n}": p.detach().clone() for n, p in merged.items()}  # some are the layer's own
 
     def folded(self, path: str, running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for running parameters beside the pristine ones: some add what they make of the latter."""
