@@ -77,7 +77,8 @@ class ActivationMixin(PromptsMixin):
         delete(session, names, trained)
         self._forget(names)
         if acted and session.active:
-            encoders[session.active[0]].set_trainable(trained)
+            for name, encoder in self._encoders().items():
+                encoder.set_trainable(trained and name in session.active)
 
     def _forget(self, names: Sequence[str]) -> None:
         """Let adapters go that the session has no more."""

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def facts_of(model: PeftModel, root: str, tags: Iterable[str] = ()) -> CardFacts:
-    """What a card says of a model. `root` is the name of the adapter whose files are not in a subfolder."""
+    """What a card says of a model, active or not. `root` is the name of the adapter whose files are not in a subfolder."""
     base, facts = model.get_base_model(), model.session.graph.model
     registry = default_registry()
-    config = model.active_peft_config
-    found = {*tags, *(getattr(base, "model_tags", None) or ()), *registry.get(str(config.peft_type)).tags}
+    config = next((model.peft_config[name] for name in (*model.active_adapters, *model.peft_config)), None)
+    methods = () if config is None else registry.get(str(config.peft_type)).tags
+    found = {*tags, *(getattr(base, "model_tags", None) or ()), *methods}
     if facts.model_type is not None:
         found.add("transformers")
     return CardFacts(
@@ -31,7 +32,7 @@ def facts_of(model: PeftModel, root: str, tags: Iterable[str] = ()) -> CardFacts
         base_model=facts.name_or_path,
         tags=tuple(sorted(found)),
         # the only task that goes with one kind of pipeline
-        pipeline_tag="text-generation" if config.task_type == TaskType.CAUSAL_LM else None,
+        pipeline_tag="text-generation" if config is not None and config.task_type == TaskType.CAUSAL_LM else None,
         quantization=_quantization(getattr(base, "config", None)),
     )
 

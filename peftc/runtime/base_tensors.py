@@ -122,6 +122,18 @@ class BaseTensors:
             found[name] = parameter
         return found
 
+    def let_train(self, plan: AdapterPlan, acts: bool) -> None:
+        """Let what an adapter trains require gradients, if it is to train and acts: while others act, these are the base's own
+        tensors, and a step would change the base."""
+        for parameter in self.trained(plan).values():
+            keep_trained(parameter, acts and plan.name in self._session.requiring)
+
+    def take_turns(self, plans: Iterable[AdapterPlan], names: Collection[str]) -> None:
+        """Let what these adapters train require gradients, or not any more, before others than now are active."""
+        for plan in plans:
+            if (plan.name in names) != (plan.name in self._session.active):
+                self.let_train(plan, plan.name in names)
+
     def _of(self, path: str) -> dict[str, nn.Parameter | None]:
         """The base's parameters at a path, as they are without what is merged into them."""
         module, layer = self._session.find(path), self._session.layers.get(path)

@@ -10,8 +10,8 @@ of an operation further out, which undoes them too if it fails later. Without an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from contextvars import ContextVar
 from functools import wraps
+from threading import local
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -23,7 +23,18 @@ from peftc.host.torch_modules import context_depth, leave_contexts
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_open: ContextVar[Journal | None] = ContextVar("journal", default=None)
+
+class _Open(local):
+    """The journal that is open in this thread: no operation awaits, so a thread has one at a time.
+
+    No context variable: Python below 3.12 crashes if the collector runs while one is set, and what it collects sets one too,
+    as the end of a `disable_adapter` block that was never left does.
+    """
+
+    journal: Journal | None = None
+
+
+_open = _Open()
 
 _ABSENT = object()
 
@@ -33,7 +44,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        self._outer = _open.get()
+        self._outer = _open.journal
         self._grad = torch.is_grad_enabled()
         self._depth = context_depth()
 
@@ -42,7 +53,7 @@ class Journal:
         self._undo.append((undo, args))
 
     def __enter__(self) -> Self:
-        _open.set(self)
+        _open.journal = self
         return self
 
     def __exit__(
@@ -55,13 +66,13 @@ class Journal:
 
     def close(self) -> None:
         """Leave what was done to whoever opened a journal before, or for good."""
-        _open.set(self._outer)
+        _open.journal = self._outer
         if self._outer is not None:
             self._outer._undo.extend(self._undo)
 
     def undo(self, error: BaseException) -> None:
         """Restore everything, whatever goes wrong meanwhile: that is told by a note on the error."""
-        _open.set(self._outer)
+        _open.journal = self._outer
         torch.set_grad_enabled(False)
         while self._undo:
             restore, args = self._undo[-1]
@@ -101,14 +112,14 @@ def whole(function: Callable[P, R]) -> Callable[P, R]:
 
 def note(undo: Callable[..., Any], *args: Any) -> None:
     """Say how the next change is undone. It may be undone that was not made, or twice."""
-    journal = _open.get()
+    journal = _open.journal
     if journal is not None:
         journal._undo.append((undo, args))
 
 
 def keep(*things: Any) -> None:
     """Keep which objects the attributes of things are; not what is in them."""
-    journal = _open.get()
+    journal = _open.journal
     if journal is not None:
         for thing in things:
             journal._undo.append((_restore_attributes, (thing.__dict__, dict(thing.__dict__))))
@@ -116,14 +127,14 @@ def keep(*things: Any) -> None:
 
 def keep_entry(mapping: MutableMapping[Any, Any], key: Any) -> None:
     """Keep an entry that is to be added or replaced: what it is, or that there is none."""
-    journal = _open.get()
+    journal = _open.journal
     if journal is not None:
         journal._undo.append((_restore_entry, (mapping, key, mapping.get(key, _ABSENT))))
 
 
 def keep_entries(*containers: dict[Any, Any] | list[Any] | set[Any]) -> None:
     """Keep all entries, and their order: for those that are to be taken out."""
-    journal = _open.get()
+    journal = _open.journal
     if journal is not None:
         for container in containers:
             journal._undo.append((_restore_entries, (container, container.copy())))
@@ -138,7 +149,7 @@ def keep_trained(tensor: Tensor, trained: bool) -> None:
 
 def keep_values(tensor: Tensor) -> None:
     """Keep a tensor's values, in a copy."""
-    journal = _open.get()
+    journal = _open.journal
     if journal is not None:
         held = tensor.detach()
         journal._undo.append((held.copy_, (held.clone(),)))
@@ -146,7 +157,7 @@ def keep_values(tensor: Tensor) -> None:
 
 def keep_memory(tensor: Tensor) -> None:
     """Keep what memory a tensor has: for one that is to get other memory."""
-    journal = _open.get()
+    journal = _open.journal
     if journal is not None:
         journal._undo.append((setattr, (tensor, "data", tensor.data)))
 

@@ -283,7 +283,7 @@ class Session:
         return None if layer is None else layer.part(plan.name).tuner
 
     def activate(self, names: Sequence[str]) -> None:
-        """Let these adapters act, in this order. What requires gradients stays as it is."""
+        """Let these adapters act, in this order. What requires gradients of their own tensors stays as it is."""
         keep(self.shared)
         self.shared.gated = frozenset(self.needed_by(names))
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
@@ -294,6 +294,7 @@ class Session:
             wrapper.activate(names)
             if wrapper.disable_adapters == self.enabled:
                 wrapper.enable_adapters(self.enabled)
+        self.base.take_turns([self.plans[name] for name in touched], names)
         self.active = tuple(names)
         self.base.act(self.active if self.enabled else ())
 
@@ -326,7 +327,7 @@ class Session:
 
     @whole
     def set_requires_grad(self, name: str, required: bool) -> None:
-        """Make an adapter's trainable tensors require gradients, or not."""
+        """Make an adapter's trainable tensors require gradients, or not: those of adapters that it weighs as well."""
         keep_entries(self.requiring)
         (self.requiring.add if required else self.requiring.discard)(name)
         for layer in self.layers_of(name):
@@ -334,15 +335,14 @@ class Session:
         for wrapper in self.modules_of(name):
             for trainable, parameter in wrapper.parameters_of(name):
                 keep_trained(parameter, trainable and required)
-        caller = self.caller(name)
-        if caller is not None:
+        if (caller := self.caller(name)) is not None:
             caller.set_trainable(required)
-        for copy in self.copies_of(name):
-            for parameter in copy.parameters_of(name):
-                if parameter.is_floating_point():
-                    keep_trained(parameter, required)
-        for parameter in self.base.trained(self.plans[name]).values():
-            keep_trained(parameter, required)
+        for parameter in [p for copy in self.copies_of(name) for p in copy.parameters_of(name)]:
+            if parameter.is_floating_point():
+                keep_trained(parameter, required)
+        self.base.let_train(self.plans[name], name in self.active)
+        for weighed in self.needed_by([name]):
+            self.set_requires_grad(weighed, required)
 
     def enable(self, enabled: bool) -> None:
         """Let the active adapters, and merged ones, act, or not."""

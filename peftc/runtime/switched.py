@@ -23,11 +23,12 @@ Wrapper = TunerLayer | ModuleWrapper | ModulesToSaveWrapper
 def switch(session: Session, enabled: bool) -> None:
     """Let the active adapters, and merged ones, act, or not; what they train of the base is theirs, or as it was before."""
     keep(session)
-    wrappers = _acting(session)
-    note(_enable, wrappers, [not wrapper.disable_adapters for wrapper in wrappers])
+    # what is switched on is all: another adapter may be on a layer by now than when it was switched off
+    among: list[Wrapper] = _all(session) if enabled else _acting(session)
+    wrappers = [wrapper for wrapper in among if wrapper.disable_adapters is enabled]
+    note(_enable, wrappers, not enabled)
     for wrapper in wrappers:
-        if wrapper.disable_adapters is enabled:
-            wrapper.enable_adapters(enabled)
+        wrapper.enable_adapters(enabled)
     session.enabled = enabled
     session.base.act(session.active if enabled else ())
 
@@ -63,6 +64,11 @@ def _acting(session: Session) -> list[Wrapper]:
     return list({id(wrapper): wrapper for name in names for found in of for wrapper in found(name)}.values())
 
 
-def _enable(wrappers: Sequence[Wrapper], enabled: Sequence[bool]) -> None:
-    for wrapper, acts in zip(wrappers, enabled, strict=True):
-        wrapper.enable_adapters(acts)
+def _enable(wrappers: Sequence[Wrapper], enabled: bool) -> None:
+    for wrapper in wrappers:
+        wrapper.enable_adapters(enabled)
+
+
+def _all(session: Session) -> list[Wrapper]:
+    """What holds adapters, or held some."""
+    return [*session.wrappers(), *session.modules.values(), *session.copies.values()]

@@ -294,10 +294,11 @@ def _entrywise(parts: Sequence[tuple[Tensor, Tensor, float, float]], how: Recipe
     device, dtype = parts[0][0].device, parts[0][0].dtype
     roots = [math.sqrt(abs(weight * scale)) for _, _, scale, weight in parts]
     signed = [math.copysign(root, weight * scale) for root, (_, _, scale, weight) in zip(roots, parts, strict=True)]
+    exact = torch.promote_types(dtype, torch.float32)  # roots in float32 would round factors in float64
     firsts = [padded(A, (rank, A.shape[1])) for A, *_ in parts]
     seconds = [padded(B, (B.shape[0], rank)) for _, B, *_ in parts]
-    A = combine(firsts, torch.tensor(signed, device=device), how.pruning)
-    B = combine(seconds, torch.tensor(roots, device=device), how.pruning)
+    A = combine(firsts, torch.tensor(signed, device=device, dtype=exact), how.pruning)
+    B = combine(seconds, torch.tensor(roots, device=device, dtype=exact), how.pruning)
     return A.to(dtype), B.to(dtype)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -123,3 +126,35 @@ def test_nothing_is_kept_without_an_operation() -> None:
     note(interrupted)
     entries["a"] = 2
     assert entries == {"a": 2}
+
+
+#: The collector runs wherever it can, and what it finds is an operation of its own whose traces are written over.
+COLLECTED = """
+import gc
+from peftc.runtime.journal import whole
+
+@whole
+def operation(): pass
+
+class Cycle:
+    def __init__(self): self.me = self
+    def __del__(self):
+        operation()
+        kept.append([{"a": n} for n in range(20)] + [(object(),) * n for n in range(9) for _ in range(20)])
+        del kept[:-3]
+
+kept = []
+for threshold in range(1, 60):
+    gc.set_threshold(threshold)
+    for _ in range(300):
+        Cycle()
+        operation()
+"""
+
+
+def test_operations_may_end_while_others_are_collected() -> None:
+    # a block of `disable_adapter` that was never left is ended by the collector, in the middle of another operation
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COLLECTED], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

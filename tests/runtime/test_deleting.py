@@ -289,3 +289,64 @@ def test_without_an_heir_the_tests_fail(monkeypatch: pytest.MonkeyPatch) -> None
     put_defect(monkeypatch, succession, "if acted and not session.active:", "if False:")
     model = adapted(b=narrow())
     assert told(lambda: model.delete_adapter("default")) == []
+
+
+# what others leave behind ---------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_saved_while_none_is_active(tmp_path: Path) -> None:
+    model = adapted()
+    model.delete_adapter("default")
+    model.add_adapter("default", narrow())
+    assert model.active_adapters == []
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").is_file()
+
+
+def test_a_prompt_that_takes_over_is_the_only_one_that_trains() -> None:
+    model = prompted()
+    for name in ("b", "c"):
+        model.add_adapter(name, preface())
+    model.set_adapter("b", inference_mode=True)
+    model.set_requires_grad("c")
+    model.delete_adapter("b")
+    assert model.active_adapters == ["default"] and trained(model) == []
+
+
+def test_an_adapter_that_came_onto_a_layer_while_all_were_switched_off_is_seen_once_it_is_merged() -> None:
+    model = adapted()
+    with model.disable_adapter():
+        model.delete_adapter("default")
+        model.add_adapter("other", narrow())
+    bare = model(x())
+    model.merge_adapter(["other"])
+    assert not torch.allclose(model(x()), bare)
+
+
+def test_a_weighted_router_and_what_it_trains_along_stop_together() -> None:
+    model = adapted(mix(narrow(), trains=True))
+    assert any("narrow_" in name for name in trained(model))
+    model.set_requires_grad("default", False)
+    assert trained(model) == []
+    model.set_requires_grad("default")
+    assert any("narrow_" in name for name in trained(model))
+
+
+def test_an_adapter_that_does_not_act_trains_nothing_of_the_base(tmp_path: Path) -> None:
+    config = narrow(bias="all")
+    adapted(config).save_pretrained(tmp_path)
+    model = adapted(config)
+    model.delete_adapter("default")
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert trained(model) and not any("bias" in name for name in trained(model))
+    model.set_adapter("default")
+    assert any("bias" in name for name in trained(model))
+
+
+def test_a_weighted_sum_in_float64_is_as_exact_as_that() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Net().double(), narrow())
+    wanted = model(x().double())
+    model.base_model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x().double()), wanted, rtol=1e-12, atol=1e-12)

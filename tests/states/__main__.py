@@ -34,8 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         for name in given.world or worlds():
             if not _passes(name, round_seed, given.length):
                 return 1
-        rate = Machine.steps / (time.monotonic() - begun)
-        print(f"seed {round_seed}: {Machine.steps:,} steps, {rate:.0f} a second", flush=True)
+            rate = Machine.steps / (time.monotonic() - begun)
+            print(f"seed {round_seed}, {name}: {Machine.steps:,} steps, {rate:.0f} a second", flush=True)
         round_seed += 1
     return 0
 

@@ -18,7 +18,9 @@ from torch.func import functional_call
 
 from peftc import PeftConfig, PeftModel, get_peft_model
 from peftc.compiler.plan import AdapterPlan
+from peftc.registry.manager import default_registry
 from peftc.runtime.layer import BaseTunerLayer, TunerLayer
+from peftc.runtime.session import Session
 from peftc.runtime.tuner_model import TunerModel
 from peftc.testing.models import seeded
 from peftc.testing.subjects import quiet
@@ -44,11 +46,13 @@ def plain_name(name: str, model: nn.Module, plans: Iterable[AdapterPlan] = ()) -
 
 
 def set_scale(model: nn.Module, name: str, scale: float) -> None:
-    """Set an adapter's scaling on every layer, as other libraries do."""
+    """Set an adapter's scaling on every layer, as other libraries do; of one that weighs others, theirs."""
+    session: Session = model.session  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             assert isinstance(module, TunerLayer)
-            module.set_scale(name, scale)
+            for own in (name, *session.needed_by([name])):
+                module.set_scale(own, scale)
 
 
 def output_of(world: World, model: nn.Module, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
@@ -77,6 +81,8 @@ class Alone:
         self.shapes = {n: self.model.state_dict()[live].shape for n, live in self.live.items()}
         named = self.model.named_parameters()
         self.trainable = {plain_name(n, self.model, self.plans) for n, p in named if p.requires_grad}
+        #: whether it has tensors that are not in a state dict
+        self.hides = bool({n for n, _ in self.model.named_buffers()} - set(self.model.state_dict()))
         self.version: object = None
         self._replaces: dict[str, bool] = {}
 
@@ -96,6 +102,13 @@ class Alone:
         return {site.path: self.model.session.layers[site.path] for site in self.plan.maps}
 
     @property
+    def shared(self) -> set[str]:
+        """Names, on each layer, of what all layers hold together."""
+        slots = {(site.path, slot.name) for site in self.plan.maps for slot in site.slots if slot.home == ""}
+        heads = [(path, f"{path}.{slot}.") for path, slot in slots]
+        return {name.removeprefix(f"{path}.") for path, head in heads for name in self.own if name.startswith(head)}
+
+    @property
     def merges(self) -> bool:
         """Whether all that the adapter does is a change of weights."""
         plan = self.plan
@@ -110,7 +123,8 @@ class Alone:
             for name, parameter in base._parameters.items():
                 if parameter is not None:
                     parameter.copy_(weights[f"{path}.{name}"])
-            return {f"{path}.{n}": p.detach() for n, p in layer.merged_parameters([self.name]).items()}
+            merged = layer.merged_parameters([self.name])
+            return {f"{path}.{n}": p.detach().clone() for n, p in merged.items()}  # some are the layer's own
 
     def folded(self, path: str, running: Mapping[str, Tensor], pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for running parameters beside the pristine ones: some add what they make of the latter."""
@@ -174,6 +188,15 @@ class Adapter:
     @property
     def plan(self) -> AdapterPlan:
         return self.facts.plan
+
+    def placed(self, config: PeftConfig) -> Adapter:
+        """The adapter as its files tell of it: where those are that it weighs, if it trains them along."""
+        method = default_registry().method_of(config)
+        if self.plan.call is not None and method.call_tuner is not None:
+            option = method.call_tuner.option
+            self.config = self.config.model_copy(update={option: getattr(config, option)})
+            self.__dict__.pop("facts", None)
+        return self
 
     def is_like(self, other: Adapter) -> bool:
         """Whether only values tell them apart."""
@@ -247,6 +270,8 @@ class Plain:
         dtype = self.dtype
         for name, adapter in self.adapters.items():
             adapter.requires = trains and name in names
+            if name in names:
+                _cast(adapter.trained, dtype)
             if self.is_aside(name) and name in names and self.aside[name] != dtype:
                 _cast(adapter.tensors, dtype)
                 adapter.changed()
@@ -299,7 +324,19 @@ class Plain:
 
     def unmerge(self) -> None:
         self.merged, self.weights = {}, {}
-        self.coarse = self.coarse if self.world.model.is_language_model else set()
+        self.coarse = self.coarse if self.hides else set()
+
+    @property
+    def hides(self) -> bool:
+        """Whether there are buffers that are not in a state dict, such as a language model's frequencies or projections that
+        no file holds: they stay as coarse as they were made."""
+        return self.world.model.is_language_model or any(adapter.facts.hides for adapter in self.adapters.values())
+
+    @property
+    def is_all_shown(self) -> bool:
+        """Whether a state dict has every tensor: nothing is kept aside for later, and no buffer is left out."""
+        aside = self.merged_names or any(self.is_aside(n) or a.biases for n, a in self.adapters.items())
+        return not aside and not self.hides
 
     def cast(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -307,14 +344,13 @@ class Plain:
         cast = {key: tensor for key, tensor in self.base.items() if key not in apart}
         _cast(cast, dtype)
         self.base |= cast
-        for adapter in self.adapters.values():
-            _cast(adapter.trained, dtype)
         for name, adapter in self.adapters.items():
+            if name in self.active:
+                _cast(adapter.trained, dtype)
             if not self.is_aside(name):
                 _cast(adapter.tensors, dtype)
                 adapter.changed()
-        # buffers that are not in a state dict, as a language model's frequencies, stay as coarse as they were made
-        self.coarse |= {dtype} if self.weights or self.world.model.is_language_model else set()
+        self.coarse |= {dtype} if self.weights or self.hides else set()
 
     # what is ------------------------------------------------------------------------------------------------------
 
@@ -421,7 +457,12 @@ class Plain:
         found = set(self.base)
         for name, adapter in self.adapters.items():
             found |= set() if self.is_aside(name) else set(adapter.tensors)
+            found |= {f"{path}.{tail}" for path in self.wrapped(adapter.peft_type) for tail in adapter.facts.shared}
         return found
+
+    def wrapped(self, peft_type: str) -> list[str]:
+        """Layers that have, or had, adapters of a method: they go on holding what all layers of it share."""
+        return [path for path, chain in self.chains.items() if any(own == peft_type for own, _ in chain)]
 
     def is_aside(self, name: str) -> bool:
         """Whether an adapter's tensors are not in the model for now."""
@@ -434,12 +475,15 @@ class Plain:
 
     def trainable(self) -> set[str]:
         """Plain names of what should require gradients; what stands in for a merged weight does not."""
-        requiring = [a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)]
-        return {name for adapter in requiring for name in adapter.facts.trainable} - self.instead
+        requiring = {n: a for n, a in self.adapters.items() if a.requires and not self.is_aside(n)}
+        found = {name for adapter in requiring.values() for name in adapter.facts.trainable}
+        still = {name for n, adapter in requiring.items() if n not in self.active for name in adapter.biases}
+        return found - still - self.instead
 
     def grown(self) -> set[str]:
         """Plain names of what a backward pass should reach."""
-        found = {name for a in self.adapters.values() if a.requires for name in a.biases} - self.instead
+        acting = [a for n, a in self.adapters.items() if a.requires and n in self.active]
+        found = {name for a in acting for name in a.biases} - self.instead
         if not self.enabled:
             return found
         copied = self.copied(self.active)
@@ -450,8 +494,17 @@ class Plain:
             found |= {n for n in trainable if not any(n.startswith(f"{path}.") for path in out)} - self.instead
         return found
 
+    def again(self, state: Mapping[str, Tensor]) -> Plain:
+        """A plain model that goes on with the base alone, as it is by now."""
+        found = Plain(self.world)
+        found.dtype, found.training = self.dtype, self.training
+        found.base = {key: tensor.detach().clone() for key, tensor in state.items()}
+        found.coarse = self.coarse if self.world.model.is_language_model else set()
+        return found
+
     def alike(self, name: str) -> Adapter:
         """An adapter as it is now, for later."""
         own = self.adapters[name]
-        tensors = {n: t.clone() for n, t in own.tensors.items()} | own.trained
-        return replace(own, config=own.config.model_copy(deep=True), tensors=tensors)
+        trained = {n: t.clone() for n, t in own.trained.items()}
+        tensors = {n: t.clone() for n, t in own.tensors.items()} | trained
+        return replace(own, config=own.config.model_copy(deep=True), tensors=tensors, trained=trained)

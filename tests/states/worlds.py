@@ -47,13 +47,12 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """What a machine plays with. `mixed`: adapters of several methods; `injected`: the model stays of its own class."""
+    """What a machine plays with. `mixed`: adapters of several methods."""
 
     name: str
     model: TinyModel
     kinds: tuple[Kind, ...]
     mixed: bool = False
-    injected: bool = False
 
     def build(self) -> nn.Module:
         """The bare model."""
