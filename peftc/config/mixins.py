@@ -91,7 +91,9 @@ class LayersMixin(ConfigModel):
             raise ValueError("`layers_pattern` needs `layers_to_transform`: without it, it has no effect")
         targets = getattr(self, "target_modules", None)
         if isinstance(targets, str) and targets.lower() != "all-linear" and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression")
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str, a regular expression"
+            )
         return self
 
 

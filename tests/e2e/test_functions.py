@@ -312,8 +312,8 @@ def test_base_weights_that_do_not_fit_are_refused() -> None:
     state = peftc.get_base_model_state_dict(ours)
     first, *rest = state
     cases = {
-        "missing": {key: state[key] + 1 for key in rest},
-        "no place": {**{k: t + 1 for k, t in state.items()}, "stray": torch.ones(1)},
+        "Missing": {key: state[key] + 1 for key in rest},
+        "without a place": {**{k: t + 1 for k, t in state.items()}, "stray": torch.ones(1)},
         "another shape": {**{k: t + 1 for k, t in state.items()}, first: torch.ones(1)},
     }
     for says, given in cases.items():
