@@ -53,8 +53,13 @@ class PromptTuningConfig(PromptLearningConfig):
     @model_validator(mode="after")
     def _text_needs_tokenizer(self) -> Self:
         text = self.prompt_tuning_init == "TEXT"
-        if text and (not self.tokenizer_name_or_path or self.prompt_tuning_init_text is None):
-            raise ValueError("`prompt_tuning_init: TEXT` needs `tokenizer_name_or_path` and `prompt_tuning_init_text`")
+        given = {
+            "tokenizer_name_or_path": bool(self.tokenizer_name_or_path),
+            "prompt_tuning_init_text": self.prompt_tuning_init_text is not None,
+        }
+        lacking = [f"{name} can't be None" for name, there in given.items() if not there]
+        if text and lacking:
+            raise ValueError(f"When prompt_tuning_init='TEXT', {' and '.join(lacking)}")
         if self.tokenizer_kwargs and not text:
             raise ValueError("`tokenizer_kwargs` has an effect only with `prompt_tuning_init: TEXT`")
         if "trust_remote_code" in (self.tokenizer_kwargs or {}):

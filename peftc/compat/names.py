@@ -115,6 +115,18 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "peft.tuners.tuners_utils",
     ),
     (
+        "peftc.compat.structure",
+        "_filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_tuner_state_dict_key_prefixes "
+        "_is_key_under_prefixes",
+        "peft.tuners.tuners_utils",
+    ),
+    (
+        "peftc.compat.structure",
+        "_get_module_names_tied_with_embedding _get_no_split_modules",
+        "peft.utils.other",
+    ),
+    ("peftc.runtime.buffers", "BufferDict", "peft.tuners._buffer_dict"),
+    (
         "peftc.compat.merging",
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune "
         "random_pruning reshape_weight_task_tensors task_arithmetic ties",

@@ -103,7 +103,8 @@ def _trained_twice(active: Sequence[AdapterPlan]) -> Iterator[Diagnostic]:
             twice[max(path, other, key=len)] = first, second
     if twice:
         names = dict.fromkeys(name for found in twice.values() for name in found)
-        what = f"{listed(names)} cannot act together: each trains {listed(twice)} whole, and only one copy can act"
+        one = "Only one adapter can be set at a time for ModulesToSaveWrapper"
+        what = f"{listed(names)} cannot act together: each trains {listed(twice)} whole. {one}"
         yield rules.ADAPTERS_CONFLICT(what, fix="Activate one of them.", where=next(iter(twice)))
 
 

@@ -163,7 +163,8 @@ def _dead_exclude(entry: str, draft: Draft, context: Context) -> Diagnostic:
         what = f"`{entry}` is no target, so excluding it changes nothing"
         return rules.DEAD_EXCLUDE(what, fix="Remove it.", why="", where=where, severity=Severity.WARNING)
     hint = did_you_mean(entry, _endings(draft.targets)) or "Remove it."
-    return rules.DEAD_EXCLUDE(f"No module is called `{entry}`", fix=hint, where=where, severity=context.dead)
+    what = f"You have passed exclude_modules=`{entry}` but no modules were excluded by it: none is called so"
+    return rules.DEAD_EXCLUDE(what, fix=hint, where=where, severity=context.dead)
 
 
 def filter_layers(draft: Draft, context: Context) -> Draft:
@@ -357,9 +358,9 @@ def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagno
         if fused:
             return _not_for_experts(*fused[0], context)
         hints = [did_you_mean(entry, _endings(_supported(context))) for entry in sorted(targets)[:5]]
-        told = listed(sorted(targets)) or "The empty list"
         fix = " ".join([*dict.fromkeys(hint for hint in hints if hint), has])
-        return rules.NO_MATCH(f"{told}: no module is called so", fix=fix, where=where)
+        told = f"Target modules {listed(sorted(targets))} not found in the base model: none is called so"
+        return rules.NO_MATCH(told if targets else "The empty list means no module", fix=fix, where=where)
     if is_all_linear(targets):
         return rules.NO_MATCH("The model has no linear layer", fix="Name the modules in `target_modules`.", where=where)
     name = Names([targets])
@@ -367,7 +368,8 @@ def _no_match(draft: Draft, context: Context, targets: set[str] | str) -> Diagno
         fix = f"A string is a regular expression over the full path; write a list: `[{targets}]`."
     else:
         fix = f"It has to match the full path, as {listed(list(_supported(context))[:1])}. {has}"
-    return rules.NO_MATCH(f"The pattern `{targets}` matches no module", fix=fix, where=where)
+    what = f"Target modules `{targets}` not found in the base model: the pattern matches no module"
+    return rules.NO_MATCH(what, fix=fix, where=where)
 
 
 def _supported(context: Context) -> Iterable[str]:

@@ -406,7 +406,7 @@ def _name_problems(name: str, meant: list[str], optional: bool, context: Context
 
 
 def _container(node: ModuleNode, context: Context) -> Diagnostic:
-    what = f"`{node.path}` is a {node.facts.cls}"
+    what = f"modules_to_save cannot be applied to modules of type {node.facts.cls}, as `{node.path}` is"
     return rules.CANNOT_SAVE(what, fix="Name the modules in it.", where=context.where("modules_to_save"))
 
 

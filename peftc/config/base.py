@@ -18,9 +18,9 @@ from peftc import rules
 from peftc._version import FILE_VERSION
 from peftc.config.fields import OfDataclass
 from peftc.config.places import beyond_64_bits, json_path
-from peftc.config.problems import Problem, as_validation_error, models_below, problems, unknown_key
+from peftc.config.problems import Problem, as_custom_error, as_validation_error, models_below, problems, unknown_key
 from peftc.config.types import PeftType, TaskType
-from peftc.diagnostics import ConfigError, Diagnostic
+from peftc.diagnostics import ConfigError, Diagnostic, did_you_mean
 from peftc.limits import MAX_INTEGER, MOST_TOLD
 
 CONFIG_NAME = "adapter_config.json"
@@ -137,6 +137,14 @@ class PeftConfigMixin(ConfigModel):
         message = commit_message or "Upload config"
         commit = Commit(message, commit_description, private, token, revision, create_pr)
         return push_config(self, repo_id, tags or (), commit)
+
+    @field_validator("task_type", mode="before")
+    @classmethod
+    def _is_a_task(cls, value: object) -> object:
+        if isinstance(value, str) and value not in list(TaskType):
+            what = f"Invalid task type: '{value}'. Must be one of the following task types: {', '.join(TaskType)}."
+            raise as_custom_error(rules.BAD_VALUE(what, fix=did_you_mean(value, list(TaskType)) or "Use one of them."))
+        return value
 
     @field_validator("peft_type", mode="after")
     @classmethod

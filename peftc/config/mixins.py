@@ -87,11 +87,14 @@ class LayersMixin(ConfigModel):
 
     @model_validator(mode="after")
     def _layers_need_names(self) -> Self:
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
-            raise ValueError("`layers_pattern` needs `layers_to_transform`: without it, it has no effect")
         targets = getattr(self, "target_modules", None)
-        if isinstance(targets, str) and targets.lower() != "all-linear" and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a regular expression")
+        if isinstance(targets, str) and targets.lower() != "all-linear":
+            given = {"layers_to_transform": self.layers_to_transform is not None, "layers_pattern": self.layers_pattern}
+            beside = " and ".join(f"`{name}`" for name, there in given.items() if there)
+            if beside:
+                raise ValueError(f"{beside} cannot be used when `target_modules` is a str, a regular expression")
+        elif self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: without it, it has no effect")
         return self
 
 

@@ -40,17 +40,13 @@ def as_validation_error(found: Iterable[Problem]) -> ValidationError:
     """Problems as an error to raise inside a validator; they come out of `problems`, below the validator's place."""
     return ValidationError.from_exception_data(
         _TITLE,
-        [
-            InitErrorDetails(
-                type=PydanticCustomError(
-                    _TYPE, "{what}", {"what": p.diagnostic.what, "diagnostic": p.diagnostic, "on_key": p.on_key}
-                ),
-                loc=p.location,
-                input=None,
-            )
-            for p in found
-        ],
+        [InitErrorDetails(type=as_custom_error(p.diagnostic, p.on_key), loc=p.location, input=None) for p in found],
     )
+
+
+def as_custom_error(diagnostic: Diagnostic, on_key: bool = False) -> PydanticCustomError:
+    """The error for the validator of one option, whose place pydantic knows."""
+    return PydanticCustomError(_TYPE, "{what}", {"what": diagnostic.what, "diagnostic": diagnostic, "on_key": on_key})
 
 
 def problems(error: ValidationError, data: Any, models_at: ModelsAt) -> Iterator[Problem]:

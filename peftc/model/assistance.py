@@ -106,14 +106,17 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         raise ConfigError(
             rules.NOT_ADAPTED(what, fix="Use it on a model with adapters whose method scales its update.")
         )
-    before = [dict(layer.scaling) for layer in layers]
+    before = [layer.scaling for layer in layers]
     try:
         for layer in layers:
-            layer.scaling.update({name: scale * multiplier for name, scale in layer.scaling.items()})
+            layer.scaling = {name: scale * multiplier for name, scale in layer.scaling.items()}
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update({name: scaling[name] for name in layer.scaling.keys() & scaling.keys()})
+            now, layer.scaling = layer.scaling, scaling
+            for name in [name for name in scaling if name not in now]:  # deleted in the block
+                del scaling[name]
+            scaling.update({name: scale for name, scale in now.items() if name not in scaling})
 
 
 def _has_scaling(layer: TunerLayer) -> bool:

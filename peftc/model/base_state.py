@@ -61,10 +61,12 @@ def _unfit(missing: list[str], unexpected: list[str]) -> list[Diagnostic]:
     fix = "Load a whole state dict of the base model, or pass `strict=False`."
     problems = []
     if missing:
-        problems.append(rules.BASE_STATE(f"{len(missing)} tensors are missing: {listed(missing)}", fix=fix))
+        problems.append(
+            rules.BASE_STATE(f"Missing key(s) in state_dict, {len(missing)} tensors: {listed(missing)}", fix=fix)
+        )
     if unexpected:
         hint = did_you_mean(unexpected[0], missing)
-        what = f"{len(unexpected)} tensors have no place: {listed(unexpected)}"
+        what = f"Unexpected key(s) in state_dict, {len(unexpected)} tensors without a place: {listed(unexpected)}"
         problems.append(rules.BASE_STATE(what, fix=f"{hint} {fix}".strip()))
     return problems
 

@@ -41,7 +41,8 @@ def embeddings_to_save(session: Session, plan: AdapterPlan, choice: str | bool) 
     if choice == AUTO and not (by_name and not trains_rows(plan.config)) and not _resized(session.model, plan.config):
         return {}
     if not found and choice is True and session.graph.model.input_embeddings is None:
-        what = "The embeddings of this model are not known, so they are not in the checkpoint"
+        unknown = "Could not identify embedding layer(s) because the model is not a 🤗 transformers model."
+        what = f"{unknown} They are not in the checkpoint"
         fix = "Leave `save_embedding_layers` out, or name the embedding in `modules_to_save`."
         warn([rules.EMBEDDINGS_UNKNOWN(what, fix=fix)])
     return {tensor.disk: tensor.tensor for tensor in found if tensor.adapted or not by_name}

@@ -308,8 +308,11 @@ def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, S
                 found = True
                 container, key = find(layer, slot, name)
                 own: Tensor = container[key]
-                if any(old > new for old, new in zip(own.shape, slot.shape, strict=True)):
-                    what = f"`{slot.name}` of `{name}` is {tuple(own.shape)}, which rank {rank} does not hold"
+                larger = [old for old, new in zip(own.shape, slot.shape, strict=True) if old > new]
+                if larger:
+                    before = max(larger) // (site.layer.experts or 1)
+                    padded_to = f"Trying to pad the adapter to the target rank {rank}"
+                    what = f"{padded_to}, but the original rank is larger ({before}): `{slot.name}` of `{name}`"
                     fix = "Use the largest rank of all adapters as `target_rank`."
                     raise PeftcError(rules.CANNOT_SWAP(what, fix=fix, where=site.path))
                 yield own, slot

@@ -43,7 +43,7 @@ def get_peft_model(
     keep(peft_config)
     _name_base(peft_config, model)
     if revision is not None:
-        peft_config.revision = revision
+        _name_revision(peft_config, revision)
     if isinstance(model, nn.Module):  # anything else is refused below
         followed(model)
     cls = PeftMixedModel if mixed else task_model_class(peft_config)
@@ -56,9 +56,18 @@ def _name_base(config: PeftConfig, model: nn.Module) -> None:
     if not isinstance(new, str) or not new or old == new:
         return
     if old is not None:
-        what = f"The config named `{old}` as its base model; it is put on `{new}` now and will name that"
+        what = f"The base model of the config was renamed from '{old}' to '{new}', which it is put on"
         warn([rules.BASE_RENAMED(what, fix="Check that this is the model you mean.")])
     config.base_model_name_or_path = new
+
+
+def _name_revision(config: PeftConfig, revision: str) -> None:
+    """The revision of the base model that is given here takes the place of the config's, which it may contradict."""
+    if config.revision not in (None, revision):
+        already = f"peft config has already set base model revision to {config.revision}"
+        what = f"{already}, overwriting with revision {revision}"
+        warn([rules.BASE_RENAMED(what, fix="Give one revision, that of the weights which the model has.")])
+    config.revision = revision
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

@@ -75,8 +75,12 @@ def _problems(
             name in session.active and bool(plan.modules)
         )  # a wrapped module sees all rows at once
         if acts and not plan.nests:
-            whole = "all tokens of a module" if plan.adapts_parameters else "the whole call"
-            what = f"`{name}` adapts {whole}, not single rows"
+            what = f"`{name}` adapts the whole call, not single rows"
+            if plan.adapts_parameters:
+                class_there = f"{str(plan.peft_type).lower()}.ParamWrapper"
+                what = (
+                    f"`{name}` adapts all tokens of a module: {class_there} does not support mixed adapter batches yet."
+                )
             yield rules.CALL_NOT_POSSIBLE(what, why="Rows share one call.", fix="Call the model without row names.")
     rows = rows_of(args, kwargs)
     if rows is not None and rows != len(names):

@@ -120,7 +120,9 @@ def is_usable(name: object) -> bool:
 
 def name_taken(name: str) -> Diagnostic:
     """The diagnostic for a second adapter of one name."""
-    return rules.ADAPTER_EXISTS(f"There is an adapter `{name}` already", fix="Use another name, or delete it first.")
+    return rules.ADAPTER_EXISTS(
+        f"Adapter with name '{name}' already exists", fix="Use another name, or delete it first."
+    )
 
 
 def mixed_types(config: PeftConfig, types: set[str]) -> Diagnostic:

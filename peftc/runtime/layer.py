@@ -75,7 +75,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         self.peft_type = str(site.config.peft_type)
         self.in_features = site.layer.in_features
         self.out_features = site.layer.out_features
-        #: numbers, or tensors where something compiled reads them
+        #: numbers, or tensors where something compiled reads them; other libraries put another dictionary in its place
         self.scaling: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         #: slots that a step of training stopped from training on, by adapter
@@ -150,7 +150,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         )  # parameters see no inputs
         self._parts[adapter] = Part(
             tuner,
-            view_class(tuple(slots))(adapter, site, slots, holders, self.scaling, self),
+            view_class(tuple(slots))(adapter, site, slots, holders, self),
             site.path,
             dropout,
             site.parameter,
@@ -385,6 +385,13 @@ class TunerLayer(Merging, BaseTunerLayer):
             if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
                 return nn.ModuleDict()
             return getattr(self.get_base_layer(), name)
+
+    @property
+    def parameter_name(self) -> str:
+        """Which parameter is adapted. Raises `AttributeError` where it is the whole layer."""
+        if not self.parameter:
+            raise AttributeError("parameter_name")
+        return self.parameter
 
     @property
     def backend(self) -> Backend:

@@ -22,9 +22,11 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
         logical = adapted(under, parts)
         before = backend.opened(base)
         changed = {name: tensor for name, tensor in logical.items() if tensor is not before.get(name)}
-        if check and not all(torch.isfinite(tensor).all() for tensor in changed.values()):
+        broken = [name for name, tensor in changed.items() if not torch.isfinite(tensor).all()] if check else []
+        if broken:
             names = ", ".join(part.view.adapter for part in parts)
-            what = f"NaNs detected in the merged weights. The adapter {names} seems to be broken"
+            where = "bias" if broken == ["bias"] else "weights"
+            what = f"NaNs detected in the merged {where}. The adapter {names} seems to be broken"
             raise PeftcError(rules.MERGE_NOT_FINITE(what, fix="Look at the adapter with `peftc inspect`."))
         result = {}
         for name, tensor in changed.items():

@@ -121,11 +121,16 @@ def device_of(module: nn.Module) -> torch.device:
 def called_with(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     """Within, a call of the module computes with the parameters that it has then; its arguments, where it computes."""
     hook = offload.hook_of(module)
-    if hook is None:
-        yield args, kwargs
+    if hook is not None:
+        with offload.own_forward(module):
+            yield offload.moved(hook, args), offload.moved(hook, kwargs)
         return
-    with offload.own_forward(module):
-        yield offload.moved(hook, args), offload.moved(hook, kwargs)
+    # FSDP lays attributes over the parameters, which the module's forward would find before these
+    views = {name: module.__dict__.pop(name) for name in module._parameters if name in module.__dict__}
+    try:
+        yield args, kwargs
+    finally:
+        module.__dict__.update(views)
 
 
 def computed_elsewhere(module: nn.Module, name: str, path: str | None = None) -> Diagnostic:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Protocol, cast
@@ -23,6 +23,7 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
 from peftc.runtime.backends import Backend
+from peftc.runtime.buffers import BufferDict
 from peftc.runtime.call import Call
 from peftc.runtime.journal import keep_entries, keep_entry
 from peftc.runtime.places import tensor_of
@@ -166,40 +167,11 @@ INIT = Initializer()
 HOLDERS = "_holders"
 
 
-class SlotBuffers(nn.Module):
-    """Derived tensors of a slot by adapter; to be read like a dict, as those of parameters are."""
-
-    def __getitem__(self, adapter: str) -> Tensor:
-        tensor = self._buffers[adapter]
-        assert tensor is not None
-        return tensor
-
-    def __contains__(self, adapter: object) -> bool:
-        return adapter in self._buffers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def keys(self) -> Iterable[str]:
-        """Names of the adapters."""
-        return self._buffers.keys()
-
-    def items(self) -> Iterable[tuple[str, Tensor | None]]:
-        """Names of the adapters, each with its tensor."""
-        return self._buffers.items()
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {tuple(b.shape)}" for name, b in self._buffers.items() if b is not None)
-
-
 def container_for(slot: Slot) -> nn.Module:
     """An empty dict of adapters for a slot."""
     if slot.container is Container.MODULE:
         return nn.ModuleDict()
-    return SlotBuffers() if slot.derived else nn.ParameterDict()
+    return BufferDict() if slot.derived else nn.ParameterDict()
 
 
 def container_of(owner: nn.Module, slot: Slot) -> nn.Module:
@@ -335,6 +307,7 @@ class Owner(Protocol):
     """What a view asks of its layer."""
 
     training: bool
+    scaling: dict[str, Any]
 
     def pristine(self) -> Mapping[str, Tensor]: ...
 
@@ -370,7 +343,7 @@ def derived(
 class LayerView:
     """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
 
-    __slots__ = ("_holders", "_mode", "_owner", "_scalings", "_slots", "adapter", "config", "layer")
+    __slots__ = ("_holders", "_mode", "_owner", "_scaling", "_slots", "adapter", "config", "layer")
 
     def __init__(
         self,
@@ -378,7 +351,6 @@ class LayerView:
         site: MapSite,
         slots: Mapping[str, tuple[dict[str, Any], str]],
         holders: Mapping[str, nn.Module],
-        scalings: dict[str, float],
         owner: Owner,
     ) -> None:
         self.adapter = adapter
@@ -386,7 +358,7 @@ class LayerView:
         self.layer: LayerFacts = site.layer
         self._slots = slots
         self._holders = holders
-        self._scalings = scalings
+        self._scaling: float | None = None
         self._owner = owner
         self._mode: bool | None = None
 
@@ -394,7 +366,7 @@ class LayerView:
         """The same in training or not, whatever the layer's mode is or becomes, and with the scaling of now."""
         view = self._copy()
         view._mode = training
-        view._scalings = {self.adapter: self.scaling}
+        view._scaling = self.scaling
         return view
 
     def over(self, tensors: dict[str, Tensor]) -> LayerView:
@@ -430,7 +402,7 @@ class LayerView:
 
     @property
     def scaling(self) -> float:
-        return self._scalings[self.adapter]
+        return self._owner.scaling[self.adapter] if self._scaling is None else self._scaling
 
     def __getitem__(self, label: str) -> Tensor:
         container, key = self._slots[label]

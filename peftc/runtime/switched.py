@@ -42,7 +42,8 @@ def disabled(session: Session) -> Iterator[None]:
     wrappers = _acting(session)
     off = [wrapper for wrapper in wrappers if wrapper.disable_adapters]
     if off and len(off) < len(wrappers):
-        what = f"{len(off)} of {len(wrappers)} layers are disabled already; after the block all are enabled"
+        some = "The model contains some adapter layers that are enabled and others that are disabled"
+        what = f"{some}, {len(off)} of {len(wrappers)}; after the block all are enabled"
         warn([rules.PARTLY_DISABLED(what, fix="Enable them before, or disable all with `disable_adapter_layers`.")])
     before = session.enabled and not (off and len(off) == len(wrappers))
     try:

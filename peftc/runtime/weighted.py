@@ -174,7 +174,7 @@ def _beside_layers(plans: Sequence[AdapterPlan]) -> list[Diagnostic]:
             what = f"`{plan.name}` is a prompt, which has no layers"
             problems.append(rules.CANNOT_COMBINE(what, fix="Keep the prompts beside each other."))
         if plan.adapts_parameters:
-            what = f"`{plan.name}` adapts single parameters, whose factors are stacked by expert"
+            what = f"add_weighted_adapter does not support targeting nn.Parameter, as `{plan.name}` does: factors of experts are stacked"
             problems.append(rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`."))
         if plan.modules:
             what = f"`{plan.name}` acts around modules, not on layers"

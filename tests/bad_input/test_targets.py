@@ -308,7 +308,7 @@ CASES: dict[str, Case] = {
         (sites, "    if loose:", "    if False:"),
     ),
     "a list to save": Case(
-        rules.CANNOT_SAVE, plan(modules_to_save=["layers"]), ("`model.layers` is a ModuleList",),
+        rules.CANNOT_SAVE, plan(modules_to_save=["layers"]), ("modules of type ModuleList, as `model.layers` is",),
         (sites, "        if node.facts.cls in _CONTAINERS:", "        if False:"),
     ),
     "biases where there are none": warned(

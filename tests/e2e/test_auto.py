@@ -203,7 +203,7 @@ def renamed_base(tmp_path: Path) -> list[str]:
 
 def test_a_config_that_is_used_again_names_the_new_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = renamed_base(tmp_path)
-    assert "named `first`" in message and "put on `second`" in message
+    assert "renamed from 'first' to 'second'" in message
     put_defect(monkeypatch, mapping, "if old is not None:", "if False:")
     assert not renamed_base(tmp_path)  # rules.BASE_RENAMED
 

@@ -312,8 +312,8 @@ def test_base_weights_that_do_not_fit_are_refused() -> None:
     state = peftc.get_base_model_state_dict(ours)
     first, *rest = state
     cases = {
-        "missing": {key: state[key] + 1 for key in rest},
-        "no place": {**{k: t + 1 for k, t in state.items()}, "stray": torch.ones(1)},
+        "Missing": {key: state[key] + 1 for key in rest},
+        "without a place": {**{k: t + 1 for k, t in state.items()}, "stray": torch.ones(1)},
         "another shape": {**{k: t + 1 for k, t in state.items()}, first: torch.ones(1)},
     }
     for says, given in cases.items():
@@ -475,3 +475,27 @@ def test_empty_adapters_wait_for_their_values() -> None:
             library.set_peft_model_state_dict(made, state, name, low_cpu_mem_usage=True)
         assert not any(p.is_meta for p in made.parameters())
         torch.testing.assert_close(both.output(made), both.output(both.ours))
+
+
+def test_scalings_that_are_exchanged_take_effect() -> None:
+    both = pair("mlp", "LoraConfig", **CASES["lora"][2])
+    as_it_was = both.output(both.ours)
+    for library, model in ((peft, both.theirs), (peftc, both.ours)):
+        for layer in (module for module in model.modules() if hasattr(module, "scaling")):
+            before = layer.scaling
+            with library.helpers.rescale_adapter_scale(model, 0.5):
+                assert layer.scaling["default"] == 0.5 * before["default"]
+            assert layer.scaling == before
+            layer.scaling = {name: 3 * scale for name, scale in before.items()}
+    both.assert_alike()
+    assert not torch.allclose(both.output(both.ours), as_it_was)
+
+
+def test_what_is_added_or_deleted_while_rescaled_keeps_its_own_scaling() -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["0"]}
+    model = peftc.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peftc.LoraConfig(**options))
+    model.add_adapter("second", peftc.LoraConfig(**options, lora_alpha=4))
+    with peftc.helpers.rescale_adapter_scale(model, 0.5):
+        model.delete_adapter("second")
+        model.add_adapter("third", peftc.LoraConfig(**options, lora_alpha=6))
+    assert model.base_model.model[0].scaling == {"default": 4.0, "third": 3.0}

@@ -170,7 +170,7 @@ def test_another_method_is_refused(tmp_path: Path) -> None:
 
 def test_too_small_a_rank_and_a_compiled_model_are_refused() -> None:
     both = pair("mlp", "LoraConfig", target_modules=TARGETS["mlp"], r=3)
-    with pytest.raises(PeftcError, match=r"PC551.*rank 2 does not hold"):
+    with pytest.raises(PeftcError, match=r"PC551.*target rank 2, but the original rank is larger"):
         peftc.prepare_model_for_compiled_hotswap(both.ours, target_rank=2)
     compiled = torch.compile(both.ours, backend="eager")
     with pytest.raises(PeftcError, match="PC553"):

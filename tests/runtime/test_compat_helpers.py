@@ -13,13 +13,14 @@ from torch import nn
 import peftc
 import peftc.compat.helpers as ours
 from peftc import PeftcWarning, get_peft_model
-from peftc.compat import merging, names, values
+from peftc.compat import merging, names, structure, values
 from peftc.compat.kinds import class_of, names_in
 from peftc.config.mixins import LayersMixin
 from peftc.diagnostics import PeftcError
 from peftc.integrations import fsdp, packages, placement, quantization
 from peftc.integrations.transformers.weight_conversion import build_peft_weight_mapping
 from peftc.registry.manager import default_registry
+from peftc.runtime.buffers import BufferDict
 from peftc.testing.models import MODELS
 from tests.runtime.methods import Net, adapted, narrow
 from tests.unit.chosen import plain_method
@@ -248,3 +249,71 @@ def test_renamings_of_an_adapters_keys() -> None:
     key = "base_model.model.model.first.narrow_A.weight"
     for config in (narrow(), None):
         assert renamed(key, build_peft_weight_mapping([], "mine", config)) == "model.first.narrow_A.mine.weight"
+
+
+def test_a_dictionary_of_buffers() -> None:
+    of_reference = pytest.importorskip("peft.tuners._buffer_dict").BufferDict
+    for cls in (BufferDict, of_reference):
+        made = cls({"a": torch.ones(2)}, persistent=True)
+        made.update(cls({"b": torch.zeros(1)}))
+        made.update({"c": torch.zeros(3)}.items())
+        assert (list(made), len(made), "b" in made, list(made.state_dict())) == (["a", "b", "c"], 3, True, [*"abc"])
+        assert torch.equal(made.pop("a"), torch.ones(2)) and "a" not in made and "c" in repr(made)
+        del made["b"]
+        assert [*made.keys()] == [key for key, _ in made.items()] == ["c"] and len(made.values()) == 1
+        made.clear()
+        assert not len(made) and not cls({"a": torch.ones(2)}).state_dict()
+        with pytest.raises(RuntimeError):
+            made(1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "others"),
+    [
+        (["a"], []),
+        (["1.a", "2.a"], ["3.a"]),
+        (["b.c"], ["a.b"]),
+        (["a.b.c", "d.e.f", "g.h.i"], ["a.b.x", "d.x.f", "x.h.i"]),
+        (["b", "a.b", "a.c"], ["a"]),
+        (["b"], ["a.b"]),
+    ],
+)
+def test_the_shortest_endings_that_mean_targets_alone(targets: list[str], others: list[str]) -> None:
+    same(structure._find_minimal_target_modules, tuners_utils._find_minimal_target_modules, targets, others)
+
+
+def test_names_that_are_no_targets_are_refused() -> None:
+    for find in (structure._find_minimal_target_modules, tuners_utils._find_minimal_target_modules):
+        for targets in ("a", [], ["", "a"], ["b"]):
+            with pytest.raises(ValueError, match="target_modules"):
+                find(targets, ["b"])
+
+
+def test_where_adapters_are_in_a_model() -> None:
+    model = adapted(narrow(modules_to_save=["head"]))
+    model.add_adapter("other", narrow())
+    model.set_adapter("default")
+    found = structure._get_tuner_state_dict_key_prefixes(model)
+    own = structure._filter_state_dict_by_key_prefixes(model.state_dict(), found)
+    assert own and not any("base_layer" in name or "head" in name for name in own)
+    assert all(f".{name}." in f".{key}." for key in own for name in ("default",) if ".other" not in key)
+    of_one = structure._get_tuner_state_dict_key_prefixes(model, "other")
+    assert {key for key in own if ".other" in key} == set(
+        structure._filter_state_dict_by_key_prefixes(model.state_dict(), of_one)
+    )
+    for key, prefixes in (("a.b.c", {"a.b"}), ("a.bc", {"a.b"}), ("a", {"a"}), ("a", set())):
+        same(structure._is_key_under_prefixes, tuners_utils._is_key_under_prefixes, key, prefixes)
+
+
+def test_what_is_tied_to_the_embeddings() -> None:
+    model: Any = TINY.build()
+    for tie in (True, False):
+        model.config.tie_word_embeddings = tie
+        model.tie_weights()
+        same(structure._get_module_names_tied_with_embedding, other._get_module_names_tied_with_embedding, model)
+        model._tied_weights_keys = ["lm_head.weight"]
+        same(structure._get_module_names_tied_with_embedding, other._get_module_names_tied_with_embedding, model)
+        del model._tied_weights_keys
+    assert structure._get_module_names_tied_with_embedding(nn.Linear(2, 2)) == []
+    assert structure._get_no_split_modules(model) == set(other._get_no_split_modules(model))
+    assert structure._get_no_split_modules(nn.Linear(2, 2)) == set()

@@ -431,7 +431,7 @@ CASES = {
     ),
     "embeddings that are not known": Case(
         rules.EMBEDDINGS_UNKNOWN, net, lambda m, p: m.save_pretrained(p / "new", save_embedding_layers=True),
-        (embeddings, "if not found and choice is True", "if False"), "The embeddings of this model are not known",
+        (embeddings, "if not found and choice is True", "if False"), "They are not in the checkpoint",
     ),
     "a vocabulary that cannot be compared": Case(
         rules.VOCABULARY_UNKNOWN, named("somebody/something"), lambda m, p: m.save_pretrained(p / "new"),

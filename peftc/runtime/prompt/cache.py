@@ -49,7 +49,7 @@ def taker(model: nn.Module) -> nn.Module:
 def refuse_checkpointing(model: nn.Module) -> None:
     """Raise `PeftcError` if layers are checkpointed: they would compute without the cache."""
     if recomputes(model):
-        what = "Gradient checkpointing is on, and the virtual tokens are keys and values"
+        what = "A prompt of keys and values does not work with gradient checkpointing, which is on"
         raise PeftcError(
             rules.CHECKPOINTING_DROPS(what, fix="Call `gradient_checkpointing_disable()` on the base model.")
         )
