@@ -14,7 +14,8 @@ from peftc import PeftConfig, PeftModel, rules
 from peftc.model.hotswap import hotswap_adapter
 from peftc.model.state import set_peft_model_state_dict
 from peftc.testing.models import seeded
-from tests.states.oracle import Adapter, Plain, output_of
+from tests.states.alone import Adapter, output_of
+from tests.states.oracle import Plain
 from tests.states.pair import CLASH, NAMES, Pair
 from tests.states.worlds import DTYPE
 

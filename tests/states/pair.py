@@ -18,7 +18,8 @@ from peftc import PeftcError, get_peft_model, rules
 from peftc.diagnostics import PeftcWarning
 from peftc.runtime.tuner_model import TunerModel
 from peftc.testing.models import seeded
-from tests.states.oracle import Adapter, Plain, output_of, plain_name
+from tests.states.alone import Adapter, output_of, plain_name
+from tests.states.oracle import Plain
 from tests.states.worlds import Kind, World
 
 NAMES = ("default", "a", "b")
