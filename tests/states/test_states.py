@@ -1,7 +1,7 @@
 """Any order of operations leaves a model that computes, trains, tells and saves what it should: `tests/states/machine.py`.
 
 At least 10,000 steps over all worlds, counted below; they are the same ones until the code of the machine changes, and take
-some 80 seconds on one core. A million others: `python -m tests.states 1000000`.
+some 90 seconds on one core. A million others: `python -m tests.states 1000000`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ STEPS = 10_000
 #: operations on one model
 LENGTH = 25
 #: models beyond those that would do if each had all its operations: some end earlier
-MORE = 4
-
-#: of each world, by the worlds that ran
-taken: dict[str, int] = {}
+MORE = 6
 
 
 @pytest.mark.parametrize("world", worlds())
@@ -37,10 +34,4 @@ def test_operations_in_any_order(world: str) -> None:
         phases=[Phase.generate, Phase.shrink],
     )
     run_state_machine_as_test(found, settings=chosen)
-    taken[world] = Machine.steps - before
-
-
-def test_steps_are_as_many_as_is_said() -> None:
-    if taken.keys() != worlds().keys():
-        pytest.skip("not all worlds ran here")
-    assert sum(taken.values()) >= STEPS
+    assert Machine.steps - before >= STEPS / len(worlds())
