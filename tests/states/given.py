@@ -37,14 +37,14 @@ class Given(Pair):
             place = self.place(slot, name)
             found = load_file(place / "adapter_model.safetensors")
             with torch.no_grad():
-                wanted = self.plain.alike(name).alone.model.adapter_tensors(name)
+                wanted = self.plain.in_files(name).alone.model.adapter_tensors(name)
             assert found.keys() == wanted.keys(), f"saved keys of {name}: {sorted(found.keys() ^ wanted.keys())[:4]}"
             for key, tensor in wanted.items():
                 if self.plain.adapters[name].plan.prompt is not None:  # computed from its slots, in their dtype
                     self.close(found[key], tensor, f"saved {key} of {name}")
                 else:
                     assert torch.equal(found[key].double(), tensor.double()), f"saved {key} of {name}"
-            content[name] = self.plain.alike(name).placed(PeftConfig.from_pretrained(place))
+            content[name] = self.plain.in_files(name).placed(PeftConfig.from_pretrained(place))
         self.saved[slot] = {**self.saved.get(slot, {}), **content}
 
     def place(self, slot: str, name: str) -> Path:

@@ -319,6 +319,14 @@ class Plain:
         """Whether any acting adapter is without effect on a layer for another's parameters in their place."""
         return any(self.is_replaced(name, path) for name in self.acting for path in self.adapters[name].layers)
 
+    def in_files(self, name: str) -> Adapter:
+        """An adapter as its files have it: copies of modules beside a base in half precision are as coarse as that."""
+        found = self.alike(name)
+        copies = {key for key in found.tensors for path in found.copies if key.startswith(f"{path}.modules_to_save.")}
+        if self.dtype.itemsize < 4:
+            found.tensors |= {key: found.tensors[key].to(self.dtype).to(found.tensors[key].dtype) for key in copies}
+        return found
+
     def alike(self, name: str) -> Adapter:
         """An adapter as it is now, for later."""
         own = self.adapters[name]
