@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     for name in ("PEFTC_BLOCK", "PEFTC_TRACE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PEFTC_CACHE", str(tmp_path_factory.getbasetemp() / "peftc-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was() -> Iterator[None]:
+    """What a test leaves behind in torch is its own failure, and not that of all tests after it."""
+    yield
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+        pytest.fail("gradients are off after this test")
 
 
 @pytest.fixture(scope="module", autouse=True)

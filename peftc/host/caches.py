@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from peftc.host.torch_modules import context_depth, leave_contexts
 from peftc.registry.boundary import is_out_of_memory
 
 # transformers is imported by the functions: models of plain torch do without it
@@ -70,6 +71,7 @@ def fills(model: nn.Module, name: str) -> bool | None:
 
     if not isinstance(model, PreTrainedModel):
         return None
+    grad, depth = torch.is_grad_enabled(), context_depth()
     try:
         with torch.no_grad(), torch.device("meta"):
             copy = type(model)(model.config).eval()
@@ -81,6 +83,8 @@ def fills(model: nn.Module, name: str) -> bool | None:
     except _NO_ANSWER as error:
         if is_out_of_memory(error):  # which is no answer of the model's
             raise
+        leave_contexts(depth)  # if it was on the way out that something failed
+        torch.set_grad_enabled(grad)
         return None
 
 
