@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def of_generation(model: PeftModel, number: int) -> PeftModel:
 
 
 def staging(place: Path) -> int:
-    return len(list(place.rglob(f"{STAGING}*")))
+    """How many saves that did not end have left something, in the folder where most have."""
+    return max(Counter(stage.parent for stage in place.rglob(f"{STAGING}*")).values(), default=0)
 
 
 def saves(place: Path, chance: random.Random, times: int, *names: str) -> Found:
