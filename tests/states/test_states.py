@@ -1,7 +1,7 @@
 """Any order of operations leaves a model that computes, trains, tells and saves what it should: `tests/states/machine.py`.
 
 At least 10,000 steps over all worlds, counted below; they are the same ones until the code of the machine changes, and take
-some 90 seconds on one core. A million others: `python -m tests.states 1000000`.
+some two minutes on one core. A million others: `python -m tests.states 1000000`.
 """
 
 from __future__ import annotations
