@@ -16,10 +16,7 @@ from peftc._version import VERSION as __version__
 if TYPE_CHECKING:
     from peftc.checkpoint.weights import load_peft_weights
     from peftc.compiler.compile import compile_plan
-    from peftc.config.base import PeftConfig, PeftConfigMixin
-    from peftc.config.prompt import PromptLearningConfig
     from peftc.config.spec import load_spec
-    from peftc.config.types import PeftType, TaskType
     from peftc.diagnostics import NoMatchingPeftModuleError, PeftcError, PeftcWarning, PeftError, PeftWarning
     from peftc.integrations.transformers.auto import (
         AutoPeftModel,
@@ -30,32 +27,32 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from peftc.model.base_state import get_base_model_state_dict, set_base_model_state_dict
-    from peftc.model.conversion import convert_adapter
-    from peftc.model.hotswap import (
+    from peftc.model.functions.base_state import get_base_model_state_dict, set_base_model_state_dict
+    from peftc.model.functions.conversion import convert_adapter
+    from peftc.model.functions.hotswap import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
         hotswap_adapter_from_state_dict,
         prepare_model_for_compiled_hotswap,
     )
-    from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
-    from peftc.model.mixed import PeftMixedModel
-    from peftc.model.optimizers import projected_optimizer, two_rate_optimizer
-    from peftc.model.peft_model import PeftModel
-    from peftc.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
-    from peftc.model.sequences import (
+    from peftc.model.functions.optimizers import projected_optimizer, two_rate_optimizer
+    from peftc.model.functions.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from peftc.model.functions.sequences import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
         bloom_model_postprocess_past_key_value,
         shift_tokens_right,
     )
-    from peftc.model.state import get_peft_model_state_dict, set_peft_model_state_dict
-    from peftc.model.status import get_layer_status, get_model_status
-    from peftc.model.tables import (
+    from peftc.model.functions.state import get_peft_model_state_dict, set_peft_model_state_dict
+    from peftc.model.functions.tables import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
+    from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
+    from peftc.model.mixed import PeftMixedModel
+    from peftc.model.parts.status import get_layer_status, get_model_status
+    from peftc.model.peft_model import PeftModel
     from peftc.model.tasks import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftModelForCausalLM,
@@ -65,6 +62,7 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
     )
+    from peftc.plugin import PeftConfig, PeftConfigMixin, PeftType, PromptLearningConfig, TaskType
 
     __all__ = [
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -133,31 +131,31 @@ _HOMES = {
     "AutoPeftModelForSeq2SeqLM": "peftc.integrations.transformers.auto",
     "AutoPeftModelForSequenceClassification": "peftc.integrations.transformers.auto",
     "AutoPeftModelForTokenClassification": "peftc.integrations.transformers.auto",
-    "bloom_model_postprocess_past_key_value": "peftc.model.sequences",
-    "cast_mixed_precision_params": "peftc.model.precision",
-    "check_hotswap_configs_compatible": "peftc.model.hotswap",
+    "bloom_model_postprocess_past_key_value": "peftc.model.functions.sequences",
+    "cast_mixed_precision_params": "peftc.model.functions.precision",
+    "check_hotswap_configs_compatible": "peftc.model.functions.hotswap",
     "compile_plan": "peftc.compiler.compile",
-    "convert_adapter": "peftc.model.conversion",
-    "get_base_model_state_dict": "peftc.model.base_state",
+    "convert_adapter": "peftc.model.functions.conversion",
+    "get_base_model_state_dict": "peftc.model.functions.base_state",
     "get_peft_config": "peftc.model.mapping",
     "get_peft_model": "peftc.model.mapping",
-    "get_peft_model_state_dict": "peftc.model.state",
-    "hotswap_adapter": "peftc.model.hotswap",
-    "hotswap_adapter_from_state_dict": "peftc.model.hotswap",
-    "get_layer_status": "peftc.model.status",
-    "get_model_status": "peftc.model.status",
+    "get_peft_model_state_dict": "peftc.model.functions.state",
+    "hotswap_adapter": "peftc.model.functions.hotswap",
+    "hotswap_adapter_from_state_dict": "peftc.model.functions.hotswap",
+    "get_layer_status": "peftc.model.parts.status",
+    "get_model_status": "peftc.model.parts.status",
     "inject_adapter_in_model": "peftc.model.mapping",
     "load_peft_weights": "peftc.checkpoint.weights",
     "load_spec": "peftc.config.spec",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peftc.model.tasks",
     "NoMatchingPeftModuleError": "peftc.diagnostics",
-    "PEFT_TYPE_TO_CONFIG_MAPPING": "peftc.model.tables",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftc.model.tables",
-    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftc.model.tables",
-    "PEFT_TYPE_TO_TUNER_MAPPING": "peftc.model.tables",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "peftc.model.functions.tables",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "peftc.model.functions.tables",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftc.model.functions.tables",
+    "PEFT_TYPE_TO_TUNER_MAPPING": "peftc.model.functions.tables",
     "PeftcError": "peftc.diagnostics",
-    "PeftConfig": "peftc.config.base",
-    "PeftConfigMixin": "peftc.config.base",
+    "PeftConfig": "peftc.plugin",
+    "PeftConfigMixin": "peftc.plugin",
     "PeftcWarning": "peftc.diagnostics",
     "PeftError": "peftc.diagnostics",
     "PeftMixedModel": "peftc.model.mixed",
@@ -168,18 +166,18 @@ _HOMES = {
     "PeftModelForSeq2SeqLM": "peftc.model.tasks",
     "PeftModelForSequenceClassification": "peftc.model.tasks",
     "PeftModelForTokenClassification": "peftc.model.tasks",
-    "PeftType": "peftc.config.types",
+    "PeftType": "peftc.plugin",
     "PeftWarning": "peftc.diagnostics",
-    "prepare_model_for_compiled_hotswap": "peftc.model.hotswap",
-    "prepare_model_for_kbit_training": "peftc.model.precision",
-    "projected_optimizer": "peftc.model.optimizers",
-    "PromptLearningConfig": "peftc.config.prompt",
-    "set_base_model_state_dict": "peftc.model.base_state",
-    "set_peft_model_state_dict": "peftc.model.state",
-    "shift_tokens_right": "peftc.model.sequences",
-    "TaskType": "peftc.config.types",
-    "two_rate_optimizer": "peftc.model.optimizers",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftc.model.sequences",
+    "prepare_model_for_compiled_hotswap": "peftc.model.functions.hotswap",
+    "prepare_model_for_kbit_training": "peftc.model.functions.precision",
+    "projected_optimizer": "peftc.model.functions.optimizers",
+    "PromptLearningConfig": "peftc.plugin",
+    "set_base_model_state_dict": "peftc.model.functions.base_state",
+    "set_peft_model_state_dict": "peftc.model.functions.state",
+    "shift_tokens_right": "peftc.model.functions.sequences",
+    "TaskType": "peftc.plugin",
+    "two_rate_optimizer": "peftc.model.functions.optimizers",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "peftc.model.functions.sequences",
 }
 
 
@@ -219,7 +217,7 @@ def _name_of_a_method(name: str) -> Any:
         return method.config
     if role == "export":
         return method.exports[name]
-    from peftc.runtime.classes import CLASSES
+    from peftc.runtime.applying.classes import CLASSES
 
     return CLASSES[role](method)
 

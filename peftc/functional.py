@@ -6,20 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftc.model.assistance import delete_adapter, set_adapter, set_requires_grad
+    from peftc.model.functions.assistance import delete_adapter, set_adapter, set_requires_grad
+    from peftc.model.functions.precision import cast_adapter_dtype
+    from peftc.model.functions.state import get_peft_model_state_dict, set_peft_model_state_dict
     from peftc.model.mapping import inject_adapter_in_model
-    from peftc.model.precision import cast_adapter_dtype
-    from peftc.model.state import get_peft_model_state_dict, set_peft_model_state_dict
 
 #: where each function lives; imported when it is first used
 _HOMES = {
-    "cast_adapter_dtype": "peftc.model.precision",
-    "delete_adapter": "peftc.model.assistance",
-    "get_peft_model_state_dict": "peftc.model.state",
+    "cast_adapter_dtype": "peftc.model.functions.precision",
+    "delete_adapter": "peftc.model.functions.assistance",
+    "get_peft_model_state_dict": "peftc.model.functions.state",
     "inject_adapter_in_model": "peftc.model.mapping",
-    "set_adapter": "peftc.model.assistance",
-    "set_peft_model_state_dict": "peftc.model.state",
-    "set_requires_grad": "peftc.model.assistance",
+    "set_adapter": "peftc.model.functions.assistance",
+    "set_peft_model_state_dict": "peftc.model.functions.state",
+    "set_requires_grad": "peftc.model.functions.assistance",
 }
 
 __all__ = [

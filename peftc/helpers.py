@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftc.model.assistance import (
+    from peftc.model.functions.assistance import (
         check_if_peft_model,
         disable_input_dtype_casting,
         rescale_adapter_scale,
@@ -32,4 +32,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
-    return getattr(importlib.import_module("peftc.model.assistance"), name)
+    return getattr(importlib.import_module("peftc.model.functions.assistance"), name)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from peftc import rules
 from peftc.compiler.match import matches
-from peftc.config.base import ConfigModel, PeftConfig
+from peftc.config.base import ConfigModel, PeftConfig, PeftConfigMixin
 from peftc.config.mixins import (
     ExpertsMixin,
     LayersMixin,
@@ -78,7 +78,7 @@ def convert_adapter(
     model: nn.Module, to: str, rank: int | float, adapter_name: str = "default", progressbar: bool = False
 ) -> tuple[PeftConfig, Mapping[str, Tensor]]:
     """Config and tensors of a model's adapter as one of the PEFT type `to`; see `peftc.convert_adapter`."""
-    from peftc.model.conversion import convert_adapter as convert
+    from peftc.model.functions.conversion import convert_adapter as convert
 
     made = convert(model, to, rank, adapter_name, progressbar)
     return made.config, made.tensors
@@ -116,6 +116,7 @@ __all__ = [
     "NameList",
     "Names",
     "PeftConfig",
+    "PeftConfigMixin",
     "PeftType",
     "PeftcError",
     "Place",

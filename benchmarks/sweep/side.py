@@ -87,7 +87,7 @@ def _asked(
 
 def _noted(model: Any) -> dict[str, str]:
     from peftc.graph.nodes import CONV_KINDS
-    from peftc.runtime.snapshot import snapshot
+    from peftc.runtime.applying.snapshot import snapshot
 
     nodes = snapshot(model).nodes
     kinds = {node.path: node.facts.kind.value for node in nodes if node.facts.kind in CONV_KINDS}

@@ -18,14 +18,16 @@ from peftc import rules
 from peftc.checkpoint.keys import listed, unwrapped
 from peftc.checkpoint.load import AdapterFile
 from peftc.compiler.match import Deadline, PatternKeys
-from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, Severity, Where, warn
 from peftc.graph.former import EXPERT, FormerLayers, FormerPlace
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.tuner.experts import PerExpert
+from peftc.tuner.experts import PerExpert, tuner_for
 from peftc.tuner.method import Former, MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -269,7 +271,7 @@ class FormerReader:
     def _joint(self, site: MapSite, keys: Mapping[str, str], found: Mapping[str, TensorFacts | None]) -> Joint | None:
         """The site made of what the file has of its layers; None if that cannot be, with problems noted."""
         former = next(former for former in self._names.of(site.path) if former.parameter == site.parameter)
-        tuner = self._method.tuner_for(self._plan.config, site.node(self._graph))
+        tuner = tuner_for(self._method, self._plan.config, site.node(self._graph))
         if not can_join(tuner, len(former.layers)):
             names = ", ".join(f"`{name}`" for name in former.names)
             what = f"{self._plan.peft_type} on {names} cannot become one of `{site.path}.{site.parameter}`"
@@ -349,9 +351,9 @@ class FormerReader:
         if key not in self._kinds:
             config = self._options(site, parts, overrides)
             facts = part_of(site.layer, parts)
-            tuner = self._method.tuner_for(config, ModuleNode("", facts))
+            tuner = tuner_for(self._method, config, ModuleNode("", facts))
             slots = {label: slot for label, slot in labelled(tuner.slots(config, facts)).items() if slot.saved}
-            stack = self._method.tuner_for(self._plan.config, site.node(self._graph))
+            stack = tuner_for(self._method, self._plan.config, site.node(self._graph))
             now = stack.scaling(site.config, site.layer)
             ratio = tuner.scaling(config, facts) / now if now else 1.0
             ratio = 1.0 if self._given is None or math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio

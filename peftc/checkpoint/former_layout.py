@@ -23,14 +23,16 @@ from peftc.checkpoint.load import AdapterFile
 from peftc.checkpoint.report import match_file
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.match import Names
-from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.former import EXPERT, FormerLayers, starred
 from peftc.graph.nodes import ModuleGraph, ModuleNode
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.runtime.stored import fitted
+from peftc.runtime.session.stored import fitted
+from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import labelled
 
@@ -101,7 +103,7 @@ class _Writer:
         if former is None or any(key not in tensors for key in keys.values()):
             return
         self.taken |= set(keys.values())
-        tuner = default_registry().get(self.plan.peft_type).tuner_for(self.plan.config, site.node(self.graph))
+        tuner = tuner_for(default_registry().get(self.plan.peft_type), self.plan.config, site.node(self.graph))
         slots = {label: tensors[key] for label, key in keys.items()}
         dotted = {label: slot.dotted for label, slot in labelled(site.slots).items()}
         if not site.parameter:
@@ -127,7 +129,7 @@ class _Writer:
                 rules.CANNOT_JOIN(what, why="There are no former names to write.", fix=fix, where=where)
             )
             return None
-        tuner = default_registry().get(self.plan.peft_type).tuner_for(self.plan.config, site.node(self.graph))
+        tuner = tuner_for(default_registry().get(self.plan.peft_type), self.plan.config, site.node(self.graph))
         if site.parameter and not can_join(tuner, len(former.layers)):
             what = f"{self.plan.peft_type} on `{where}` is no update of each of {', '.join(former.names)}"
             fix = "Keep the adapter as it is."
@@ -146,7 +148,7 @@ class _Writer:
         method, scaling = default_registry().get(self.plan.peft_type), tuner.scaling(site.config, site.layer)
         shapes = {label: tuple(tensor.shape) for label, tensor in slots.items()}
         for config in _candidates(site.config, parts):
-            one = method.tuner_for(config, ModuleNode("", facts))
+            one = tuner_for(method, config, ModuleNode("", facts))
             own = {label: slot.shape for label, slot in labelled(one.slots(config, facts)).items() if slot.saved}
             scaled = _scaled(config, one, facts, scaling) if own == shapes else None
             if scaled is not None:

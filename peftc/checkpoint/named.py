@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from peftc.checkpoint.keys import PARALLEL, Segments, assign, unwrapped
-from peftc.compiler.plan import WRAPPED_ROOT, AdapterPlan
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import WRAPPED_ROOT
 
 #: What stands before and after an adapter's name.
 _Place = tuple[Segments, Segments]

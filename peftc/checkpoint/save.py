@@ -19,8 +19,8 @@ from peftc.checkpoint.atomic import Part, replace_folders
 from peftc.checkpoint.format import write_file
 from peftc.checkpoint.names import BASE_NAME, PICKLE_NAME, PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.values import content_problems
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_to_text
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.serial import plan_to_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import config_text
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
@@ -45,7 +45,7 @@ def save_adapter(
 
     `tensors` are by checkpoint key, on any device, contiguous or not, shared or not. `plan` is what it was
     made by; a plan that an earlier save left is removed if there is none now. `extra` are further text files by name, e.g. a model card,
-    `base` the print of the base model (`peftc.model.identity`). The config is written as frozen (`inference_mode`), with a base
+    `base` the print of the base model (`peftc.model.parts.identity`). The config is written as frozen (`inference_mode`), with a base
     model in a local folder named so that it is found from any other, and is itself not changed. With `pickled` the weights are
     in the format of `torch.save` (`adapter_model.bin`), and the safetensors file of an earlier save is
     removed, which readers would prefer.

@@ -9,10 +9,10 @@ from pathlib import Path
 from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.graph import base_named
-from peftc.compiler.drift import differences
-from peftc.compiler.files import read_plan
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_digest
+from peftc.compiler.plan.drift import differences
+from peftc.compiler.plan.files import read_plan
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.serial import plan_digest
 from peftc.config.sections import section_of_word
 from peftc.diagnostics import PeftcError, Where
 from peftc.graph.base_ref import BaseRef
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     base = base_of(plan, args.base, args.plan)
     from peftc.integrations.transformers.base import load_base  # here: below the torch line
     from peftc.model.peft_model import PeftModel
-    from peftc.runtime.snapshot import snapshot
+    from peftc.runtime.applying.snapshot import snapshot
 
     with progress.stage("Loading the base model", quiet=args.quiet):
         model, _ = load_base(base)

@@ -9,7 +9,7 @@ from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.generate import adapter_named
 from peftc.cli.graph import base_named
-from peftc.compiler.render import size
+from peftc.compiler.plan.render import size
 from peftc.diagnostics import PeftcError
 
 HELP = "Turn an adapter into one of another method, or its file into another form"
@@ -115,8 +115,8 @@ def _to_former(args: argparse.Namespace) -> int:
 def _to_method(args: argparse.Namespace) -> int:
     from peftc.checkpoint.save import save_adapter  # here: below the torch line
     from peftc.integrations.transformers import jobs
-    from peftc.model import identity
-    from peftc.model.conversion import convert_adapter
+    from peftc.model.functions.conversion import convert_adapter
+    from peftc.model.parts import identity
 
     jobs.require_new(args.out)
     ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)

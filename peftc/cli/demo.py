@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.train import adapter_bytes, described, section, told, total_steps
-from peftc.compiler.render import size
+from peftc.compiler.plan.render import size
 from peftc.config.spec import AdapterSpec, load_spec
 from peftc.diagnostics import PeftcError
 

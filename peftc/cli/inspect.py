@@ -21,9 +21,9 @@ from peftc.checkpoint.report import match_file
 from peftc.checkpoint.values import stored_problems
 from peftc.cli import console
 from peftc.cli.generate import adapter_named
-from peftc.compiler.files import read_plan
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.render import percent, size
+from peftc.compiler.plan.files import read_plan
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import percent, size
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import plugin_named, read_config
 from peftc.config.hub import is_repository

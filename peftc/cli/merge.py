@@ -9,7 +9,7 @@ from pathlib import Path
 from peftc.cli import console, progress
 from peftc.cli.generate import adapter_named
 from peftc.cli.graph import base_named
-from peftc.compiler.render import size
+from peftc.compiler.plan.render import size
 
 HELP = "Merge an adapter into its base model and save the result"
 

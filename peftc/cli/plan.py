@@ -10,11 +10,11 @@ from pathlib import Path
 from peftc import rules
 from peftc.cli import console
 from peftc.compiler.explain import Explanation, explain, render_explanation
-from peftc.compiler.files import read_graph
 from peftc.compiler.of_spec import compile_spec
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_to_text
+from peftc.compiler.plan.files import read_graph
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_to_text
 from peftc.config.base import CONFIG_NAME
 from peftc.config.places import Document, Location, json_path
 from peftc.config.reader import read_document

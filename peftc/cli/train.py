@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftc import rules
 from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.cli import console, progress
-from peftc.compiler.render import percent, size
+from peftc.compiler.plan.render import percent, size
 from peftc.config.sections import TrainSection
 from peftc.config.spec import AdapterSpec, load_spec
 from peftc.diagnostics import PeftcError, Where, warn

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from peftc.compiler.draft import option
 from peftc.compiler.match import Deadline, Layers, PatternKeys, is_all_linear, matches
-from peftc.compiler.select import wanted_layers
+from peftc.compiler.passes.draft import option
+from peftc.compiler.passes.select import wanted_layers
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import LayersMixin
 from peftc.diagnostics import warn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from peftc.runtime.layer import TunerLayer
+    from peftc.runtime.layer.wrapper import TunerLayer
 
 
 def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
@@ -82,7 +82,7 @@ def check_target_module_exists(config: PeftConfig, key: str) -> bool:
 
 def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
     """Write the paths of the layers that are meant by `all-linear` in its place."""
-    from peftc.runtime.planning import plan_for  # below the torch line
+    from peftc.runtime.applying.planning import plan_for  # below the torch line
 
     if is_all_linear(option(peft_config, "target_modules")):
         plan = plan_for(model, {"default": peft_config}, task_heads=False, loading=True, mixed=True)
@@ -121,7 +121,7 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def check_adapters_to_merge(module: TunerLayer, adapter_names: list[str] | None = None) -> list[str]:
     """Those of the adapters, or of the active ones, that are not merged yet; warns if some are."""
-    from peftc.runtime.together import merged_already
+    from peftc.runtime.session.together import merged_already
 
     if isinstance(adapter_names, str):
         raise TypeError(f"`adapter_names` is a list of names, not `{adapter_names}`")

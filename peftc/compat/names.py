@@ -64,10 +64,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "update_generate_signature update_signature",
         "peft.helpers",
     ),
-    ("peftc.runtime.layer", "BaseTunerLayer", "peft.tuners.tuners_utils"),
-    ("peftc.runtime.tuner_model", "BaseTuner=TunerModel", "peft.tuners.tuners_utils"),
+    ("peftc.runtime.layer.wrapper", "BaseTunerLayer", "peft.tuners.tuners_utils"),
+    ("peftc.runtime.applying.tuner_model", "BaseTuner=TunerModel", "peft.tuners.tuners_utils"),
     (
-        "peftc.runtime.saved_modules",
+        "peftc.runtime.around.saved_modules",
         "AuxiliaryTrainingWrapper ModulesToSaveWrapper",
         "peft.utils peft.utils.other",
     ),
@@ -125,7 +125,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "_get_module_names_tied_with_embedding _get_no_split_modules",
         "peft.utils.other",
     ),
-    ("peftc.runtime.buffers", "BufferDict", "peft.tuners._buffer_dict"),
+    ("peftc.runtime.slots.buffers", "BufferDict", "peft.tuners._buffer_dict"),
     (
         "peftc.compat.merging",
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune "
@@ -270,7 +270,8 @@ def _makes_optimizers(name: str) -> bool:
 
 
 def _of(method: TunerMethod, name: str) -> Any:
-    from peftc.runtime.classes import CLASSES, layer_class  # below the torch line
+    from peftc.runtime.applying.classes import CLASSES
+    from peftc.runtime.applying.layer_classes import layer_class  # below the torch line
 
     role = method.public_names.get(name)
     if role == "config":

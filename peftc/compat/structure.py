@@ -43,9 +43,9 @@ def _filter_state_dict_by_key_prefixes(state_dict: Mapping[str, Any], prefixes: 
 def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
     """Paths of what adapters have on layers, and beside the model; with a name, of that adapter. Modules that are trained
     whole are not among them."""
-    from peftc.runtime.layer import TunerLayer
-    from peftc.runtime.saved_modules import AuxiliaryTrainingWrapper
-    from peftc.runtime.tuner_model import TunerModel
+    from peftc.runtime.applying.tuner_model import TunerModel
+    from peftc.runtime.around.saved_modules import AuxiliaryTrainingWrapper
+    from peftc.runtime.layer.wrapper import TunerLayer
 
     found: set[str] = set()
     whole: set[str] = set()
@@ -61,7 +61,7 @@ def _own(module: nn.Module, adapter_name: str | None) -> Iterator[str]:
     """Names of what is in a wrapper beside that which it wraps."""
     from torch.nn import ModuleDict, ParameterDict
 
-    from peftc.runtime.buffers import BufferDict
+    from peftc.runtime.slots.buffers import BufferDict
 
     for name in [*module._modules, *module._parameters, *module._buffers]:
         held = getattr(module, name)

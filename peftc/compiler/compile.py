@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from peftc import rules
-from peftc.compiler.calls import weighed
-from peftc.compiler.draft import Context, Draft, listed, placed
-from peftc.compiler.modules import together
-from peftc.compiler.passes import run_passes
-from peftc.compiler.plan import AdapterPlan, InjectionPlan
+from peftc.compiler.passes.calls import weighed
+from peftc.compiler.passes.draft import Context, Draft, Options, listed, placed
+from peftc.compiler.passes.modules import together
+from peftc.compiler.passes.order import run_passes
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
 from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, PeftcError, did_you_mean
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compile: see `compile_plan`."""
-
-    strict: bool = False
-    allow_dead: frozenset[str] = frozenset()
-    autocast_adapter_dtype: bool = True
-    task_heads: bool = True
-    given: frozenset[str] | None = None
-    loading: bool = False
+from peftc.tuner.experts import tuner_for
 
 
 def compile_plan(
@@ -77,7 +67,7 @@ def compile_plan(
     found.add(
         *together(
             [plan for plan in plans if plan.name in chosen],
-            lambda plan, path: registry.get(plan.peft_type).tuner_for(plan.config, nodes[path]),
+            lambda plan, path: tuner_for(registry.get(plan.peft_type), plan.config, nodes[path]),
         )
     )
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
@@ -104,20 +94,9 @@ def begin(
         raise PeftcError(rules.NO_TYPE(what, fix=f"Use a method's own config; installed are {known}.", where=name))
     method = registry.method_of(config)
     copy = config.revalidated()
-    context = Context(
-        graph,
-        method,
-        name,
-        strict=options.strict,
-        allowed=options.allow_dead,
-        autocast_adapter_dtype=options.autocast_adapter_dtype,
-        task_heads=options.task_heads,
-        given=options.given,
-        loading=options.loading,
-    )
     with boundary(method.peft_type, "check", json_path(("adapters", name))):
         said = (*method.check(copy), *(() if options.loading else method.check_start(copy)))
-    return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), context
+    return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), Context(graph, method, name, options)
 
 
 def frozen(name: str, draft: Draft) -> AdapterPlan:

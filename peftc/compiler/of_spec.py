@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from peftc import rules
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.sections import ChecksSection
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import Diagnostic, PeftcError

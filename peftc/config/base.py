@@ -7,7 +7,7 @@ is compiled; what is wrong comes out as diagnostics, all at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from typing import Any, ClassVar, Self
@@ -66,6 +66,18 @@ class ConfigModel(BaseModel):
             raise ConfigError(unknown_key([type(self)], name)) from None
 
 
+@dataclasses.dataclass(frozen=True)
+class ConfigFiles:
+    """How configs are written and read, for their methods: `peftc.config.files` puts its functions here. It knows the installed
+    methods, and so stands above all configs."""
+
+    read: Callable[..., PeftConfig]
+    write: Callable[..., object]
+    push: Callable[..., object]
+    options: Callable[..., dict[str, Any]]
+    of_keywords: Callable[..., PeftConfig]
+
+
 class PeftConfigMixin(ConfigModel):
     """What every config can do: to and from dictionaries, files, and the hub. Raises `ConfigError` on bad values."""
 
@@ -77,6 +89,8 @@ class PeftConfigMixin(ConfigModel):
     """Class and library of the base model, written when there is no task type. Never imported from."""
     peft_version: str | None = None
     """The version that wrote the file; one that is made here is of this version."""
+
+    files: ClassVar[ConfigFiles]
 
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
@@ -110,9 +124,7 @@ class PeftConfigMixin(ConfigModel):
 
         `auto_mapping_dict` is written as `auto_mapping`; further keywords are ignored. Raises `PeftcError`.
         """
-        from peftc.config.files import write_config  # here, because it belongs to the layer above
-
-        write_config(self, save_directory, **kwargs)
+        self.files.write(self, save_directory, **kwargs)
 
     def push_to_hub(
         self,
@@ -131,12 +143,10 @@ class PeftConfigMixin(ConfigModel):
 
         Returns the address of the commit. Raises `PeftcError` if the hub does not take it.
         """
-        from peftc.config.files import push_config  # here, because it belongs to the layer above
-        from peftc.config.hub import Commit
+        from peftc.config.hub import Commit  # here, because few need it
 
-        message = commit_message or "Upload config"
-        commit = Commit(message, commit_description, private, token, revision, create_pr)
-        return push_config(self, repo_id, tags or (), commit)
+        commit = Commit(commit_message or "Upload config", commit_description, private, token, revision, create_pr)
+        return self.files.push(self, repo_id, tags or (), commit)
 
     @field_validator("task_type", mode="before")
     @classmethod
@@ -163,9 +173,7 @@ class PeftConfigMixin(ConfigModel):
         Keywords of the hub's client are passed on, others ignored: the file's options count. Raises `ConfigError` when the
         file is missing, unreadable, or of an unknown type.
         """
-        from peftc.config.files import read_config  # here, because it belongs to the layer above
-
-        return read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return cls.files.read(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -173,16 +181,12 @@ class PeftConfigMixin(ConfigModel):
 
         Raises `ConfigError` for an unknown type and for bad values.
         """
-        from peftc.config.files import config_from_keywords  # here, because it belongs to the layer above
-
-        return config_from_keywords(cls, kwargs)
+        return cls.files.of_keywords(cls, kwargs)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """The options in a JSON file, as plain data. Raises `PeftcError` if it cannot be read."""
-        from peftc.config.files import read_options  # here, because it belongs to the layer above
-
-        return read_options(path_json_file)
+        return cls.files.options(path_json_file)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

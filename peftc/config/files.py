@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from peftc import rules
 from peftc._version import FILE_VERSION
-from peftc.config.base import CONFIG_NAME, PeftConfig, PeftConfigMixin
+from peftc.config.base import CONFIG_NAME, ConfigFiles, PeftConfig, PeftConfigMixin
 from peftc.config.json_text import parse_json
 from peftc.config.places import Document, Location, json_path
 from peftc.config.problems import ModelsAt, Problem, further, models_below, problems, shorten, unknown_keys
@@ -365,3 +365,6 @@ def _folders_beside(path: Path) -> list[str]:
         return [entry.name for entry in path.parent.iterdir()][:1000]
     except OSError:
         return []
+
+
+PeftConfigMixin.files = ConfigFiles(read_config, write_config, push_config, read_options, config_from_keywords)

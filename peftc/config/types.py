@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -19,11 +19,12 @@ class _OpenEnum(type):
     The members are the types that can be asked for when the class is asked, so that a plugin that is registered is one.
     """
 
+    #: names of the types that can be asked for: the registry puts its own here
+    known: Callable[[], Iterable[str]]
+
     @property
     def __members__(cls) -> Mapping[str, Any]:
-        from peftc.registry.manager import default_registry  # here, because it belongs to a layer above
-
-        return MappingProxyType({name: cls(name) for name in default_registry().names})
+        return MappingProxyType({name: cls(name) for name in cls.known()})
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):  # Python and pydantic ask for such names, which are no types

@@ -20,10 +20,10 @@ from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.host import parallel
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.apply import SESSION, session_of
+from peftc.runtime.applying.apply import SESSION, session_of
 from peftc.runtime.journal import keep, keep_entries, whole
-from peftc.runtime.session import Session
-from peftc.runtime.succession import delete
+from peftc.runtime.session.session import Session
+from peftc.runtime.session.succession import delete
 
 ATTRIBUTE = "peft_config"
 

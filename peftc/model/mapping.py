@@ -15,15 +15,16 @@ from peftc.config.files import config_from_dict
 from peftc.diagnostics import PeftcError, warn
 from peftc.model.injected import followed, note_adapted, show, unwrapped
 from peftc.model.mixed import PeftMixedModel
-from peftc.model.peft_model import DEFAULT, PeftModel
+from peftc.model.parts.adapted import DEFAULT
+from peftc.model.peft_model import PeftModel
 from peftc.model.tasks import task_model_class
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan, let_go, session_of
+from peftc.runtime.applying.apply import apply_plan, let_go, session_of
+from peftc.runtime.applying.handed import with_handed
+from peftc.runtime.applying.planning import hollow, paths_in, plan_for, targeted
 from peftc.runtime.collector import collector_paused
-from peftc.runtime.handed import with_handed
 from peftc.runtime.journal import keep, keep_entry, whole
-from peftc.runtime.planning import hollow, paths_in, plan_for, targeted
-from peftc.runtime.succession import make_room
+from peftc.runtime.session.succession import make_room
 from peftc.tuner.method import TunerMethod
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from peftc import rules
 from peftc.compiler.compile import cannot_mix
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.model.peft_model import PeftModel
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import hold
-from peftc.runtime.session import Session
-from peftc.runtime.tuner_model import MixedModel
+from peftc.runtime.applying.apply import hold
+from peftc.runtime.applying.tuner_model import MixedModel
+from peftc.runtime.session.session import Session
 
 
 class PeftMixedModel(PeftModel):

@@ -7,136 +7,52 @@ from contextlib import AbstractContextManager
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peftc import rules
 from peftc.checkpoint.report import LoadReport
-from peftc.compiler.plan import AdapterPlan, InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import Commit
-from peftc.config.types import PeftType
+from peftc.config.types import TaskType
 from peftc.diagnostics import PeftcError, warn
 from peftc.host.generation import calls_replaced
-from peftc.host.layers import recomputes
-from peftc.model import files
-from peftc.model.activation import ActivationMixin
-from peftc.model.card import facts_of, push, write_card
-from peftc.model.embeddings import AUTO
-from peftc.model.loading import LoadOptions, loadable, needed_sources, opened
-from peftc.model.rows import ADAPTER_NAMES, expansion, rows_named
-from peftc.model.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
-from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan, freeze, hold, let_go, mixed_types, session_of, strip
-from peftc.runtime.calls import CallModule
-from peftc.runtime.classes import model_class
+from peftc.model.parts import files
+from peftc.model.parts.adapted import DEFAULT, AdaptedModel
+from peftc.model.parts.card import facts_of, push, write_card
+from peftc.model.parts.embeddings import AUTO
+from peftc.model.parts.loading import LoadOptions, loadable, opened
+from peftc.model.parts.rows import ADAPTER_NAMES, expansion, rows_named
+from peftc.model.parts.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
+from peftc.runtime.applying.apply import let_go, strip
+from peftc.runtime.applying.handed import with_handed
+from peftc.runtime.applying.planning import hollow, plan_for
+from peftc.runtime.applying.tuner_model import TunerModel, let_property_say
+from peftc.runtime.around.calls import CallModule
 from peftc.runtime.collector import collector_paused
-from peftc.runtime.handed import with_handed
-from peftc.runtime.journal import keep, keep_entries, keep_entry, whole
-from peftc.runtime.layer import Source
-from peftc.runtime.planning import hollow, plan_for
-from peftc.runtime.session import Session
-from peftc.runtime.steps import finished
-from peftc.runtime.tuner_model import TunerModel, let_property_say
-from peftc.runtime.values import taken, values_given
-
-DEFAULT = files.AT_ROOT
+from peftc.runtime.journal import keep, keep_entries, whole
+from peftc.runtime.session.session import Session
+from peftc.runtime.session.steps import finished
+from peftc.runtime.session.values import taken, values_given
 
 
-class PeftModel(ActivationMixin, nn.Module):
+class PeftModel(AdaptedModel):
     """A base model with adapters. Attributes that it does not have itself are those of the base model.
 
     `peft_config` maps adapter names to configs; `base_model` is the level that gives parameters their names.
     """
 
-    #: whether adapters of several methods may be on the model
-    mixes: ClassVar[bool] = False
+    #: task -> the class for it: each says so where it is declared
+    of_task: ClassVar[dict[str, type[PeftModel]]] = {}
 
-    @whole
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = DEFAULT,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-    ) -> None:
-        super().__init__()
-        let_go(model)
-        plan = plan_for(model, {adapter_name: peft_config}, autocast_adapter_dtype)
-        plan = with_handed(plan, model, {adapter_name: peft_config})
-        self._start(model, plan, {adapter_name: hollow(plan.adapters[0])} if low_cpu_mem_usage else {})
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            PeftModel.of_task[task] = cls
 
-    @classmethod
-    @whole
-    def from_plan(cls, model: nn.Module, plan: InjectionPlan, sources: dict[str, Source] | None = None) -> Self:
-        """Apply a compiled plan. Raises `PeftcError`, with the model as it was, if it does not fit."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._start(model, plan, sources or {})
-        return self
-
-    def _start(self, model: nn.Module, plan: InjectionPlan, sources: Mapping[str, Source]) -> None:
-        let_go(model)
-        if session_of(model) is not None:
-            what = "The model has adapters already; wrapping it again would nest them"
-            raise PeftcError(rules.MIXED_TYPES(what, fix="Use `add_adapter`, or `unload()` first."))
-        registry = default_registry()
-        checkpointed = recomputes(model)
-        first = plan.adapters[0]
-        method = registry.get(first.peft_type)
-        if method.is_prompt:
-            self._refuse_several(plan.active)
-        self.peft_config: dict[str, PeftConfig] = {}
-        self.peft_type = PeftType(first.peft_type)
-        self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
-        sources = {**needed_sources(plan, LoadOptions()), **sources}
-        with collector_paused():
-            freeze(model)
-            session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes)
-            self.base_model = self._level(plan, session)
-            self.__dict__["_session"] = session
-            for adapter in plan.adapters:
-                if not adapter.needed_by:
-                    self._join(adapter, sources.get(adapter.name))
-        self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
-        if checkpointed:
-            self.prepare_model_for_gradient_checkpointing(self.get_base_model())
-
-    def _level(self, plan: InjectionPlan, session: Session) -> nn.Module:
-        """What stands between this object and the base model: nothing, for a method that wraps no layers."""
-        method = default_registry().get(plan.adapters[0].peft_type)
-        return session.model if method.is_prompt else model_class(method).around(session, self.peft_config)
-
-    def _join(self, adapter: AdapterPlan, source: Source | None) -> None:
-        """What an adapter has beside its layers."""
-        self._add_encoder(adapter, source)
-        keep(adapter.config)
-        keep_entry(self.peft_config, adapter.name)
-        adapter.config.base_model_name_or_path = adapter.config.base_model_name_or_path or self._base_name()
-        self.peft_config[adapter.name] = adapter.config
-
-    def _base_name(self) -> str | None:
-        return getattr(self.get_base_model(), "name_or_path", None) or None
-
-    # the model ----------------------------------------------------------------------------------------------------
-
-    @property
-    def session(self) -> Session:
-        """The adapters that are applied. Raises `PeftcError` after unloading."""
-        session: Session | None = self.__dict__.get("_session")
-        if session is None or (not session.plans and session_of(session.model) is not session):
-            raise PeftcError(
-                rules.NOT_ADAPTED("The model has no adapter any more", fix="Wrap it again.", also=AttributeError)
-            )
-        return session
-
-    def get_base_model(self) -> nn.Module:
-        """The base model, without the levels above it."""
-        base = self.base_model
-        return base if self.prompt_encoder is not None else base.model  # type: ignore[return-value]
+    # calls --------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters in effect.
@@ -258,23 +174,6 @@ class PeftModel(ActivationMixin, nn.Module):
         plan = with_handed(plan_for(base, handed, autocast_adapter_dtype, mixed=self.mixes), base, handed)
         self._attach(plan, hollow(plan.adapters[0]) if low_cpu_mem_usage else None)
 
-    def _attach(self, plan: InjectionPlan, source: Source | None) -> None:
-        """Add the plan's one adapter, from a checkpoint or fresh."""
-        adapter = plan.adapters[0]
-        sources = needed_sources(plan, LoadOptions()) | ({} if source is None else {adapter.name: source})
-        apply_plan(self.get_base_model(), plan, sources=sources, mixed=self.mixes)
-        self._join(adapter, source)
-
-    def _refuse_type(self, config: PeftConfig) -> None:
-        if config.peft_type != self.peft_type:
-            raise PeftcError(mixed_types(config, {str(self.peft_type)}))
-        hold(self.get_base_model(), self.session)
-
-    def _drop(self, name: str) -> None:
-        """Remove an adapter; nothing takes over."""
-        self.session.remove(name)
-        self._forget([name])
-
     @property
     def modules_to_save(self) -> set[str] | None:
         """Names of modules that adapters train whole; None if there are none."""
@@ -371,7 +270,7 @@ class PeftModel(ActivationMixin, nn.Module):
         """Save adapters: `default` at the root of the folder, others in subfolders. All in one step where the file system
         can exchange folders, else each in one.
 
-        `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.embeddings`.
+        `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.parts.embeddings`.
         The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
         Raises `PeftcError` with the folder as it was.
         """
@@ -441,9 +340,7 @@ class PeftModel(ActivationMixin, nn.Module):
         config, file = opened(model_id, config, options)
         let_go(model)
         found = loadable(model, adapter_name, config, file, options)
-        from peftc.model.tasks import task_model_class  # here: the classes of tasks derive from this one
-
-        task_class = task_model_class(config)
+        task_class = PeftModel if config.task_type is None else PeftModel.of_task[config.task_type]
         chosen = cls if cls.mixes or issubclass(cls, task_class) else task_class
         plan = with_handed(found.plan, model, {adapter_name: config})
         wrapped = chosen.from_plan(model, plan, {adapter_name: found.source})
@@ -467,7 +364,7 @@ class PeftModel(ActivationMixin, nn.Module):
     ) -> LoadReport:
         """Load a further adapter, not activated; one of that name is overwritten. The report names every key.
 
-        Keywords as in `from_pretrained`. Raises `PeftcError`, with nothing changed (`peftc.model.files.load`).
+        Keywords as in `from_pretrained`. Raises `PeftcError`, with nothing changed (`peftc.model.parts.files.load`).
         """
         given = (is_trainable, autocast_adapter_dtype, torch_device, key_mapping, ephemeral_gpu_offload)
         options = LoadOptions.of(*given, kwargs)

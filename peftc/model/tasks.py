@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from peftc.config.base import PeftConfig
@@ -42,19 +43,33 @@ def _forward(*names: str) -> Callable[..., Any]:
     return forward
 
 
-class PeftModelForSequenceClassification(PeftModel):
+class PeftModelForSequenceClassification(PeftModel, task=TaskType.SEQ_CLS):
     """A classifier of sequences with adapters. Its head (`classifier`, `score`) is trained and saved along."""
 
     forward = _forward(*_INPUT, "labels", *_OUTPUT)
 
 
-class PeftModelForTokenClassification(PeftModel):
+class PeftModelForSeq2SeqLM(PeftModel, task=TaskType.SEQ_2_SEQ_LM):
+    """An encoder-decoder language model with adapters."""
+
+    forward = _forward(
+        *_INPUT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels", *_OUTPUT
+    )
+
+
+class PeftModelForCausalLM(PeftModel, task=TaskType.CAUSAL_LM):
+    """A language model with adapters."""
+
+    forward = _forward(*_INPUT, "labels", *_OUTPUT)
+
+
+class PeftModelForTokenClassification(PeftModel, task=TaskType.TOKEN_CLS):
     """A classifier of tokens with adapters. Its head (`classifier`, `score`) is trained and saved along."""
 
     forward = _forward(*_INPUT, "labels", *_OUTPUT)
 
 
-class PeftModelForQuestionAnswering(PeftModel):
+class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
     """An extractive question answerer with adapters. Its head (`qa_outputs`) is trained and saved along."""
 
     forward = _forward(
@@ -69,36 +84,15 @@ class PeftModelForQuestionAnswering(PeftModel):
     )
 
 
-class PeftModelForCausalLM(PeftModel):
-    """A language model with adapters."""
-
-    forward = _forward(*_INPUT, "labels", *_OUTPUT)
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """An encoder-decoder language model with adapters."""
-
-    forward = _forward(
-        *_INPUT, "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels", *_OUTPUT
-    )
-
-
-class PeftModelForFeatureExtraction(PeftModel):
+class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION):
     """A model whose hidden states are wanted, with adapters."""
 
     forward = _forward(*_INPUT, *_OUTPUT)
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
-}
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = MappingProxyType(PeftModel.of_task)
 
 
 def task_model_class(config: PeftConfig) -> type[PeftModel]:
     """The class for a config's task; `PeftModel` itself without one."""
-    return PeftModel if config.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    return PeftModel if config.task_type is None else PeftModel.of_task[config.task_type]

@@ -20,6 +20,7 @@ import pluggy
 
 from peftc import rules
 from peftc.config.base import PeftConfig
+from peftc.config.types import PeftType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, nearest, warn
 from peftc.registry import hookspecs
 from peftc.registry.boundary import is_of_user, is_out_of_memory
@@ -269,3 +270,6 @@ def _manager() -> pluggy.PluginManager:
 def default_registry() -> Registry:
     """The registry of installed plugins, made on first use."""
     return Registry()
+
+
+PeftType.known = lambda: default_registry().names

@@ -1,5 +1,5 @@
-"""Carrying out a plan on a live model: wrappers, their storage, and the session that knows what is applied."""
+"""Carrying out a plan on a live model. From the ground up, each room using those before it:
 
-from peftc.installed.requirements import require
-
-require()  # before anything in here imports a library of another release
+`journal` (all or nothing), `call` (what one call knows), `bases` (base layers), `slots` (tensors of adapters), `layer` (one
+adapted layer), `around` (modules and calls), `prompt` (virtual tokens), `session` (all that is applied), `applying` (plans).
+"""

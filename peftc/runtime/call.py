@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -20,11 +20,32 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host.torch_modules import checkpoints_call
 
-if TYPE_CHECKING:
-    from peftc.runtime.gates import Gates
-
 #: stands for the base model among the adapters of rows
 BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What multiplies updates. `values` is one number for all, or `(batch, tokens, layers, adapters)`; `layers` and
+    `adapters` give the places of paths and adapter names in it."""
+
+    values: float | Tensor
+    layers: Mapping[str, int] = field(default_factory=dict)
+    adapters: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, path: str, adapter: str, y: Tensor) -> float | Tensor:
+        """The coefficient of an adapter's update on a layer whose output is `y` `(batch, tokens, out)`, or with batch and
+        tokens in one dimension. Raises `PeftcError` if `y` has other tokens."""
+        if not isinstance(self.values, Tensor):
+            return self.values
+        gate = self.values[:, :, self.layers[path], self.adapters[adapter]]
+        if y.shape[:-1] == (1, gate.shape[1]):  # what all rows share, such as positions
+            return gate.unsqueeze(-1)
+        if gate.numel() * y.shape[-1] != y.numel():
+            what = f"`{path}` computes {y.numel() // y.shape[-1]} tokens, the call weighs {gate.numel()}"
+            fix = "Use adapters on layers that see every token of the input once."
+            raise PeftcError(rules.CANNOT_GATE(what, fix=fix, where=path))
+        return gate.reshape(*y.shape[:-1], 1)
 
 
 @dataclass(frozen=True)

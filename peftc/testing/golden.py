@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import PROMPT_ROOT, WRAPPED_ROOT, InjectionPlan
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.sites import PROMPT_ROOT, WRAPPED_ROOT
 from peftc.config.base import CONFIG_NAME
 from peftc.config.files import read_config
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.report import broken
 from peftc.testing.subjects import quiet
 

@@ -20,15 +20,16 @@ from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin, TargetParametersMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
 from peftc.graph.nodes import Kind, ModuleNode
-from peftc.model.assistance import row_values
+from peftc.model.functions.assistance import row_values
 from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import session_of
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.applying.apply import session_of
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
+from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
@@ -129,7 +130,7 @@ class Subject:
         nodes = [node for node in self.model.graph.nodes if self.targets is None or node.path in self.targets]
         nodes += [node for node in _stacks(self.model) if node.path in self.parameters]
         return any(
-            self.method.tuner_for(config, node).is_mergeable for node in nodes if _fits(self.method, config, node)
+            tuner_for(self.method, config, node).is_mergeable for node in nodes if _fits(self.method, config, node)
         )
 
     def calling(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -312,7 +313,7 @@ def _parted(
     for path in targets:
         try:
             with boundary(method.peft_type, "tuner_for", path):
-                beside += [] if method.tuner_for(config, model.graph.by_path[path]).is_mergeable else [path]
+                beside += [] if tuner_for(method, config, model.graph.by_path[path]).is_mergeable else [path]
         except PeftcError:
             return {"": targets}  # the checks ask again
     if len(beside) in (0, len(targets)):
@@ -341,7 +342,7 @@ def _fits(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> bool:
     """Whether the method says that it can adapt a layer. A method that raises is asked again by the checks."""
     try:
         with boundary(method.peft_type, "tuner_for", node.path):
-            tuner = method.tuner_for(config, node)
+            tuner = tuner_for(method, config, node)
             problems = tuner.check(config, node.facts, node.path) if node.facts.kind in tuner.supports else ()
             return node.facts.kind in tuner.supports and not any(p.severity is Severity.ERROR for p in problems)
     except PeftcError:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
-from peftc.graph.nodes import EXPERT_KINDS, Kind, LayerFacts, TensorFacts
-from peftc.tuner.method import Former, MapTuner
+from peftc.graph.nodes import EXPERT_KINDS, Kind, LayerFacts, ModuleNode, TensorFacts
+from peftc.tuner.method import Former, MapTuner, TunerMethod
 from peftc.tuner.slots import Slot, labelled
 
 if TYPE_CHECKING:
@@ -112,6 +112,14 @@ class PerExpert(MapTuner[PeftConfig]):
 def per_expert(one: MapTuner[Any]) -> PerExpert:
     """The mathematics on stacks of experts; one object for one."""
     return PerExpert(one)
+
+
+def tuner_for(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
+    """The mathematics of a method for one site, a layer or a stack of experts."""
+    tuner = method.chosen_for(config, node)
+    if tuner.stacks_experts or not node.facts.experts or node.facts.kind not in tuner.supports:
+        return tuner
+    return per_expert(tuner)
 
 
 @cache

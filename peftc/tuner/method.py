@@ -390,16 +390,8 @@ class TunerMethod:
             return {name: value for example in self.examples[:1] for name, value in example.items() if name in missed}
         return {}
 
-    def tuner_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
-        """The mathematics for one site."""
-        tuner = self._chosen_for(config, node)
-        if tuner.stacks_experts or not node.facts.experts or node.facts.kind not in tuner.supports:
-            return tuner
-        from peftc.tuner.experts import per_expert  # here, because it is made of what this module defines
-
-        return per_expert(tuner)
-
-    def _chosen_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
+    def chosen_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
+        """The mathematics that the method gives for a site; `peftc.tuner.experts.tuner_for` has it for experts as well."""
         if isinstance(self.tuner, MapTuner):
             return self.tuner
         if isinstance(self.tuner, (ModuleTuner, PromptTuner, CallTuner)):

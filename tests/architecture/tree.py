@@ -55,7 +55,13 @@ class Source:
     @cached_property
     def imports(self) -> tuple[Import, ...]:
         """Every import but those for type checkers only; those inside functions are `deferred`."""
-        return tuple(_imports(self, self.ast, deferred=False))
+        return tuple(_imports(self, self.ast))
+
+    @cached_property
+    def for_types(self) -> tuple[Import, ...]:
+        """Imports for type checkers only."""
+        blocks = [node for node in ast.walk(self.ast) if isinstance(node, ast.If) and _is_for_types(node)]
+        return tuple(i for block in blocks for child in block.body for i in _imports(self, ast.Module([child], [])))
 
     @cached_property
     def functions(self) -> tuple[tuple[str, Function], ...]:
@@ -85,9 +91,13 @@ def sources(*folders: str) -> tuple[Source, ...]:
     return tuple(Source(path) for path in sorted(paths) if "__pycache__" not in path.parts)
 
 
-def _imports(source: Source, node: ast.AST, *, deferred: bool) -> Iterator[Import]:
+def _is_for_types(node: ast.If) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _imports(source: Source, node: ast.AST, *, deferred: bool = False) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+        if isinstance(child, ast.If) and _is_for_types(child):
             for other in child.orelse:
                 yield from _imports(source, other, deferred=deferred)
         elif isinstance(child, ast.Import):

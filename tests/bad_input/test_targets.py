@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import checks, defaults, drift, explain, former, match, of_spec, prompts, select, serial, sites
 from peftc.compiler import compile as compiler
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler import explain, match, of_spec
+from peftc.compiler.passes import checks, defaults, former, prompts, select, sites
+from peftc.compiler.plan import drift, serial
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.sections import BaseSection, ChecksSection
 from peftc.config.spec import AdapterSpec
@@ -174,7 +176,7 @@ CASES: dict[str, Case] = {
     "half of the list": Case(
         rules.DEAD_TARGET, plan(options=STRICT, target_modules=["q_proj", "v_porj"]),
         ("`v_porj`", "Did you mean `v_proj`", "$.adapters.default.target_modules.v_porj"),
-        (select, "    dead = config.target_modules - alive - context.allowed", "    dead = set()"),
+        (select, "    dead = config.target_modules - alive - context.options.allow_dead", "    dead = set()"),
     ),
     "half of the list, through the API": warned(
         rules.DEAD_TARGET, plan(target_modules=["q_proj", "v_porj"]), ("`v_porj`",),
@@ -215,7 +217,7 @@ CASES: dict[str, Case] = {
     ),
     "an exclusion of nothing": Case(
         rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules=["v_porj"]), ("`v_porj`", "$.adapters.default.exclude_modules.v_porj"),
-        (select, "for entry in sorted(dead - context.allowed)]", "for entry in ()]"),
+        (select, "for entry in sorted(dead - context.options.allow_dead)]", "for entry in ()]"),
     ),
     "an excluded container": Case(
         rules.DEAD_EXCLUDE, plan(options=STRICT, exclude_modules=["self_attn"]), ("not the 3 targets in it", r"(.*\.)?self_attn\..*"),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import PeftcError, PeftcWarning
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_from_text, plan_to_text
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_from_text, plan_to_text
 from peftc.plugin import EXPERT_KINDS, ExpertsMixin
 from peftc.registry.manager import default_registry
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.models import seeded
 from tests.e2e.pairs import moved
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import peftc
-from peftc.model import embeddings
+from peftc.model.parts import embeddings
 
 LIBRARIES: dict[str, Any] = {"peft": peft, "peftc": peftc}
 IDS = torch.arange(4, 20)[None]

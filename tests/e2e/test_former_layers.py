@@ -33,7 +33,7 @@ from peftc.cli import main
 from peftc.config.files import read_config
 from peftc.config.mixins import ExpertsMixin
 from peftc.registry.manager import default_registry
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.tuner.method import TunerMethod
 from tests.e2e.former import BY_NAME, FAMILIES, ROOT, Family, Old, former_weights, logits, old_adapter
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import peftc
-import peftc.runtime.layer
+import peftc.runtime.layer.wrapper
 from peftc import PeftMixedModel
 from peftc.testing.models import MODELS, TinyModel, seeded
 from tests.e2e.test_interop import moved
@@ -71,7 +71,7 @@ def injected(library: ModuleType) -> nn.Module:
     for name, (config, options) in FOUR.items():
         library.inject_adapter_in_model(getattr(library, config)(**options), model, name)
     shifted(model)
-    base = peft.tuners.tuners_utils.BaseTunerLayer if library is peft else peftc.runtime.layer.TunerLayer
+    base = peft.tuners.tuners_utils.BaseTunerLayer if library is peft else peftc.runtime.layer.wrapper.TunerLayer
     for module in model.modules():
         if isinstance(module, base):
             module.set_adapter(list(FOUR))

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from peftc.config.base import PeftConfig
-from peftc.runtime.base_tensors import BaseTensors
 from peftc.runtime.call import Shared
-from peftc.runtime.session import Session
-from peftc.runtime.step_state import StepState
-from peftc.runtime.stores import Stores
+from peftc.runtime.session.base_tensors import BaseTensors
+from peftc.runtime.session.session import Session
+from peftc.runtime.session.step_state import StepState
+from peftc.runtime.slots.stores import Stores
 
 #: Classes whose objects are looked into.
 _OPEN = (nn.Module, Session, Shared, Stores, BaseTensors, StepState)

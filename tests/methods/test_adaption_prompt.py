@@ -18,11 +18,11 @@ import peftc
 from peftc import AdaptedAttention, AdaptionPromptConfig, AdaptionPromptModel, PeftcError, PeftModel
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.explain import explain, render_explanation
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.mapping import inject_adapter_in_model
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.compare import objects_of, state_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -16,12 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import peftc
 from benchmarks.sweep.models import model_types, small_model
-from peftc.compiler.by_role import find_by_role, written
 from peftc.compiler.match import matches
+from peftc.compiler.passes.by_role import find_by_role, written
 from peftc.graph.nodes import ModuleGraph
 from peftc.graph.targets import all_defaults, known_model_types, table_roles
 from peftc.registry.manager import default_registry
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 
 MORE = "the entry has more than attention's query and value"
 QUERY = "the entry has queries where the method's paper has keys (one of them keys and queries)"

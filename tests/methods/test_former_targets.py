@@ -14,14 +14,14 @@ import torch
 import peftc
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.explain import explain, render_explanation
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_from_text, plan_to_text
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_from_text, plan_to_text
 from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import EXPERT_KINDS, LINEAR_KINDS
 from peftc.registry.manager import default_registry
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from tests.e2e.pairs import moved
 from tests.methods.mixtures import MIXTURES, logits
 

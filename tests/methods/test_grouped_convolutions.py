@@ -16,9 +16,10 @@ import peftc
 from peftc import LoraConfig, PeftcError, PeftModel, get_peft_model
 from peftc.graph.nodes import CONV_KINDS
 from peftc.registry.manager import default_registry
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.snapshot import layer_facts
+from peftc.runtime.applying.snapshot import layer_facts
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.subjects import quiet, randomise
+from peftc.tuner.experts import tuner_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -83,7 +84,7 @@ def test_every_method_on_convolutions_adapts_groups_and_merges_them_exactly(name
     randomise(model, "default")
     y = model(x(dims).double())
     assert not torch.allclose(y, Net(dims).double()(x(dims).double()))
-    tuners = [method.tuner_for(model.peft_config["default"], node) for node in model.session.graph.nodes if node.path]
+    tuners = [tuner_for(method, model.peft_config["default"], node) for node in model.session.graph.nodes if node.path]
     if not all(tuner.is_mergeable for tuner in tuners):
         with pytest.raises(PeftcError, match="PC508"):
             model.merge_adapter()

@@ -24,7 +24,7 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.config.docs import describe
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.models import MODELS
 
 LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)

@@ -23,8 +23,8 @@ from peftc import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peftc.model.hotswap import hotswap_adapter_from_state_dict
-from peftc.runtime.snapshot import snapshot
+from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
+from peftc.runtime.applying.snapshot import snapshot
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,

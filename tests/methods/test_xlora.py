@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftc import PeftcError, PeftModel, XLoraConfig, compile_plan, get_peft_model, inject_adapter_in_model
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 
 OPTIONS: list[dict[str, Any]] = [
     {},

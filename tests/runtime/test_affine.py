@@ -32,8 +32,8 @@ from peftc.plugin import (
     parameter_slot,
 )
 from peftc.registry.manager import default_registry
-from peftc.runtime import session
-from peftc.runtime.affine import Form, form_of
+from peftc.runtime.layer.affine import Form, form_of
+from peftc.runtime.session import session
 from peftc.testing import examine
 from peftc.testing.subjects import randomise
 from tests.defects import put_defect

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, get_peft_model
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.graph.nodes import Kind
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.apply import apply_plan
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.subjects import quiet, randomise
 from tests.runtime.methods import narrow
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 from peftc import PeftModel
 from peftc.registry.manager import default_registry
-from peftc.runtime.storage import SlotModule
+from peftc.runtime.slots.containers import SlotModule
 from peftc.testing.subjects import Subject, subjects
 
 FOUND = [

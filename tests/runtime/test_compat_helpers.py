@@ -20,7 +20,7 @@ from peftc.diagnostics import PeftcError
 from peftc.integrations import fsdp, packages, placement, quantization
 from peftc.integrations.transformers.weight_conversion import build_peft_weight_mapping
 from peftc.registry.manager import default_registry
-from peftc.runtime.buffers import BufferDict
+from peftc.runtime.slots.buffers import BufferDict
 from peftc.testing.models import MODELS
 from tests.runtime.methods import Net, adapted, narrow
 from tests.unit.chosen import plain_method

@@ -16,8 +16,8 @@ from torch import nn
 from peftc import PeftcError, PeftModel, get_peft_model, inject_adapter_in_model, rules
 from peftc.functional import delete_adapter, set_adapter
 from peftc.model.injected import adapters_of
-from peftc.runtime import succession
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session import succession
 from tests.defects import put_defect
 from tests.runtime.methods import Net, adapted, mix, narrow, preface, prompted, stretch, x
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, get_peft_model
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.serial import plan_from_text, plan_to_text
+from peftc.compiler.plan.serial import plan_from_text, plan_to_text
 from peftc.plugin import (
     EXPERT_KINDS,
     LINEAR_KINDS,
@@ -29,8 +29,8 @@ from peftc.plugin import (
     parameter_slot,
 )
 from peftc.registry.manager import default_registry
-from peftc.runtime.folding import adapted as folded
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.layer.folding import adapted as folded
 from peftc.testing.models import ExpertsNet, seeded
 from tests.unit.fakes import plugin
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peftc.registry.manager import default_registry
-from peftc.runtime import places
+from peftc.runtime.bases import places
 from peftc.testing.subjects import Subject, subjects
 from tests.defects import put_defect
 

@@ -23,7 +23,7 @@ from peftc import (
 )
 from peftc.functional import delete_adapter, set_adapter
 from peftc.ops.combine import closest_factors
-from peftc.runtime.apply import session_of
+from peftc.runtime.applying.apply import session_of
 from tests.runtime.methods import Net, adapted, narrow, prompted, stretch, x
 
 # combining ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 from peftc import PeftModel, get_peft_model, inject_adapter_in_model
 from peftc.config.base import PeftConfig
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import session_of
+from peftc.runtime.applying.apply import session_of
 from tests.runtime.methods import LANGUAGE_MODEL, Net, narrow, preface, stretch, x
 
 

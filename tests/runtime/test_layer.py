@@ -13,8 +13,8 @@ from torch.func import functional_call
 from peftc import PeftcError, PeftModel, compile_plan, rules
 from peftc.plugin import MapTuner, View
 from peftc.registry.manager import default_registry
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.layer.wrapper import TunerLayer
 from tests.runtime.methods import NarrowTuner, Net, adapted, narrow, x
 from tests.unit.fakes import plugin
 

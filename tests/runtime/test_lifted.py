@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peftc.checkpoint.names import WEIGHTS_NAME
-from peftc.compiler.cost import cost_of
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_from_json, plan_to_json
-from peftc.model.precision import cast_adapter_dtype
-from peftc.runtime import lifted, saved_modules, stored
-from peftc.runtime.planning import plan_for
+from peftc.compiler.plan.cost import cost_of
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
+from peftc.model.functions.precision import cast_adapter_dtype
+from peftc.runtime.applying.planning import plan_for
+from peftc.runtime.around import lifted, saved_modules
+from peftc.runtime.session import stored
 from tests.defects import put_defect
 from tests.runtime.methods import narrow
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, get_peft_model, inject_adapter_in_model, rules
-from peftc.runtime import switched
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session import switched
 from peftc.testing.compare import objects_of
 from tests.defects import put_defect
 from tests.runtime.methods import Net, adapted, narrow, stretch, x

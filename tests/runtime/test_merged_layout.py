@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peftc import get_peft_model, get_peft_model_state_dict
 from peftc.registry.manager import default_registry
-from peftc.runtime import merged
+from peftc.runtime.layer import merged
 from peftc.testing.subjects import Subject, quiet, subjects
 from tests.defects import put_defect
 from tests.runtime.methods import Net, narrow

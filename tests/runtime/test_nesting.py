@@ -22,11 +22,11 @@ from peftc import (
     inject_adapter_in_model,
     rules,
 )
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.plugin import LINEAR_KINDS, LayerFacts, MapTuner, Slot, View, parameter_slot
 from peftc.registry.manager import default_registry
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.layer.wrapper import TunerLayer
 from tests.runtime.methods import NarrowConfig, Net, StretchConfig, adapted, narrow, stretch, x
 from tests.unit.fakes import plugin
 

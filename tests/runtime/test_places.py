@@ -19,7 +19,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from peftc import PeftcError, PeftModel, convert_adapter, get_peft_model, rules
 from peftc.host import offload
-from peftc.runtime import places, snapshot, together
+from peftc.runtime.applying import snapshot
+from peftc.runtime.bases import places
+from peftc.runtime.session import together
 from peftc.testing.models import seeded
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, narrow

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftc import PeftModel, rules
 from peftc.host import caches
-from peftc.model import prompts
+from peftc.model.parts import prompts
 from peftc.runtime.prompt import cache, driver, generation
 from tests.defects import put_defect
 from tests.runtime.test_rules import Case, failure, ids, prompted, stored, two_prompts

@@ -13,8 +13,8 @@ from peftc import PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_mo
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Rule
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import apply_plan
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.apply import apply_plan
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.models import MODELS
 from peftc.tuner.prompt import Place, PromptTuner
 

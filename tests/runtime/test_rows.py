@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peftc import PeftModel, get_peft_model
 from peftc.plugin import MapTuner, View
 from peftc.registry.manager import default_registry
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.layer.wrapper import TunerLayer
 from tests.runtime.methods import LANGUAGE_MODEL, NarrowTuner, Net, StretchTuner, narrow, stretch, x
 from tests.runtime.test_nesting import Turned
 from tests.unit.fakes import plugin

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, compile_plan, get_peft_model, inject_adapter_in_model, rules
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.functional import set_adapter
-from peftc.runtime.apply import apply_plan
-from peftc.runtime.layer import BaseTunerLayer
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.apply import apply_plan
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.layer.wrapper import BaseTunerLayer
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, prompted, x
 
 

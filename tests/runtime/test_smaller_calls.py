@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, get_peft_model, inject_adapter_in_model, prepare_model_for_kbit_training, rules
-from peftc.compiler import modules as compiling
+from peftc.compiler.passes import modules as compiling
 from peftc.functional import set_adapter
 from tests.defects import put_defect
 from tests.runtime.methods import Net, adapted, mix, narrow, prompted

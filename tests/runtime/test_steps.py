@@ -44,8 +44,8 @@ from peftc.plugin import (
     parameter_slot,
 )
 from peftc.registry.manager import default_registry
-from peftc.runtime import steps
-from peftc.runtime.steps import restore_step_states, step_states
+from peftc.runtime.session import steps
+from peftc.runtime.session.steps import restore_step_states, step_states
 from tests.defects import put_defect
 from tests.runtime.methods import Net, narrow
 from tests.unit.fakes import plugin

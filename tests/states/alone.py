@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from peftc import PeftConfig, PeftModel, get_peft_model
-from peftc.compiler.plan import AdapterPlan
+from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.registry.manager import default_registry
-from peftc.runtime.layer import BaseTunerLayer, TunerLayer
-from peftc.runtime.session import Session
-from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.applying.tuner_model import TunerModel
+from peftc.runtime.layer.wrapper import BaseTunerLayer, TunerLayer
+from peftc.runtime.session.session import Session
 from peftc.testing.models import seeded
 from peftc.testing.subjects import quiet
 from tests.states.worlds import DTYPE, World

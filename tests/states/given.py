@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peftc import PeftConfig, PeftModel, rules
-from peftc.model.hotswap import hotswap_adapter
-from peftc.model.state import set_peft_model_state_dict
+from peftc.model.functions.hotswap import hotswap_adapter
+from peftc.model.functions.state import set_peft_model_state_dict
 from peftc.testing.models import seeded
 from tests.states.alone import Adapter, output_of
 from tests.states.oracle import Plain

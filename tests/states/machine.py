@@ -7,7 +7,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.runtime.layer import BaseTunerLayer
+from peftc.runtime.layer.wrapper import BaseTunerLayer
 from tests.states.given import Given
 from tests.states.living import Living
 from tests.states.pair import NAMES, same, within

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, get_peft_model, rules
 from peftc.diagnostics import PeftcWarning
-from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.applying.tuner_model import TunerModel
 from peftc.testing.models import seeded
 from tests.states.alone import Adapter, output_of, plain_name
 from tests.states.oracle import Plain

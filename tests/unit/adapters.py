@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import AdapterPlan, InjectionPlan
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import ModulesToSaveMixin, TargetsMixin
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import default_registry
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.subjects import adapters_for, subjects
 from peftc.tuner.method import TunerMethod
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts, block_of
 from peftc.graph.targets import default_targets
 from peftc.plugin import (

@@ -20,7 +20,7 @@ from peftc.checkpoint.keys import (
     unwrapped,
 )
 from peftc.checkpoint.report import expected_tensors
-from peftc.compiler.plan import PROMPT_ROOT, WRAPPED_ROOT
+from peftc.compiler.plan.sites import PROMPT_ROOT, WRAPPED_ROOT
 from peftc.diagnostics import PeftcError
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples

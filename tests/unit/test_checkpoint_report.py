@@ -15,10 +15,10 @@ from peftc.checkpoint.load import open_adapter
 from peftc.checkpoint.names import PLAN_NAME
 from peftc.checkpoint.report import LoadReport, base_of, base_tensors, expected_tensors, match, match_file
 from peftc.checkpoint.save import save_adapter
-from peftc.compiler.plan import AdapterPlan
+from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.diagnostics import PeftcError, PeftcWarning, Rule
 from peftc.graph.nodes import TensorFacts
-from peftc.model.files import live_names
+from peftc.model.parts.files import live_names
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples, injection_plan, little_graph
 

@@ -22,8 +22,8 @@ from peftc.checkpoint.names import PLAN_NAME, WEIGHTS_NAME
 from peftc.checkpoint.report import expected_tensors, match_file
 from peftc.checkpoint.values import stored_problems
 from peftc.cli import main
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_from_text
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.serial import plan_from_text
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import PeftcError, PeftcWarning

@@ -14,7 +14,7 @@ import pytest
 
 from peftc import rules
 from peftc.cli.main import main
-from peftc.compiler.serial import plan_from_text
+from peftc.compiler.plan.serial import plan_from_text
 from peftc.graph.files import write_graph
 from peftc.registry.manager import default_registry
 from tests.unit.chosen import plain_method
@@ -247,7 +247,7 @@ def test_a_plan_given_for_a_spec_is_known_as_one(command: str, run: Run, planned
 
 def test_a_plan_without_a_base_asks_for_one(run: Run) -> None:
     data = json.loads(run("plan", on_a_config(), "--json")[1])
-    from peftc.compiler import serial
+    from peftc.compiler.plan import serial
 
     data |= {"base": None, "model": {**data["model"], "name_or_path": None}}
     data["digest"] = serial._digest({key: value for key, value in data.items() if key != "digest"})

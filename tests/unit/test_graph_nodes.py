@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftc import rules
-from peftc.compiler.files import read_graph
+from peftc.compiler.plan.files import read_graph
 from peftc.diagnostics import PeftcError, Rule
 from peftc.graph.files import graph_from_text, replace_file, write_graph
 from peftc.graph.groups import grouped, ranges

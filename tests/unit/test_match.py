@@ -126,7 +126,7 @@ def test_all_linear_takes_what_the_reference_takes(model: str, task: str | None)
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
     from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-    from peftc.runtime.snapshot import snapshot
+    from peftc.runtime.applying.snapshot import snapshot
 
     with torch.device("meta"):
         sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.passes import PASSES
-from peftc.compiler.sites import slot_dtype
+from peftc.compiler.passes.order import PASSES
+from peftc.compiler.passes.sites import slot_dtype
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind, ModuleGraph, ModuleNode, Role
 from peftc.plugin import LINEAR_KINDS, MapTuner
@@ -243,7 +243,8 @@ def test_a_choice_that_raises_is_told_with_the_module() -> None:
 
 
 def test_passes_do_not_change_what_they_are_given() -> None:
-    from peftc.compiler.compile import Options, begin
+    from peftc.compiler.compile import begin
+    from peftc.compiler.passes.draft import Options
 
     config = SampleConfig(
         target_modules="all-linear", exclude_modules=["v_proj"], rank_pattern={"q_proj": 2}, bias="all"

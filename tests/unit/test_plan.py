@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from peftc.checkpoint.format import write_file
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.cost import cost_of, file_bytes, trainable_by_role
-from peftc.compiler.drift import differences
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_digest, plan_from_json, plan_from_text, plan_to_json, plan_to_text
+from peftc.compiler.plan.cost import cost_of, file_bytes, trainable_by_role
+from peftc.compiler.plan.drift import differences
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.serial import plan_digest, plan_from_json, plan_from_text, plan_to_json, plan_to_text
 from peftc.config.base import PeftConfig
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import ModuleGraph

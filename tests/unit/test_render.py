@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftc.compiler.explain import explain, render_explanation
-from peftc.compiler.render import plain, render_plan, size
+from peftc.compiler.plan.render import plain, render_plan, size
 from peftc.graph.groups import grouped, ranges
 from tests.unit import plans
 from tests.unit.plans import SampleConfig, decoder, planned
@@ -133,7 +133,7 @@ def test_modules_that_are_not_adapted_are_explained() -> None:
 
 
 def test_every_pass_is_named() -> None:
-    from peftc.compiler.passes import PASSES
+    from peftc.compiler.passes.order import PASSES
 
     text = " ".join(explained("model.norm").split())
     assert [step.__name__ for step in PASSES if step.__name__ not in text] == []

@@ -9,7 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.serial import plan_to_json
+from peftc.compiler.plan.serial import plan_to_json
 from peftc.registry.manager import default_registry
 from peftc.schema.generate import PLAN, schema_named
 from tests.unit.adapters import config_of, examples, graph_for

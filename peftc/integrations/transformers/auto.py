@@ -25,7 +25,8 @@ from peftc.diagnostics import PeftcError, Where
 from peftc.graph.base_ref import BaseRef
 from peftc.integrations.transformers.architecture import AUTO_CLASSES, FAILURES, told
 from peftc.integrations.transformers.base import load_base
-from peftc.model.peft_model import DEFAULT, PeftModel
+from peftc.model.parts.adapted import DEFAULT
+from peftc.model.peft_model import PeftModel
 from peftc.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peftc.registry.boundary import is_out_of_memory
 

@@ -22,7 +22,7 @@ from peftc.checkpoint.former import FormerReader, Joint
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError, Where
 from peftc.model.injected import adapted_last, config_given, show
-from peftc.runtime.session import Session
+from peftc.runtime.session.session import Session
 
 #: What a key of a former layer is called between the two conversions, with its number.
 _TOKEN = "peftc-former-layer-"

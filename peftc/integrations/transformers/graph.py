@@ -42,7 +42,7 @@ def _unnamed(graph: ModuleGraph) -> ModuleGraph:
 
 def build_graph(base: LocatedBase) -> ModuleGraph:
     """Build the model on the meta device and look at it. Raises `PeftcError`."""
-    from peftc.runtime.snapshot import snapshot
+    from peftc.runtime.applying.snapshot import snapshot
 
     return snapshot(meta_model(base))
 

@@ -28,10 +28,10 @@ from peftc.graph.base_ref import BaseRef
 from peftc.integrations.transformers.base import fit_vocabulary, load_base
 from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
-from peftc.model import identity
+from peftc.model.parts import identity
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.session import Session
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.session.session import Session
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from peftc.diagnostics import warn
 from peftc.model.injected import adapters_of
-from peftc.runtime.steps import schedule_problems, stepping, take
+from peftc.runtime.session.steps import schedule_problems, stepping, take
 
 
 class AdapterSteps(TrainerCallback):

@@ -38,11 +38,11 @@ from peftc.integrations.transformers.architecture import FAILURES, told
 from peftc.integrations.transformers.data import Collator, Encoded
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.limits import MAX_JSON
-from peftc.model import identity
-from peftc.model.files import live_names
+from peftc.model.parts import identity
+from peftc.model.parts.files import live_names
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import is_out_of_memory
-from peftc.runtime.steps import restore_step_states, step_states
+from peftc.runtime.session.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
 RUN_NAME = "peftc_training.json"

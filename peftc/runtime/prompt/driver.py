@@ -19,36 +19,15 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.host import caches
 from peftc.host.generation import Prepare, calls_watched, steps_prepared
 from peftc.runtime.prompt import cache
-from peftc.runtime.prompt.cache import Held
-from peftc.runtime.prompt.encoder import PromptModule
 from peftc.runtime.prompt.generation import Start, Steps, fits
 from peftc.runtime.prompt.streams import DECODER, INPUT, Call, Stream, length_of, rows_of
 from peftc.runtime.prompt.tasks import call_of, widened
+from peftc.runtime.prompt.tokens import VirtualTokens
 from peftc.tuner.prompt import Place
 
 
-class PromptDriver:
+class PromptDriver(VirtualTokens):
     """Changes calls of one model so that the given encoder's tokens come first."""
-
-    def __init__(self, model: nn.Module, encoder: PromptModule) -> None:
-        self.model = model
-        self.encoder = encoder
-        self.config = getattr(model, "config", None)
-        self.encodes = caches.encodes(self.config)
-        #: the input whose attention layers have the cache
-        self.cached = DECODER if self.encodes else INPUT
-
-    @property
-    def cached_tokens(self) -> int:
-        """How many virtual tokens come before the input that has the cache."""
-        if self.encodes and not self.encoder.place.is_cache:
-            return self.encoder.tokens if self._before_decoder() else 0
-        return self.encoder.tokens
-
-    @property
-    def held(self) -> Held | None:
-        """What a cache says that has the virtual tokens in it; None where none are in a cache."""
-        return Held(self.encoder.name, self.cached_tokens) if self.cached_tokens else None
 
     # a call -------------------------------------------------------------------------------------------------------
 
@@ -99,7 +78,7 @@ class PromptDriver:
         if self.encodes and self.encoder.place is Place.INPUTS:
             if not holds:
                 self._prepend_decoder(call, own)
-            elif self._before_decoder():
+            elif self.goes_before_decoder():
                 self._mask(call, DECODER)
         if not holds and (self.encoder.place is Place.INPUTS or not self.encodes):
             self._labels(call, own)
@@ -111,10 +90,6 @@ class PromptDriver:
         if mask is None or new is None or mask.dim() != 2:
             return
         fits(int(mask.shape[1]), new + caches.length(past) - self.cached_tokens, f"`{self.cached.mask}`")
-
-    def tables(self, rows: int, own: Mapping[str, Any]) -> Tensor:
-        """The virtual tokens of each row, `(rows, tokens, width)`, those of a decoder after those of its encoder."""
-        return self.encoder.rows(rows, own.get("task_ids"))
 
     def _token_types(self, call: Call) -> None:
         """Token types of the virtual tokens are zero, where the task has any."""
@@ -144,11 +119,6 @@ class PromptDriver:
             embeds = self.embedded(ids)
         call[stream.embeds] = torch.cat([tables.to(embeds.dtype), embeds], dim=1)
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """The model's embeddings of ids, `(batch, length, hidden)`."""
-        embeds: Tensor = self.model.get_input_embeddings()(ids)  # type: ignore[operator]  # a model with embeddings
-        return embeds
-
     def _prepend_decoder(self, call: Call, own: Mapping[str, Any]) -> None:
         """The second table before the decoder's input, which labels may stand for."""
         if call.get(DECODER.ids) is None and call.get(DECODER.embeds) is None:
@@ -159,7 +129,7 @@ class PromptDriver:
             call[DECODER.ids] = shift(labels=call["labels"])
         self._mask(call, DECODER)
         tables = self.tables(rows_of(call, DECODER), own)
-        if self._before_decoder():
+        if self.goes_before_decoder():
             self._prepend(call, DECODER, tables[:, self.encoder.tokens :])
 
     def _labels(self, call: Call, own: Mapping[str, Any]) -> None:
@@ -168,12 +138,8 @@ class PromptDriver:
         if labels is None or not call_of(self.encoder.config.task_type).labels:
             return
         given = self.encoder.labels(labels, own)
-        grown = given is None and (not self.encodes or self._before_decoder())
+        grown = given is None and (not self.encodes or self.goes_before_decoder())
         call["labels"] = widened(labels, self.encoder.tokens, -100) if grown else (labels if given is None else given)
-
-    def _before_decoder(self) -> bool:
-        """Whether a second table goes before the decoder's input."""
-        return self.encoder.place is Place.INPUTS and self.encoder.site.shape[0] > self.encoder.tokens
 
     # keys and values ----------------------------------------------------------------------------------------------
 
@@ -189,18 +155,6 @@ class PromptDriver:
     def _batch(self, call: Call) -> int:
         outputs = call.get("encoder_outputs")
         return int(outputs[0].shape[0]) if outputs is not None else rows_of(call, INPUT)
-
-    def filled(self, given: Any, rows: int, own: Mapping[str, Any]) -> Any:
-        """A cache that holds the virtual tokens for so many rows: the given one, which is empty, or one with more room."""
-        c = self.encoder.config
-        tables = self.tables(rows, own).to(self.model.get_input_embeddings().weight.dtype)  # type: ignore[operator,union-attr]
-        room = caches.room_for(given, self.config, self.encoder.tokens)
-        filled = cache.fill(
-            room, tables, self.config, c.num_layers, c.num_attention_heads, c.num_transformer_submodules
-        )
-        if self.held is not None:
-            cache.mark(filled, self.held)
-        return filled
 
     def _with_cache(self, call: Call) -> Any:
         """Call the model; where only its backbone takes a cache, hand it in there."""

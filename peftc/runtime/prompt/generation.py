@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,7 @@ from peftc.host.generation import NEXT_LENGTH, Prepare
 from peftc.runtime.prompt import cache
 from peftc.runtime.prompt.streams import INPUT, Call, Stream, length_of
 from peftc.runtime.prompt.tasks import widened
-
-if TYPE_CHECKING:
-    from peftc.runtime.prompt.driver import PromptDriver
-
+from peftc.runtime.prompt.tokens import VirtualTokens
 
 _UNKNOWN_STEPS = (
     "Give masks and positions for the whole input without virtual tokens, or none. If nothing of that kind was \
@@ -60,10 +57,10 @@ def fits(told: int, held: int, what: str) -> None:
 
 
 class Steps:
-    """One run of generation on a driver's model."""
+    """One run of generation with virtual tokens."""
 
-    def __init__(self, driver: PromptDriver, own: Mapping[str, Any], start: Start) -> None:
-        self.driver = driver
+    def __init__(self, tokens: VirtualTokens, own: Mapping[str, Any], start: Start) -> None:
+        self.virtual = tokens
         self.own = own
         self.start = start
         #: tokens without virtual ones that the step is about, the earlier ones included; None before the first step
@@ -78,14 +75,14 @@ class Steps:
 
     def prepared(self, prepare: Prepare, ids: Tensor, kwargs: Mapping[str, Any]) -> Call:
         """The inputs of one step, for ids `(batch, length)`. `prepare` is the model's own function for it."""
-        stream, virtual = self.driver.cached, self.driver.cached_tokens
+        stream, virtual = self.virtual.cached, self.virtual.cached_tokens
         call = dict(kwargs)
         if call.get("use_cache") is False:  # what an earlier step filled for the virtual tokens alone
             caches.taken(call)
         self.tokens = ids.shape[1] + self.start.offset
         if not virtual:
             return prepare(ids, **call)
-        if self.driver.encoder.place.is_cache:
+        if self.virtual.encoder.place.is_cache:
             return self._behind_keys(prepare, ids, call)
         call.pop(stream.positions, None)
         _widen_mask(call, stream, virtual)
@@ -101,32 +98,32 @@ class Steps:
 
     def _behind_keys(self, prepare: Prepare, ids: Tensor, call: Call) -> Call:
         """A step of which the virtual tokens are in the cache from the start."""
-        driver, stream = self.driver, self.driver.cached
+        tokens, stream = self.virtual, self.virtual.cached
         positions = call.get(stream.positions)
         if positions is not None:
-            positions = self._positions(positions, call.get(stream.mask)) + driver.cached_tokens
+            positions = self._positions(positions, call.get(stream.mask)) + tokens.cached_tokens
             call[stream.positions] = positions
             self.newest = positions[:, -1] if positions.dim() == 2 else None
-        _widen_mask(call, stream, driver.cached_tokens)
+        _widen_mask(call, stream, tokens.cached_tokens)
         name, past = self._cache(call)
         if not caches.length(past):
-            call[name] = driver.filled(past, ids.shape[0], self.own)
+            call[name] = tokens.filled(past, ids.shape[0], self.own)
         return self._later(prepare, ids, call, caches.length(call[name]))
 
     def _first(self, prepare: Prepare, ids: Tensor, call: Call) -> Call:
         """A step with the virtual tokens in its input. The model prepares it for ids of which there are as many; then
         embeddings take their place."""
-        driver, stream = self.driver, self.driver.cached
+        tokens, stream = self.virtual, self.virtual.cached
         embeds = call.pop(stream.embeds, None)
         name, past = self._cache(call)
         if past is not None:
-            call[name] = caches.room_for(past, driver.config, driver.cached_tokens)
-            if driver.held is not None:
-                cache.mark(call[name], driver.held)
+            call[name] = caches.room_for(past, tokens.config, tokens.cached_tokens)
+            if tokens.held is not None:
+                cache.mark(call[name], tokens.held)
         call.pop(NEXT_LENGTH, None)
-        tables = driver.tables(ids.shape[0], self.own)[:, -driver.cached_tokens :]
+        tables = tokens.tables(ids.shape[0], self.own)[:, -tokens.cached_tokens :]
         parts = [embeds, ids[:, self.start.ids :]] if embeds is not None else [ids]
-        parts = [driver.embedded(part) if part.dim() == 2 else part for part in parts]
+        parts = [tokens.embedded(part) if part.dim() == 2 else part for part in parts]
         whole = torch.cat([tables.to(parts[0].dtype), *parts], dim=1)
         inputs = prepare(ids.new_zeros(whole.shape[:2]), **call)
         inputs[stream.ids], inputs[stream.embeds] = None, whole
@@ -135,16 +132,16 @@ class Steps:
     def _later(self, prepare: Prepare, ids: Tensor, call: Call, held: int) -> Call:
         """A step with a cache in which the virtual tokens are: what it does not hold yet is computed."""
         assert self.tokens is not None
-        call[NEXT_LENGTH] = self.driver.cached_tokens + self.tokens - held
+        call[NEXT_LENGTH] = self.virtual.cached_tokens + self.tokens - held
         return prepare(ids, **call)
 
     def _cache(self, call: Mapping[str, Any]) -> tuple[str, Any]:
         """The step's cache and the name that it has; the model's name for it where it has none. Raises `PeftcError` if the
         virtual tokens need one and the model, whose backbone may, takes none by itself."""
         found = next(((name, value) for name, value in call.items() if caches.is_cache(value)), None)
-        name = caches.keyword(self.driver.model)
-        if found is None and name is None and self.driver.encoder.place.is_cache:
-            what = f"`{type(self.driver.model).__name__}` takes no cache when it generates"
+        name = caches.keyword(self.virtual.model)
+        if found is None and name is None and self.virtual.encoder.place.is_cache:
+            what = f"`{type(self.virtual.model).__name__}` takes no cache when it generates"
             raise PeftcError(
                 rules.NO_CACHE(what, fix="Generate with `use_cache=True`, or use a method that needs none.")
             )
@@ -168,7 +165,7 @@ class Steps:
             return
         if self.tokens is None:
             raise PeftcError(self._not_asked())
-        stream, virtual = self.driver.cached, self.driver.cached_tokens
+        stream, virtual = self.virtual.cached, self.virtual.cached_tokens
         new = length_of(call, stream) or 0
         past = caches.of_call(call)
         self.held = caches.length(past)
@@ -183,9 +180,9 @@ class Steps:
 
     def watch_cache(self, call: Mapping[str, Any]) -> None:
         """After the first call: raise `PeftcError` if the model did not use the cache in which its prompt is."""
-        encoder = self.driver.encoder
+        encoder = self.virtual.encoder
         if encoder.place.is_cache and not encoder.seen and not torch.compiler.is_compiling():
-            cache.refuse_unused(self.driver.model, caches.of_call(call), self.held)
+            cache.refuse_unused(self.virtual.model, caches.of_call(call), self.held)
             encoder.seen = True
 
     def _watch_positions(self, positions: Tensor, last: int) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import MapSite
+from peftc.compiler.plan.sites import MapSite
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.compare import same, state_of
 from peftc.testing.models import seeded
 from peftc.testing.report import broken

@@ -7,13 +7,14 @@ import pickle
 import tempfile
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.sites import FOUND_OUT
+from peftc.compiler.passes.sites import FOUND_OUT
 from peftc.config.files import read_config, write_config
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.session import Session
+from peftc.runtime.session.session import Session
 from peftc.testing.compare import same_names
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, quiet
+from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner
 from peftc.tuner.modules import ModuleTuner
 
@@ -85,7 +86,7 @@ def _tuners(s: Subject) -> list[object]:
     with quiet():
         config = s.config()
     sites = s.wrap().session.plans["default"].maps
-    return [s.method.tuner_for(config, site.node(s.model.graph)) for site in sites]
+    return [tuner_for(s.method, config, site.node(s.model.graph)) for site in sites]
 
 
 def _state(tuner: object) -> dict[str, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.apply import apply_plan
+from peftc.runtime.applying.apply import apply_plan
 from peftc.testing.compare import same_names
 from peftc.testing.elsewhere import Planned
 from peftc.testing.report import broken

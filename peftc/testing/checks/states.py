@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcWarning
-from peftc.model.assistance import delete_adapter
+from peftc.model.functions.assistance import delete_adapter
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.tuner_model import TunerModel
+from peftc.runtime.applying.tuner_model import TunerModel
 from peftc.testing.compare import same, same_names
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject

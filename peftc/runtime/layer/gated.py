@@ -1,0 +1,46 @@
+"""Coefficients that a call gives adapters on each layer and token, and a layer's forward while a call gives some.
+
+Only layers that hold such adapters look for them; which these are is settled when adapters are activated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from peftc.runtime.call import Shared
+from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.paths import Path, update_of_branch, update_of_thin
+
+
+def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:
+    """Whether calls may multiply the updates of one of these adapters."""
+    return not shared.gated.isdisjoint(part.view.adapter for part in parts)
+
+
+def gated(plain: Path, shared: Shared, under: Under, parts: Sequence[Part]) -> Path:
+    """The plain path, but while a call is open that weighs adapters, their updates by its coefficients."""
+    updates = [(part, _update(under, part)) for part in parts]
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = shared.call
+        if call is None or call.gates is None:
+            return plain(x, *args, **kwargs)
+        y: Tensor = under.base(x, *args, **kwargs)
+        if not isinstance(call.gates.values, Tensor) and call.gates.values == 0.0:
+            return y
+        for part, update in updates:
+            gate = call.gates.of(part.path, part.view.adapter, y)
+            y = (y + update(x, y) * gate).to(y.dtype)
+        return y
+
+    return run
+
+
+def _update(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    if "thin" in part.tuner.lowerings:
+        thin = update_of_thin(under, part)
+        return lambda x, y: thin(x)
+    return update_of_branch(under, part)

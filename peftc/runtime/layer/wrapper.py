@@ -1,0 +1,500 @@
+"""`TunerLayer`: the one wrapper round a base layer, for every method.
+
+An instance covers one module and one method; adapters of that method share it. It owns forward, merge, unmerge and the
+adapters' tensors; the mathematics is the method's. Live names are the ecosystem's: `base_layer`, `<slot>.<adapter>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.compiler.plan.sites import MapSite
+from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import Kind
+from peftc.host.attention import PRIVATE
+from peftc.registry.boundary import guarded
+from peftc.runtime.bases import places
+from peftc.runtime.bases.backend import Backend
+from peftc.runtime.bases.inputs import first_argument
+from peftc.runtime.bases.table import BACKENDS
+from peftc.runtime.call import Call, Shared
+from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
+from peftc.runtime.layer.called import noticing
+from peftc.runtime.layer.deletion import tell
+from peftc.runtime.layer.dropouts import all_dropouts, drop_dropout, dropout_of
+from peftc.runtime.layer.folding import adapted, opened
+from peftc.runtime.layer.merged import merged_parameters
+from peftc.runtime.layer.merging import Merging
+from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.paths import Path
+from peftc.runtime.layer.reading import as_read
+from peftc.runtime.slots.containers import drop, find, holder_of
+from peftc.runtime.slots.filling import Initializer, derived, filled, half_of
+from peftc.runtime.slots.stores import Stock
+from peftc.runtime.slots.views import view_class
+from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import Slot, labelled
+
+#: finds a slot's tensor by its disk key, or says None: then the method initialises it
+Source = Callable[[str], Tensor | None]
+
+
+class BaseTunerLayer:
+    """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
+
+
+class TunerLayer(Merging, BaseTunerLayer):
+    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
+
+    The base layer may itself be one, of another method: then the adapters of that come first.
+    """
+
+    #: slots that hold trainable tensors, and other attributes keyed by adapter; other libraries read them
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ("scaling",)
+    #: what libraries that cast around layers set (`peftc.helpers.disable_input_dtype_casting`)
+    cast_input_dtype_enabled: bool = True
+    #: whether what is around the layer reads its parameters, and does not call it
+    read_past: bool = False
+    #: the parameter that is adapted, where it is a single one of the module's
+    parameter: str = ""
+
+    #: what the container of dropouts is called in the model
+    dropout_name: ClassVar[str] = "adapter_dropout"
+
+    _path: Path
+    _under: Under
+
+    def __init__(self, base_layer: nn.Module, site: MapSite) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.peft_type = str(site.config.peft_type)
+        self.in_features = site.layer.in_features
+        self.out_features = site.layer.out_features
+        #: numbers, or tensors where something compiled reads them; other libraries put another dictionary in its place
+        self.scaling: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        #: slots that a step of training stopped from training on, by adapter
+        self.held: dict[str, set[str]] = {}
+        self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
+        self._parts: dict[str, Part] = {}
+        self._kind = site.layer.kind
+        self._first = first_argument(type(self.get_base_layer()).forward)
+        self.parameter = site.parameter
+        self._active: tuple[str, ...] = ()
+        self._disabled = False
+        self._shared = Shared()
+        self._is_aside = False
+        self._found_at, self._folded_at = {}, {}
+        self._nest()
+        self._choose_path()
+
+    # adapters -----------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        adapter: str,
+        site: MapSite,
+        tuner: MapTuner[Any],
+        source: Source | None = None,
+        stock: Stock | None = None,
+    ) -> None:
+        """Give the layer an adapter: slots from `source` where it has them, else initialised or derived by the method.
+
+        To be called under `no_grad`. `stock` has what layers of the adapter share.
+        """
+        call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
+        scaling = call(tuner.scaling)(site.config, site.layer)
+        p = call(tuner.dropout)(site.config)
+        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
+        stock = stock or Stock()
+        shared = stock.found(site.slots)
+        made = filled(
+            site,
+            adapter,
+            self.device,
+            source,
+            lambda fresh: init(site.config, site.layer, fresh, helper),
+            shared,
+            partial(call(tuner.derive), site.config, site.layer),
+        )
+        for label, slot in labelled(site.slots).items():
+            value = made[label]
+            as_it_is = slot.derived or label in shared
+            stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
+        for known in (self.scaling, self._sites, self._parts):
+            keep_entry(known, adapter)
+        self.scaling[adapter] = scaling
+        self._sites[adapter] = (site, tuner)
+        self._view(adapter, p)
+        if self._shared.by_rows:
+            keep(self)
+            self._choose_path()
+
+    def derived(self, adapter: str, site: MapSite) -> Mapping[str, Tensor]:
+        """What an adapter's method derives for its slots here by another plan, by name."""
+        derive = guarded(self._sites[adapter][1].derive, str(site.config.peft_type), site.path)
+        return derived(site, self.device, partial(derive, site.config, site.layer))
+
+    def _view(self, adapter: str, p: float) -> None:
+        site, tuner = self._sites[adapter]
+        named = labelled(site.slots)
+        slots = {label: find(self, slot, adapter) for label, slot in named.items()}
+        holders = {label: holder_of(self, slot, adapter) for label, slot in named.items()}
+        dropout = (
+            None if site.parameter else dropout_of(self, self.dropout_name, adapter, p)
+        )  # parameters see no inputs
+        self._parts[adapter] = Part(
+            tuner,
+            view_class(tuple(slots))(adapter, site, slots, holders, self),
+            site.path,
+            dropout,
+            site.parameter,
+            named,
+        )
+
+    @whole
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
+        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did.
+        """
+        acted = adapter_name in self._active
+        trained = any(tensor.requires_grad for _, tensor in self.parameters_of(adapter_name))
+        self.remove(adapter_name)
+        if not acted or self._active:
+            return
+        if not self._shared.active and self._sites:  # other layers follow this one
+            self._shared.active = (min(self._sites),)
+            tell([adapter_name], *self._shared.active)
+        self.activate(self._shared.active)
+        self.set_requires_grad(self._active, trained)
+
+    def remove(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors, and let nothing take over."""
+        if adapter_name not in self._sites:
+            return
+        if adapter_name in self.merged_adapters:
+            what = f"`{adapter_name}` is merged into the weight of this layer"
+            raise PeftcError(rules.WHILE_MERGED(what, fix="Call `unmerge_adapter()` first."))
+        keep(self, self._shared)
+        keep_entries(self._sites, self._parts, self.scaling, self.held)
+        site, _ = self._sites.pop(adapter_name)
+        for slot in site.slots:
+            drop(self, slot, adapter_name)
+        drop_dropout(self, self.dropout_name, adapter_name)
+        self._parts.pop(adapter_name)
+        self.scaling.pop(adapter_name)
+        self.held.pop(adapter_name, None)
+        self._active = tuple(name for name in self._active if name != adapter_name)
+        self._shared.active = tuple(name for name in self._shared.active if name != adapter_name)
+        self._choose_path()
+
+    def join(self, shared: Shared) -> None:
+        """Have in common with other layers what a model's layers share."""
+        keep(self)
+        self.__dict__["_shared"] = shared
+        if shared.by_rows:
+            self._choose_path()
+
+    @property
+    def call(self) -> Call | None:
+        """The call of the model that is open here."""
+        return self._shared.call
+
+    def parameters_of(self, adapter: str) -> Iterable[tuple[bool, Tensor]]:
+        """The adapter's tensors, derived ones included, each with whether its slot is trainable."""
+        if adapter in self._sites:
+            held = self.held.get(adapter, ())
+            for label, slot in labelled(self._sites[adapter][0].slots).items():
+                container, key = find(self, slot, adapter)
+                tensor = container.get(key)
+                if tensor is None:  # computed from others
+                    tensor = self._parts[adapter].view[label]
+                yield slot.trainable and label not in held, tensor
+
+    def exchange(self, adapter: str, site: MapSite) -> None:
+        """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
+        tensor stays one, and nothing is composed anew."""
+        old, tuner = self._sites[adapter]
+        scaling = guarded(tuner.scaling, str(site.config.peft_type), site.path)(site.config, site.layer)
+        own: float | Tensor = self.scaling[adapter]
+        keep_entry(self._sites, adapter)
+        note(setattr, self._parts[adapter].view, "config", old.config)
+        self._sites[adapter] = (site, tuner)
+        self._parts[adapter].view.config = site.config
+        if isinstance(own, Tensor):
+            keep_values(own)
+            own.fill_(scaling)
+        else:
+            keep_entry(self.scaling, adapter)
+            self.scaling[adapter] = scaling
+
+    def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
+        """Where a tensor is looked up. Raises `KeyError` if the adapter is not here."""
+        return find(self, slot, adapter)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._sites)
+
+    def site(self, adapter: str) -> MapSite:
+        """The plan's site of an adapter. Raises `KeyError`."""
+        return self._sites[adapter][0]
+
+    def part(self, adapter: str) -> Part:
+        """An adapter's mathematics with its view of this layer. Raises `KeyError`."""
+        return self._parts[adapter]
+
+    def dropouts(self) -> nn.ModuleDict:
+        """What drops inputs of each adapter in training; the identity for those that drop none. All are called from now on."""
+        found = all_dropouts(self, self.dropout_name, self._parts)
+        self._choose_path()
+        return found
+
+    # activation ---------------------------------------------------------------------------------------------------
+
+    @whole
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters, in this order, and make exactly their trainable slots require gradients."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.set_requires_grad(self._sites, False)
+        self.set_requires_grad(names, not inference_mode)
+        keep(self._shared)
+        self._shared.active = names  # who calls this calls it on every layer
+        self.activate(names)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Make the trainable slots of adapters require gradients, or all their slots not."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            for trainable, parameter in self.parameters_of(name):
+                if parameter.is_leaf:
+                    keep_trained(parameter, trainable and requires_grad)
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Activate without touching what requires gradients; names that the layer does not have are passed over."""
+        keep(self)
+        self.__dict__["_active"] = tuple(name for name in names if name in self._sites)
+        self._choose_path()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
+        keep(self)
+        self._disabled = not enabled
+        if self._shared.merges:
+            self.settle()
+        self._take_path()
+
+    def _take_path(self) -> None:
+        state = self.__dict__
+        state["_path"] = state["_modules"]["base_layer"] if self._disabled else state["_composed"]
+
+    def _nest(self) -> None:
+        """Let a wrapper below know this one."""
+        self.__dict__["_outer"] = None
+        if isinstance(self.base_layer, TunerLayer):
+            self.base_layer.__dict__["_outer"] = ref(self)
+
+    def _choose_path(self) -> None:
+        # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
+        state, base = self.__dict__, self.base_layer
+        between = base.in_effect if isinstance(base, TunerLayer) else tuple
+        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._brought_aside)
+        rows = self._parts if self._shared.by_rows else None
+        state["_composed"] = noticing(self, self._shared, under, self._pending(), rows)
+        self._take_path()
+
+    def _pending(self) -> list[Part]:
+        """What acts beside the weights in place, first to last: active adapters that are not merged into them."""
+        if self._is_aside:
+            return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
+        return [self._parts[name] for name in self._active if name not in self.merged_adapters]
+
+    def aside(self) -> dict[str, nn.Parameter | None]:
+        """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
+        base = self.base_layer
+        return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
+
+    def _brought_aside(self) -> dict[str, Tensor | None]:
+        """The same, each with its value where the layer computes."""
+        base = self.base_layer
+        return {**self._found(), **(base._brought_aside() if isinstance(base, TunerLayer) else {})}
+
+    def pristine(self) -> Mapping[str, Tensor]:
+        """The base layer's parameters as they were before anything was merged into them, logical and frozen."""
+        return opened(self._under)[1]
+
+    def in_effect(self) -> list[Part]:
+        """What acts beside the base layer here and in wrappers below, first to last."""
+        base = self.base_layer
+        below = base.in_effect() if isinstance(base, TunerLayer) else []
+        return below if self._disabled else [*below, *self._pending()]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Active adapters of the model; where the layer was told otherwise, those that act here."""
+        shared = self._shared.active
+        return list(shared if tuple(name for name in shared if name in self._sites) == self._active else self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    # the layer ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and self._first in kwargs:
+            args = (kwargs.pop(self._first),)
+        return self._path(*args, **kwargs)
+
+    def get_base_layer(self) -> nn.Module:
+        """The layer under all wrappers."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, TunerLayer) else base
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self._read("weight") if self.read_past else self.base_layer.weight  # type: ignore[assignment]  # loose in modules
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self._read("bias") if self.read_past else self.base_layer.bias  # type: ignore[assignment]
+        return bias
+
+    def _read(self, name: str) -> Tensor | None:
+        return as_read(self._under, self.in_effect(), self._shared, name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that the model reads off its layer (`padding_idx`, `stride`, …) come from the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if (name.startswith("_") and name not in PRIVATE) or name == "base_layer":
+                raise
+            if self.read_past and name == self.parameter:
+                return self._read(name)
+            if name in self.adapter_layer_names:  # a slot that no adapter has on this kind of layer
+                return nn.ModuleDict()
+            return getattr(self.get_base_layer(), name)
+
+    @property
+    def parameter_name(self) -> str:
+        """Which parameter is adapted. Raises `AttributeError` where it is the whole layer."""
+        if not self.parameter:
+            raise AttributeError("parameter_name")
+        return self.parameter
+
+    @property
+    def backend(self) -> Backend:
+        """How the base layer stores and applies its weight."""
+        return BACKENDS[self._kind]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return places.device_of(self.get_base_layer())
+
+    # merging ------------------------------------------------------------------------------------------------------
+
+    def chain(self) -> list[TunerLayer]:
+        """This wrapper and those below, the innermost first."""
+        base = self.base_layer
+        return [*(base.chain() if isinstance(base, TunerLayer) else ()), self]
+
+    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
+        """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
+        parts = [
+            wrapper._parts[name].fixed(training=False)
+            for wrapper in self.chain()
+            for name in names
+            if name in wrapper._parts and name not in wrapper.merged_adapters
+        ]
+        return merged_parameters(self._under, parts, check)
+
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
+
+    def changes(self, adapter: str) -> dict[str, Tensor]:
+        """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
+        with torch.no_grad():
+            before = self.backend.opened(self.get_base_layer())
+            after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
+        name = self.parameter or "weight"
+        like = places.tensor_of(self.get_base_layer(), name)
+        assert like is not None
+        return self.backend.to_stored(name, self.changes(adapter)[name], like)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight.
+        Others that change weights alone are converted as well (`peftc.convert_adapter`), if with a larger error."""
+        part = self._parts.get(adapter_name)
+        return all(p.tuner.additive for p in ([part] if part is not None else self._parts.values()))
+
+    # scaling ------------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's own scaling by `scale`."""
+        if adapter in self._sites:
+            site, tuner = self._sites[adapter]
+            keep_entry(self.scaling, adapter)
+            self.scaling[adapter] = scale * tuner.scaling(site.config, site.layer)
+
+    @whole
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the current scaling of the active adapters."""
+        keep_entries(self.scaling)
+        for name in self._active:
+            self.scaling[name] *= scale
+
+    @whole
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the current scaling of the active adapters; without a number, back to their own."""
+        keep_entries(self.scaling)
+        for name in self._active:
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
+
+    # copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Views and the chosen path refer to this object's containers: a copy makes its own."""
+        own = ("_path", "_composed", "_under", "_parts", "_outer")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(dict(state))
+        self._nest()
+        self._parts = {}
+        for adapter, (site, tuner) in self._sites.items():
+            self._view(adapter, tuner.dropout(site.config))
+        self._choose_path()
+
+    def _get_name(self) -> str:
+        """How it is printed and reported: by method and kind of layer, as in the reference."""
+        kind = Kind.LINEAR if self._kind is Kind.CONV1D_TRANSPOSED else self._kind
+        of_attention = self.parameter and isinstance(self.get_base_layer(), nn.MultiheadAttention)
+        return f"{self.peft_type.lower()}.{'MultiheadAttention' if of_attention else kind.value.capitalize()}"
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self._sites)}, active={list(self._active)}"

@@ -1,0 +1,91 @@
+"""Where tensors are kept that layers share: which object they are, which layers hold it, and where else it shows.
+
+What all layers share is in one container that they all hold, so that casts and moves, which replace buffers, keep it one.
+What some share is one parameter under several names, as torch's own tied weights are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from peftc.runtime.journal import keep, keep_entries, keep_entry
+from peftc.runtime.slots.containers import HOLDERS, container_for, put
+from peftc.tuner.slots import Slot, labelled
+
+
+class Stores:
+    """A model's containers of tensors that all layers share, by slot. Adapters come and go in them."""
+
+    def __init__(self) -> None:
+        self._containers: dict[str, nn.Module] = {}
+        self._level: nn.Module | None = None
+
+    def container(self, slot: Slot) -> nn.Module:
+        """The one for a slot, made on first use."""
+        if slot.name not in self._containers:
+            keep_entry(self._containers, slot.name)
+            made = self._containers[slot.name] = container_for(slot)
+            made.__dict__[HOLDERS] = Counter()
+        return self._containers[slot.name]
+
+    def show_at(self, level: nn.Module) -> None:
+        """Let the level above the model have them as well, under their names."""
+        keep(self)
+        self._level = level
+        self.show()
+
+    def show(self) -> None:
+        """Let that level, if there is one, have those that are new."""
+        if self._level is not None:
+            keep_entries(self._level._modules)
+            self._level._modules.update(self._containers)
+
+    def prune(self) -> None:
+        """Take out those without an adapter: what is left of one that could not be added."""
+        self._remove([name for name, container in self._containers.items() if _is_empty(container)])
+
+    def clear(self) -> None:
+        """Take all out."""
+        self._remove(list(self._containers))
+
+    def _remove(self, names: Iterable[str]) -> None:
+        keep_entries(self._containers)
+        if self._level is not None:
+            keep_entries(self._level._modules)
+        for name in names:
+            del self._containers[name]
+            if self._level is not None:
+                self._level._modules.pop(name, None)
+
+
+def _is_empty(container: nn.Module) -> bool:
+    return next(container.parameters(), next(container.buffers(), None)) is None
+
+
+class Stock:
+    """The shared tensors of one adapter while its layers are made."""
+
+    def __init__(self, stores: Stores | None = None) -> None:
+        self._stores = stores or Stores()
+        self._tensors: dict[tuple[str, str, str | None], Tensor] = {}
+
+    def found(self, slots: Iterable[Slot]) -> dict[str, Tensor]:
+        """Of these slots, the tensors that other layers have made, by label."""
+        if not self._tensors:
+            return {}
+        return {name: self._tensors[s.label] for name, s in labelled(slots).items() if s.label in self._tensors}
+
+    def put(self, owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> None:
+        """Store a slot's tensor on a layer, for others as well if it is shared."""
+        if slot.home == "":
+            keep_entry(owner._modules, slot.name)
+            container = owner._modules[slot.name] = self._stores.container(slot)
+            keep_entry(container.__dict__[HOLDERS], adapter)
+            container.__dict__[HOLDERS][adapter] += 1
+        if slot.home != "" or slot.label not in self._tensors:
+            put(owner, slot, adapter, tensor)
+        if slot.home is not None:
+            self._tensors[slot.label] = tensor

@@ -1,0 +1,168 @@
+"""Views: one adapter on one layer, as the mathematics of its method sees it.
+
+A view holds containers and keys, never tensors: assign-loading, functional calls, sharding and casts swap the parameters
+underneath, and a cached tensor would be stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peftc import rules
+from peftc.compiler.plan.sites import MapSite
+from peftc.config.base import PeftConfig
+from peftc.diagnostics import PeftcError
+from peftc.graph.nodes import LayerFacts
+from peftc.runtime.bases.backend import Backend
+from peftc.runtime.bases.places import tensor_of
+from peftc.runtime.call import Call
+from peftc.tuner.experts import one_of
+
+
+class Owner(Protocol):
+    """What a view asks of its layer."""
+
+    training: bool
+    scaling: dict[str, Any]
+
+    def pristine(self) -> Mapping[str, Tensor]: ...
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    @property
+    def backend(self) -> Backend: ...
+
+    @property
+    def call(self) -> Call | None: ...
+
+
+class LayerView:
+    """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
+
+    __slots__ = ("_holders", "_mode", "_owner", "_scaling", "_slots", "adapter", "config", "layer")
+
+    def __init__(
+        self,
+        adapter: str,
+        site: MapSite,
+        slots: Mapping[str, tuple[dict[str, Any], str]],
+        holders: Mapping[str, nn.Module],
+        owner: Owner,
+    ) -> None:
+        self.adapter = adapter
+        self.config: PeftConfig = site.config
+        self.layer: LayerFacts = site.layer
+        self._slots = slots
+        self._holders = holders
+        self._scaling: float | None = None
+        self._owner = owner
+        self._mode: bool | None = None
+
+    def fixed(self, training: bool) -> LayerView:
+        """The same in training or not, whatever the layer's mode is or becomes, and with the scaling of now."""
+        view = self._copy()
+        view._mode = training
+        view._scaling = self.scaling
+        return view
+
+    def over(self, tensors: dict[str, Tensor]) -> LayerView:
+        """The same with other tensors, by slot name."""
+        view = self._copy()
+        view._slots = {name: (tensors, name) for name in tensors}
+        view._holders = {}
+        return view
+
+    def of_expert(self, tensors: dict[str, Tensor]) -> LayerView:
+        """That of one expert, with its tensors, as of a linear layer."""
+        view = self.over(tensors)
+        view.layer = one_of(self.layer)
+        return view
+
+    def _copy(self) -> LayerView:
+        view = object.__new__(type(self))
+        for name in LayerView.__slots__:
+            setattr(view, name, getattr(self, name))
+        return view
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The slots' tensors as they are now, by name."""
+        return {name: self[name] for name in self._slots}
+
+    @property
+    def training(self) -> bool:
+        return self._owner.training if self._mode is None else self._mode
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        return self._owner.pristine()
+
+    @property
+    def scaling(self) -> float:
+        return self._owner.scaling[self.adapter] if self._scaling is None else self._scaling
+
+    def __getitem__(self, label: str) -> Tensor:
+        container, key = self._slots[label]
+        tensor: Tensor | None = container.get(key)
+        return self._elsewhere(label) if tensor is None or tensor.is_meta else tensor
+
+    def _elsewhere(self, label: str) -> Tensor:
+        """A tensor that is not where it was put: it is computed from others, or has to be brought."""
+        container, key = self._slots[label]
+        holder = self._holders.get(label)
+        tensor = container[key] if holder is None else tensor_of(holder, key)
+        if tensor is None:
+            what = f"`{label}` of `{self.adapter}` is no longer where it was put"
+            fix = "Its module was changed by another library: load the adapter anew, and let that library do its work then."
+            raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix=fix))
+        return tensor
+
+    def down(self, A: Tensor, x: Tensor) -> Tensor:
+        return self._owner.backend.down(self._owner.get_base_layer(), A, x)
+
+    def up(self, B: Tensor, h: Tensor) -> Tensor:
+        return self._owner.backend.up(self._owner.get_base_layer(), B, h)
+
+    def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
+        """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""
+        call = self._owner.call
+        given = None if call is None else call.value(name, x.shape[0], x.device)
+        if given is not None:
+            return given
+        if default is None:
+            what = f"`{self.adapter}` reads `{name}`, which the call does not give"
+            fix = f"Call the model with `{name}`, one value for each row."
+            raise PeftcError(rules.ROW_VALUES(what, fix=fix))
+        return torch.full((x.shape[0],), default, device=x.device)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Slots are properties of the class that `view_class` makes; here comes what is none."""
+        raise AttributeError(f"no slot `{name}`; there are {sorted(self._slots)}")
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that the adapter computes in."""
+        label, (container, key) = next(iter(self._slots.items()))
+        tensor: Tensor | None = container.get(key)
+        return (self._elsewhere(label) if tensor is None else tensor).dtype
+
+
+@cache
+def view_class(slots: tuple[str, ...]) -> type[LayerView]:
+    """The class of views with these slots. Properties, because `__getattr__` would cost more than a small product."""
+
+    def reader(slot: str) -> property:
+        def read(view: LayerView) -> Tensor:
+            container, key = view._slots[slot]
+            try:
+                tensor: Tensor = container[key]
+            except KeyError:
+                return view._elsewhere(slot)
+            return view._elsewhere(slot) if tensor.is_meta else tensor
+
+        return property(read)
+
+    return type("LayerView", (LayerView,), {"__slots__": (), **{slot: reader(slot) for slot in slots}})
