@@ -74,7 +74,7 @@ def test_a_failure_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("peftc.model.peft_model.apply_plan", fail)
+    monkeypatch.setattr("peftc.model.parts.adapted.apply_plan", fail)
     config = without_targets()
     with pytest.raises(ZeroDivisionError):
         get_peft_model(LANGUAGE_MODEL.build(), config)

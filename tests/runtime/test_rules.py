@@ -41,6 +41,7 @@ from peftc.model import peft_model as runtime_model
 from peftc.model.functions import assistance, base_state, hotswap, state
 from peftc.model.functions import conversion as converting
 from peftc.model.functions.assistance import row_values
+from peftc.model.parts import adapted as adapted_model
 from peftc.model.parts import files, prompts, rows
 from peftc.runtime import call
 from peftc.runtime.applying import apply, conversion, planning, weighted
@@ -52,8 +53,8 @@ from peftc.runtime.layer import merged as merged_weights
 from peftc.runtime.layer import merging
 from peftc.runtime.layer import wrapper as layer
 from peftc.runtime.prompt import cache, driver, encoder, streams
-from peftc.runtime.session import drift, session, succession, values
-from peftc.runtime.slots import containers as storage
+from peftc.runtime.session import applied, drift, session, succession, values
+from peftc.runtime.slots import views
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
 
@@ -165,11 +166,11 @@ CASES = {
     ),
     "activating what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter("defualt"),
-        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "Did you mean `default`?",
+        (applied, "missing = [name for name in names if name not in self.plans]", "missing = []"), "Did you mean `default`?",
     ),
     "activating one of two that is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.set_adapter(["default", "nobody"]),
-        (session, "missing = [name for name in names if name not in self.plans]", "missing = []"), "nobody does not exist",
+        (applied, "missing = [name for name in names if name not in self.plans]", "missing = []"), "nobody does not exist",
     ),
     "deleting what is not there": Case(
         rules.ADAPTER_UNKNOWN, adapted, lambda m: m.delete_adapter("nobody"),
@@ -185,7 +186,7 @@ CASES = {
     ),
     "wrapping twice": Case(
         rules.MIXED_TYPES, adapted, lambda m: get_peft_model(m.get_base_model(), narrow(), "another"),
-        (runtime_model, "if session_of(model) is not None:", "if False:"), "wrapping it again would nest them",
+        (adapted_model, "if session_of(model) is not None:", "if False:"), "wrapping it again would nest them",
     ),
     "a second method": Case(
         rules.MIXED_TYPES, adapted, lambda m: apply_plan(m.get_base_model(), plan_of(Net(), stretch())),
@@ -229,7 +230,7 @@ CASES = {
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),
-        (runtime_model, "if session is None or (not session.plans", "if session is None or (False"), "has no adapter any more",
+        (adapted_model, "if session is None or (not session.plans", "if session is None or (False"), "has no adapter any more",
     ),
     "merging a prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_adapter(),
@@ -445,7 +446,7 @@ CASES = {
     ),
     "a value by row that is missing": Case(
         rules.ROW_VALUES, lambda: adapted(tint()), lambda m: m(x()),
-        (storage, "if default is None:", "if False:"), "`default` reads `colours`, which the call does not give",
+        (views, "if default is None:", "if False:"), "`default` reads `colours`, which the call does not give",
     ),
     "fewer values than rows": Case(
         rules.ROW_VALUES, lambda: adapted(tint()), lambda m: m(x(), colours=[0, 1]),
