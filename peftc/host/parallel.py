@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,27 +45,39 @@ _SHARDERS = frozenset({"FullyShardedDataParallel", "FSDPModule"})
 _FLATTENED, _FLAT = "_fsdp_flattened", "_flat_param"
 
 
-def sharded_by(model: nn.Module) -> str | None:
-    """Who holds parameters of a model in shards and brings them for calls, if anybody: FSDP or DeepSpeed.
+def sharded_by(modules: Iterable[nn.Module]) -> str | None:
+    """Who holds parameters of these modules in shards and brings them for calls, if anybody: FSDP or DeepSpeed.
 
     Relied on: DeepSpeed's engine gives each module a `ZeROOrderedDict` of parameters in its third stage (0.5).
     """
-    for module in model.modules():
-        if _is_sharder(type(module).__mro__) or _FLAT in module._parameters:
+    for module in modules:
+        own, cls = module._parameters, type(module)
+        if cls not in _KNOWN:
+            _KNOWN[cls] = _is_sharder(cls)
+        if _KNOWN[cls] or _FLAT in own:
             return "FSDP"
-        if type(module._parameters).__name__ == "ZeROOrderedDict":
+        if type(own) is not dict and type(own).__name__ == "ZeROOrderedDict":
             return "DeepSpeed"
-    return "FSDP" if is_flattened(model) else None
+        if _has_flattened(own):
+            return "FSDP"
+    return None
 
 
-def is_flattened(model: nn.Module) -> bool:
-    """Whether parameters are for now parts of a flat one, without their shapes."""
-    return any(getattr(tensor, _FLATTENED, False) for tensor in model.parameters())
+def is_flattened(modules: Iterable[nn.Module]) -> bool:
+    """Whether parameters of these modules are for now parts of a flat one, without their shapes."""
+    return any(_has_flattened(module._parameters) for module in modules)
 
 
-@cache
-def _is_sharder(classes: tuple[type, ...]) -> bool:
-    return any(cls.__name__ in _SHARDERS and cls.__module__.startswith("torch.distributed.") for cls in classes)
+def _has_flattened(parameters: Mapping[str, nn.Parameter | None]) -> bool:
+    return any(getattr(tensor, _FLATTENED, False) for tensor in parameters.values())
+
+
+#: Whether a class is one that holds parameters in shards, by class: it is asked of every module.
+_KNOWN: dict[type, bool] = {}
+
+
+def _is_sharder(cls: type) -> bool:
+    return any(one.__name__ in _SHARDERS and one.__module__.startswith("torch.distributed.") for one in cls.__mro__)
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -434,7 +434,7 @@ def test_who_shards_is_known_by_class_and_marks() -> None:
     assert parallel._FLAT == _unshard_param_utils.FLAT_PARAM
     assert DTensor.__name__ == "DTensor"
     assert {"grad_placements"} <= set(inspect.signature(DTensor.full_tensor).parameters)
-    assert parallel.sharded_by(nn.Linear(2, 2)) is None
+    assert parallel.sharded_by([nn.Linear(2, 2)]) is None
 
 
 def test_deepspeeds_engine_brings_parameters_that_are_looked_up() -> None:

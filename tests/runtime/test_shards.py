@@ -30,7 +30,7 @@ from peftc.host import parallel
 from peftc.model.functions import state
 from peftc.model.parts import files
 from peftc.registry.manager import default_registry
-from peftc.runtime.applying import conversion, planning, tuner_model, weighted
+from peftc.runtime.applying import conversion, tuner_model, weighted
 from peftc.runtime.around import saved_modules
 from peftc.runtime.layer import called
 from peftc.runtime.session import drift, session
@@ -201,22 +201,22 @@ REFUSED: dict[str, tuple[Ask, ModuleType, str]] = {
     "merge": (
         lambda m: m.merge_adapter(),
         session,
-        'refuse_sharded(self.model, "merged, the adapter would be lost")',
+        'refuse_sharded(self.ways_to(self.plans[name] for name in names), "merged, the adapter would be lost")',
     ),
     "merge_and_unload": (
         merge_and_unload,
         tuner_model,
-        'refuse_sharded(session.model, "merged, the adapter would be lost")',
+        'refuse_sharded(session.ways_to(plans), "merged, the adapter would be lost")',
     ),
     "combine": (
         lambda m: m.add_weighted_adapter(["default"], [1.0], "combined"),
         weighted,
-        'refuse_sharded(session.model, "its tensors are not here to be combined")',
+        'refuse_sharded(session.ways_to(session.plans[name] for name in adapters), "its tensors are not here to be combined")',
     ),
     "convert": (
         lambda m: convert_adapter(m, "NARROW", 2),
         conversion,
-        'refuse_sharded(session.model, "its tensors are not here to be converted")',
+        'refuse_sharded(session.ways_to([session.plans[name]]), "its tensors are not here to be converted")',
     ),
     "read": (get_peft_model_state_dict, files, 'refuse_parts(plan, lacking, "it cannot be saved as it is here")'),
     "write": (
@@ -265,7 +265,7 @@ def test_an_adapter_beside_shards_is_warned_of(held: Held, monkeypatch: pytest.M
         model.add_adapter("another", narrow())
 
     assert codes(engine(held), add) == [rules.BESIDE_SHARDS.code]
-    put_defect(monkeypatch, planning, "    note_adding(model)\n", "    ()\n")
+    put_defect(monkeypatch, session, "note_adding(self.ways_to([plan]))", "()")
     assert codes(engine(held), add) == []
 
 

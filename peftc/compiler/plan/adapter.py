@@ -75,6 +75,13 @@ class AdapterPlan:
         return (*self.maps, *self.modules)
 
     @property
+    def paths(self) -> Iterator[str]:
+        """The path of every module that it does something to."""
+        yield from (site.path for site in self.sites)
+        yield from (save.path for save in self.saves)
+        yield from (train.path for train in self.trains)
+
+    @property
     def root(self) -> str:
         """What stands before module paths in the wrapped model."""
         return PROMPT_ROOT if self.prompt is not None or self.call is not None else WRAPPED_ROOT

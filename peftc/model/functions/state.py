@@ -123,7 +123,7 @@ def _put_in(
     model: nn.Module, session: Session, fit: AdapterPlan, given: Mapping[str, Tensor], assign: bool
 ) -> Mapping[str, Tensor]:
     """Give an adapter the values of a checkpoint, whose plan is `fit`; returns them as the adapter holds them. All or none."""
-    if parallel.sharded_by(model) is not None:
+    if parallel.sharded_by(session.ways_to([session.plans[fit.name]], model)) is not None:
         refuse_parts(session.plans[fit.name], session.tensors(fit.name), "their values cannot be changed here")
     with torch.no_grad():
         rest = restored(session, fit, given)

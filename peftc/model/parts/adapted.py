@@ -17,7 +17,7 @@ from peftc.host.layers import recomputes
 from peftc.model.parts.activation import ActivationMixin
 from peftc.model.parts.loading import LoadOptions, needed_sources
 from peftc.registry.manager import default_registry
-from peftc.runtime.applying.apply import apply_plan, freeze, hold, let_go, mixed_types, session_of
+from peftc.runtime.applying.apply import apply_plan, hold, let_go, mixed_types, session_of
 from peftc.runtime.applying.classes import model_class
 from peftc.runtime.applying.handed import with_handed
 from peftc.runtime.applying.planning import hollow, plan_for
@@ -78,15 +78,16 @@ class AdaptedModel(ActivationMixin, nn.Module):
         self.peft_type = PeftType(first.peft_type)
         self.prompt_encoder = nn.ModuleDict() if method.is_prompt else None
         sources = {**needed_sources(plan, LoadOptions()), **sources}
+        trains = not first.config.inference_mode
         with collector_paused():
-            freeze(model)
-            session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes)
+            session = apply_plan(model, plan, registry=registry, sources=sources, mixed=self.mixes, trains=trains)
             self.base_model = self._level(plan, session)
             self.__dict__["_session"] = session
             for adapter in plan.adapters:
                 if not adapter.needed_by:
                     self._join(adapter, sources.get(adapter.name))
-        self.set_adapter(list(plan.active), inference_mode=first.config.inference_mode)
+        for name, encoder in self._encoders().items():
+            encoder.set_trainable(trains and name in plan.active)
         if checkpointed:
             self.prepare_model_for_gradient_checkpointing(self.get_base_model())
 

@@ -140,7 +140,7 @@ def _live_tensors(
     )
     if not names.keys() <= tensors.keys():
         attached = session.tensors(name)
-        if parallel.sharded_by(model) is not None:
+        if parallel.sharded_by(session.ways_to([plan], model)) is not None:
             lacking = {key: tensor for key, tensor in attached.items() if key not in tensors}
             refuse_parts(plan, lacking, "it cannot be saved as it is here")
         if state_dict is not None:

@@ -40,11 +40,12 @@ def apply_plan(
     registry: Registry | None = None,
     sources: Sources | None = None,
     mixed: bool = False,
+    trains: bool | None = None,
 ) -> Session:
     """Put the plan's adapters on layers of the model, in place, and activate those that the plan says. Where `mixed`, those
     of another method than the last go round its wrappers; otherwise they are refused.
 
-    Base parameters are frozen. `sources` gives tensors from checkpoints; what it lacks is initialised by the method.
+    Base parameters are frozen; the active adapters train if `trains`, or if one of them is not for inference. `sources` gives tensors from checkpoints; what it lacks is initialised by the method.
     Raises `PeftcError` with every difference if the model is not the one that the plan was made for.
     """
     registry = registry or default_registry()
@@ -63,7 +64,8 @@ def apply_plan(
         _refuse_taken(session, adapter, mixed)
         session.add(adapter, registry, make, (sources or {}).get(adapter.name))
     if plan.active:
-        session.set_active(plan.active, not all(a.config.inference_mode for a in plan.adapters))
+        trains = not all(a.config.inference_mode for a in plan.adapters) if trains is None else trains
+        session.set_active(plan.active, trains)
     return session
 
 

@@ -70,7 +70,7 @@ def converted(session: Session, name: str, to: str, rank: int | float, follow: F
     whose bias changes or that the new method cannot adapt.
     """
     session.require([name])
-    refuse_sharded(session.model, "its tensors are not here to be converted")
+    refuse_sharded(session.ways_to([session.plans[name]]), "its tensors are not here to be converted")
     target, plan = default_registry().get(to), session.plans[name]
     problems = Collector()
     problems.add(*_of_rank(rank), *_of_target(target), *_of_adapter(session, plan))

@@ -44,8 +44,9 @@ def plan_for(
         what = f"A {type(model).__name__} is not a `torch.nn.Module`"
         raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
     _refuse_split(model)
-    note_adding(model)
     session = session_of(model)
+    if session is None or not session.plans:
+        note_adding(model.modules())
     plan = compile_plan(
         snapshot(model) if session is None else session.graph,
         configs,

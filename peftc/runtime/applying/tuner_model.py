@@ -295,8 +295,9 @@ class TunerModel(nn.Module):
         Raises `PeftcError`, with nothing changed, if an adapter on one of them would.
         """
         session = self.session
-        refuse_around([session.plans[n] for n in adapter_names or session.active if n in session.plans])
-        refuse_sharded(session.model, "merged, the adapter would be lost")
+        plans = [session.plans[name] for name in adapter_names or session.active if name in session.plans]
+        refuse_around(plans)
+        refuse_sharded(session.ways_to(plans), "merged, the adapter would be lost")
         part(session, adapter_names)
         session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)

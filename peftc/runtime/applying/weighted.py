@@ -104,7 +104,7 @@ def recipe(
         found.add(rules.BAD_VALUE(f"`svd_rank` cannot be `{svd_rank}`", fix="Give a rank of 1 or more."))
     found.raise_errors()
     session.require(adapters)
-    refuse_sharded(session.model, "its tensors are not here to be combined")
+    refuse_sharded(session.ways_to(session.plans[name] for name in adapters), "its tensors are not here to be combined")
     kind = "linear" if len(adapters) == 1 else combination_type
     pruning = Pruning(1.0 if density is None else density, majority_sign_method)
     return Recipe(dict(zip(adapters, weights, strict=True)), kind, svd_rank, svd or {}, pruning)

@@ -4,7 +4,7 @@ where it can be, and refused by name where it would be done to a part, or lost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -15,9 +15,9 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.host import parallel
 
 
-def refuse_sharded(model: nn.Module, why: str) -> None:
-    """Raise `PeftcError` for a model whose parameters somebody puts back into it for each call, whole or not just now."""
-    by = parallel.sharded_by(model)
+def refuse_sharded(modules: Iterable[nn.Module], why: str) -> None:
+    """Raise `PeftcError` for modules whose parameters somebody puts back into them for each call, whole or not just now."""
+    by = parallel.sharded_by(modules)
     if by is not None:
         what = f"{by} holds the model in shards, and puts its own parameters back for each call: {why}"
         fix = "Save the adapter, load it onto a whole model, and do it there."
@@ -46,15 +46,16 @@ def refuse_distributed(tensors: Mapping[str, Tensor]) -> None:
         raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix=fix))
 
 
-def note_adding(model: nn.Module) -> None:
-    """Warn before an adapter is put into a model that is held in shards: those who hold it do not know of the new tensors.
+def note_adding(modules: Iterable[nn.Module]) -> None:
+    """Warn before an adapter is put into a model of these modules that is held in shards: those who hold it do not know of the new tensors.
 
     Raises `PeftcError` where not even shapes can be seen.
     """
-    by = parallel.sharded_by(model)
+    modules = list(modules)
+    by = parallel.sharded_by(modules)
     if by is None:
         return
-    if parallel.is_flattened(model):
+    if parallel.is_flattened(modules):
         what = f"{by} holds each weight of the model as a part of a flat tensor, without its shape"
         raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix="Put the adapter on first, and wrap the model then."))
     what = f"{by} held the model in shards before: the adapter is whole in each process, and its gradients are that process's own"

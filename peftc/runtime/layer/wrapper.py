@@ -35,8 +35,9 @@ from peftc.runtime.layer.merging import Merging
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.paths import Path
 from peftc.runtime.layer.reading import as_read
-from peftc.runtime.slots.containers import drop, find, holder_of
-from peftc.runtime.slots.filling import Initializer, derived, filled, half_of
+from peftc.runtime.layer.scaling import Scaling
+from peftc.runtime.slots.containers import drop, find, find_in, holder_of
+from peftc.runtime.slots.filling import Initializer, derived, filled
 from peftc.runtime.slots.stores import Stock
 from peftc.runtime.slots.views import view_class
 from peftc.tuner.method import MapTuner
@@ -50,7 +51,7 @@ class BaseTunerLayer:
     """What `isinstance(module, BaseTunerLayer)` asks for in other libraries. Only `TunerLayer` derives from it."""
 
 
-class TunerLayer(Merging, BaseTunerLayer):
+class TunerLayer(Merging, Scaling, BaseTunerLayer):
     """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
 
     The base layer may itself be one, of another method: then the adapters of that come first.
@@ -69,30 +70,39 @@ class TunerLayer(Merging, BaseTunerLayer):
     #: what the container of dropouts is called in the model
     dropout_name: ClassVar[str] = "adapter_dropout"
 
+    base_layer: nn.Module
+    peft_type: str
+    in_features: int
+    out_features: int
+    #: slots that a step of training stopped from training on, by adapter
+    held: dict[str, set[str]]
+    _kind: Kind
+    _first: str
     _path: Path
     _under: Under
 
     def __init__(self, base_layer: nn.Module, site: MapSite) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.peft_type = str(site.config.peft_type)
-        self.in_features = site.layer.in_features
-        self.out_features = site.layer.out_features
-        #: numbers, or tensors where something compiled reads them; other libraries put another dictionary in its place
-        self.scaling: dict[str, Any] = {}
-        self.merged_adapters: list[str] = []
-        #: slots that a step of training stopped from training on, by adapter
-        self.held: dict[str, set[str]] = {}
-        self._sites: dict[str, tuple[MapSite, MapTuner[Any]]] = {}
-        self._parts: dict[str, Part] = {}
-        self._kind = site.layer.kind
-        self._first = first_argument(type(self.get_base_layer()).forward)
-        self.parameter = site.parameter
-        self._active: tuple[str, ...] = ()
-        self._disabled = False
-        self._shared = Shared()
-        self._is_aside = False
-        self._found_at, self._folded_at = {}, {}
+        self._modules["base_layer"] = base_layer
+        self.__dict__.update(  # not one by one by setattr, in which torch looks for parameters and modules
+            peft_type=str(site.config.peft_type),
+            in_features=site.layer.in_features,
+            out_features=site.layer.out_features,
+            scaling={},
+            merged_adapters=[],
+            held={},
+            parameter=site.parameter,
+            _sites={},
+            _parts={},
+            _kind=site.layer.kind,
+            _first=first_argument(type(self.get_base_layer()).forward),
+            _active=(),
+            _disabled=False,
+            _shared=Shared(),
+            _is_aside=False,
+            _found_at={},
+            _folded_at={},
+        )
         self._nest()
         self._choose_path()
 
@@ -110,30 +120,28 @@ class TunerLayer(Merging, BaseTunerLayer):
 
         To be called under `no_grad`. `stock` has what layers of the adapter share.
         """
-        call = partial(guarded, peft_type=str(site.config.peft_type), path=site.path)
-        scaling = call(tuner.scaling)(site.config, site.layer)
-        p = call(tuner.dropout)(site.config)
-        init, helper = call(tuner.init), Initializer(self.pristine, half_of(site.layer))
         stock = stock or Stock()
-        shared = stock.found(site.slots)
-        made = filled(
-            site,
-            adapter,
-            self.device,
-            source,
-            lambda fresh: init(site.config, site.layer, fresh, helper),
-            shared,
-            partial(call(tuner.derive), site.config, site.layer),
-        )
-        for label, slot in labelled(site.slots).items():
+        kind = stock.kind(site, tuner)
+        named = kind.storage.slots
+        shared = stock.found(named)
+
+        def start(fresh: Mapping[str, Tensor]) -> None:
+            init = guarded(tuner.init, self.peft_type, site.path)
+            init(site.config, site.layer, fresh, Initializer(self.pristine, kind.half))
+
+        def derive(slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
+            return guarded(tuner.derive, self.peft_type, site.path)(site.config, site.layer, slots)
+
+        made = filled(site, adapter, self.device, source, start, shared, derive, kind.storage)
+        for label, slot in named.items():
             value = made[label]
             as_it_is = slot.derived or label in shared
             stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
         for known in (self.scaling, self._sites, self._parts):
             keep_entry(known, adapter)
-        self.scaling[adapter] = scaling
+        self.scaling[adapter] = kind.scaling
         self._sites[adapter] = (site, tuner)
-        self._view(adapter, p)
+        self._view(adapter, kind.dropout, named)
         if self._shared.by_rows:
             keep(self)
             self._choose_path()
@@ -143,11 +151,10 @@ class TunerLayer(Merging, BaseTunerLayer):
         derive = guarded(self._sites[adapter][1].derive, str(site.config.peft_type), site.path)
         return derived(site, self.device, partial(derive, site.config, site.layer))
 
-    def _view(self, adapter: str, p: float) -> None:
+    def _view(self, adapter: str, p: float, named: Mapping[str, Slot]) -> None:
         site, tuner = self._sites[adapter]
-        named = labelled(site.slots)
-        slots = {label: find(self, slot, adapter) for label, slot in named.items()}
         holders = {label: holder_of(self, slot, adapter) for label, slot in named.items()}
+        slots = {label: find_in(holders[label], slot, adapter) for label, slot in named.items()}
         dropout = (
             None if site.parameter else dropout_of(self, self.dropout_name, adapter, p)
         )  # parameters see no inputs
@@ -244,6 +251,10 @@ class TunerLayer(Merging, BaseTunerLayer):
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._sites)
 
+    def holds(self, adapter: str) -> bool:
+        """Whether an adapter is on the layer."""
+        return adapter in self._sites
+
     def site(self, adapter: str) -> MapSite:
         """The plan's site of an adapter. Raises `KeyError`."""
         return self._sites[adapter][0]
@@ -285,15 +296,17 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
-        keep(self)
-        self._disabled = not enabled
+        state = self.__dict__  # not by setattr, in which torch looks for parameters and modules
+        keep_entry(state, "_disabled")
+        keep_entry(state, "_path")
+        state["_disabled"] = not enabled
         if self._shared.merges:
             self.settle()
         self._take_path()
 
     def _take_path(self) -> None:
         state = self.__dict__
-        state["_path"] = state["_modules"]["base_layer"] if self._disabled else state["_composed"]
+        state["_path"] = state["_modules"]["base_layer"] if state["_disabled"] else state["_composed"]
 
     def _nest(self) -> None:
         """Let a wrapper below know this one."""
@@ -360,7 +373,8 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     def get_base_layer(self) -> nn.Module:
         """The layer under all wrappers."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        assert base is not None
         return base.get_base_layer() if isinstance(base, TunerLayer) else base
 
     @property
@@ -410,8 +424,8 @@ class TunerLayer(Merging, BaseTunerLayer):
 
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
-        base = self.base_layer
-        return [*(base.chain() if isinstance(base, TunerLayer) else ()), self]
+        base = self._modules["base_layer"]
+        return [*base.chain(), self] if isinstance(base, TunerLayer) else [self]
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
@@ -449,32 +463,6 @@ class TunerLayer(Merging, BaseTunerLayer):
         part = self._parts.get(adapter_name)
         return all(p.tuner.additive for p in ([part] if part is not None else self._parts.values()))
 
-    # scaling ------------------------------------------------------------------------------------------------------
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the adapter's own scaling by `scale`."""
-        if adapter in self._sites:
-            site, tuner = self._sites[adapter]
-            keep_entry(self.scaling, adapter)
-            self.scaling[adapter] = scale * tuner.scaling(site.config, site.layer)
-
-    @whole
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the current scaling of the active adapters."""
-        keep_entries(self.scaling)
-        for name in self._active:
-            self.scaling[name] *= scale
-
-    @whole
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the current scaling of the active adapters; without a number, back to their own."""
-        keep_entries(self.scaling)
-        for name in self._active:
-            if scale is None:
-                self.set_scale(name, 1.0)
-            else:
-                self.scaling[name] /= scale
-
     # copies -------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
@@ -487,7 +475,7 @@ class TunerLayer(Merging, BaseTunerLayer):
         self._nest()
         self._parts = {}
         for adapter, (site, tuner) in self._sites.items():
-            self._view(adapter, tuner.dropout(site.config))
+            self._view(adapter, tuner.dropout(site.config), labelled(site.slots))
         self._choose_path()
 
     def _get_name(self) -> str:

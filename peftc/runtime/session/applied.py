@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -142,14 +142,16 @@ class Applied:
     def layers_of(self, adapter: str) -> Iterator[TunerLayer]:
         """The wrappers that hold an adapter, in the order of its plan."""
         for site in self.plans[adapter].maps:
-            layer = self.layer_of(adapter, site.path, site.parameter)
+            layer = self.layers.get(site.path)
+            if layer is None or not layer.holds(adapter) or layer.parameter != site.parameter:
+                layer = self.layer_of(adapter, site.path, site.parameter)
             if layer is not None:
                 yield layer
 
     def layer_of(self, adapter: str, path: str, parameter: str = "") -> TunerLayer | None:
         """The wrapper at a path, for a parameter, that holds an adapter; None where the adapter was deleted from the layer itself."""
         module: nn.Module | None = self.layers.get(path)
-        while isinstance(module, TunerLayer) and (adapter not in module.adapters or module.parameter != parameter):
+        while isinstance(module, TunerLayer) and not (module.holds(adapter) and module.parameter == parameter):
             module = module.base_layer
         return module if isinstance(module, TunerLayer) else None
 
@@ -170,3 +172,41 @@ class Applied:
     def all_wrappers(self) -> list[Wrapper]:
         """What holds adapters, or held some."""
         return [*self.wrappers(), *self.modules.values(), *self.copies.values()]
+
+    def ways_to(self, plans: Iterable[AdapterPlan], model: nn.Module | None = None) -> Iterator[nn.Module]:
+        """What stands between the base model and what adapters are on: modules round it, wrappers, the base's own modules, and
+        what holds the adapters' tensors. With `model`, which holds the base, the levels between the two as well."""
+        if model is not None and model is not self.model:
+            yield from (model, *model.children(), *(part for level in model.children() for part in level.children()))
+        plans, around = list(plans), dict.fromkeys([""])
+        paths = dict.fromkeys(path for plan in plans for path in plan.paths)
+        for path in paths:
+            head = path.rpartition(".")[0]
+            while head not in around:
+                around[head] = None
+                head = head.rpartition(".")[0]
+        names = [plan.name for plan in plans if plan.name in self.plans]
+        for path in around:
+            found = self.find(path)
+            if found is not None:
+                yield found
+        for path in paths:
+            layer, found = self.layers.get(path), self.find(path)
+            if found is not None:
+                yield found
+            for wrapper in layer.chain() if layer is not None else ():
+                yield wrapper
+                yield from _holding(wrapper, names)
+            for other in (self.modules.get(path), self.copies.get(path)):
+                if other is not None:
+                    yield other
+                    yield from _holding(other, names)
+
+
+def _holding(wrapper: Wrapper, names: Sequence[str]) -> Iterator[nn.Module]:
+    """A wrapper's modules that hold tensors of these adapters."""
+    for container in wrapper._modules.values() if names else ():
+        if container is not None and not isinstance(container, TunerLayer):
+            yield container
+            own = (container._modules.get(name) for name in names)
+            yield from (part for module in own if module is not None for part in module.modules())

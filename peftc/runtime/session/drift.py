@@ -26,7 +26,7 @@ def drift(session: Applied, plan: AdapterPlan) -> Iterator[Diagnostic]:
             continue
         for name, planned in site.layer.params:
             own = module._parameters.get(name)
-            if own is not None and whole_shape(own) != planned.shape:
+            if own is not None and own.shape != planned.shape and whole_shape(own) != planned.shape:
                 what = f"`{site.path}.{name}` is {whole_shape(own)}, the plan was made for {planned.shape}"
                 yield rules.MODEL_DRIFTED(what, fix="Plan again for this model.", where=site.path)
     yield from _other_parameters(session, plan)

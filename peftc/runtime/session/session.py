@@ -24,7 +24,7 @@ from peftc.runtime.around.calls import CallModule
 from peftc.runtime.around.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.bases.places import device_of
-from peftc.runtime.bases.shards import refuse_sharded
+from peftc.runtime.bases.shards import note_adding, refuse_sharded
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
 from peftc.runtime.layer.wrapper import Source, TunerLayer
 from peftc.runtime.session.applied import Applied, Wrapper
@@ -65,6 +65,8 @@ class Session(Applied):
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
+        if self.plans:  # else the whole model was looked at before it was planned for
+            note_adding(self.ways_to([plan]))
         method = registry.get(plan.peft_type)
         stock = Stock(self.stores)
         tuners = {
@@ -285,7 +287,7 @@ class Session(Applied):
         if again:
             warn([merged_already(again, names, "unmerge_adapter")])
         refuse_around([self.plans[name] for name in names])
-        refuse_sharded(self.model, "merged, the adapter would be lost")
+        refuse_sharded(self.ways_to(self.plans[name] for name in names), "merged, the adapter would be lost")
         self.refuse_clashes([*self.merged, *names])
         self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
         for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):

@@ -101,6 +101,11 @@ def put(owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> tuple[dic
             _put_buffer(container, adapter, tensor, slot.saved)
         return _tensors(container, slot), adapter
     holder = container._modules.get(adapter)
+    if holder is None and not slot.derived:
+        keep_entry(container._modules, adapter)
+        made = container._modules[adapter] = SlotModule.holding(**{slot.tail: cast(nn.Parameter, tensor)})
+        made.__dict__["tails"] = (slot.tail,)
+        return made._parameters, slot.tail
     if holder is None:
         keep_entry(container._modules, adapter)
         holder = container._modules[adapter] = SlotModule.holding()
@@ -126,10 +131,14 @@ def _tensors(holder: nn.Module, slot: Slot) -> dict[str, Any]:
 
 def find(owner: nn.Module, slot: Slot, adapter: str) -> tuple[dict[str, Any], str]:
     """Where a stored tensor is looked up. Raises `KeyError` if the adapter has none."""
-    holder = holder_of(owner, slot, adapter)
+    return find_in(holder_of(owner, slot, adapter), slot, adapter)
+
+
+def find_in(holder: nn.Module, slot: Slot, adapter: str) -> tuple[dict[str, Any], str]:
+    """The same in the module that has it. Raises `KeyError`."""
+    tensors = holder._buffers if slot.derived else holder._parameters
     if slot.container is Container.MODULE:
-        return _tensors(holder, slot), slot.tail
-    tensors = _tensors(holder, slot)
+        return tensors, slot.tail
     if adapter not in tensors:
         raise KeyError(adapter)
     return tensors, adapter

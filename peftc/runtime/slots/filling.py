@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +101,19 @@ def _drawn_for(tensor: Tensor) -> Tensor | None:
 INIT = Initializer()
 
 
+class Storage(NamedTuple):
+    """Slots by label, and the dtype of each."""
+
+    slots: Mapping[str, Slot]
+    dtypes: Mapping[str, torch.dtype]
+
+
+def storage_of(slots: tuple[Slot, ...], usual: str) -> Storage:
+    """The storage of a site's slots, those that do not say otherwise of the usual dtype."""
+    named = labelled(slots)
+    return Storage(named, {label: torch_dtype(slot.dtype or usual) for label, slot in named.items()})
+
+
 def filled(
     site: MapSite | ModuleSite,
     adapter: str,
@@ -108,11 +122,11 @@ def filled(
     init: Callable[[dict[str, Tensor]], object],
     shared: Mapping[str, Tensor] = MappingProxyType({}),
     derive: Callable[[dict[str, Slot]], Mapping[str, Tensor]] | None = None,
+    storage: Storage | None = None,
 ) -> dict[str, Tensor]:
     """Tensors for a site's slots, by label: `shared` ones, from `source` by their disk keys, the rest as the method derives
     or starts them. Raises `PeftcError` for derived values of another shape than declared."""
-    slots = labelled(site.slots)
-    dtypes = {label: torch_dtype(slot.dtype or site.dtype) for label, slot in slots.items()}
+    slots, dtypes = storage or storage_of(site.slots, site.dtype)
     made: dict[str, Tensor] = dict(shared)
     for label, slot in slots.items():
         if label in made:

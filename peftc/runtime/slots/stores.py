@@ -7,13 +7,17 @@ What some share is one parameter under several names, as torch's own tied weight
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
+from peftc.compiler.plan.sites import MapSite
 from peftc.runtime.journal import keep, keep_entries, keep_entry
 from peftc.runtime.slots.containers import HOLDERS, container_for, put
-from peftc.tuner.slots import Slot, labelled
+from peftc.runtime.slots.kinds import Kind
+from peftc.tuner.method import MapTuner
+from peftc.tuner.slots import Slot
 
 
 class Stores:
@@ -71,12 +75,23 @@ class Stock:
     def __init__(self, stores: Stores | None = None) -> None:
         self._stores = stores or Stores()
         self._tensors: dict[tuple[str, str, str | None], Tensor] = {}
+        self._kinds: dict[tuple[int, int, str], Kind] = {}
 
-    def found(self, slots: Iterable[Slot]) -> dict[str, Tensor]:
-        """Of these slots, the tensors that other layers have made, by label."""
-        if not self._tensors:
-            return {}
-        return {name: self._tensors[s.label] for name, s in labelled(slots).items() if s.label in self._tensors}
+    def kind(self, site: MapSite, tuner: MapTuner[Any]) -> Kind:
+        """What the layers of a site's kind have in common, which share their slots, options and facts."""
+        key = id(site.slots), id(tuner), site.dtype
+        found = self._kinds.get(key)
+        if found is None or found.site.config is not site.config or found.site.layer is not site.layer:
+            found = self._kinds[key] = Kind.of(site, tuner)
+        return found
+
+    def found(self, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+        """Of these slots, by label, the tensors that other layers have made."""
+        return (
+            {name: self._tensors[s.label] for name, s in slots.items() if s.label in self._tensors}
+            if self._tensors
+            else {}
+        )
 
     def put(self, owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> None:
         """Store a slot's tensor on a layer, for others as well if it is shared."""
