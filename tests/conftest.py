@@ -84,6 +84,15 @@ def _only_what_tests_make_is_collected() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _disk_not_waited_for() -> Iterator[None]:
+    """Flushing to the disk guards against a loss of power, which no test of this process tries; it takes most of the time of a
+    save. A handle that is none is still told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root folder."""

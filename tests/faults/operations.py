@@ -27,6 +27,41 @@ from peftc.runtime.prompt.encoder import PromptModule
 from peftc.runtime.tuner_model import TunerModel
 from peftc.testing.subjects import Subject, quiet, randomise, subjects
 
+#: All operations, for tests that are split by them.
+NAMES = (
+    "get_peft_model",
+    "from_pretrained",
+    "inject",
+    "inject, over one",
+    "add_adapter",
+    "load_adapter, a new one",
+    "load_adapter, over one",
+    "load_adapter, in place of one",
+    "load values",
+    "set_adapter",
+    "set_requires_grad",
+    "delete_adapter",
+    "delete_adapter, the active one",
+    "delete_adapter, the last one",
+    "disable",
+    "enable",
+    "rows",
+    "unload",
+    "load a table",
+    "merge_adapter",
+    "merge_and_unload",
+    "unmerge_adapter",
+    "disable, merged",
+    "enable, merged",
+    "unload, merged",
+    "set_adapter, merged",
+    "add_weighted_adapter",
+    "hotswap",
+    "prepare hotswap",
+    "scale",
+    "take_step",
+)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -114,6 +149,12 @@ class Case:
         model = self.one()
         self.subject.grown(model)
         return model
+
+
+@cache
+def operations_of(peft_type: str) -> tuple[Operation, ...]:
+    """Those of a method; its files are written once in a process."""
+    return tuple(operations(Case(peft_type)))
 
 
 def operations(case: Case) -> Iterator[Operation]:
