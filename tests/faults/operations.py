@@ -77,8 +77,10 @@ class Operation:
 
 @cache
 def subject(peft_type: str) -> Subject:
-    """The method on its first model."""
-    return next(s for s in subjects(default_registry().get(peft_type)) if s.foremost)
+    """The method on its first model; of language models, on the smallest."""
+    found = [s for s in subjects(default_registry().get(peft_type)) if s.first]
+    first = next(s for s in found if s.foremost)
+    return min(found, key=lambda s: len(s.model.graph.nodes)) if first.model.is_language_model else first
 
 
 class Case:
