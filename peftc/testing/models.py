@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import ModuleGraph
 from peftc.integrations.transformers.architecture import quiet as quiet_transformers
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.snapshot import snapshot
 
 
 @contextmanager

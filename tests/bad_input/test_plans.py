@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import drift, of_spec, serial
+from peftc.compiler import of_spec
+from peftc.compiler.plan import drift, serial
 from peftc.config.sections import BaseSection, ChecksSection
 from peftc.config.spec import AdapterSpec
 from tests.bad_input.told import Case, examine

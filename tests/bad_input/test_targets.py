@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import checks, defaults, explain, former, match, prompts, select, sites
 from peftc.compiler import compile as compiler
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler import explain, match
+from peftc.compiler.passes import checks, defaults, former, prompts, select, sites
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import NoMatchingPeftModuleError, PeftcError, PeftError
 from peftc.graph.former import FormerLayers

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity
 
 

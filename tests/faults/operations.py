@@ -20,11 +20,11 @@ from peftc import (
 )
 from peftc.config.mixins import ModulesToSaveMixin
 from peftc.diagnostics import PeftcError
-from peftc.model.assistance import delete_adapter, take_step
-from peftc.model.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peftc.model.functions.assistance import delete_adapter, take_step
+from peftc.model.functions.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peftc.registry.manager import default_registry
+from peftc.runtime.applying.tuner_model import TunerModel
 from peftc.runtime.prompt.encoder import PromptModule
-from peftc.runtime.tuner_model import TunerModel
 from peftc.testing.subjects import Subject, quiet, randomise, subjects
 
 #: All operations, for tests that are split by them.

@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from peftc.registry.manager import default_registry
-from peftc.runtime import apply, collector, layer, merging, saved_modules, session
+from peftc.runtime import collector
+from peftc.runtime.applying import apply
+from peftc.runtime.around import saved_modules
+from peftc.runtime.layer import merging
+from peftc.runtime.layer import wrapper as layer
+from peftc.runtime.session import session
 from tests.defects import put_defect
 from tests.faults.injection import Place, lines
 from tests.faults.operations import NAMES, Case, operations, operations_of

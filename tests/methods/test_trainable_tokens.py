@@ -23,8 +23,8 @@ from peftc import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peftc.model.hotswap import hotswap_adapter_from_state_dict
-from peftc.runtime.snapshot import snapshot
+from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
+from peftc.runtime.applying.snapshot import snapshot
 from tests.methods.exchange import move
 
 SIZES = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peftc import PeftcError, rules
-from peftc.model import embeddings
+from peftc.model.parts import embeddings
 from tests.runtime.methods import METHODS
 from tests.unit.fakes import registered
 

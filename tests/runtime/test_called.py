@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from peftc import PeftModel
-from peftc.runtime.storage import SlotModule
+from peftc.runtime.slots.containers import SlotModule
 from peftc.testing.subjects import Subject
 from tests.runtime.examples import examples, rows, small_layers
 

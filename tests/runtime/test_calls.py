@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from peftc import PeftModel
-from peftc.compiler.serial import plan_from_json, plan_to_json
-from peftc.model.files import _plan_of
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
+from peftc.model.parts.files import _plan_of
 from tests.runtime.methods import Net, adapted, mix, narrow, x
 
 

@@ -21,8 +21,8 @@ from peftc.checkpoint import keys, report
 from peftc.checkpoint import weights as weights_file
 from peftc.config import hub
 from peftc.diagnostics import Rule
-from peftc.model import card, embeddings, files, loading
-from peftc.runtime import ties
+from peftc.model.parts import card, embeddings, files, loading
+from peftc.runtime.session import ties
 from peftc.testing.models import seeded
 from tests.defects import put_defect
 from tests.runtime.methods import Net, adapted, stretch

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peftc.runtime import places
+from peftc.runtime.bases import places
 from peftc.testing.subjects import Subject
 from tests.defects import put_defect
 from tests.runtime.examples import examples, rows

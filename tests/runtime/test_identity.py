@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model, rules
-from peftc.model import identity
+from peftc.model.parts import identity
 from tests.runtime.methods import Net, narrow
 from tests.runtime.refused import told
 

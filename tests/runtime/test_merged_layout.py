@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peftc import get_peft_model, get_peft_model_state_dict
-from peftc.runtime import merged
+from peftc.runtime.layer import merged
 from peftc.testing.subjects import Subject, quiet
 from tests.defects import put_defect
 from tests.runtime.examples import examples, rows

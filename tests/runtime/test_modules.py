@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from peftc import PeftcError, PeftcWarning, PeftModel, get_peft_model
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.drift import differences
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.drift import differences
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.plugin import (
     ConfigModel,
     Container,
@@ -31,9 +31,9 @@ from peftc.plugin import (
     SlotInit,
     TunerMethod,
 )
-from peftc.runtime.apply import apply_plan
-from peftc.runtime.modules import ModuleWrapper
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.applying.apply import apply_plan
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.around.modules import ModuleWrapper
 from peftc.testing.compare import objects_of
 from tests.unit.fakes import registered
 
@@ -311,8 +311,8 @@ def test_a_plugin_that_names_no_module(path: str) -> None:
 
 
 def test_a_layer_s_slot_must_have_the_adapter_s_name() -> None:
-    from peftc.compiler.draft import Context
-    from peftc.compiler.sites import check_slots
+    from peftc.compiler.passes.draft import Context
+    from peftc.compiler.passes.sites import check_slots
 
     flat = TunerMethod("RING", RingConfig, FlatTuner(), prefix="ring_", layer_names=("ring_scale",))
     context = Context(snapshot(net()), flat, "default")
@@ -323,7 +323,7 @@ def test_a_layer_s_slot_must_have_the_adapter_s_name() -> None:
 def test_a_view_knows_its_slots() -> None:
     model = adapted()
     wrapper = model.session.modules["blocks.1"]
-    from peftc.runtime.modules import View
+    from peftc.runtime.around.modules import View
 
     view = View(wrapper, "default")
     assert view.ring_scale is wrapper._parameters["ring_scale"]

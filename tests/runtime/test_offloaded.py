@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model, get_peft_model_state_dict, rules, set_peft_model_state_dict
 from peftc.diagnostics import PeftcError
-from peftc.runtime import places
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.bases import places
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import seeded
 from peftc.testing.subjects import Subject, quiet, randomise
 from tests.defects import put_defect

@@ -13,7 +13,8 @@ from transformers import AlbertConfig, AlbertModel
 
 from peftc import PeftModel, get_peft_model, inject_adapter_in_model, rules
 from peftc.host import caches
-from peftc.model import mapping, prompts
+from peftc.model import mapping
+from peftc.model.parts import prompts
 from peftc.runtime.prompt import cache, driver, encoder, generation, streams
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, preface, prompted

@@ -25,33 +25,27 @@ from peftc import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from peftc.compiler import calls as compiler_calls
 from peftc.compiler import compile as compiling
-from peftc.compiler import select
+from peftc.compiler.passes import calls as compiler_calls
+from peftc.compiler.passes import select
 from peftc.diagnostics import Rule
-from peftc.model import assistance, base_state, files, hotswap, injected, mixed, rows, state
-from peftc.model import conversion as converting
+from peftc.model import injected, mixed
 from peftc.model import peft_model as runtime_model
-from peftc.model.assistance import row_values
-from peftc.runtime import (
-    apply,
-    call,
-    calls,
-    conversion,
-    drift,
-    layer,
-    merging,
-    planning,
-    session,
-    storage,
-    succession,
-    values,
-    weighted,
-)
-from peftc.runtime import merged as merged_weights
-from peftc.runtime.apply import apply_plan
+from peftc.model.functions import assistance, base_state, hotswap, state
+from peftc.model.functions import conversion as converting
+from peftc.model.functions.assistance import row_values
+from peftc.model.parts import files, rows
+from peftc.runtime import call
+from peftc.runtime.applying import apply, conversion, planning, weighted
+from peftc.runtime.applying.apply import apply_plan
+from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.around import calls
 from peftc.runtime.call import Call
-from peftc.runtime.snapshot import snapshot
+from peftc.runtime.layer import merged as merged_weights
+from peftc.runtime.layer import merging
+from peftc.runtime.layer import wrapper as layer
+from peftc.runtime.session import drift, session, succession, values
+from peftc.runtime.slots import containers as storage
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
 from tests.runtime.refused import Case, failure, told

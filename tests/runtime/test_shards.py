@@ -27,8 +27,13 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.host import parallel
-from peftc.model import files, state
-from peftc.runtime import called, conversion, drift, planning, saved_modules, session, storage, tuner_model, weighted
+from peftc.model.functions import state
+from peftc.model.parts import files
+from peftc.runtime.applying import conversion, planning, tuner_model, weighted
+from peftc.runtime.around import saved_modules
+from peftc.runtime.layer import called
+from peftc.runtime.session import drift, session
+from peftc.runtime.slots import containers as storage
 from peftc.testing.models import seeded
 from peftc.testing.subjects import Subject
 from tests.defects import put_defect

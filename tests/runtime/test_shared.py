@@ -23,12 +23,12 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.compiler import compile as compiling
-from peftc.compiler.cost import cost_of, file_bytes
-from peftc.compiler.serial import plan_from_text, plan_to_text
-from peftc.model.hotswap import hotswap_adapter
-from peftc.runtime.apply import session_of
-from peftc.runtime.planning import plan_for
-from peftc.runtime.snapshot import snapshot
+from peftc.compiler.plan.cost import cost_of, file_bytes
+from peftc.compiler.plan.serial import plan_from_text, plan_to_text
+from peftc.model.functions.hotswap import hotswap_adapter
+from peftc.runtime.applying.apply import session_of
+from peftc.runtime.applying.planning import plan_for
+from peftc.runtime.applying.snapshot import snapshot
 from tests.defects import put_defect
 from tests.runtime.methods import Net, x
 from tests.runtime.shared import METHODS, CommonConfig, Tied, common, twin

@@ -26,8 +26,8 @@ from peftc import (
 from peftc.diagnostics import Rule
 from peftc.helpers import take_step
 from peftc.plugin import Diagnostic
-from peftc.runtime import steps
-from peftc.runtime.steps import restore_step_states, step_states
+from peftc.runtime.session import steps
+from peftc.runtime.session.steps import restore_step_states, step_states
 from tests.defects import put_defect
 from tests.runtime.methods import Net, narrow
 from tests.runtime.refused import told

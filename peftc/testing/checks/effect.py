@@ -10,10 +10,10 @@ from torch import Tensor
 
 from peftc.graph.nodes import LINEAR_KINDS, Kind
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.folding import adapted
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.parts import Part, Under
-from peftc.runtime.paths import compose, has_functional_form
+from peftc.runtime.layer.folding import adapted
+from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.paths import compose, has_functional_form
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.compare import close, different, objects_of, same, same_tensors, state_of
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, calls_of, layers_of, quiet, slots_of
