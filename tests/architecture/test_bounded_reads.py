@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 
-import pytest
-
-from tests.architecture.tree import Source, sources
+from tests.architecture.tree import Source, of_every, sources
 
 #: What reads a file whole, or JSON as Python's parser takes it, and why that is in order there.
 READERS = {
@@ -35,7 +33,7 @@ READERS = {
 WHOLE = {"read_text", "read_bytes"}
 
 
-@pytest.mark.parametrize("source", sources("peftc"), ids=lambda s: s.name)
+@of_every(sources("peftc"))
 def test_files_are_read_by_the_bounded_reader(source: Source) -> None:
     found = [
         f"{source.name}:{node.lineno}"

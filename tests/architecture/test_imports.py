@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from graphlib import CycleError, TopologicalSorter
 
-import pytest
-
-from tests.architecture.tree import Import, Source, sources
+from tests.architecture.tree import Import, Source, of_every, sources
 
 # Lowest first. A file belongs to the longest prefix that fits; files of one row may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -106,7 +104,7 @@ def outside(source: Source) -> list[Import]:
     ]
 
 
-@pytest.mark.parametrize("source", PEFTC, ids=lambda s: s.name)
+@of_every(PEFTC)
 def test_imports_inside_the_house_go_downwards(source: Source) -> None:
     here = layer_of(source.module)
     up = [
@@ -125,15 +123,16 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     try:
         TopologicalSorter(below).prepare()
     except CycleError as error:
-        pytest.fail(f"move what is shared down, or ask for it by a protocol: {' <- '.join(error.args[1])}")
+        circle = " <- ".join(error.args[1])
+        raise AssertionError(f"move what is shared down, or ask for it by a protocol: {circle}") from None
 
 
-@pytest.mark.parametrize("source", PEFTC, ids=lambda s: s.name)
+@of_every(PEFTC)
 def test_the_core_never_imports_the_bundled_methods(source: Source) -> None:
     assert [i for i in source.imports if i.module.split(".")[0] in {"peftc_plugins", "plugins"}] == []
 
 
-@pytest.mark.parametrize("source", PEFTC, ids=lambda s: s.name)
+@of_every(PEFTC)
 def test_each_layer_uses_its_own_third_parties(source: Source) -> None:
     allowed = third_parties_of(source.module)
     strange = [
@@ -142,7 +141,7 @@ def test_each_layer_uses_its_own_third_parties(source: Source) -> None:
     assert not strange, f"only {sorted(allowed) or 'the standard library'} may be imported here: {strange}"
 
 
-@pytest.mark.parametrize("source", ABOVE, ids=lambda s: s.name)
+@of_every(ABOVE)
 def test_slow_third_parties_are_imported_where_they_are_used(source: Source) -> None:
     early = [
         f"{source.name}:{i.line} imports {i.module}"
@@ -152,7 +151,7 @@ def test_slow_third_parties_are_imported_where_they_are_used(source: Source) -> 
     assert not early
 
 
-@pytest.mark.parametrize("source", PLUGINS, ids=lambda s: s.name)
+@of_every(PLUGINS)
 def test_plugins_import_the_plugin_module_and_heavy_things_inside_functions(source: Source) -> None:
     early = [i for i in outside(source) if not i.deferred]
     assert not early, f"{source.name} imports {early} when it is loaded"

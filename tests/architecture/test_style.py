@@ -6,16 +6,10 @@ import ast
 from collections.abc import Iterator
 from typing import TypeGuard
 
-import pytest
-
-from tests.architecture.tree import Source, sources
+from tests.architecture.tree import Source, of_every, sources
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-
-# Longer files and functions, each with the reason why splitting would make them harder to read.
-LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
 
 # The plugin boundary, where any exception of a stranger's code becomes a diagnostic, and rollbacks that re-raise.
 CATCH_ALL: dict[str, str] = {
@@ -39,29 +33,29 @@ NO_MEMORY: dict[str, str] = {
 }
 
 CODE = sources("peftc", "plugins")
+ALL = sources("peftc", "plugins", "tests", "benchmarks", "docs", "examples")
 
 
-@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+@of_every(ALL)
 def test_files_and_functions_fit_on_a_few_screens(source: Source) -> None:
     lines = len(source.text.splitlines())
-    assert lines <= MAX_FILE_LINES or source.name in LONG_FILES, f"{source.name} has {lines} lines"
+    assert lines <= MAX_FILE_LINES, f"{source.name} has {lines} lines"
     long = [
         f"{source.module}.{name} has {node.end_lineno - node.lineno + 1} lines"
         for name, node in source.functions
         if (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
-        and f"{source.module}.{name}" not in LONG_FUNCTIONS
     ]
     assert not long
 
 
-@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+@of_every(CODE)
 def test_files_and_public_names_are_documented(source: Source) -> None:
     missing = [] if ast.get_docstring(source.ast) else [source.name]
     missing += [f"{source.module}.{n.name}" for n in source.ast.body if _is_public(n) and not ast.get_docstring(n)]
     assert not missing, f"without a docstring: {missing}"
 
 
-@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+@of_every(CODE)
 def test_no_protocol_by_hasattr(source: Source) -> None:
     lines = [
         node.lineno
@@ -71,7 +65,7 @@ def test_no_protocol_by_hasattr(source: Source) -> None:
     assert not lines, f"{source.name}: declare what is needed in a type, and ask for that (lines {lines})"
 
 
-@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+@of_every(CODE)
 def test_only_the_plugin_boundary_catches_everything(source: Source) -> None:
     caught = [
         node.lineno
@@ -119,7 +113,7 @@ def _lets_memory_pass(handler: ast.ExceptHandler) -> bool:
     return asked and isinstance(first, ast.If) and isinstance(first.body[0], ast.Raise) and first.body[0].exc is None
 
 
-@pytest.mark.parametrize("source", CODE, ids=lambda s: s.name)
+@of_every(CODE)
 def test_a_handler_of_builtin_classes_lets_our_own_errors_pass(source: Source) -> None:
     """A `PeftcError` may be an `OSError` or a `ValueError`: who raises one below such a handler has another before it."""
     caught = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -88,7 +88,43 @@ class Source:
 def sources(*folders: str) -> tuple[Source, ...]:
     """All Python files below these folders of the root, sorted."""
     paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return tuple(Source(path) for path in sorted(paths) if "__pycache__" not in path.parts)
+    return tuple(_source(path) for path in sorted(paths) if "__pycache__" not in path.parts)
+
+
+@cache
+def _source(path: Path) -> Source:
+    """One for each file, whatever folders it was asked for with."""
+    _ALL.append(source := Source(path))
+    return source
+
+
+_ALL: list[Source] = []
+
+
+def forget() -> None:
+    """Let go of all that was read of the files; it is read again where it is asked for."""
+    for source in _ALL:
+        for name in ("text", "ast", "imports", "functions", "docstrings"):
+            vars(source).pop(name, None)
+
+
+def of_every(found: Iterable[Source]) -> Callable[[Callable[[Source], None]], Callable[[], None]]:
+    """Decorator: one test of all these files, which tells each one for which it does not hold."""
+
+    def over(check: Callable[[Source], None]) -> Callable[[], None]:
+        def test() -> None:
+            told = []
+            for source in found:
+                try:
+                    check(source)
+                except AssertionError as error:
+                    told.append(f"{source.name}: {error}")
+            assert not told, "\n".join(told)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return over
 
 
 def _is_for_types(node: ast.If) -> bool:

@@ -7,70 +7,28 @@ can fail.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from peftc import rules
 from peftc.compiler import compile as compiler
-from peftc.compiler import explain, match, of_spec
+from peftc.compiler import explain, match
 from peftc.compiler.passes import checks, defaults, former, prompts, select, sites
-from peftc.compiler.plan import drift, serial
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
-from peftc.config.sections import BaseSection, ChecksSection
-from peftc.config.spec import AdapterSpec
-from peftc.diagnostics import Diagnostic, NoMatchingPeftModuleError, PeftcError, PeftError, Rule, Severity
+from peftc.diagnostics import NoMatchingPeftModuleError, PeftcError, PeftError
 from peftc.graph.former import FormerLayers
 from peftc.graph.nodes import EXPERT_KINDS, Kind
 from peftc.registry import boundary
 from peftc.registry.manager import default_registry
+from tests.bad_input.told import Case, examine, warned
 from tests.defects import put_defect
 from tests.unit import plans
 from tests.unit.plans import PromptConfig, SampleConfig, and_modules, container, decoder, experts, facts, linear
 
 STRICT = {"strict": True}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something bad, what is said about it, and the defect (module, text, other text) that would keep it from being said."""
-
-    rule: Rule
-    act: Callable[[], Any]
-    says: tuple[str, ...]
-    defect: tuple[ModuleType, str, str]
-    severity: Severity = Severity.ERROR
-
-
-def provoke(act: Callable[[], Any]) -> list[Diagnostic]:
-    """All that is reported, as an error or as warnings of a plan."""
-    try:
-        result = act()
-    except PeftcError as error:
-        return list(error.diagnostics)
-    return list(result.warnings if isinstance(result, InjectionPlan) else result or ())
-
-
-def examine(case: Case) -> None:
-    """The case's diagnostic comes, once, with its severity and its words."""
-    told = [d for d in provoke(case.act) if d.code == case.rule.code]
-    assert len(told) == 1 or (told and case.rule is rules.PLAN_DRIFTED)  # a model mostly differs in several ways
-    assert told[0].severity is case.severity
-    text = str(told[0])
-    assert [words for words in case.says if words not in text] == []
-    assert told[0].fix
-    assert told[0].where != type(told[0].where)() or case.rule in PLACELESS
-
-
-#: Diagnostics about the model or the plan as a whole.
-PLACELESS = {rules.NO_EMBEDDINGS, rules.PLAN_DRIFTED, rules.PLAN_INVALID, rules.MIXED_TYPES}
-
-
-def warned(rule: Rule, act: Callable[[], Any], says: tuple[str, ...], defect: tuple[ModuleType, str, str]) -> Case:
-    return Case(rule, act, says, defect, Severity.WARNING)
 
 
 def plan(graph: Any = None, options: Any = None, **config: Any) -> Callable[[], InjectionPlan]:
@@ -89,37 +47,6 @@ def together(*configs: Any) -> Callable[[], Any]:
 
 def sample(**config: Any) -> SampleConfig:
     return SampleConfig(**{"target_modules": ["q_proj"], **config})
-
-
-def spec(**checks: Any) -> Callable[[], Any]:
-    made = AdapterSpec.model_construct(
-        version=1,
-        base=BaseSection(model="a/b"),
-        adapters={"default": sample()},
-        active=None,
-        checks=ChecksSection(**checks),
-    )
-    return lambda: of_spec.compile_spec(made, decoder(), registry=plans.registry())
-
-
-def drifted(graph: Any) -> Callable[[], Any]:
-    def act() -> Any:
-        return drift.differences(plans.planned(decoder(), target_modules=["q_proj"]), graph)
-
-    return act
-
-
-def read(change: Callable[[dict[str, Any]], None], sign: bool = True) -> Callable[[], Any]:
-    """Read a plan that was changed; with `sign` its digest is made to fit."""
-
-    def act() -> Any:
-        data = serial.plan_to_json(plans.planned(decoder(), target_modules=["q_proj"]))
-        change(data)
-        if sign:
-            data["digest"] = serial._digest({k: v for k, v in data.items() if k != "digest"})
-        return serial.plan_from_json(data, registry=plans.registry())
-
-    return act
 
 
 def fused(*targets: str) -> Callable[[], InjectionPlan]:
@@ -399,65 +326,6 @@ CASES: dict[str, Case] = {
     "an active adapter that is not there": Case(
         rules.UNKNOWN_ADAPTER, plan(options={"active": ["defualt"]}), ("`defualt`", "Did you mean `default`"),
         (compiler, "for name in chosen if name not in adapters))", "for name in chosen if False))"),
-    ),
-    "another number of modules": Case(
-        rules.CHECK_FAILED, spec(expect_modules=224), ("adapt 3 modules, not 224", "$.checks.expect_modules"),
-        (of_spec, "    if checks.expect_modules not in (None, modules):", "    if False:"),
-    ),
-    "another number of parameters": Case(
-        rules.CHECK_FAILED, spec(expect_trainable="9.2M"), ("trains 384 parameters, not 9.2M", "$.checks.expect_trainable"),
-        (of_spec, "    if bounds is not None and", "    if False and"),
-    ),
-    "a model with fewer layers": Case(
-        rules.PLAN_DRIFTED, drifted(replace(decoder(), nodes=tuple(n for n in decoder().nodes if not n.path.startswith("model.layers.2")))),
-        ("There is no `model.layers.2.self_attn.q_proj`",),
-        (drift, "        if node is None:", "        if False and node is None:"),
-    ),
-    "a model of another width": Case(
-        rules.PLAN_DRIFTED, drifted(decoder(width=4)), ("`model.layers.{0..2}.self_attn.q_proj` maps 4→4, not 8→8",),
-        (drift, "        elif node.facts != site.layer:", "        elif False:"),
-    ),
-    "a model of another dtype": Case(
-        rules.PLAN_DRIFTED, drifted(decoder(dtype="bfloat16")), ("weight [8, 8] bfloat16, not weight [8, 8] float32",),
-        (drift, "        elif node.facts != site.layer:", "        elif False:"),
-    ),
-    "a model with more": Case(
-        rules.PLAN_DRIFTED, drifted(and_modules(decoder(), {"score": linear(8, 2)})), ("parameters, not",),
-        (drift, "    if graph.numel != plan.base_numel:", "    if False:"),
-    ),
-    "an edited plan": Case(
-        rules.PLAN_INVALID, read(lambda data: data.update(total=1), sign=False), ("changed after it was written",),
-        (serial, '    if data.get("digest") != digest:', "    if False:"),
-    ),
-    "a plan of another version": Case(
-        rules.PLAN_INVALID, read(lambda data: data.update(version=2)), ("version 2", "reads 1"),
-        (serial, '    if data.get("version") != VERSION:', "    if False:"),
-    ),
-    "another document": Case(
-        rules.PLAN_INVALID, read(lambda data: data.update(format="peftc.graph")), ("`format: peftc.plan`",),
-        (serial, 'or data.get("format") != FORMAT:', "or False:"),
-    ),
-    "a plan that lacks something": Case(
-        rules.PLAN_INVALID, read(lambda data: data["adapters"][0].pop("maps")), ("`maps` is missing", "$.adapters[0].maps"),
-        (serial, "    if differs:", "    if False:"),
-    ),
-    "a plan of other types": Case(
-        rules.PLAN_INVALID, read(lambda data: data["adapters"][0]["kinds"][0]["slots"][0].update(shape=["x", 2])),
-        ("`\"x\"` does not fit", "$.adapters[0].kinds[0].slots[0].shape[0]"),
-        (serial, "    if differs:", "    if False:"),
-    ),
-    "a plan without adapters": Case(
-        rules.PLAN_INVALID, read(lambda data: data.update(adapters=[], active=[])), ("$.adapters",),
-        (serial, "    if differs:", "    if False:"),
-    ),
-    "a plan with a tensor beyond all memory": Case(
-        rules.PLAN_INVALID, read(lambda data: data["adapters"][0]["kinds"][0]["slots"][0].update(shape=[2**62, 2**62])),
-        ("has 2.1e+37 numbers",),
-        (serial, "    except (KeyError, TypeError, ValueError,", "    except (KeyError, TypeError,"),
-    ),
-    "a plan that points nowhere": Case(
-        rules.PLAN_INVALID, read(lambda data: data["adapters"][0]["maps"][0].__setitem__(1, 99)), ("IndexError",),
-        (serial, "ValueError, IndexError,", "ValueError,"),
     ),
     "an unknown module to explain": Case(
         rules.UNKNOWN_MODULE,

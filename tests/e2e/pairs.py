@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,22 @@ import peftc
 from peftc.testing.models import MODELS, TinyModel, seeded
 
 TINY: Mapping[str, TinyModel] = {model.name: model for model in MODELS}
+LIBRARIES: tuple[Any, Any] = (peft, peftc)
+
+#: Adapters by name: the tiny model, the config's class, and its options.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lora": ("mlp", "LoraConfig", {"target_modules": ["lin0", "lin1"], "r": 3}),
+    "lora with biases": ("mlp", "LoraConfig", {"target_modules": ["lin0"], "r": 3, "bias": "all"}),
+    "lora with a module": (
+        "mlp",
+        "LoraConfig",
+        {"target_modules": ["lin0"], "r": 3, "modules_to_save": ["lin2", "norm"]},
+    ),
+    "lora on embeddings": ("llama", "LoraConfig", {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "r": 3}),
+    "lora on convolutions": ("conv2d", "LoraConfig", {"target_modules": ["conv1", "head"], "r": 3}),
+    "ia3": ("mlp", "IA3Config", {"target_modules": ["lin0", "lin1"], "feedforward_modules": ["lin1"]}),
+    "hra": ("mlp", "HRAConfig", {"target_modules": ["lin0", "lin1"], "r": 2}),
+}
 
 
 @dataclass
@@ -84,7 +100,25 @@ def moved(model: nn.Module, adapter: str, seed: int) -> None:
                     parameter.add_(0.3 * torch.randn(parameter.shape))
 
 
+def shaken(model: nn.Module, scale: float = 0.2) -> None:
+    """Move every trainable tensor, in an order that both libraries share."""
+    with torch.no_grad():
+        for seed, (_, parameter) in enumerate(sorted(trainable(model))):
+            with seeded(seed):
+                parameter.add_(scale * torch.randn(parameter.shape))
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What trains, by name."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def assert_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     """The same keys, and the same tensors bit for bit."""
     assert ours.keys() == theirs.keys()
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """Shape, dtype, device and flag of every parameter by name."""
+    return {n: (tuple(p.shape), p.dtype, p.device.type, p.requires_grad) for n, p in model.named_parameters()}

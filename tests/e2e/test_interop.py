@@ -6,7 +6,7 @@ Every case is made by each library in turn, with trainable tensors moved at rand
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.testing.models import MODELS, TinyModel, seeded
+from tests.e2e.pairs import shaken
 
 LIBRARIES: Mapping[str, Any] = {"peft": peft, "peftc": peftc}
 BOTH_WAYS = [("peft", "peftc"), ("peftc", "peft")]
@@ -47,7 +48,7 @@ class Case:
             options["task_type"] = "CAUSAL_LM"
         with seeded(5):
             model = lib.get_peft_model(self.tiny.build(), getattr(lib, self.config)(**options), adapter).eval()
-        moved(model)
+        shaken(model)
         return model
 
     def loaded_by(self, library: str, folder: Path, **options: Any) -> nn.Module:
@@ -57,18 +58,6 @@ class Case:
         with torch.no_grad():
             out = model(**self.tiny.arguments())
         return out if isinstance(out, Tensor) else out.logits
-
-
-def moved(model: nn.Module) -> None:
-    """Move every trainable tensor, in an order that both libraries share."""
-    with torch.no_grad():
-        for seed, (_, parameter) in enumerate(sorted(trainable(model))):
-            with seeded(seed):
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
@@ -202,7 +191,7 @@ def test_a_head_trained_whole_beside_a_base_in_half_precision(
     case = lora("llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
     with seeded(5):
         made = LIBRARIES[writer].get_peft_model(base(), getattr(LIBRARIES[writer], case.config)(**case.options)).eval()
-    moved(made)
+    shaken(made)
     made.save_pretrained(str(tmp_path))
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: t.dtype for key, t in stored.items() if "lm_head" in key} == {

@@ -20,7 +20,7 @@ import peftc
 import peftc.runtime.layer.wrapper
 from peftc import PeftMixedModel
 from peftc.testing.models import MODELS, TinyModel, seeded
-from tests.e2e.test_interop import moved
+from tests.e2e.pairs import shaken
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the reference warns of what is done on purpose here
 
@@ -334,7 +334,7 @@ def test_the_level_below_is_usable_alone(name: str, config: str, options: Mappin
     assert list(ours.peft_config) == list(theirs.peft_config)
     arguments = tiny("mlp").arguments()
     bare = output(tiny("mlp").build(), arguments)
-    moved(ours)
+    shaken(ours)
     acting = output(ours, arguments)
     assert not torch.allclose(acting, bare)
     ours.disable_adapter_layers()

@@ -22,6 +22,7 @@ import peftc
 from peftc.host import caches
 from peftc.testing.golden import output_of
 from peftc.testing.models import seeded
+from tests.e2e.pairs import shaken, trainable
 from tests.golden.models import base_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,7 +45,7 @@ class Case:
         config = getattr(library, self.config)(task_type=self.task, **{**size, **self.options, **options})
         with seeded(3):
             model = library.get_peft_model(base_model(self.base), config).eval()
-        moved(model)
+        shaken(model, 0.3)
         return model
 
     def loaded_by(self, library: Any, folder: Path, **options: Any) -> nn.Module:
@@ -64,18 +65,6 @@ class Case:
         if "num_tasks" in self.options:
             found["task_ids"] = torch.tensor([0, 2])
         return found
-
-
-def moved(model: nn.Module) -> None:
-    """Move every trainable tensor, in an order that both libraries share."""
-    with torch.no_grad():
-        for seed, (_, parameter) in enumerate(sorted(trainable(model))):
-            with seeded(seed):
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-
-
-def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:

@@ -34,7 +34,8 @@ from peftc.integrations.transformers.data import Encoded
 from peftc.integrations.transformers.jobs import merge
 from peftc.integrations.transformers.training import fit
 from peftc.model.mapping import get_peft_model
-from tests.runtime.methods import LANGUAGE_MODEL, adapted, narrow, registered
+from tests.runtime.methods import LANGUAGE_MODEL, METHODS, adapted, narrow
+from tests.unit.fakes import registered
 
 #: Children that were killed, by how.
 Found = dict[str, Any]
@@ -217,7 +218,7 @@ def main() -> None:
     torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp(prefix="peftc-killing-"))
     try:
-        with registered():
+        with registered(*METHODS):
             found = TASKS[task](place, random.Random(int(seed)), int(times))
         print(f"\n{json.dumps(found)}")
     finally:

@@ -27,6 +27,41 @@ from peftc.runtime.applying.tuner_model import TunerModel
 from peftc.runtime.prompt.encoder import PromptModule
 from peftc.testing.subjects import Subject, quiet, randomise, subjects
 
+#: All operations, for tests that are split by them.
+NAMES = (
+    "get_peft_model",
+    "from_pretrained",
+    "inject",
+    "inject, over one",
+    "add_adapter",
+    "load_adapter, a new one",
+    "load_adapter, over one",
+    "load_adapter, in place of one",
+    "load values",
+    "set_adapter",
+    "set_requires_grad",
+    "delete_adapter",
+    "delete_adapter, the active one",
+    "delete_adapter, the last one",
+    "disable",
+    "enable",
+    "rows",
+    "unload",
+    "load a table",
+    "merge_adapter",
+    "merge_and_unload",
+    "unmerge_adapter",
+    "disable, merged",
+    "enable, merged",
+    "unload, merged",
+    "set_adapter, merged",
+    "add_weighted_adapter",
+    "hotswap",
+    "prepare hotswap",
+    "scale",
+    "take_step",
+)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -42,8 +77,10 @@ class Operation:
 
 @cache
 def subject(peft_type: str) -> Subject:
-    """The method on its first model."""
-    return next(s for s in subjects(default_registry().get(peft_type)) if s.foremost)
+    """The method on its first model; of language models, on the smallest."""
+    found = [s for s in subjects(default_registry().get(peft_type)) if s.first]
+    first = next(s for s in found if s.foremost)
+    return min(found, key=lambda s: len(s.model.graph.nodes)) if first.model.is_language_model else first
 
 
 class Case:
@@ -114,6 +151,12 @@ class Case:
         model = self.one()
         self.subject.grown(model)
         return model
+
+
+@cache
+def operations_of(peft_type: str) -> tuple[Operation, ...]:
+    """Those of a method; its files are written once in a process."""
+    return tuple(operations(Case(peft_type)))
 
 
 def operations(case: Case) -> Iterator[Operation]:

@@ -56,7 +56,7 @@ def failed(operation: Operation, numbers: Iterable[int], inject: Inject = calls,
         for number in numbers:
             for failure in failures or (FAILURES[number % len(FAILURES)],):
                 fault, notes, raised = Fault(number, failure), [], False
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 try:
                     with inject(fault):
                         operation.act(model)
@@ -81,7 +81,7 @@ def failed(operation: Operation, numbers: Iterable[int], inject: Inject = calls,
 def unfinished(operation: Operation, model: object) -> list[str]:
     """What is not as after an operation without a failure, where that was no reason to give it up."""
     other = operation.begin()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     operation.act(other)
     is_done = elsewhere(picture(model)) == elsewhere(picture(other))
     return [] if is_done else ["nothing was raised, and the operation is not done"]

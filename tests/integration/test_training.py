@@ -150,12 +150,19 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(method: TunerMethod,
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupted(method: TunerMethod, tmp_path: Path) -> Path:
-    folder = tmp_path / "out"
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training leaves that was interrupted in its fifth step."""
+    folder = tmp_path_factory.mktemp("interrupted") / "out"
     with pytest.raises(KeyboardInterrupt):
-        fit(adapted(method), rows(), PAD, section(), folder, progress=interrupt_at(5))
+        fit(adapted(plain_method()), rows(), PAD, section(), folder, progress=interrupt_at(5))
     return folder
+
+
+@pytest.fixture
+def interrupted(left: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(left, tmp_path / "out"))
 
 
 def refused(call: Callable[[], Any]) -> PeftcError:

@@ -14,14 +14,15 @@ from peftc import PeftcError, get_peft_model
 from peftc.cli.inspect import look
 from peftc.integrations.transformers import jobs
 from tests.integration import tiny
-from tests.runtime.methods import narrow, registered
+from tests.runtime.methods import METHODS, narrow
+from tests.unit.fakes import registered
 
 IDS = torch.arange(3, 9)[None]
 
 
 @pytest.fixture(autouse=True)
 def _methods() -> Iterator[None]:
-    with registered():
+    with registered(*METHODS):
         yield
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import BOFTConfig, PeftcError, PeftcWarning, PeftModel, get_peft_model
+from tests.methods.exchange import assert_read_by_both, losses_of
 
 
 def wrapped(layer: nn.Module | None = None, **options: Any) -> PeftModel:
@@ -171,20 +172,7 @@ def test_folders_go_both_ways(
     torch.manual_seed(0)
     layer = make()
     x = torch.randn(3, 16) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 5, 5)
-    given = {"target_modules": ["0"], "init_weights": False, **options}
-
-    def base() -> nn.Module:
-        fresh = nn.Sequential(make())
-        fresh[0].load_state_dict(layer.state_dict())
-        return fresh
-
-    theirs = peft.get_peft_model(base(), peft.BOFTConfig(**given)).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()
-    torch.testing.assert_close(ours(x), theirs(x))
-    ours.save_pretrained(tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    torch.testing.assert_close(again(x), theirs(x))
+    assert_read_by_both("BOFTConfig", layer, make, x, {"init_weights": False, **options}, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -212,12 +200,5 @@ def test_training_goes_as_in_the_reference() -> None:
     made = (get_peft_model(bases[0], BOFTConfig(target_modules=["0"])),
             peft.get_peft_model(bases[1], peft.BOFTConfig(target_modules=["0"])))  # fmt: skip
     for model in made:
-        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        losses.append([])
-        for _ in range(4):
-            loss = model(x).square().sum()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses[-1].append(loss.item())
+        losses.append(losses_of(model, x))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

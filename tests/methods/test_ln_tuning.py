@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftc import LNTuningConfig, PeftcError, PeftModel, get_peft_model
 from peftc.testing.models import MODELS
+from tests.methods.exchange import move
 
 LLAMA = next(model for model in MODELS if model.name == "llama")
 
@@ -42,14 +43,6 @@ def net() -> Net:
 
 def tuned(*targets: str) -> PeftModel:
     return get_peft_model(net(), LNTuningConfig(target_modules=set(targets or LAYERS)))
-
-
-def move(model: nn.Module, seed: int = 1) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("target", LAYERS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import OFTConfig, PeftcError, PeftcWarning, PeftModel, get_peft_model
+from tests.methods.exchange import assert_read_by_both, losses_of
 
 
 def wrapped(layer: nn.Module | None = None, **options: Any) -> PeftModel:
@@ -186,15 +187,7 @@ def test_training_goes_as_in_the_reference(options: dict[str, Any], conv: bool) 
         slot = next(p for p in model.parameters() if p.requires_grad)
         torch.manual_seed(1)
         nn.init.normal_(slot, std=0.3)
-        optimiser = torch.optim.Adam([slot], lr=0.05)
-        of_model = []
-        for _ in range(4):
-            loss = model(x).square().sum()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            of_model.append(loss.item())
-        losses.append(of_model)
+        losses.append(losses_of(model, x))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -241,17 +234,5 @@ def test_folders_go_both_ways(make: Callable[[], nn.Module], options: dict[str, 
     torch.manual_seed(0)
     layer = make()
     x = torch.tensor([[0, 3], [6, 3]]) if isinstance(layer, nn.Embedding) else torch.randn(3, 12)
-    given = {"oft_block_size": 4, "target_modules": ["0"], "init_weights": False, **options}
-
-    def base() -> nn.Module:
-        fresh = nn.Sequential(make())
-        fresh[0].load_state_dict(layer.state_dict())
-        return fresh
-
-    theirs = peft.get_peft_model(base(), peft.OFTConfig(**given)).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = PeftModel.from_pretrained(base(), tmp_path / "theirs").eval()
-    torch.testing.assert_close(ours(x), theirs(x))
-    ours.save_pretrained(tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    torch.testing.assert_close(again(x), theirs(x))
+    given = {"oft_block_size": 4, "init_weights": False, **options}
+    assert_read_by_both("OFTConfig", layer, make, x, given, tmp_path)

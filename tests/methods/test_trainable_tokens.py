@@ -25,6 +25,7 @@ from peftc import (
 )
 from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
 from peftc.runtime.applying.snapshot import snapshot
+from tests.methods.exchange import move
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,
@@ -43,14 +44,6 @@ def llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def options(indices: list[int] | None = None, **more: Any) -> TrainableTokensConfig:
     return TrainableTokensConfig(token_indices=[3, 1, 5] if indices is None else indices, **more)
-
-
-def move(model: nn.Module, seed: int = 1) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
 
 
 def logits(model: nn.Module, **more: Any) -> Tensor:

@@ -44,6 +44,24 @@ def peftc(installed: Path, folder: Path, *arguments: str) -> str:
     return ran(installed / "peftc", *arguments, folder=folder)
 
 
+def peftc_each(installed: Path, folder: Path, *commands: str) -> list[str]:
+    """Output of several commands of the installed program, one after the other in one process: importing torch takes longer
+    than what they do. Each is one line of words."""
+    program = f"""
+import io, json
+from contextlib import redirect_stdout
+from peftc.cli.main import main
+told = []
+for words in {[command.split() for command in commands]!r}:
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(words) == 0, (words, out.getvalue())
+    told.append(out.getvalue())
+print(json.dumps(told))
+"""
+    told: list[str] = json.loads(ran(installed / "python", "-c", program, folder=folder).splitlines()[-1])
+    return told
+
+
 def ran(*command: str | Path, folder: Path) -> str:
     """Output of a program of the fresh environment, run in `folder` with nothing of this tree on its path."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.architecture.tree import ROOT
-from tests.packaging.fresh import build_wheel, install, peftc, pip, ran, write_small_job
+from tests.packaging.fresh import build_wheel, install, peftc, peftc_each, pip, ran, write_small_job
 from tests.unit.chosen import plain_method
 
 EXAMPLE = ROOT / "docs" / "example-plugin"
@@ -83,40 +83,53 @@ def built(source: Path, place: Path) -> Path:
     return build_wheel(copy, place / "dist")
 
 
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's wheel."""
+    return built(EXAMPLE, tmp_path_factory.mktemp("example"))
+
+
+def removed(installed: Path, *distributions: str) -> None:
+    pip(sys.executable, "--python", str(installed / "python"), "uninstall", "--yes", *distributions)
+
+
 @pytest.fixture
-def with_example(installed: Path, tmp_path: Path) -> Iterator[Path]:
+def with_example(installed: Path, example: Path) -> Iterator[Path]:
     """The environment with the example's wheel beside peftc's."""
-    install(built(EXAMPLE, tmp_path / "example"), installed)
+    install(example, installed)
     yield installed
-    pip(sys.executable, "--python", str(installed / "python"), "uninstall", "--yes", "peftc-lora-xs")
+    removed(installed, "peftc-lora-xs")
 
 
 def test_the_example_does_the_main_job_by_its_type(with_example: Path, tmp_path: Path) -> None:
-    plugins = json.loads(peftc(with_example, tmp_path, "plugins", "--check", "--json"))["plugins"]
-    (ours,) = [plugin for plugin in plugins if plugin["peft_type"] == "LORA_XS"]
+    write_small_job(tmp_path, "LORA_XS")
+    checked, planned, _, _, inspected = peftc_each(
+        with_example,
+        tmp_path,
+        "plugins --check --json",
+        "plan spec.json --json",
+        "train spec.json --device cpu",
+        "merge --adapter out --out merged",
+        "inspect out",
+    )
+    (ours,) = [plugin for plugin in json.loads(checked)["plugins"] if plugin["peft_type"] == "LORA_XS"]
     assert (ours["distribution"], ours["state"]) == ("peftc-lora-xs 0.1.0", "loads")
-    spec = write_small_job(tmp_path, "LORA_XS")
-    plan = json.loads(peftc(with_example, tmp_path, "plan", str(spec), "--json"))
-    assert plan["trainable"] == 2 * 2 * 8 * 8
-    peftc(with_example, tmp_path, "train", str(spec), "--device", "cpu")
-    peftc(with_example, tmp_path, "merge", "--adapter", "out", "--out", "merged")
-    assert "Plugin    peftc-lora-xs==0.1.0" in peftc(with_example, tmp_path, "inspect", "out")
+    assert json.loads(planned)["trainable"] == 2 * 2 * 8 * 8
+    assert "Plugin    peftc-lora-xs==0.1.0" in inspected
     python, other = with_example / "python", plain_method().peft_type
     assert ran(python, "-c", LOADING + ROUND_TRIP, other, folder=tmp_path).split() == ["loaded"] * 4 + ["8"]
-    pip(sys.executable, "--python", str(python), "uninstall", "--yes", "peftc-lora-xs")
+    removed(with_example, "peftc-lora-xs")
     assert ran(python, "-c", LOADING, other, folder=tmp_path).split() == ["True"] * 4
 
 
-def test_the_example_passes_its_tests(with_example: Path, tmp_path: Path) -> None:
-    tests = shutil.copytree(EXAMPLE / "tests", tmp_path / "tests")
-    assert " passed" in ran(with_example / "python", "-m", "pytest", "-p", "no:cacheprovider", tests, folder=tmp_path)
-
-
-def test_a_new_plugin_passes_its_tests_at_once(installed: Path, tmp_path: Path) -> None:
-    peftc(installed, tmp_path, "plugins", "new", "noisy-scale")
+def test_the_example_and_a_new_plugin_pass_their_tests_at_once(with_example: Path, tmp_path: Path) -> None:
+    peftc(with_example, tmp_path, "plugins", "new", "noisy-scale")
     folder = tmp_path / "peftc-noisy-scale"
-    install(built(folder, tmp_path / "new"), installed)
+    install(built(folder, tmp_path / "new"), with_example)
+    tests = [shutil.copytree(EXAMPLE / "tests", tmp_path / "of_example"), folder / "tests"]
+    command = [with_example / "python", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-x", "--import-mode=importlib"]
     try:
-        ran(installed / "python", "-m", "pytest", "-p", "no:cacheprovider", "-x", "tests", folder=folder)
+        told = ran(*command, *tests, folder=tmp_path)
+        assert "[LORA_XS-" in told and "[NOISY_SCALE-" in told
     finally:
-        pip(sys.executable, "--python", str(installed / "python"), "uninstall", "--yes", "peftc-noisy-scale")
+        removed(with_example, "peftc-noisy-scale")

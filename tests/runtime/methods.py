@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,7 @@ from peftc.plugin import (
     parameter_slot,
     rules,
 )
-from peftc.registry.manager import default_registry
 from peftc.testing.models import MODELS, seeded
-from tests.unit.fakes import plugin
 
 
 class NarrowConfig(TargetsMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
@@ -251,19 +248,6 @@ METHODS = (
     TunerMethod("SHARED", SharedConfig, SharedTuner(), prefix=""),
     TunerMethod("MADE", MadeConfig, MadeTuner(), prefix=""),
 )
-
-
-@contextmanager
-def registered() -> Iterator[None]:
-    """All of them in the registry of installed methods, which a `PeftModel` asks."""
-    registry = default_registry()
-    for method in METHODS:
-        registry.register(plugin(method), method.peft_type.lower())
-    try:
-        yield
-    finally:
-        for method in METHODS:
-            registry.forget(method.peft_type)
 
 
 # models ---------------------------------------------------------------------------------------------------------------

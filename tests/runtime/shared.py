@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from peftc.plugin import (
     derived_slot,
     parameter_slot,
 )
-from peftc.registry.manager import default_registry
-from tests.unit.fakes import plugin
 
 
 class CommonConfig(TargetsMixin, PeftConfig):
@@ -98,19 +95,6 @@ METHODS = (
     ),
     TunerMethod("TWIN", TwinConfig, TwinTuner(), prefix="twin_", layer_names=("twin_delta",)),
 )
-
-
-@contextmanager
-def registered() -> Iterator[None]:
-    """Both in the registry of installed methods."""
-    registry = default_registry()
-    for method in METHODS:
-        registry.register(plugin(method), method.peft_type.lower())
-    try:
-        yield
-    finally:
-        for method in METHODS:
-            registry.forget(method.peft_type)
 
 
 class Tied(nn.Module):

@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model
-from peftc.registry.manager import default_registry
-from peftc.testing.subjects import Subject, subjects
+from peftc.testing.subjects import Subject
+from tests.runtime.examples import examples
 from tests.runtime.methods import Net, adapted, narrow, x
 
-METHODS = [default_registry().get(name) for name in default_registry().names]
 #: one of each method that can be merged, on a small model
-MERGING = [s for method in METHODS for s in subjects(method) if s.foremost and s.merges]
+MERGING = examples(lambda s: s.foremost and s.merges)
 #: one of each method around modules
-AROUND = [s for method in METHODS for s in subjects(method) if s.foremost and s.method.module_tuner is not None]
+AROUND = examples(lambda s: s.foremost and s.method.module_tuner is not None)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

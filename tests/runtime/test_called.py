@@ -12,24 +12,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from peftc import PeftModel
-from peftc.registry.manager import default_registry
 from peftc.runtime.slots.containers import SlotModule
-from peftc.testing.subjects import Subject, subjects
+from peftc.testing.subjects import Subject
+from tests.runtime.examples import examples, rows, small_layers
 
-FOUND = [
-    (name, subject)
-    for name in default_registry().names
-    for subject in subjects(default_registry().get(name))
-    if subject.first and default_registry().get(name).adapts_layers and not subject.model.is_language_model
-]
+FOUND = examples(small_layers)
 
 
 def slot_modules(model: nn.Module) -> dict[str, SlotModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SlotModule)}
 
 
-SUBJECTS = [pytest.param(subject, id=f"{name}-{subject}") for name, subject in FOUND if slot_modules(subject.wrap())]
-EACH = pytest.mark.parametrize("subject", SUBJECTS)
+EACH = pytest.mark.parametrize("subject", rows(s for s in FOUND if slot_modules(s.wrap())))
 
 
 class Wrapper(nn.Module):
@@ -182,7 +176,7 @@ def test_what_others_changed_is_switched_merged_and_deleted(subject: Subject, ch
     assert subject.output(model).isfinite().all()
 
 
-DROPPING = [pytest.param(s, id=f"{name}-{s}") for name, s in FOUND if s.method.layer_dropout and s.foremost]
+DROPPING = rows(s for s in FOUND if s.method.layer_dropout and s.foremost)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

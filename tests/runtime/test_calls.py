@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,7 @@ from torch import Tensor
 from peftc import PeftModel
 from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.parts.files import _plan_of
-from tests.runtime.methods import Net, adapted, mix, narrow, registered, x
-
-
-@pytest.fixture(autouse=True)
-def methods() -> Iterator[None]:
-    with registered():
-        yield
+from tests.runtime.methods import Net, adapted, mix, narrow, x
 
 
 def mixed(**options: object) -> PeftModel:

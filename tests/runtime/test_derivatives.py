@@ -15,16 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from peftc import PeftModel, rules
 from peftc.diagnostics import PeftcError
 from peftc.ops import linear, lowrank, recomputed
-from peftc.registry.manager import default_registry
-from peftc.testing.subjects import Subject, quiet, subjects
+from peftc.testing.subjects import Subject, quiet
+from tests.runtime.examples import examples, rows
 
-FOUND = [
-    (name, subject)
-    for name in default_registry().names
-    for subject in subjects(default_registry().get(name))
-    if (subject.first and not subject.model.is_language_model) or subject.foremost
-]
-SUBJECTS = [pytest.param(subject, id=f"{name}-{subject}") for name, subject in FOUND]
+SUBJECTS = rows(examples(lambda s: (s.first and not s.model.is_language_model) or s.foremost))
 ON_LAYERS = [p for p in SUBJECTS if not p.values[0].model.is_language_model and "x" in p.values[0].model.arguments()]
 ON_LAYERS = [p for p in ON_LAYERS if p.values[0].model.arguments()["x"].is_floating_point()]
 

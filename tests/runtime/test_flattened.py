@@ -13,18 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peftc.registry.manager import default_registry
 from peftc.runtime.bases import places
-from peftc.testing.subjects import Subject, subjects
+from peftc.testing.subjects import Subject
 from tests.defects import put_defect
+from tests.runtime.examples import examples, rows
 
 #: but those whose calls give more than the model's inputs
-FOUND = [
-    (name, subject)
-    for name in default_registry().names
-    for subject in subjects(default_registry().get(name))
-    if default_registry().get(name).adapts_layers and not subject.model.is_language_model and not subject.values
-]
+FOUND = examples(lambda s: s.method.adapts_layers and not s.model.is_language_model and not s.values)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +33,7 @@ def flattened(model: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("subject", [pytest.param(subject, id=f"{name}-{subject}") for name, subject in FOUND])
+@pytest.mark.parametrize("subject", rows(FOUND))
 def test_an_adapter_acts_and_trains_as_without(subject: Subject) -> None:
     model = subject.trained()
     wanted, gradients = subject.output(model), {n: g.clone() for n, g in subject.grown(model).items()}
@@ -54,7 +49,7 @@ def test_an_adapter_acts_and_trains_as_without(subject: Subject) -> None:
 def test_with_views_over_changed_parameters_it_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
     put_defect(monkeypatch, places, "if name in module.__dict__}", "if False}")
     lost = 0
-    for _, subject in FOUND:
+    for subject in FOUND:
         plain, model = subject.trained(), subject.trained()
         with torch.no_grad():
             lost += not torch.equal(subject.output(plain), subject.output(flattened(model)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftc import PeftModel, get_peft_model, rules
 from peftc.model.parts import identity
 from tests.runtime.methods import Net, narrow
-from tests.runtime.test_rules import told
+from tests.runtime.refused import told
 
 pytestmark = pytest.mark.filterwarnings("ignore::peftc.PeftcWarning")
 

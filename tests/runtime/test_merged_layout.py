@@ -11,18 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peftc import get_peft_model, get_peft_model_state_dict
-from peftc.registry.manager import default_registry
 from peftc.runtime.layer import merged
-from peftc.testing.subjects import Subject, quiet, subjects
+from peftc.testing.subjects import Subject, quiet
 from tests.defects import put_defect
+from tests.runtime.examples import examples, rows
 from tests.runtime.methods import Net, narrow
 
-MERGING = [
-    pytest.param(subject, id=f"{name}-{subject}")
-    for name in default_registry().names
-    for subject in subjects(default_registry().get(name))
-    if subject.merges and subject.first and not subject.model.is_language_model
-]
+MERGING = rows(examples(lambda s: s.merges and s.first and not s.model.is_language_model))
 
 
 def layouts(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -31,12 +31,11 @@ from peftc.plugin import (
     SlotInit,
     TunerMethod,
 )
-from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import apply_plan
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.around.modules import ModuleWrapper
 from peftc.testing.compare import objects_of
-from tests.unit.fakes import plugin
+from tests.unit.fakes import registered
 
 
 class RingConfig(PeftConfig):
@@ -85,9 +84,8 @@ RING = TunerMethod("RING", RingConfig, RingTuner(), prefix="ring_", layer_names=
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    default_registry().register(plugin(RING), "ring")
-    yield
-    default_registry().forget("RING")
+    with registered(RING):
+        yield
 
 
 class Block(nn.Module):

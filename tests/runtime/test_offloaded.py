@@ -17,19 +17,14 @@ from torch import Tensor, nn
 
 from peftc import PeftModel, get_peft_model, get_peft_model_state_dict, rules, set_peft_model_state_dict
 from peftc.diagnostics import PeftcError
-from peftc.registry.manager import default_registry
 from peftc.runtime.bases import places
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import seeded
-from peftc.testing.subjects import Subject, quiet, randomise, subjects
+from peftc.testing.subjects import Subject, quiet, randomise
 from tests.defects import put_defect
+from tests.runtime.examples import examples, name_of, rows
 
-FOUND = [
-    (name, subject)
-    for name in default_registry().names
-    for subject in subjects(default_registry().get(name))
-    if subject.first and (not subject.model.is_language_model or subject.foremost)
-]
+FOUND = examples(lambda s: s.first and (not s.model.is_language_model or s.foremost))
 
 
 def in_memory(model: nn.Module, folder: Path) -> None:
@@ -57,23 +52,23 @@ WAYS = [in_memory, on_disk, by_map]
 Way = Callable[[nn.Module, Path], None]
 
 
-def _param(name: str, subject: Subject, *rest: object) -> object:
+def _param(subject: Subject, *rest: object) -> object:
     shown = [getattr(value, "__name__", "") or ("before" if value else "after") for value in rest]
-    return pytest.param(subject, *rest, id="-".join([name, str(subject), *shown]))
+    return pytest.param(subject, *rest, id="-".join([name_of(subject), *shown]))
 
 
 #: each method on one model in every way; on others in the two that differ most
 CASES = [
-    (name, subject, way, first)
-    for name, subject in FOUND
+    (subject, way, first)
+    for subject in FOUND
     for way in WAYS
     for first in (True, False)
     if subject.foremost or (way, first) in ((in_memory, False), (on_disk, True))
 ]
 COMPUTING = [_param(*case) for case in CASES]
-TRAINING = [_param(*case[:3]) for case in CASES if case[3]]
-MERGING = [_param(*case) for case in CASES if case[1].merges]
-ONE_EACH = [_param(name, subject) for name, subject in FOUND if subject.foremost and subject.merges]
+TRAINING = [_param(*case[:2]) for case in CASES if case[2]]
+MERGING = [_param(*case) for case in CASES if case[0].merges]
+ONE_EACH = rows(s for s in FOUND if s.foremost and s.merges)
 
 
 def both(subject: Subject, way: Way, first: bool, folder: Path, training: bool = False) -> tuple[PeftModel, PeftModel]:

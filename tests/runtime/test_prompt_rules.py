@@ -1,4 +1,4 @@
-"""Prompts in caches and in generation fail closed: what does not fit is told, with nothing changed, and each refusal is
+"""Prompts fail closed, in calls, caches and generation: what does not fit is told, with nothing changed, and each refusal is
 spoiled once to see that its case can fail."""
 
 from __future__ import annotations
@@ -9,15 +9,51 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AlbertConfig, AlbertModel
 
-from peftc import PeftModel, rules
+from peftc import PeftModel, get_peft_model, inject_adapter_in_model, rules
 from peftc.host import caches
+from peftc.model import mapping
 from peftc.model.parts import prompts
-from peftc.runtime.prompt import cache, driver, generation
+from peftc.runtime.prompt import cache, driver, encoder, generation, streams
 from tests.defects import put_defect
-from tests.runtime.test_rules import Case, failure, ids, prompted, stored, two_prompts
+from tests.runtime.methods import LANGUAGE_MODEL, preface, prompted
+from tests.runtime.refused import Case, failure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def ids() -> Tensor:
+    return LANGUAGE_MODEL.arguments()["input_ids"]
+
+
+def two_prompts() -> PeftModel:
+    model = prompted()
+    model.add_adapter("other", preface())
+    return model
+
+
+def shared() -> PeftModel:
+    return get_peft_model(LANGUAGE_MODEL.build(), preface("SHARED"))
+
+
+def stored() -> PeftModel:
+    return get_peft_model(LANGUAGE_MODEL.build(), preface("STORED"))
+
+
+def made() -> PeftModel:
+    return get_peft_model(LANGUAGE_MODEL.build(), preface("MADE"))
+
+
+def checkpointed() -> nn.Module:
+    model = LANGUAGE_MODEL.build()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def encoder_only() -> nn.Module:
+    sizes = {"hidden_size": 16, "embedding_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return AlbertModel(AlbertConfig(**sizes, intermediate_size=24, vocab_size=40)).eval()
 
 
 def kept(model: nn.Module) -> object:
@@ -83,6 +119,74 @@ def silent(model: PeftModel) -> PeftModel:
 
 
 CASES = {
+    "a prompt without a wrapper": Case(
+        rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
+        (mapping, "if method.is_prompt:", "if False:"), "Use `get_peft_model`.",
+    ),
+    "a prompt before nothing": Case(
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),
+        (streams, "    if found is None:\n        fix", "    if False:\n        fix"), "no input to put the prompt before",
+    ),
+    "a prompt before what has no name": Case(
+        rules.CALL_NOT_POSSIBLE, lambda: prompted(task_type=None), lambda m: m(ids(), torch.ones_like(ids())),
+        (driver, "if len(args) > 1 or", "if False or"), "only the input ids can be given by position",
+    ),
+    "a tokenizer that is not there": Case(
+        rules.TOKENIZER_MISSING, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(tokenizer="./nowhere")),
+        (encoder, "except (OSError, ValueError) as error:", "except ZeroDivisionError as error:"), "`./nowhere` cannot be loaded",
+    ),
+    "positions before a prompt": Case(
+        rules.POSITIONS_IGNORED, prompted, lambda m: m(ids(), position_ids=torch.ones_like(ids())),
+        (driver, 'if call.get("position_ids") is not None:', "if False:"), "the virtual tokens move every position",
+    ),
+    "token types before a prompt": Case(
+        rules.INPUT_IGNORED, prompted, lambda m: m(ids(), token_type_ids=torch.ones_like(ids())),
+        (driver, "if not call_of(self.encoder.config.task_type).token_types:", "if False:"), "`token_type_ids` are ignored",
+    ),
+    "a mask that cannot grow": Case(
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), attention_mask=torch.ones(2, 1, 6, 6)),
+        (driver, "if mask.dim() != 2:", "if False:"), "has 4 dimensions",
+    ),
+    "settings of generation by position": Case(
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m.generate(ids(), m.generation_config),
+        (driver, "        if args:\n            what", "        if False:\n            what"), "only the input can be given to `generate`",
+    ),
+    "two prompts at once": Case(
+        rules.ONE_PROMPT, two_prompts, lambda m: m.set_adapter(["default", "other"]),
+        (prompts, "if len(names) > 1:", "if False:"), "`default`, `other` cannot be active together",
+    ),
+    "rows without a task": Case(
+        rules.TASKS_NEEDED, shared, lambda m: m(ids()),
+        (encoder, "if ids is None or ids.numel() == 0 or", "if"), "The call has no `task_ids`",
+    ),
+    "fewer tasks than rows": Case(
+        rules.TASKS_NEEDED, shared, lambda m: m(ids(), task_ids=torch.tensor([0, 1, 0])),
+        (encoder, "or batch % ids.numel():", "or False:"), "3 `task_ids` for 2 rows",
+    ),
+    "a task that is not there": Case(
+        rules.TASKS_NEEDED, shared, lambda m: m(ids(), task_ids=torch.tensor([0, 2])),
+        (encoder, "    if wrong:", "    if False:"), "names task 2, but there are 2",
+    ),
+    "checkpointing before keys and values": Case(
+        rules.CHECKPOINTING_DROPS, checkpointed, lambda m: get_peft_model(m, preface("STORED")),
+        (cache, "    refuse_checkpointing(model)\n", ""), "does not work with gradient checkpointing",
+    ),
+    "checkpointing keys and values": Case(
+        rules.CHECKPOINTING_DROPS, stored, lambda m: m.gradient_checkpointing_enable(),
+        (prompts, "if any(encoder.place.is_cache", "if any(False"), "The virtual tokens are keys and values",
+    ),
+    "keys and values for a model without": Case(
+        rules.NO_CACHE, encoder_only, lambda m: get_peft_model(m, preface("STORED")),
+        (cache, "        if caches.keyword(module) is not None:", "        if True:"), "takes no past keys and values",
+    ),
+    "a table of another size": Case(
+        rules.TABLE_REFUSED, prompted, lambda m: m.prompt_encoder["default"].load_prompt_embeddings(torch.ones(2, 2)),
+        (encoder, "if tuple(prompt_embeddings.shape) != expected:", "if False:"), "The table is (2, 2), the adapter's is (3, 16)",
+    ),
+    "a table for what is made of others": Case(
+        rules.TABLE_REFUSED, made, lambda m: m.prompt_encoder["default"].load_prompt_embeddings(torch.ones(3, 16)),
+        (encoder, "return trained <= set(values)", "return True"), "computes its table from other tensors",
+    ),
     "keys and values for a model that leaves them": Case(
         rules.NO_CACHE, lambda: unused(stored()), lambda m: m(ids()),
         (cache, "caches.length(cache) <= before:", "False:"), "takes a cache and does not use it",
@@ -141,3 +245,9 @@ def test_it_is_refused_and_nothing_changes(case: Case) -> None:
 def test_the_case_fails_under_a_defect(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     put_defect(monkeypatch, *case.defect)
     assert failure(case) != ""
+
+
+def test_positions_that_are_warned_of_change_nothing() -> None:
+    model, moved = prompted(), torch.full_like(ids(), 5)
+    with torch.no_grad():
+        assert torch.equal(model(ids(), position_ids=moved).logits, model(ids()).logits)

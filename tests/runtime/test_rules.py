@@ -1,25 +1,18 @@
 """What a live model refuses, or warns of: each case leaves every tensor, flag and module object as it was.
 
-Every case has a mutation, a small defect put into peftc, under which it fails: so the case can fail.
+Prompts have a table of their own beside this. Every case has a mutation, a small defect put into peftc, under which it fails: so the case can fail.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertModel
 
 from peftc import (
-    PeftcError,
-    PeftcWarning,
     PeftModel,
     compile_plan,
     convert_adapter,
@@ -36,13 +29,13 @@ from peftc.compiler import compile as compiling
 from peftc.compiler.passes import calls as compiler_calls
 from peftc.compiler.passes import select
 from peftc.diagnostics import Rule
-from peftc.model import injected, mapping, mixed
+from peftc.model import injected, mixed
 from peftc.model import peft_model as runtime_model
 from peftc.model.functions import assistance, base_state, hotswap, state
 from peftc.model.functions import conversion as converting
 from peftc.model.functions.assistance import row_values
 from peftc.model.parts import adapted as adapted_model
-from peftc.model.parts import files, prompts, rows
+from peftc.model.parts import files, rows
 from peftc.runtime import call
 from peftc.runtime.applying import apply, conversion, planning, weighted
 from peftc.runtime.applying.apply import apply_plan
@@ -52,25 +45,11 @@ from peftc.runtime.call import Call
 from peftc.runtime.layer import merged as merged_weights
 from peftc.runtime.layer import merging
 from peftc.runtime.layer import wrapper as layer
-from peftc.runtime.prompt import cache, driver, encoder, streams
 from peftc.runtime.session import applied, drift, session, succession, values
 from peftc.runtime.slots import views
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, something that is asked of it in vain, what is said, and the defect that spoils the refusal."""
-
-    rule: Rule
-    start: Callable[[], nn.Module]
-    act: Callable[[Any], object]
-    defect: tuple[ModuleType, str, str]
-    says: str
-
-
-# what is asked --------------------------------------------------------------------------------------------------------
+from tests.runtime.refused import Case, failure, told
 
 
 def merged() -> PeftModel:
@@ -120,43 +99,10 @@ def swap(model: PeftModel, state: dict[str, Tensor]) -> None:
     hotswap_adapter_from_state_dict(model, state, "default", narrow())
 
 
-def ids() -> Tensor:
-    return LANGUAGE_MODEL.arguments()["input_ids"]
-
-
-def two_prompts() -> PeftModel:
-    model = prompted()
-    model.add_adapter("other", preface())
-    return model
-
-
-def shared() -> PeftModel:
-    return get_peft_model(LANGUAGE_MODEL.build(), preface("SHARED"))
-
-
-def stored() -> PeftModel:
-    return get_peft_model(LANGUAGE_MODEL.build(), preface("STORED"))
-
-
 def split() -> nn.Module:
     model = LANGUAGE_MODEL.build()
     model._tp_size = 2
     return model
-
-
-def made() -> PeftModel:
-    return get_peft_model(LANGUAGE_MODEL.build(), preface("MADE"))
-
-
-def checkpointed() -> nn.Module:
-    model = LANGUAGE_MODEL.build()
-    model.gradient_checkpointing_enable()
-    return model
-
-
-def encoder_only() -> nn.Module:
-    sizes = {"hidden_size": 16, "embedding_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    return AlbertModel(AlbertConfig(**sizes, intermediate_size=24, vocab_size=40)).eval()
 
 
 CASES = {
@@ -280,77 +226,9 @@ CASES = {
         rules.ADAPTER_NAME, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(), "a\nb"),
         (apply, "if not is_usable(adapter.name):", "if False:"), r"cannot be called `a\nb`",
     ),
-    "a prompt without a wrapper": Case(
-        rules.CALL_NOT_POSSIBLE, LANGUAGE_MODEL.build, lambda m: inject_adapter_in_model(preface(), m),
-        (mapping, "if method.is_prompt:", "if False:"), "Use `get_peft_model`.",
-    ),
     "a base that is split by tensors": Case(
         rules.SPLIT_BASE, split, lambda m: inject_adapter_in_model(narrow(), m),
         (planning, "    if parts > 1:", "    if False:"), "are split between 2 processes",
-    ),
-    "a prompt before nothing": Case(
-        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(attention_mask=torch.ones(2, 3)),
-        (streams, "    if found is None:\n        fix", "    if False:\n        fix"), "no input to put the prompt before",
-    ),
-    "a prompt before what has no name": Case(
-        rules.CALL_NOT_POSSIBLE, lambda: prompted(task_type=None), lambda m: m(ids(), torch.ones_like(ids())),
-        (driver, "if len(args) > 1 or", "if False or"), "only the input ids can be given by position",
-    ),
-    "a tokenizer that is not there": Case(
-        rules.TOKENIZER_MISSING, LANGUAGE_MODEL.build, lambda m: get_peft_model(m, preface(tokenizer="./nowhere")),
-        (encoder, "except (OSError, ValueError) as error:", "except ZeroDivisionError as error:"), "`./nowhere` cannot be loaded",
-    ),
-    "positions before a prompt": Case(
-        rules.POSITIONS_IGNORED, prompted, lambda m: m(ids(), position_ids=torch.ones_like(ids())),
-        (driver, 'if call.get("position_ids") is not None:', "if False:"), "the virtual tokens move every position",
-    ),
-    "token types before a prompt": Case(
-        rules.INPUT_IGNORED, prompted, lambda m: m(ids(), token_type_ids=torch.ones_like(ids())),
-        (driver, "if not call_of(self.encoder.config.task_type).token_types:", "if False:"), "`token_type_ids` are ignored",
-    ),
-    "a mask that cannot grow": Case(
-        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), attention_mask=torch.ones(2, 1, 6, 6)),
-        (driver, "if mask.dim() != 2:", "if False:"), "has 4 dimensions",
-    ),
-    "settings of generation by position": Case(
-        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m.generate(ids(), m.generation_config),
-        (driver, "        if args:\n            what", "        if False:\n            what"), "only the input can be given to `generate`",
-    ),
-    "two prompts at once": Case(
-        rules.ONE_PROMPT, two_prompts, lambda m: m.set_adapter(["default", "other"]),
-        (prompts, "if len(names) > 1:", "if False:"), "`default`, `other` cannot be active together",
-    ),
-    "rows without a task": Case(
-        rules.TASKS_NEEDED, shared, lambda m: m(ids()),
-        (encoder, "if ids is None or ids.numel() == 0 or", "if"), "The call has no `task_ids`",
-    ),
-    "fewer tasks than rows": Case(
-        rules.TASKS_NEEDED, shared, lambda m: m(ids(), task_ids=torch.tensor([0, 1, 0])),
-        (encoder, "or batch % ids.numel():", "or False:"), "3 `task_ids` for 2 rows",
-    ),
-    "a task that is not there": Case(
-        rules.TASKS_NEEDED, shared, lambda m: m(ids(), task_ids=torch.tensor([0, 2])),
-        (encoder, "    if wrong:", "    if False:"), "names task 2, but there are 2",
-    ),
-    "checkpointing before keys and values": Case(
-        rules.CHECKPOINTING_DROPS, checkpointed, lambda m: get_peft_model(m, preface("STORED")),
-        (cache, "    refuse_checkpointing(model)\n", ""), "does not work with gradient checkpointing",
-    ),
-    "checkpointing keys and values": Case(
-        rules.CHECKPOINTING_DROPS, stored, lambda m: m.gradient_checkpointing_enable(),
-        (prompts, "if any(encoder.place.is_cache", "if any(False"), "The virtual tokens are keys and values",
-    ),
-    "keys and values for a model without": Case(
-        rules.NO_CACHE, encoder_only, lambda m: get_peft_model(m, preface("STORED")),
-        (cache, "        if caches.keyword(module) is not None:", "        if True:"), "takes no past keys and values",
-    ),
-    "a table of another size": Case(
-        rules.TABLE_REFUSED, prompted, lambda m: m.prompt_encoder["default"].load_prompt_embeddings(torch.ones(2, 2)),
-        (encoder, "if tuple(prompt_embeddings.shape) != expected:", "if False:"), "The table is (2, 2), the adapter's is (3, 16)",
-    ),
-    "a table for what is made of others": Case(
-        rules.TABLE_REFUSED, made, lambda m: m.prompt_encoder["default"].load_prompt_embeddings(torch.ones(3, 16)),
-        (encoder, "return trained <= set(values)", "return True"), "computes its table from other tensors",
     ),
     "combining what says no way": Case(
         rules.CANNOT_COMBINE, lambda: adapted(stretch(), other=stretch()),
@@ -493,7 +371,7 @@ CASES = {
         (rows, "if plan.trains and set", "if False and set"), "`default` trains biases of the base model",
     ),
     "rows with a prompt": Case(
-        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(ids(), adapter_names=["default"] * len(ids())),
+        rules.CALL_NOT_POSSIBLE, prompted, lambda m: m(**LANGUAGE_MODEL.arguments(), adapter_names=["default"] * 2),
         (rows, "if acts and not plan.nests:", "if False:"), "adapts the whole call",
     ),
     "a prompt that is to be mixed": Case(
@@ -506,59 +384,6 @@ CASES = {
         (compiling, "for plan in plans if not plan.nests]", "for plan in ()]"), "`PREFACE` adapts more than single layers",
     ),
 }  # fmt: skip
-
-
-# what must hold -------------------------------------------------------------------------------------------------------
-
-
-class Image:
-    """All that a refusal must not change."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.trains = {name: parameter.requires_grad for name, parameter in self.parameters.items()}
-        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.attributes = {path: sorted(vars(module)) for path, module in self.modules.items()}
-        wrapped = model if isinstance(model, PeftModel) and model.peft_config else None
-        self.adapters = list(wrapped.peft_config) if wrapped else []
-        self.active = wrapped.active_adapters if wrapped else []
-
-    def is_of(self, other: Image) -> bool:
-        return (
-            list(self.modules.items()) == list(other.modules.items())
-            and list(self.parameters) == list(other.parameters)
-            and all(parameter is other.parameters[name] for name, parameter in self.parameters.items())
-            and (self.trains, self.attributes) == (other.trains, other.attributes)
-            and all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
-            and (self.adapters, self.active) == (other.adapters, other.active)
-        )
-
-
-def told(act: Callable[[], object]) -> list[Any]:
-    """Diagnostics that are raised or shown. Under a defect the action may raise something else."""
-    with warnings.catch_warnings(record=True) as shown:
-        warnings.simplefilter("always")
-        try:
-            act()
-        except PeftcError as error:
-            return list(error.diagnostics)
-    return [w.message.diagnostic for w in shown if isinstance(w.message, PeftcWarning)]
-
-
-def failure(case: Case) -> str:
-    """Why the case fails; empty if it holds."""
-    model = case.start()
-    before = Image(model)
-    try:
-        found = told(lambda: case.act(model))
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    if {diagnostic.code for diagnostic in found} != {case.rule.code}:
-        return f"not {case.rule.code}: {[str(diagnostic) for diagnostic in found]}"
-    if case.says not in "\n".join(map(str, found)):
-        return f"not in so many words: {found[0]}"
-    return "" if Image(model).is_of(before) else "the model is another"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -29,24 +29,18 @@ from peftc import (
 from peftc.host import parallel
 from peftc.model.functions import state
 from peftc.model.parts import files
-from peftc.registry.manager import default_registry
 from peftc.runtime.applying import conversion, tuner_model, weighted
 from peftc.runtime.around import saved_modules
 from peftc.runtime.layer import called
 from peftc.runtime.session import drift, session
 from peftc.runtime.slots import containers as storage
 from peftc.testing.models import seeded
-from peftc.testing.subjects import Subject, subjects
+from peftc.testing.subjects import Subject
 from tests.defects import put_defect
+from tests.runtime.examples import examples, rows, small_layers
 from tests.runtime.methods import Net, adapted, narrow, x
 
-FOUND = [
-    (name, subject)
-    for name in default_registry().names
-    for subject in subjects(default_registry().get(name))
-    if subject.first and default_registry().get(name).adapts_layers and not subject.model.is_language_model
-]
-EACH = pytest.mark.parametrize("subject", [pytest.param(subject, id=f"{name}-{subject}") for name, subject in FOUND])
+EACH = pytest.mark.parametrize("subject", rows(examples(small_layers)))
 
 
 class Held:

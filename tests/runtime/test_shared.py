@@ -30,9 +30,9 @@ from peftc.runtime.applying.apply import session_of
 from peftc.runtime.applying.planning import plan_for
 from peftc.runtime.applying.snapshot import snapshot
 from tests.defects import put_defect
-from tests.runtime import methods
 from tests.runtime.methods import Net, x
-from tests.runtime.shared import CommonConfig, Tied, common, registered, twin
+from tests.runtime.shared import METHODS, CommonConfig, Tied, common, twin
+from tests.unit.fakes import registered
 
 BANK, PROJECTION = "common_B.default", "common_A.default"
 IDS = torch.arange(7)
@@ -40,7 +40,7 @@ IDS = torch.arange(7)
 
 @pytest.fixture(autouse=True)
 def known() -> Iterator[None]:
-    with registered(), methods.registered():
+    with registered(*METHODS):
         yield
 
 

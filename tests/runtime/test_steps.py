@@ -4,8 +4,7 @@ that training comes to, in files and back."""
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from peftc import (
     PeftcError,
-    PeftcWarning,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -25,146 +23,22 @@ from peftc import (
     rules,
     set_peft_model_state_dict,
 )
-from peftc.config.base import PeftConfig
 from peftc.diagnostics import Rule
 from peftc.helpers import take_step
-from peftc.plugin import (
-    LINEAR_KINDS,
-    Changes,
-    Diagnostic,
-    LayerFacts,
-    MapTuner,
-    PeftType,
-    Slot,
-    SlotInit,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    constant_slot,
-    parameter_slot,
-)
-from peftc.registry.manager import default_registry
+from peftc.plugin import Diagnostic
 from peftc.runtime.session import steps
 from peftc.runtime.session.steps import restore_step_states, step_states
 from tests.defects import put_defect
 from tests.runtime.methods import Net, narrow
-from tests.unit.fakes import plugin
-
-FULL = 4
-
-
-class ShrinkConfig(TargetsMixin, PeftConfig):
-    """Options of the method."""
-
-    peft_type: PeftType | None = PeftType("SHRINK")
-    left: dict[str, int] | None = None
-    """What training came to: path -> how many rows are left."""
-    ask: str = ""
-    """Something wrong to ask for."""
-
-
-class ShrinkTuner(MapTuner[ShrinkConfig]):
-    """`y = W x + (sum of rows of v / 4 + b) * mean of x`: at step 2 the rows whose gradients were smallest go, at step 3 the bias stops."""
-
-    supports = LINEAR_KINDS
-    step_options = frozenset({"left"})
-
-    def slots(self, c: ShrinkConfig, layer: LayerFacts) -> Iterable[Slot]:
-        return self._slots(layer, FULL)
-
-    def _slots(self, layer: LayerFacts, rows: int) -> Iterable[Slot]:
-        yield parameter_slot("shrink_v", (rows, layer.out_features))
-        yield parameter_slot("shrink_b", (layer.out_features,))
-        yield constant_slot("count", (1,), FULL)
-
-    def init(self, c: ShrinkConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        init.normal(slots["shrink_v"])
-        init.zeros(slots["shrink_b"])
-
-    def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
-        added = a.shrink_v.sum(0) / a.count + a.shrink_b
-        return torch.ones(1, a.layer.in_features) / a.layer.in_features, added[:, None], 1.0
-
-    def loss(self, c: ShrinkConfig, sites: Mapping[str, View], outputs: Any) -> Tensor | None:
-        return sum(a.shrink_b.sum() for a in sites.values()) + 10.0  # type: ignore[return-value]
-
-    def on_step(self, c: ShrinkConfig, step: int, sites: Mapping[str, View], state: dict[str, Tensor]) -> Changes:
-        for path, a in sites.items():
-            seen = state.setdefault(path, torch.zeros(FULL))
-            assert a.shrink_v.grad is not None
-            seen += a.shrink_v.grad.abs().sum(1) + a.shrink_v.abs().sum(1)
-        if c.ask:
-            return wrong(c.ask, sites)
-        if step == 2:
-            masks = {path: state[path] >= state[path].median() for path in sites}
-            spread = {
-                (path, "shrink_v"): mask[:, None].expand(sites[path].shrink_v.shape) for path, mask in masks.items()
-            }
-            return Changes(masks=spread, options={"left": {path: int(mask.sum()) for path, mask in masks.items()}})
-        return Changes(trainable={(path, "shrink_b"): step != 3 for path in sites})
-
-    def schedule(self, c: ShrinkConfig, steps: int) -> Iterable[Diagnostic]:
-        if steps < 3:
-            yield rules.SCHEDULE("Too short", fix="Train longer.")
-
-    def fitted(self, c: ShrinkConfig, layer: LayerFacts, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Slot]:
-        return self._slots(layer, shapes["shrink_v"][0])
-
-    def export(
-        self, c: ShrinkConfig, path: str, layer: LayerFacts, slots: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        if not c.left or c.left[path] == len(slots["shrink_v"]):
-            return slots
-        v = slots["shrink_v"]
-        return {**slots, "shrink_v": v[v.abs().sum(1) > 0]}
-
-    def restore(
-        self,
-        c: ShrinkConfig,
-        path: str,
-        layer: LayerFacts,
-        saved: Mapping[str, Tensor],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> Mapping[str, Tensor]:
-        whole = saved["shrink_v"].new_zeros(shapes["shrink_v"])
-        whole[: len(saved["shrink_v"])] = saved["shrink_v"]
-        return {**saved, "shrink_v": whole}
-
-
-def wrong(what: str, sites: Mapping[str, View]) -> Changes:
-    """Something that a method may not ask for."""
-    path = next(iter(sites))
-    return {
-        "a slot that is not there": Changes(trainable={(path, "shrink_w"): True}),
-        "a mask of numbers": Changes(masks={(path, "shrink_b"): torch.ones(sites[path].shrink_b.shape)}),
-        "a mask of another shape": Changes(masks={(path, "shrink_b"): torch.ones(2, dtype=torch.bool)}),
-        "training what is frozen": Changes(trainable={(path, "count"): True}),
-        "another option": Changes(options={"target_modules": set()}),
-        "a value of another type": Changes(options={"left": "all"}),
-    }[what]
-
-
-def shrunk(self: Any) -> int:
-    """Something that only this method's model class can do."""
-    return len(self.session.plans)
-
-
-METHOD = TunerMethod(
-    "SHRINK",
-    ShrinkConfig,
-    ShrinkTuner(),
-    prefix="shrink_",
-    layer_names=("shrink_v", "shrink_b"),
-    model_methods={"shrunk": shrunk},
-)
+from tests.runtime.refused import told
+from tests.runtime.shrink import FULL, METHOD, ShrinkConfig
+from tests.unit.fakes import registered
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    registry = default_registry()
-    registry.register(plugin(METHOD), "shrink")
-    yield
-    registry.forget("SHRINK")
+    with registered(METHOD):
+        yield
 
 
 class Scored(Net):
@@ -378,17 +252,6 @@ def test_a_constant_is_there_after_a_hollow_start_and_follows_a_swap(tmp_path: P
 
 
 # diagnostics ----------------------------------------------------------------------------------------------------------
-
-
-def told(action: Any) -> list[Diagnostic]:
-    """What an action raises or warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            action()
-        except PeftcError as error:
-            return list(error.diagnostics)
-    return [w.message.diagnostic for w in caught if isinstance(w.message, PeftcWarning)]
 
 
 def train_untold(count: int) -> None:

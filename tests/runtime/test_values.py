@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,15 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from peftc import PeftModel, get_peft_model, inject_adapter_in_model
 from peftc.helpers import row_values
 from peftc.runtime.call import Call
-from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, registered, tint, x
+from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, narrow, tint, x
 
 COLOURS = [2, 0, 1, 0, 2]
-
-
-@pytest.fixture(autouse=True)
-def methods() -> Iterator[None]:
-    with registered():
-        yield
 
 
 def tinted(**names: object) -> PeftModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from peftc.plugin import (
     parameter_slot,
     rules,
 )
-from peftc.registry.manager import Claim, Registry
+from peftc.registry.manager import Claim, Registry, default_registry
 
 
 class Inner(ConfigModel):
@@ -97,6 +98,19 @@ def plugin(made: object) -> object:
         return made
 
     return SimpleNamespace(peftc_tuner=peftc_tuner, __name__="fake_plugin")
+
+
+@contextmanager
+def registered(*made: TunerMethod) -> Iterator[None]:
+    """Methods among the installed ones, which a `PeftModel` asks; within."""
+    known = default_registry()
+    for method in made:
+        known.register(plugin(method), method.peft_type.lower())
+    try:
+        yield
+    finally:
+        for method in made:
+            known.forget(method.peft_type)
 
 
 def registry() -> Registry:

@@ -75,4 +75,4 @@ def test_a_row_of_no_verdict_is_refused(tmp_path: Path) -> None:
 
 
 def test_ci_runs_a_sample(root: Path) -> None:
-    assert 'run peer-suite ARGS="--sample 500"' in (root / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'run peer-suite ARGS="--sample 250"' in (root / ".ci" / "run").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from benchmarks.peer_suite.hub import tokenizers
-from benchmarks.peer_suite.hub.models import COMMON, HF, IDS, PEFT, TRL, VOCABULARY, llama
+from benchmarks.peer_suite.hub.models import COMMON, HF, IDS, LLAMA, PEFT, TRL, VOCABULARY
 from benchmarks.peer_suite.hub.repos import repo
 
 
@@ -36,7 +36,7 @@ def _llava(folder: Path, hub: Path) -> None:
     }
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision),
-        text_config=llama(),
+        text_config=transformers.LlamaConfig(**LLAMA),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
