@@ -115,8 +115,11 @@ def begin(
         given=options.given,
         loading=options.loading,
     )
-    with boundary(method.peft_type, "check", json_path(("adapters", name))):
-        said = (*method.check(copy), *(() if options.loading else method.check_start(copy)))
+    place = json_path(("adapters", name))
+    with boundary(method.peft_type, "check", place):
+        said = tuple(method.check(copy))
+    with boundary(method.peft_type, "check_start", place):
+        said += () if options.loading else tuple(method.check_start(copy))
     return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), context
 
 

@@ -21,6 +21,7 @@ from peftc.runtime.layer import Source
 from peftc.runtime.places import tensor_of
 from peftc.runtime.storage import INIT, SlotModule, allocate, torch_dtype
 from peftc.tuner.calls import CallTuner
+from peftc.tuner.views import no_slot
 
 
 class CallModule(nn.Module):
@@ -139,4 +140,7 @@ class View:
         return self._module.training
 
     def __getitem__(self, label: str) -> Tensor:
+        labels = [slot.dotted for slot in self._module.site.slots]
+        if label not in labels:
+            raise no_slot(label, labels)
         return self._module[label]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from peftc.runtime.tuner_model import TunerModel
 
 
-_layer_classes: dict[str, type[TunerLayer]] = {}
+#: By public name and what they have of the record: a method that is registered anew gets others.
+_layer_classes: dict[tuple[Any, ...], type[TunerLayer]] = {}
 
 
 def layer_class(method: TunerMethod) -> type[TunerLayer] | type[ModuleWrapper]:
@@ -31,8 +32,9 @@ def layer_class(method: TunerMethod) -> type[TunerLayer] | type[ModuleWrapper]:
 
 
 def _layer_class(method: TunerMethod) -> type[TunerLayer]:
-    name = method.layer_class
-    if name not in _layer_classes:
+    name, options = method.layer_class, tuple(method.layer_options.items())
+    key = (name, method.config, method.layer_names, options, method.layer_dropout, method.summary)
+    if key not in _layer_classes:
         shown = {attribute: _option(option) for attribute, option in method.layer_options.items()}
         if method.layer_dropout:
             shown |= {method.layer_dropout: property(TunerLayer.dropouts)}
@@ -44,8 +46,8 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
             "__module__": __name__,
             "__doc__": method.summary,
         }
-        _layer_classes[name] = type(name, (TunerLayer,), {**shown, **names})
-    return _layer_classes[name]
+        _layer_classes[key] = type(name, (TunerLayer,), {**shown, **names})
+    return _layer_classes[key]
 
 
 def _option(option: str) -> property:
@@ -81,17 +83,17 @@ class InForce(Mapping[str, Any]):
         return repr(dict(self))
 
 
-_model_classes: dict[str, type[TunerModel]] = {}
+_model_classes: dict[tuple[Any, ...], type[TunerModel]] = {}
 
 
 def model_class(method: TunerMethod) -> type[TunerModel]:
     """The model class of a method."""
     from peftc.runtime.tuner_model import TunerModel  # which applies plans, and so needs the layer classes above
 
-    name = method.model_class
-    if name not in _model_classes:
-        table = method.default_targets.get("target_modules")
-        _model_classes[name] = type(
+    name, table = method.model_class, method.default_targets.get("target_modules")
+    key = (name, method.config, method.prefix, method.layer_class, tuple(method.model_methods.items()), table)
+    if (*key, method.summary) not in _model_classes:
+        _model_classes[*key, method.summary] = type(
             name,
             (TunerModel,),
             {
@@ -103,7 +105,7 @@ def model_class(method: TunerMethod) -> type[TunerModel]:
                 "__doc__": method.summary,
             },
         )
-    return _model_classes[name]
+    return _model_classes[*key, method.summary]
 
 
 @cache

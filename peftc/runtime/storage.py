@@ -29,6 +29,7 @@ from peftc.runtime.journal import keep_entries, keep_entry
 from peftc.runtime.places import tensor_of
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
+from peftc.tuner.views import no_slot
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -405,6 +406,8 @@ class LayerView:
         return self._owner.scaling[self.adapter] if self._scaling is None else self._scaling
 
     def __getitem__(self, label: str) -> Tensor:
+        if label not in self._slots:
+            raise no_slot(label, self._slots)
         container, key = self._slots[label]
         tensor: Tensor | None = container.get(key)
         return self._elsewhere(label) if tensor is None or tensor.is_meta else tensor
@@ -440,7 +443,7 @@ class LayerView:
 
     def __getattr__(self, name: str) -> Tensor:
         """Slots are properties of the class that `view_class` makes; here comes what is none."""
-        raise AttributeError(f"no slot `{name}`; there are {sorted(self._slots)}")
+        raise no_slot(name, self._slots)
 
     def dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
