@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def test_commands_exist(page: Path) -> None:
 def test_generated_files_are_up_to_date(command: list[str]) -> None:
     run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr + "\nRun `make docs`."
+
+
+def test_every_name_for_authors_of_plugins_is_described() -> None:
+    place = ROOT / "docs" / "plugin_reference.py"
+    spec = importlib.util.spec_from_file_location("plugin_reference", place)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.undescribed() == []
 
 
 def test_every_make_target_is_explained() -> None:
