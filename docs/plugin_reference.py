@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from peftc import plugin, rules
-from peftc.config.base import ConfigModel, PeftConfig
+from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.diagnostics import Rule
 
@@ -151,7 +151,9 @@ class Member:
 
 def members_of(cls: type) -> list[Member]:
     """Public members in the order of the source, those of bases that have no entry of their own included."""
-    owners = [base for base in reversed(cls.__mro__) if base is cls or _is_told_with(base)]
+    told = [base for base in cls.__mro__[1:] if base.__name__ in plugin.__all__]
+    bases = (base for base in cls.__mro__ if not any(issubclass(other, base) for other in told))
+    owners = [base for base in reversed([*bases]) if base is cls or _is_told_with(base)]
     found: dict[str, Member] = {}
     for owner in owners:
         for node in _class_node(owner).body:
@@ -162,7 +164,7 @@ def members_of(cls: type) -> list[Member]:
 
 
 def _is_told_with(base: type) -> bool:
-    return base.__module__.startswith("peftc.") and base.__name__ not in plugin.__all__ and base is not ConfigModel
+    return base.__module__.startswith("peftc.") and base.__name__ not in plugin.__all__
 
 
 def _member(owner: type, node: ast.stmt) -> Member | None:
@@ -269,7 +271,7 @@ def _comment(home: Source, node: ast.stmt) -> str:
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    return text and f"{text[0].upper()}{text[1:]}{'' if text.endswith(('.', '`')) else '.'}"
+    return text and f"{text[0].upper()}{text[1:].removesuffix('.')}."
 
 
 def _text(docstring: str | None) -> str:
@@ -284,9 +286,15 @@ def undescribed() -> list[str]:
     found = [f"{cls.__name__}.{member.name}" for cls in classes for member in members_of(cls) if not member.text]
     options = [(cls, name) for cls in classes if issubclass(cls, BaseModel) for name in cls.model_fields]
     found += [f"{cls.__name__}.{name}" for cls, name in options if not describe(cls, name)]
-    plain = (getattr(plugin, name) for name in plugin.__all__ if name not in FOREIGN)
-    return found + [str(value) for value in plain if not isinstance(value, ModuleType) and not _said(value)]
+    plain = (
+        name for name in plugin.__all__ if name not in FOREIGN and not isinstance(getattr(plugin, name), ModuleType)
+    )
+    return found + [name for name in plain if not _said(name)]
 
 
-def _said(value: Any) -> bool:
-    return bool(inspect.getdoc(value)) or not (inspect.isfunction(value) or isinstance(value, type))
+def _said(name: str) -> bool:
+    value = getattr(plugin, name)
+    if inspect.isfunction(value) or isinstance(value, type):
+        return bool(inspect.getdoc(value))
+    home, node = _assigned(name)
+    return node is not None and bool(_comment(home, node))

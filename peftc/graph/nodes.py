@@ -132,7 +132,8 @@ class LayerFacts:
     kernel: tuple[int, ...] = ()
     #: groups of a convolution
     groups: int = 1
-    #: the module's own parameters by name, as they are stored, in registration order; with a bias `"bias"` is among them
+    #: the module's own parameters by name, in registration order, each with the `shape` and `dtype` that it is stored in; with
+    #: a bias `"bias"` is among them
     params: tuple[tuple[str, TensorFacts], ...] = ()
     #: its persistent buffers, likewise
     buffers: tuple[tuple[str, TensorFacts], ...] = ()

@@ -34,7 +34,7 @@ from peftc.testing.checks import (
 )
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
 from peftc.testing.report import Finding, Report, broken
-from peftc.testing.subjects import Subject, subjects
+from peftc.testing.subjects import Subject, quiet, subjects
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
@@ -284,7 +284,7 @@ class Case:
     def run(self) -> None:
         """Raise `PeftcError` that says what is wrong and how to mend it, if the method fails the check."""
         __tracebackhide__ = True
-        with boundary(self.subject.method.peft_type, f"conformance check {self.check}"):
+        with quiet(), boundary(self.subject.method.peft_type, f"conformance check {self.check}"):
             self.call()
 
 

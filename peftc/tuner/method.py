@@ -311,7 +311,8 @@ class TunerMethod:
     model_methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     #: further public names of the method, e.g. its enums and helper functions, and what they stand for
     exports: Mapping[str, Any] = field(default_factory=dict)
-    #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`
+    #: option -> name of its table of defaults by model type, in `peftc/graph/default_targets.json`; each of the reference's
+    #: methods has one, and one of a plugin may take any of them
     default_targets: Mapping[str, str] = field(default_factory=dict)
     #: options that all adapters of the method on one model must have alike
     alike: tuple[str, ...] = ()

@@ -144,4 +144,5 @@ class PromptContext(Protocol):
         """Token ids of a text, `kwargs` going to the tokenizer. Raises `PeftcError` if there is no such tokenizer here."""
 
 
+#: Tensors by name.
 Tensors = Mapping[str, "Tensor"]

@@ -94,7 +94,8 @@ def test_the_steps_of_a_new_plugins_readme(shell: dict[str, str], tmp_path: Path
     """Its commands as they stand there; of the checks the quick ones."""
     assert _run("peftc plugins new noisy-scale", tmp_path, shell).returncode == 0
     folder = tmp_path / "peftc-noisy-scale"
-    lines = re.findall(r"^ {4}(\S.*?)(?: +#.*)?$", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    text = re.sub(r"```.*?```", "", (folder / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = re.findall(r"^ {4}(\S.*?)(?: +#.*)?$", text, re.MULTILINE)
     assert [line.split()[0] for line in lines] == ["pip", "peftc", "pytest"]
     quick = {"peftc": " --only plan_survives_json", "pytest": " -k plan_survives_json"}
     for line in lines:
