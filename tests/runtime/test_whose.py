@@ -30,12 +30,14 @@ from peftc.plugin import (
     register_plugin,
     unregister_plugin,
 )
+from peftc.registry import boundary
 from peftc.registry.boundary import guarded
 from peftc.runtime.planning import plan_for
 from peftc.runtime.steps import schedule_problems
 from peftc.runtime.stored import restored
 from peftc.tuner.method import LOWERINGS, SEAMS
 from tests.architecture.tree import sources
+from tests.defects import put_defect
 from tests.mutation.sound import SOUND_AROUND
 from tests.runtime import methods
 from tests.runtime.methods import (
@@ -415,3 +417,18 @@ def test_a_library_that_a_method_calls_fails_for_the_method(monkeypatch: Patch) 
     monkeypatch.setattr(NarrowTuner, "thin", lambda self, a: nn.functional.linear(a.narrow_A, torch.ones(3, 99)))
     problem = told(lambda: adapted()(x()))
     assert problem.code == rules.PLUGIN_RAISED.code and f"{HERE}:" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("part", "instead", "test", "seam"),
+    [
+        ('_Owner.CORE if package == "peftc" else', "", test_what_peftc_raises_for_a_method_is_not_the_methods, "thin"),
+        ("not ours or ours[-1].owner is _Owner.PLUGIN or", "", test_what_a_method_raises_is_told_with_its_function_and_line, "slots"),
+    ],
+)  # fmt: skip
+def test_these_tests_can_fail(
+    part: str, instead: str, test: Callable[[Seam, Patch], None], seam: str, monkeypatch: Patch
+) -> None:
+    put_defect(monkeypatch, boundary, part, instead)
+    with pytest.raises((AssertionError, IndexError)):
+        test(next(one for one in LAYERS if one.name == seam), monkeypatch)
