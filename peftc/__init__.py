@@ -30,32 +30,32 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from peftc.model.base_state import get_base_model_state_dict, set_base_model_state_dict
-    from peftc.model.conversion import convert_adapter
-    from peftc.model.hotswap import (
+    from peftc.model.functions.base_state import get_base_model_state_dict, set_base_model_state_dict
+    from peftc.model.functions.conversion import convert_adapter
+    from peftc.model.functions.hotswap import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
         hotswap_adapter_from_state_dict,
         prepare_model_for_compiled_hotswap,
     )
-    from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
-    from peftc.model.mixed import PeftMixedModel
-    from peftc.model.optimizers import projected_optimizer, two_rate_optimizer
-    from peftc.model.peft_model import PeftModel
-    from peftc.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
-    from peftc.model.sequences import (
+    from peftc.model.functions.optimizers import projected_optimizer, two_rate_optimizer
+    from peftc.model.functions.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from peftc.model.functions.sequences import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
         bloom_model_postprocess_past_key_value,
         shift_tokens_right,
     )
-    from peftc.model.state import get_peft_model_state_dict, set_peft_model_state_dict
-    from peftc.model.status import get_layer_status, get_model_status
-    from peftc.model.tables import (
+    from peftc.model.functions.state import get_peft_model_state_dict, set_peft_model_state_dict
+    from peftc.model.functions.tables import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
+    from peftc.model.mapping import get_peft_config, get_peft_model, inject_adapter_in_model
+    from peftc.model.mixed import PeftMixedModel
+    from peftc.model.parts.status import get_layer_status, get_model_status
+    from peftc.model.peft_model import PeftModel
     from peftc.model.tasks import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PeftModelForCausalLM,
@@ -226,7 +226,7 @@ def _of_method(method: Any, role: str, name: str) -> Any:
         return method.config
     if role == "export":
         return method.exports[name]
-    from peftc.runtime.classes import CLASSES
+    from peftc.runtime.applying.classes import CLASSES
 
     return CLASSES[role](method)
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from peftc import rules
-from peftc.compiler.calls import weighed
-from peftc.compiler.draft import Context, Draft, listed, placed
-from peftc.compiler.modules import together
-from peftc.compiler.passes import run_passes
-from peftc.compiler.plan import AdapterPlan, InjectionPlan
+from peftc.compiler.passes.calls import weighed
+from peftc.compiler.passes.draft import Context, Draft, listed, placed
+from peftc.compiler.passes.modules import together
+from peftc.compiler.passes.order import run_passes
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.places import json_path
 from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, PeftcError, did_you_mean

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, option
-from peftc.compiler.plan import PromptSite
-from peftc.compiler.sites import all_of, check_slots
+from peftc.compiler.passes.draft import Context, Draft, option
+from peftc.compiler.passes.sites import all_of, check_slots
+from peftc.compiler.plan.sites import PromptSite
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, CallSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import CallSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.host import caches
 from peftc.registry.boundary import guarded
-from peftc.runtime.call import Call, Shared
-from peftc.runtime.gates import Gates
+from peftc.runtime.bases.places import tensor_of
+from peftc.runtime.call import Call, Gates, Shared
 from peftc.runtime.journal import keep_trained
-from peftc.runtime.layer import Source
-from peftc.runtime.places import tensor_of
-from peftc.runtime.storage import INIT, SlotModule, allocate, torch_dtype
+from peftc.runtime.layer.wrapper import Source
+from peftc.runtime.slots.containers import SlotModule
+from peftc.runtime.slots.filling import INIT, allocate, torch_dtype
 from peftc.tuner.calls import CallTuner
 from peftc.tuner.views import no_slot
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftc.compiler.plan import MapSite
+from peftc.compiler.plan.sites import MapSite
 from peftc.graph.targets import all_defaults
 from peftc.registry.manager import Registry, default_registry
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.modules import ModuleWrapper, wrapper_class
+from peftc.runtime.around.modules import ModuleWrapper, wrapper_class
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.prompt.encoder import PromptModule
-from peftc.runtime.session import LayerFactory
+from peftc.runtime.session.session import LayerFactory
 from peftc.tuner.method import TunerMethod
 
 if TYPE_CHECKING:
-    from peftc.runtime.tuner_model import TunerModel
+    from peftc.runtime.applying.tuner_model import TunerModel
 
 
 #: By public name and what they have of the record: a method that is registered anew gets others.
@@ -88,7 +88,9 @@ _model_classes: dict[tuple[Any, ...], type[TunerModel]] = {}
 
 def model_class(method: TunerMethod) -> type[TunerModel]:
     """The model class of a method."""
-    from peftc.runtime.tuner_model import TunerModel  # which applies plans, and so needs the layer classes above
+    from peftc.runtime.applying.tuner_model import (
+        TunerModel,  # which applies plans, and so needs the layer classes above
+    )
 
     name, table = method.model_class, method.default_targets.get("target_modules")
     key = (name, method.config, method.prefix, method.layer_class, tuple(method.model_methods.items()), table)

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from peftc import rules
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.draft import listed
-from peftc.compiler.plan import AdapterPlan
+from peftc.compiler.passes.draft import listed
+from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, ConfigError, Diagnostic, PeftcError
 from peftc.ops.factors import Factors, of_dense, of_thin
 from peftc.registry.boundary import guarded
 from peftc.registry.manager import default_registry
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.session import Session
-from peftc.runtime.shards import refuse_sharded
-from peftc.runtime.stored import in_base_formats
+from peftc.runtime.bases.shards import refuse_sharded
+from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session.session import Session
+from peftc.runtime.session.stored import in_base_formats
 from peftc.tuner.method import TunerMethod
 
 #: options of the old adapter that say which modules it is about, and of what model; the new one gets them where it has them

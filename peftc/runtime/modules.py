@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftc.compiler.plan import ModuleSite
+from peftc.compiler.plan.sites import ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.registry.boundary import guarded
+from peftc.runtime.bases.places import device_of, entire, hand_over
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory
-from peftc.runtime.layer import Source
-from peftc.runtime.places import device_of, entire, hand_over
-from peftc.runtime.storage import INIT, SlotModule, drop, filled, find, put
+from peftc.runtime.layer.wrapper import Source
+from peftc.runtime.slots.containers import SlotModule, drop, find, put
+from peftc.runtime.slots.filling import INIT, filled
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.slots import Container, Slot, labelled

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from peftc import rules
-from peftc.compiler.draft import listed, option
 from peftc.compiler.match import matches
-from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.compiler.passes.draft import listed, option
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean
 from peftc.ops.combine import COMBINATIONS, PRUNING, Pruning, closest_factors, padded
 from peftc.registry.boundary import guarded
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import name_taken
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.session import Session
-from peftc.runtime.shards import refuse_sharded
+from peftc.runtime.applying.apply import name_taken
+from peftc.runtime.bases.shards import refuse_sharded
+from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session.session import Session
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import labelled
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import InjectionPlan
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.diagnostics import PeftcError
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.locate import locate

@@ -13,21 +13,25 @@ import pytest
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler import passes, select
-from peftc.compiler.plan import AdapterPlan
+from peftc.compiler.passes import order as passes
+from peftc.compiler.passes import select
+from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.diagnostics import PeftcError, warn
 from peftc.graph.nodes import Kind
-from peftc.model import hotswap, rows
+from peftc.model.functions import hotswap
+from peftc.model.parts import rows
 from peftc.model.peft_model import PeftModel
 from peftc.ops.factors import of_thin
 from peftc.registry.manager import default_registry
-from peftc.runtime import conversion, folding, succession, together
-from peftc.runtime.experts import over_experts
+from peftc.runtime.applying import conversion
+from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.journal import Journal
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.layer import folding
+from peftc.runtime.layer.experts import over_experts
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.prompt.driver import PromptDriver
-from peftc.runtime.saved_modules import ModulesToSaveWrapper
-from peftc.runtime.session import Session
+from peftc.runtime.session import succession, together
+from peftc.runtime.session.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
 from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases

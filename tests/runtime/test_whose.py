@@ -32,9 +32,9 @@ from peftc.plugin import (
 )
 from peftc.registry import boundary
 from peftc.registry.boundary import guarded
-from peftc.runtime.planning import plan_for
-from peftc.runtime.steps import schedule_problems
-from peftc.runtime.stored import restored
+from peftc.runtime.applying.planning import plan_for
+from peftc.runtime.session.steps import schedule_problems
+from peftc.runtime.session.stored import restored
 from peftc.tuner.method import LOWERINGS, SEAMS
 from tests.architecture.tree import sources
 from tests.defects import put_defect

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, PromptSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import PromptSite
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.registry.boundary import boundary, guarded
+from peftc.runtime.bases.places import device_of, fill, tensor_of
 from peftc.runtime.journal import keep_trained, keep_values, whole
-from peftc.runtime.layer import Source
-from peftc.runtime.places import device_of, fill, tensor_of
-from peftc.runtime.storage import INIT, Initializer, SlotModule, allocate, torch_dtype
+from peftc.runtime.layer.wrapper import Source
+from peftc.runtime.slots.containers import SlotModule
+from peftc.runtime.slots.filling import INIT, Initializer, allocate, torch_dtype
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import Container, Slot, labelled
 from peftc.tuner.views import NoSlot, no_slot
