@@ -1,5 +1,5 @@
-"""Writes the pages that follow from the code or from records: `diagnostics.md`, `cli.md`, `versions.md`, `peer-suite.md`, `methods/`,
-and the output shown in others.
+"""Writes the pages that follow from the code or from records: `diagnostics.md`, `cli.md`, `plugin-reference.md`, `versions.md`,
+`peer-suite.md`, `methods/`, and the output shown in others.
 
 python docs/generate.py          write them
 python docs/generate.py --check  exit 1 if a page is not what the code says
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from blocks import with_output  # beside this file
 from hf_compat import compat_page
+from plugin_reference import reference_page
 from pydantic.fields import FieldInfo
 from versions import versions_page
 
@@ -61,6 +62,7 @@ def pages(examples: bool = True) -> dict[str, str]:
     texts = {
         "diagnostics.md": diagnostics_page(),
         "cli.md": cli_page(),
+        "plugin-reference.md": reference_page(_cell, _option),
         "hf-compat.md": compat_page(registry),
         "versions.md": versions_page(),
         "peer-suite.md": peer_suite_page(),

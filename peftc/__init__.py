@@ -190,7 +190,7 @@ def __getattr__(name: str) -> Any:
         # `from peftc import rules` asks here first; Python then imports the submodule
         raise AttributeError(f"module `peftc` has no attribute `{name}`", name=name, obj=sys.modules[__name__])
     else:
-        value = _name_of_a_method(name)
+        return _name_of_a_method(name)
     globals()[name] = value
     return value
 
@@ -213,6 +213,13 @@ def _name_of_a_method(name: str) -> Any:
             f"Neither peftc nor an installed method has the public name `{name}`. {hint}".rstrip() + broken
         )
     method, role = found
+    value = _of_method(method, role, name)
+    if registry.claims_for(method.peft_type):  # one that is only registered may be exchanged for another
+        globals()[name] = value
+    return value
+
+
+def _of_method(method: Any, role: str, name: str) -> Any:
     if role == "config":
         return method.config
     if role == "export":

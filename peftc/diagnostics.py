@@ -20,10 +20,10 @@ from peftc.limits import MOST_SHOWN
 
 
 class Severity(StrEnum):
-    """How bad it is: an error stops the operation, a warning is shown and the operation goes on."""
+    """How bad it is."""
 
-    ERROR = "error"
-    WARNING = "warning"
+    ERROR = "error"  # stops the operation
+    WARNING = "warning"  # is shown, and the operation goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,19 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One problem: `what` is wrong `where`, `why` it matters and how to `fix` it. `code` never changes its meaning."""
+    """One problem. Made by calling its `Rule`."""
 
+    #: never changes its meaning
     code: str
+    #: whether it stops the operation
     severity: Severity
+    #: what is wrong, without a full stop
     what: str
+    #: why it matters, a sentence
     why: str
+    #: what to do about it, sentences
     fix: str
+    #: the place: a position in a file, a path in a document or of a module, or several of these
     where: Where = field(default_factory=Where)
     #: Python's own classes that the exception or warning with this problem also belongs to
     builtins: tuple[type[Exception], ...] = field(default=(), repr=False, compare=False)
@@ -76,15 +82,21 @@ class Diagnostic:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A kind of problem, declared once. `title` heads its entry in the documentation, `why` is the default reason.
+    """A kind of problem, declared once, and called to make one (see `rules`).
 
-    `builtins` are the classes of Python that the reference raises there, or warns with: who catches those catches ours.
+    A plugin's own have a code that begins with something else than peftc's `PC`:
+    `TOO_WIDE = Rule("SSF1", "Layer is too wide", "The vectors would not fit into the cache.")`.
     """
 
+    #: never used for another meaning
     code: str
+    #: heads its entry in the documentation
     title: str
+    #: the reason that is given if a call gives no other
     why: str
+    #: how bad it is, if a call says nothing else
     severity: Severity = Severity.ERROR
+    #: Python's classes that an exception with it is also of: who catches those catches ours
     builtins: tuple[type[Exception], ...] = (ValueError,)
 
     def __call__(
@@ -147,6 +159,7 @@ class PeftcError(_Also, PeftError):
     It is also of each builtin class that the rules of its errors name: a `ValueError`, an `OSError`, or both at once.
     """
 
+    #: everything that was found
     diagnostics: tuple[Diagnostic, ...]
 
     def __new__(cls, diagnostics: Iterable[Diagnostic] | Diagnostic) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -28,6 +29,7 @@ from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
 from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
+from peftc.registry.manager import default_registry
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.method import Former, MapTuner, TunerMethod
@@ -48,6 +50,22 @@ from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+def register_plugin(plugin: ModuleType | TunerMethod) -> TunerMethod:
+    """Make a method known to this process without installing it, as in a notebook, and return its record.
+
+    `plugin` is the record, or a module with the hook. From then on the method is one like all others, by its PEFT type too; a
+    type that is registered already is replaced, for models that are made afterwards. Raises `PeftcError` if the record
+    breaks the contract, or its type is that of an installed plugin.
+    """
+    return default_registry().register(plugin, over=False)
+
+
+def unregister_plugin(plugin: str | TunerMethod) -> None:
+    """Undo `register_plugin`, by PEFT type or record, once no model has adapters of the method any more. Raises `PeftcError`
+    if it was not registered so."""
+    default_registry().unregister(plugin if isinstance(plugin, str) else plugin.peft_type)
 
 
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
@@ -152,9 +170,11 @@ __all__ = [
     "parameter_slot",
     "read_adapter",
     "read_weights",
+    "register_plugin",
     "rules",
     "to_logical",
     "to_stored",
+    "unregister_plugin",
     "warn",
     "write_adapter",
 ]

@@ -78,6 +78,11 @@ PLUGIN_BLOCKED = RuntimeRule("PC206", "Plugin is blocked", "The environment vari
 NOT_CONFORMANT = RuntimeRule(
     "PC207", "Plugin fails a conformance check", "Those who use a method rely on what every method does."
 )
+CORE_RAISED = RuntimeRule(
+    "PC208",
+    "Failure beside a plugin's function",
+    "What peftc did for the method failed, not the method's own code; the model is unchanged.",
+)
 
 # PC3xx: graphs and base models --------------------------------------------------------------------------------------
 LAZY_LAYER = Rule(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peftc.plugin import (
@@ -56,7 +55,7 @@ class TokensTuner(MapTuner[TrainableTokensConfig]):
     def slots(self, c: TrainableTokensConfig, layer: LayerFacts) -> Iterable[Slot]:
         count = len(c.token_indices)
         size = layer.out_features if layer.kind is Kind.EMBEDDING else layer.in_features
-        yield replace(parameter_slot("trainable_tokens_delta", (count, size)), share=Share.WEIGHT)
+        yield parameter_slot("trainable_tokens_delta", (count, size), share=Share.WEIGHT)
         yield derived_slot("trainable_tokens_indices", (count,), dtype="int64", share=Share.WEIGHT)
 
     def init(self, c: TrainableTokensConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:

@@ -94,8 +94,11 @@ def begin(
         raise PeftcError(rules.NO_TYPE(what, fix=f"Use a method's own config; installed are {known}.", where=name))
     method = registry.method_of(config)
     copy = config.revalidated()
-    with boundary(method.peft_type, "check", json_path(("adapters", name))):
-        said = (*method.check(copy), *(() if options.loading else method.check_start(copy)))
+    place = json_path(("adapters", name))
+    with boundary(method.peft_type, "check", place):
+        said = tuple(method.check(copy))
+    with boundary(method.peft_type, "check_start", place):
+        said += () if options.loading else tuple(method.check_start(copy))
     return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), Context(graph, method, name, options)
 
 

@@ -92,7 +92,9 @@ class PeftConfigMixin(ConfigModel):
 
     files: ClassVar[ConfigFiles]
 
+    #: whether the method adds virtual tokens, for who asks the config
     is_prompt_learning: ClassVar[bool] = False
+    #: whether it is the reference's method of that name
     is_adaption_prompt: ClassVar[bool] = False
 
     #: pattern option -> the option that it overrides for the modules it matches, e.g. `{"rank_pattern": "r"}`

@@ -40,6 +40,7 @@ def _sorted(value: Any) -> Any:
 Names = Annotated[
     set[str] | str | None, BeforeValidator(_as_set), PlainSerializer(_sorted, when_used="json", return_type=Any)
 ]
+#: Names in an order. A list in a file; other collections are taken as well.
 NameList = Annotated[list[str] | None, BeforeValidator(_as_list)]
 
 

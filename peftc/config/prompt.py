@@ -25,4 +25,5 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     """Names of modules that are trained whole and saved along."""
 
+    #: as who asks the config for the kind of method has it
     is_prompt_learning: ClassVar[bool] = True

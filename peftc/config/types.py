@@ -62,10 +62,12 @@ class PeftType(str, metaclass=_OpenEnum):
 
     @property
     def value(self) -> str:
+        """The type as a plain text."""
         return str(self)
 
     @property
     def name(self) -> str:
+        """The same."""
         return str(self)
 
     def __repr__(self) -> str:
@@ -81,9 +83,9 @@ class PeftType(str, metaclass=_OpenEnum):
 class TaskType(StrEnum):
     """What the adapted model is for; decides the model class and which head is trained along."""
 
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+    SEQ_CLS = "SEQ_CLS"  # classify a text
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"  # write a text from a text, with an encoder and a decoder
+    CAUSAL_LM = "CAUSAL_LM"  # write on from a text
+    TOKEN_CLS = "TOKEN_CLS"  # classify each token
+    QUESTION_ANS = "QUESTION_ANS"  # mark an answer in a text
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"  # give hidden states

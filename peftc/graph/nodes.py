@@ -30,21 +30,22 @@ READABLE = (1, 2)
 class Kind(StrEnum):
     """How a module uses its weight. Decides which methods can adapt it and how its weight is stored."""
 
-    LINEAR = "linear"  # weight (out, in)
-    CONV1D_TRANSPOSED = "conv1d_transposed"  # transformers' Conv1D: a linear map, weight stored as (in, out)
-    EMBEDDING = "embedding"  # weight (num, dim)
-    CONV1D = "conv1d"  # weight (out, in / groups, k)
-    CONV2D = "conv2d"
-    CONV3D = "conv3d"
-    NORM = "norm"
+    LINEAR = "linear"  # `torch.nn.Linear` and its quantised kin: weight (out, in)
+    CONV1D_TRANSPOSED = "conv1d_transposed"  # transformers' `Conv1D`: a linear map, weight stored as (in, out)
+    EMBEDDING = "embedding"  # `torch.nn.Embedding`: weight (num, dim), a map from ids to vectors
+    CONV1D = "conv1d"  # `torch.nn.Conv1d`: weight (out, in / groups, k)
+    CONV2D = "conv2d"  # `torch.nn.Conv2d`: weight (out, in / groups, k, k)
+    CONV3D = "conv3d"  # `torch.nn.Conv3d`: weight (out, in / groups, k, k, k)
+    NORM = "norm"  # norms, torch's and transformers': only their parameters are known, so only `params` serves
     EXPERTS = "experts"  # one parameter of a module: weights (experts, out, in), or a single (out, in)
     EXPERTS_TRANSPOSED = "experts_transposed"  # the same, stored as (experts, in, out)
-    ATTENTION = "attention"  # torch's own: weights in parameters of its own, and an output layer that it reads
-    OTHER = "other"
+    ATTENTION = "attention"  # `torch.nn.MultiheadAttention`: what is adapted are its weights, as `EXPERTS` and `LINEAR`
+    OTHER = "other"  # any other module: only its parameters are known, as of norms
 
 
-#: Kinds that `all-linear` means.
+#: Kinds that `all-linear` means: a method with these serves linear layers however they store their weight.
 LINEAR_KINDS = frozenset({Kind.LINEAR, Kind.CONV1D_TRANSPOSED})
+#: Convolutions; `a.layer.kernel` and `a.layer.groups` say which.
 CONV_KINDS = frozenset({Kind.CONV1D, Kind.CONV2D, Kind.CONV3D})
 #: Kinds of which only the parameters are known, not what the layer computes from them.
 OPAQUE_KINDS = frozenset({Kind.NORM, Kind.OTHER})
@@ -115,25 +116,32 @@ _PLAIN_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 class LayerFacts:
     """What a method may know about a layer when it declares its slots: everything but the place.
 
-    `in_features` and `out_features` are those of the logical map whatever the storage: an embedding maps from
-    `num_embeddings` to `embedding_dim`, a convolution from `in_channels` to `out_channels` with `kernel` and `groups`.
-    `params` and `buffers` (persistent ones) are the module's own by name, in registration order. `note` says why a layer
-    that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own. `transposed` says that
-    a module stores the weights of experts as (experts, in, out).
-
-    Facts of a single parameter (`of_parameter`) have that alone in `params`, and how many `experts` it holds.
+    Sizes are those of the logical map, whatever the storage: of `W x + b` with W `(out, in · kernel)`. Facts of a single
+    parameter (`of_parameter`) have that alone in `params`.
     """
 
+    #: how the module uses its weight
     kind: Kind
+    #: name of the module's class
     cls: str
+    #: numbers that go in: an embedding's `num_embeddings`, a convolution's `in_channels`, of all groups
     in_features: int = 0
+    #: numbers that come out: an embedding's `embedding_dim`, a convolution's `out_channels`
     out_features: int = 0
+    #: size of a convolution's kernel; empty for other layers
     kernel: tuple[int, ...] = ()
+    #: groups of a convolution
     groups: int = 1
+    #: the module's own parameters by name, in registration order, each with the `shape` and `dtype` that it is stored in; with
+    #: a bias `"bias"` is among them
     params: tuple[tuple[str, TensorFacts], ...] = ()
+    #: its persistent buffers, likewise
     buffers: tuple[tuple[str, TensorFacts], ...] = ()
+    #: why a layer that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own
     note: str = ""
+    #: how many experts a single parameter holds; 0 for what is no such parameter
     experts: int = 0
+    #: whether a module stores the weights of experts as (experts, in, out)
     transposed: bool = False
 
     def of_parameter(self, name: str) -> LayerFacts | None:
@@ -155,6 +163,7 @@ class LayerFacts:
 
     @property
     def has_bias(self) -> bool:
+        """Whether there is a parameter called `bias`."""
         return any(name == "bias" for name, _ in self.params)
 
     @property
@@ -165,19 +174,20 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModuleNode:
-    """One module: its dotted path (empty for the root), shared facts, role, and the numbered block that it is in.
+    """One module: its place in the model, and its facts."""
 
-    `block` is the path of the list of blocks and the index in it, e.g. `("model.layers", 3)`: the first numbered
-    segment of the path.
-    """
-
+    #: dotted path, empty for the model itself
     path: str
+    #: facts of the module, one object for all that are alike
     facts: LayerFacts
+    #: what the module is for (`q`, `up`, `head`, …), where names and structure tell
     role: Role | None = None
+    #: path of the list of blocks that it is in and the index in that, e.g. `("model.layers", 3)`: the first number in the path
     block: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return self.path.rpartition(".")[2]
 
     @property
@@ -208,19 +218,20 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModuleGraph:
-    """All modules of a model, in `named_modules` order, and which parameters share storage.
+    """All modules of a model, and which parameters share storage."""
 
-    `ties` lists groups of full parameter names that are one tensor, the name that `named_parameters` reports first.
-    `former` says what weights were in checkpoints, where the model has them fused or under other names.
-    """
-
+    #: facts about the whole: `model.cls`, `model.model_type`, `model.dims` (`hidden_size`, `num_hidden_layers`, …)
     model: ModelFacts
+    #: all modules in `named_modules` order, the model itself first
     nodes: tuple[ModuleNode, ...]
+    #: groups of full parameter names that are one tensor, the name that `named_parameters` reports first
     ties: tuple[tuple[str, ...], ...] = ()
+    #: what weights were in checkpoints, where the model has them fused or under other names
     former: tuple[FormerLayers, ...] = ()
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleNode]:
+        """The modules by path."""
         return {node.path: node for node in self.nodes}
 
     @cached_property

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from typing import Any
 
 import pluggy
 
@@ -23,7 +24,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.types import PeftType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean, nearest, warn
 from peftc.registry import hookspecs
-from peftc.registry.boundary import is_of_user, is_out_of_memory
+from peftc.registry.boundary import is_of_user, is_out_of_memory, line_that_raised
 from peftc.registry.contract import contract_problem
 from peftc.tuner.method import TunerMethod
 
@@ -130,16 +131,36 @@ class Registry:
         """The method that a config belongs to."""
         return self.get(str(config.peft_type))
 
-    def register(self, plugin: object, name: str) -> TunerMethod:
-        """Add a plugin object (a module, or anything with the hook) without installing it. Raises `PeftcError`."""
+    def register(self, plugin: object, name: str = "", over: bool = True) -> TunerMethod:
+        """Add a method without installing it: that of a plugin object (a module, or anything with the hook), or of a record.
+
+        Without a name for the entry point it is the one that follows from the record. Raises `PeftcError`, unless `over` also
+        for a type that an installed plugin has.
+        """
         claim = Claim(name, getattr(plugin, "__name__", type(plugin).__name__), "this process", "0")
         method = self._accept(claim, plugin)
+        if not over:
+            self._refuse_installed(method.peft_type)
         self._methods[method.peft_type] = method
         return method
 
     def forget(self, peft_type: str) -> None:
         """Take a method out again that `register` added; one that is installed is loaded anew when it is asked for."""
         self._methods.pop(peft_type, None)
+
+    def unregister(self, peft_type: str) -> None:
+        """The same. Raises `PeftcError` if there is none that `register` added beside those that are installed."""
+        if peft_type not in self._methods:
+            raise PeftcError(self._unknown(peft_type))
+        self._refuse_installed(peft_type)
+        self.forget(peft_type)
+
+    def _refuse_installed(self, peft_type: str) -> None:
+        claims = self.claims_for(peft_type)
+        if claims:
+            what = f"`{peft_type}` is claimed by {'; '.join(map(str, claims))}, which is installed"
+            fix = f"Give your method another type, or hide the installed one: `PEFTC_BLOCK={peft_type.lower()}`."
+            raise PeftcError(rules.PLUGIN_CONFLICT(what, fix=fix))
 
     def find_name(self, public_name: str) -> tuple[TunerMethod, str] | None:
         """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`, `"encoder"`, `"export"`).
@@ -218,29 +239,39 @@ class Registry:
         except BaseException as error:  # the plugin boundary: whatever a stranger's module does becomes a diagnostic
             if is_of_user(error) or is_out_of_memory(error):
                 raise
-            fix = f"Repair or uninstall {claim.distribution}; other methods work meanwhile."
+            fix = f"{_at(error)}Repair or uninstall {claim.distribution}; other methods work meanwhile."
             what = f"Importing {claim} raised {type(error).__name__}: {error}"
             raise PeftcError(rules.PLUGIN_BROKEN(what, fix=fix)) from error
         return self._accept(claim, plugin)
 
     def _accept(self, claim: Claim, plugin: object) -> TunerMethod:
-        manager = _manager()
-        try:
-            manager.register(plugin, claim.name)
-            manager.check_pending()
-            method = manager.hook.peftc_tuner()
-        except BaseException as error:  # the plugin boundary
-            if is_of_user(error) or is_out_of_memory(error):
-                raise
-            what = f"{claim} failed while registering: {type(error).__name__}: {error}"
-            raise PeftcError(
-                rules.PLUGIN_BROKEN(what, fix="The hook is `peftc_tuner()`, marked `@hookimpl`.")
-            ) from error
-        problem = contract_problem(claim.peft_type, method)
+        method = plugin if isinstance(plugin, TunerMethod) else self._asked(claim, plugin)
+        own = str(method.peft_type).upper() if isinstance(method, TunerMethod) else ""
+        problem = contract_problem(claim.peft_type or own, method)
         if problem:
             raise PeftcError(rules.PLUGIN_INVALID(f"{claim}: {problem}", fix="Correct the plugin's record."))
         accepted: TunerMethod = method
         return accepted
+
+    def _asked(self, claim: Claim, plugin: object) -> Any:
+        """What the hook of a plugin object returns."""
+        manager = _manager()
+        try:
+            manager.register(plugin, claim.name or claim.module)
+            manager.check_pending()
+            return manager.hook.peftc_tuner()
+        except BaseException as error:  # the plugin boundary
+            if is_of_user(error) or is_out_of_memory(error):
+                raise
+            what = f"{claim} failed while registering: {type(error).__name__}: {error}"
+            told = rules.PLUGIN_BROKEN(what, fix=f"{_at(error)}The hook is `peftc_tuner()`, marked `@hookimpl`.")
+            raise PeftcError(told) from error
+
+
+def _at(error: BaseException) -> str:
+    """The line of the plugin that raised, as a sentence before others."""
+    line = line_that_raised(error)
+    return f"The line that raised: {line}. " if line else ""
 
 
 def _stem(public_name: str) -> str:

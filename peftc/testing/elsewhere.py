@@ -89,7 +89,7 @@ def _planned(job: Mapping[str, Any]) -> dict[str, Any]:
     plan, error = None, ""
     try:
         if job["module"] and job["type"] not in default_registry().names:
-            default_registry().register(importlib.import_module(job["module"]), job["type"].lower())
+            default_registry().register(importlib.import_module(job["module"]))
         config = default_registry().get(job["type"]).config(**job["config"])
         plan = plan_to_json(compile_plan(_graph(job), {"default": config}))
     except PeftcError as problem:

@@ -30,10 +30,11 @@ from peftc.testing.checks import (
     planning,
     prompts,
     states,
+    used,
 )
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
-from peftc.testing.report import Finding, Report
-from peftc.testing.subjects import Subject, subjects
+from peftc.testing.report import Finding, Report, broken
+from peftc.testing.subjects import Subject, quiet, subjects
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
@@ -147,6 +148,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (declared.compiling_leaves_the_config_alone, everywhere),
     (declared.method_is_stateless, everywhere),
     (declared.keys_follow_the_rule, everywhere),
+    (used.what_is_declared_is_used, once),
     (calls.lowerings_have_their_shapes, on_layers),
     (calls.starting_leaves_the_config_alone, everywhere),
     (planning.plan_survives_json, everywhere),
@@ -250,7 +252,8 @@ class Elsewhere:
 
     def __init__(self, subjects: Sequence[Subject], modules: dict[str, str]) -> None:
         self._subjects = subjects
-        self._modules = modules
+        #: those of plugins that are not installed, by PEFT type
+        self.modules = modules
 
     def __call__(self, s: Subject) -> Planned:
         plans = self._from_graphs if s.model.base is None else self._from_configs
@@ -258,11 +261,11 @@ class Elsewhere:
 
     @cached_property
     def _from_graphs(self) -> dict[str, Planned]:
-        return plan_elsewhere([s for s in self._subjects if s.model.base is None], self._modules)
+        return plan_elsewhere([s for s in self._subjects if s.model.base is None], self.modules)
 
     @cached_property
     def _from_configs(self) -> dict[str, Planned]:
-        return plan_elsewhere([s for s in self._subjects if s.model.base is not None], self._modules)
+        return plan_elsewhere([s for s in self._subjects if s.model.base is not None], self.modules)
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ class Case:
     def run(self) -> None:
         """Raise `PeftcError` that says what is wrong and how to mend it, if the method fails the check."""
         __tracebackhide__ = True
-        with boundary(self.subject.method.peft_type, f"conformance check {self.check}"):
+        with quiet(), boundary(self.subject.method.peft_type, f"conformance check {self.check}"):
             self.call()
 
 
@@ -292,7 +295,7 @@ def cases(*plugins: str | ModuleType) -> list[Case]:
     methods: list[TunerMethod] = []
     for plugin in plugins or registry.names:
         if isinstance(plugin, ModuleType):
-            methods.append(registry.register(plugin, _entry_name(plugin)))
+            methods.append(registry.register(plugin))
             modules[methods[-1].peft_type] = plugin.__name__
         else:
             methods.append(registry.get(plugin))
@@ -312,16 +315,11 @@ def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
 
 
 def _check_plan(check: Callable[[Subject, Planned], None], s: Subject, elsewhere: Elsewhere) -> None:
+    peft_type = s.method.peft_type
+    if peft_type not in elsewhere.modules and not default_registry().claims_for(peft_type):
+        what = f"{peft_type} is known to this process alone, and its plans are made by another"
+        raise broken(what, "Put it with its hook into a file, and check that: `peftc plugins check FILE`.")
     check(s, elsewhere(s))
-
-
-def _entry_name(plugin: ModuleType) -> str:
-    """The entry-point name that the plugin's record asks for."""
-    hook = getattr(plugin, "peftc_tuner", None)
-    if hook is None:
-        return plugin.__name__  # the registry says what is missing
-    with boundary(plugin.__name__, "peftc_tuner"):
-        return str(hook().peft_type).lower()
 
 
 def chosen(plugin: str | ModuleType, only: Sequence[str] = ()) -> list[Case]:

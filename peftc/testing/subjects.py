@@ -35,6 +35,8 @@ from peftc.tuner.prompt import PromptTuner
 
 #: Kinds of layer that some method may adapt.
 ADAPTABLE = frozenset(Kind) - {Kind.OTHER}
+#: Codes of what a method fails with, and does not say itself.
+_FAILED = frozenset(rule.code for rule in (rules.PLUGIN_RAISED, rules.PLUGIN_INVALID, rules.CORE_RAISED))
 
 
 @contextmanager
@@ -288,7 +290,7 @@ def _has_place(
             config = config.model_copy(update=dict(method.module_tuner.resolve(config, model.graph)))
             return bool(method.module_tuner.sites(config, model.graph))
     except PeftcError as error:
-        return any(problem.code == rules.PLUGIN_RAISED.code for problem in error.diagnostics)
+        return any(problem.code in _FAILED for problem in error.diagnostics)
 
 
 def _targets(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> tuple[str, ...] | None:
@@ -336,6 +338,13 @@ def _stacks(model: TinyModel) -> Iterator[ModuleNode]:
         facts = node.facts.of_parameter(name)
         if facts is not None:
             yield node.of_parameter(name, facts)
+
+
+def kinds_in(model: TinyModel) -> frozenset[Kind]:
+    """Kinds of layer that a method is tried on, on a model."""
+    if model.parameters:
+        return frozenset(node.facts.kind for node in _stacks(model))
+    return frozenset(node.facts.kind for node in model.graph.nodes) & ADAPTABLE
 
 
 def _fits(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> bool:

@@ -36,9 +36,11 @@ SEAMS = ("on_step", "loss", "fitted", "export", "restore")
 
 @dataclass(frozen=True, slots=True)
 class Former(Generic[V]):
-    """A slot's value on a layer that was joined with others, and how many times larger its scaling was than it is now."""
+    """A slot on a layer that was joined with others."""
 
+    #: its tensor
     value: V
+    #: how many times larger the layer's scaling was than it is now
     ratio: float = 1.0
 
 
@@ -90,8 +92,11 @@ class MapTuner(ABC, Generic[C]):
 
     @abstractmethod
     def init(self, c: C, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        """Fill freshly made slots (by label: the name, or `name.tail` where several share it) in place. Derived ones are not
-        among them."""
+        """Fill freshly made slots (by label: the name, or `name.tail` where several share it) in place.
+
+        Called once for each layer with something to fill. Derived slots are never among them; a shared one is for the first
+        layer that has it, and not for the others.
+        """
 
     def declare(self, kinds: Sequence[tuple[C, LayerFacts]]) -> Sequence[Iterable[Slot]]:
         """The storage of all kinds of layer that an adapter is on, each with the options in force there, where it depends
@@ -224,17 +229,22 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
-        """`Δy` to add to the layer's output, from its input (ids, of an embedding) and its output so far."""
+        """`Δy` to add to the layer's output, from its input (ids, of an embedding) and its output so far.
+
+        `x` is in the dtype of the adapter's first slot, `y0` in what the layer gives, which may be half precision beside slots
+        in float32: cast it to compute with it. `Δy` may be of either; the sum is cast to the dtype of `y0`.
+        """
         raise NotImplementedError
 
     def input(self, a: View, x: Tensor) -> Tensor:
-        """A linear map of the layer's input, features (or patches, see `input_space`) in the last dimension."""
+        """A linear map of the layer's input, features (or patches, see `input_space`) in the last dimension. `x` is in the
+        dtype of the adapter's first slot, and what is returned is cast to that of the input."""
         raise NotImplementedError
 
     def output(self, a: View, y: Tensor) -> Tensor:
         """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`. It may
         add a constant, which is merged into the bias: a layer without one gets it, if its kind has any. What is neither is
-        not merged; then give `branch`."""
+        not merged; then give `branch`. Dtypes as of `input`."""
         raise NotImplementedError
 
     def vectors(self, a: View) -> tuple[Tensor, Tensor]:
@@ -243,7 +253,8 @@ class MapTuner(ABC, Generic[C]):
         raise NotImplementedError
 
     def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The layer's parameters `p` (running) and `p0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`."""
+        """The layer's parameters `p` (running) and `p0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`. All are
+        in the wider of the base's dtype and that of the adapter's first slot. Names that are not in `p` are an error."""
         raise NotImplementedError
 
 
@@ -264,14 +275,14 @@ def no_values(config: Any, rows: int) -> Mapping[str, Sequence[int]]:
 
 @dataclass(frozen=True)
 class TunerMethod:
-    """A method's record: all that the core knows of it.
+    """A method's record: all that the core knows of it."""
 
-    `tuner` is the mathematics; or several for different kinds of layer, of which the first that supports a layer's kind is
-    taken; or a function that chooses one of `choices` by config and node.
-    """
-
+    #: the name of the method, in upper case; the entry point has it in lower case
     peft_type: str
+    #: the class of its options, whose `peft_type` has this name for a default
     config: type[PeftConfig]
+    #: the mathematics; or several for different kinds of layer, of which the first that supports a layer's kind is taken; or
+    #: a function that chooses one of `choices` by config and node
     tuner: (
         MapTuner[Any]
         | tuple[MapTuner[Any], ...]
@@ -286,8 +297,9 @@ class TunerMethod:
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
     layer_names: tuple[str, ...] = ()
-    #: public names of the empty model class and layer class, for `isinstance`; left out, those that go with the config's
+    #: public name of the empty model class, for `isinstance`; left out, the one that goes with the config's
     model_class: str = ""
+    #: public name of the empty layer class, likewise
     layer_class: str = ""
     #: public name of the empty class of prompt encoders, likewise
     encoder_class: str = ""
@@ -299,11 +311,14 @@ class TunerMethod:
     model_methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     #: further public names of the method, e.g. its enums and helper functions, and what they stand for
     exports: Mapping[str, Any] = field(default_factory=dict)
-    #: option -> name of its table of defaults by model type (`peftc.graph.targets`), e.g. `{"target_modules": "attention"}`
+    #: option -> name of its table of defaults by model type, in `peftc/graph/default_targets.json`; each of the reference's
+    #: methods has one, and one of a plugin may take any of them
     default_targets: Mapping[str, str] = field(default_factory=dict)
     #: options that all adapters of the method on one model must have alike
     alike: tuple[str, ...] = ()
+    #: what the method does, in one sentence, for lists of methods
     summary: str = ""
+    #: where it was published, e.g. `"arXiv:2405.17604"`
     paper: str = ""
     #: tags that the hub knows the method by; they go into the model card
     tags: tuple[str, ...] = ()
@@ -336,6 +351,7 @@ class TunerMethod:
 
     @property
     def is_prompt(self) -> bool:
+        """Whether it adds virtual tokens."""
         return isinstance(self.tuner, PromptTuner)
 
     @property

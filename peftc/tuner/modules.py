@@ -22,7 +22,10 @@ C = TypeVar("C", bound=PeftConfig)
 
 
 class ModuleView(Protocol):
-    """One adapter around one module. Slots are attributes: `a.shift` is the live tensor, looked up at each use."""
+    """One adapter around one module. Slots are attributes: `a.shift` is the live tensor, looked up at each use.
+
+    Where several slots share a name they are found by label: `a["down.weight"]`.
+    """
 
     @property
     def config(self) -> PeftConfig:
@@ -31,6 +34,9 @@ class ModuleView(Protocol):
     @property
     def module(self) -> nn.Module:
         """The wrapped module, to be called, or parts of it, or neither."""
+
+    def __getitem__(self, label: str) -> Tensor:
+        """The live tensor of a slot by label."""
 
     def __getattr__(self, slot: str) -> Tensor: ...
 

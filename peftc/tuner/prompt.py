@@ -23,11 +23,11 @@ C = TypeVar("C", bound=PromptLearningConfig)
 
 
 class Place(StrEnum):
-    """Where virtual tokens go. `INPUTS` also puts a second table before the decoder's input of an encoder-decoder."""
+    """Where virtual tokens go."""
 
-    INPUT = "input"
-    INPUTS = "inputs"
-    CACHE = "cache"
+    INPUT = "input"  # before the embeddings of the input
+    INPUTS = "inputs"  # the same, and in an encoder-decoder a second table before the decoder's input
+    CACHE = "cache"  # as keys and values that every attention layer finds before those of the input
 
     @property
     def is_cache(self) -> bool:
@@ -45,6 +45,7 @@ class PromptTuner(ABC, Generic[C]):
     A slot is known to the method by its *label*: its name, or `name.tail` where several slots share the name.
     """
 
+    #: where the virtual tokens go
     place: ClassVar[Place] = Place.INPUT
     #: keywords of a call that are for the method alone; the core takes them out and hands them to `labels` and `loss`
     keywords: ClassVar[tuple[str, ...]] = ()

@@ -14,21 +14,18 @@ from enum import StrEnum
 
 
 class Container(StrEnum):
-    """How a slot is held: `lora_A.default.weight` (module) or `ia3_l.default` (parameter)."""
+    """How a slot is held."""
 
-    MODULE = "module"
-    PARAMETER = "parameter"
+    MODULE = "module"  # in a small module of its own: `lora_A.default.weight`
+    PARAMETER = "parameter"  # as a bare parameter: `ia3_l.default`
 
 
 class Share(StrEnum):
-    """Which layers of an adapter have one tensor together, where a slot's `share` is none of the method's own keys.
+    """Which layers of an adapter have one tensor together, where a slot's `share` is none of the method's own keys."""
 
-    `MODEL`: all that have the slot; the tensor also shows at the model's own level and is saved under that,
-    `base_model.<slot>`. `WEIGHT`: those whose base weights are one tensor, such as tied embeddings; a checkpoint has a copy
-    under the key of each layer, as it has of tensors that a model ties.
-    """
-
+    #: all that have the slot; the tensor also shows at the model's own level and is saved under that, `base_model.<slot>`
     MODEL = "model"
+    #: those whose base weights are one tensor, such as tied embeddings; a checkpoint has a copy under the key of each layer
     WEIGHT = "weight"
 
 
@@ -36,31 +33,37 @@ class Share(StrEnum):
 class Slot:
     """One named tensor of an adapter at one site.
 
-    `tail` names the tensor inside a module container. `dtype` is usually left to the core: the base layer's, with half
-    precision lifted to float32. A slot that is not `saved` must be rebuilt by the method when it is loaded. One with a
-    `value` is a constant: the core fills it, saved or not, and the method's `init` need not. One that is not `named` has no
-    adapter's name in memory, so only the active adapter's tensor can be in the model; around modules only.
-
-    A `derived` slot is a frozen buffer that the method computes again wherever it was not saved (`MapTuner.derive`).
-    Layers whose slots of one name have the same `share` (a `Share` or any other key) have one tensor. `home` is filled in
-    by the compiler: the path of the layer that it is saved under, empty for the model itself.
-
-    Along the first dimension it consists of so many `blocks`, such as a rank for each group of a convolution. To be made
-    larger, each of them is.
+    The functions `parameter_slot`, `module_slot`, `derived_slot` and `constant_slot` make the usual ones;
+    `dataclasses.replace(slot, saved=False)` changes what they have no argument for.
     """
 
+    #: begins with the record's prefix, if it is saved and not derived
     name: str
+    #: sizes, none of them 0
     shape: tuple[int, ...]
+    #: how it is held
     container: Container = Container.PARAMETER
+    #: name of the tensor inside a module container
     tail: str = ""
+    #: whether it is trained
     trainable: bool = True
+    #: whether a checkpoint has it; what it has not, the method makes again when it is loaded
     saved: bool = True
+    #: as torch names it (`"int64"`); left out, the base layer's, with half precision lifted to float32
     dtype: str | None = None
+    #: whether its name in memory has the adapter's in it; without, which is for modules only, just the active adapter's
+    #: tensor can be in the model
     named: bool = True
+    #: what a constant holds: the core fills it, saved or not, and the method's `init` need not
     value: float | None = None
+    #: whether it is a frozen buffer that the method computes again wherever it was not saved (`MapTuner.derive`)
     derived: bool = False
+    #: layers whose slots of one name have the same of these, a `Share` or any other key, have one tensor
     share: str = ""
+    #: filled in by the compiler: the path of the layer that a shared tensor is saved under, empty for the model itself
     home: str | None = None
+    #: of how many equal parts the first dimension consists, such as a rank for each group of a convolution; to be made
+    #: larger, each of them is
     blocks: int = 1
 
     @property
@@ -70,6 +73,7 @@ class Slot:
 
     @property
     def numel(self) -> int:
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
     @property
@@ -78,14 +82,19 @@ class Slot:
         return f"{self.name}.{self.tail}" if self.tail else self.name
 
 
-def module_slot(name: str, shape: tuple[int, ...], tail: str = "weight", trainable: bool = True) -> Slot:
-    """A slot inside a small module of its own, as a low-rank factor: `P.name.<adapter>.weight`."""
-    return Slot(name, shape, Container.MODULE, tail, trainable)
+def module_slot(
+    name: str, shape: tuple[int, ...], tail: str = "weight", trainable: bool = True, share: str = ""
+) -> Slot:
+    """A slot inside a small module of its own, as a low-rank factor: `P.name.<adapter>.weight`. Layers whose slots of this
+    name have the same `share`, a `Share` or any key of the method's own, have one tensor."""
+    return Slot(name, shape, Container.MODULE, tail, trainable, share=share)
 
 
-def parameter_slot(name: str, shape: tuple[int, ...], trainable: bool = True, named: bool = True) -> Slot:
-    """A bare parameter, as a vector of scales: `P.name.<adapter>`; `P.name` if not `named`."""
-    return Slot(name, shape, Container.PARAMETER, "", trainable, named=named)
+def parameter_slot(
+    name: str, shape: tuple[int, ...], trainable: bool = True, named: bool = True, share: str = ""
+) -> Slot:
+    """A bare parameter, as a vector of scales: `P.name.<adapter>`; `P.name` if not `named`. `share` as of `module_slot`."""
+    return Slot(name, shape, Container.PARAMETER, "", trainable, named=named, share=share)
 
 
 def derived_slot(

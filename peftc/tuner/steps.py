@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The answer of `MapTuner.on_step`. Places are `(path of the layer, label of the slot)`.
+    """The answer of `MapTuner.on_step`. Places are `(path of the layer, label of the slot)`."""
 
-    `masks` are boolean tensors of the slots' shapes: where they are False, the slot becomes zero. `trainable` says of slots
-    that can train whether they do from now on. `options` are new values of some of the tuner's `step_options`.
-    """
-
+    #: boolean tensors of the slots' shapes: where they are False, the slot becomes zero
     masks: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    #: of slots that can train, whether they do from now on
     trainable: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    #: new values of some of the tuner's `step_options`
     options: Mapping[str, Any] = field(default_factory=dict)

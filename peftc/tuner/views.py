@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -10,6 +10,18 @@ if TYPE_CHECKING:
 
     from peftc.config.base import PeftConfig
     from peftc.graph.nodes import LayerFacts
+
+
+class NoSlot(AttributeError, KeyError):
+    """A method asks its view for a slot that it has not declared: its own mistake, wherever it is noticed."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def no_slot(label: str, there: Iterable[str]) -> NoSlot:
+    """The error for a label that is none of those."""
+    return NoSlot(f"no slot `{label}`; there are {sorted(there)}")
 
 
 class View(Protocol):
@@ -42,7 +54,8 @@ class View(Protocol):
         For a `branch` that needs them. They are read for this; what a branch can do without is not read.
         """
 
-    def __getitem__(self, label: str) -> Tensor: ...
+    def __getitem__(self, label: str) -> Tensor:
+        """The live tensor of a slot by label."""
 
     def down(self, A: Tensor, x: Tensor) -> Tensor:
         """`A x` with the layer's own geometry, for a `branch` that is thin in a way of its own: A `(r, in · kernel)` on the
@@ -68,21 +81,30 @@ class SlotInit(Protocol):
     follow are the reference's; what is in the tensor is lost.
     """
 
-    def zeros(self, tensor: Tensor) -> None: ...
+    def zeros(self, tensor: Tensor) -> None:
+        """All 0."""
 
-    def ones(self, tensor: Tensor) -> None: ...
+    def ones(self, tensor: Tensor) -> None:
+        """All 1."""
 
-    def fill(self, tensor: Tensor, value: float) -> None: ...
+    def fill(self, tensor: Tensor, value: float) -> None:
+        """All of one value."""
 
-    def normal(self, tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> None: ...
+    def normal(self, tensor: Tensor, std: float = 1.0, mean: float = 0.0) -> None:
+        """Normal, with this deviation around this mean."""
 
-    def skip_normal(self, tensor: Tensor) -> None: ...
+    def skip_normal(self, tensor: Tensor) -> None:
+        """As many numbers drawn as `normal` would draw, and none kept."""
 
-    def skip_uniform(self, tensor: Tensor) -> None: ...
+    def skip_uniform(self, tensor: Tensor) -> None:
+        """As many numbers drawn as `uniform` would draw, and none kept."""
 
-    def uniform(self, tensor: Tensor, bound: float) -> None: ...
+    def uniform(self, tensor: Tensor, bound: float) -> None:
+        """Uniform between `-bound` and `bound`."""
 
-    def kaiming_uniform(self, tensor: Tensor, a: float) -> None: ...
+    def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
+        """As `torch.nn.init.kaiming_uniform_` does (He et al. 2015, equation 14); with `a = 5 ** 0.5` as torch starts a
+        linear layer's weight."""
 
     @property
     def base(self) -> Mapping[str, Tensor]:
@@ -111,7 +133,8 @@ class PromptContext(Protocol):
     """What a prompt may start from."""
 
     @property
-    def init(self) -> SlotInit: ...
+    def init(self) -> SlotInit:
+        """Initialisers."""
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -121,4 +144,5 @@ class PromptContext(Protocol):
         """Token ids of a text, `kwargs` going to the tokenizer. Raises `PeftcError` if there is no such tokenizer here."""
 
 
+#: Tensors by name.
 Tensors = Mapping[str, "Tensor"]

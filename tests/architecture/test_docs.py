@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,15 @@ def test_links_and_files_exist(page: Path) -> None:
 def test_commands_exist(page: Path) -> None:
     code = " ".join(FENCE.findall(page.read_text(encoding="utf-8")))
     assert sorted(set(COMMAND.findall(code)) - set(COMMANDS)) == []
+
+
+def test_every_name_for_authors_of_plugins_is_described() -> None:
+    place = ROOT / "docs" / "plugin_reference.py"
+    spec = importlib.util.spec_from_file_location("plugin_reference", place)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.undescribed() == []
 
 
 def test_every_make_target_is_explained() -> None:

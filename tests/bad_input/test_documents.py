@@ -238,7 +238,7 @@ CASES = {
     "a blocked plugin": Case(rules.PLUGIN_BLOCKED, asked(claim("fake"), blocked=frozenset({"fake"})), "out of PEFTC_BLOCK", "", manager, "if not claims and any(c.peft_type == peft_type for c in self.claims):", "if False:"),
     "a plugin that is not there": Case(rules.PLUGIN_BROKEN, asked(claim("fake", "no_such_module")), "ModuleNotFoundError", "", manager, "raise PeftcError(rules.PLUGIN_BROKEN(what, fix=fix)) from error", "raise"),
     "a record without a prefix": Case(rules.PLUGIN_INVALID, broken_hook, "needs a `prefix`", "", contract, "and not (method.prefix and method.layer_names):", "and False:"),
-    "a plugin that raises": Case(rules.PLUGIN_RAISED, own_check_fails, "RuntimeError: a mistake in the plugin", "doc.yaml:3:21", boundary_module, "return PeftcError(rules.PLUGIN_RAISED(what, fix=fix, where=path))", "return error"),
+    "a plugin that raises": Case(rules.PLUGIN_RAISED, own_check_fails, "RuntimeError: a mistake in the plugin", "doc.yaml:3:21", boundary_module, "return PeftcError(_of_plugin(peft_type, function, path, told, plugins or passed))", "return error"),
     # the frame
     "no memory": Case(rules.OUT_OF_MEMORY, without_memory, "can't allocate memory", "", cli_main, "console.show([_out_of_memory(error)])", "pass"),
     "a refusal of the system": Case(rules.SYSTEM_REFUSED, command("schema", "plan", "--write", "--dir", "/dev/null/x"), "Not a directory", "", cli_main, "console.show([_system_refused(error)])", "pass"),

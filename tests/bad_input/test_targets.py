@@ -198,7 +198,7 @@ CASES: dict[str, Case] = {
     ),
     "slots that raise": Case(
         rules.PLUGIN_RAISED, plan(fail="slots"), ("`slots` of SAMPLE raised ZeroDivisionError: no slots today", "model.layers.0"),
-        (boundary, "        raise _raised(peft_type, function, path, error) from error", "        pass"),
+        (boundary, "        raise _raised(peft_type, function, path, error, frames=2) from error", "        pass"),
     ),
     "a check that raises": Case(
         rules.PLUGIN_RAISED, plan(fail="check"), ("`check` of SAMPLE raised KeyError",),

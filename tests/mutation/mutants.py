@@ -420,6 +420,11 @@ MUTANTS: dict[str, Mutant] = {
     "keys_that_json_lacks": Mutant(
         record(Sound(), config=KeysThatJsonLacks, examples=({"table": {1: "a"}},)), "config_survives_files", "table"
     ),
+    "values_for_nobody": Mutant(
+        record(Sound(), example_values=lambda c, rows: {"colour": [0] * rows}),
+        "what_is_declared_is_used",
+        "gives `colour`, which nothing reads",
+    ),
     "biases_by_another_name": Mutant(record(Sound(), config=BiasesByAnotherName), "biases_train_along", "mutant_only"),
     "by_length": Mutant(
         replace(SOUND_AROUND, tuner=ByLength()),

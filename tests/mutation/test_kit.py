@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from peftc import rules
 from peftc.compiler.passes import order as passes
 from peftc.compiler.passes import select
 from peftc.compiler.plan.adapter import AdapterPlan
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import PeftcError, warn
 from peftc.graph.nodes import Kind
 from peftc.model.functions import hotswap
 from peftc.model.parts import rows
@@ -302,6 +304,14 @@ def test_the_report_shows_the_line_that_raised(choose: Choose) -> None:
     choose("three_dimensions_only")
     text = str(examine(mutants, "any_leading_shape"))
     assert "mutants.py" in text and "in branch: batch, length, _ = x.shape" in text
+
+
+def test_warnings_that_checks_provoke_are_not_shown(choose: Choose) -> None:
+    choose("sound")
+    told = rules.BIAS_GAINED("The layer had none", fix="Nothing.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace(case_of("plan_survives_json"), call=lambda: warn([told])).run()
 
 
 def test_a_check_that_is_not_there_is_named(choose: Choose) -> None:

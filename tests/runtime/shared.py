@@ -48,7 +48,7 @@ class CommonTuner(MapTuner[CommonConfig]):
         c, inputs = kinds[0][0], max(layer.in_features for _, layer in kinds)
         outputs = max(layer.out_features for _, layer in kinds)
         own = parameter_slot("common_d", (c.r,))
-        bank = Slot("common_B", (outputs, c.r), share=Share.MODEL)
+        bank = parameter_slot("common_B", (outputs, c.r), share=Share.MODEL)
         return [(own, bank, derived_slot("common_A", (c.r, inputs), saved=c.saves, share=Share.MODEL)) for _ in kinds]
 
     def init(self, c: CommonConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:

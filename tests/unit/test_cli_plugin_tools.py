@@ -221,7 +221,12 @@ def test_a_check_that_is_not_there(careless: str, capsys: Captured, monkeypatch:
     [
         ("1 / 0", "PC205", "`import` of careless.py raised ZeroDivisionError"),
         ("x = 1", "PC204", "no function is marked `@hookimpl`"),
-        ("def peftc_tuner(): raise KeyError('oh')", "PC205", "`peftc_tuner` of careless raised KeyError: 'oh'"),
+        ("def peftc_tuner(): raise KeyError('oh')", "PC204", "no function is marked `@hookimpl`"),
+        (
+            "from peftc.plugin import hookimpl\n@hookimpl\ndef peftc_tuner(): raise KeyError('oh')",
+            "PC202",
+            "careless.py:3: def peftc_tuner(): raise KeyError('oh')",
+        ),
     ],
 )
 def test_a_file_that_is_no_plugin(careless: str, capsys: Captured, source: str, code: str, says: str) -> None:

@@ -37,18 +37,25 @@ def weighed(
     if tuner is None:
         return draft, ()
     try:
-        with boundary(str(draft.config.peft_type), "check"):
-            draft = draft.configured(**tuner.resolve(draft.config, graph.model.dims))
+        method = str(draft.config.peft_type)
+        with boundary(method, "resolve"):
+            found_out = dict(tuner.resolve(draft.config, graph.model.dims))
+        draft = draft.configured(**found_out)
+        with boundary(method, "check"):
             said = tuple(tuner.check(draft.config, graph.model.dims))
         draft = draft.told(*(placed(problem, name, draft.config) for problem in said))
+        with boundary(method, "needs"):
+            needed = dict(tuner.needs(draft.config))
+        with boundary(method, "trains_needed"):
+            trains = tuner.trains_needed(draft.config)
         plans = []
-        for key, origin in tuner.needs(draft.config).items():
+        for key, origin in needed.items():
             config = read_config(origin)
             config.inference_mode = draft.config.inference_mode
             part = drafting(f"{name}_{key}", config)
             draft = draft.told(*part.problems)
             draft = draft.told(*_ungateable(part, registry, graph, origin))
-            plans.append(_needed(f"{name}_{key}", part, name, origin, tuner.trains_needed(draft.config)))
+            plans.append(_needed(f"{name}_{key}", part, name, origin, trains))
         return draft.but(call=_site(graph, draft, tuner, plans, autocast)), tuple(plans)
     except PeftcError as error:
         return draft.failed(error), ()
@@ -103,7 +110,7 @@ def _site(
     adapted = {site.path for plan in plans for site in plan.maps}
     layers = tuple(node.path for node in graph.nodes if node.path in adapted)
     with boundary(str(draft.config.peft_type), "slots"):
-        slots = all_of(tuner.slots(draft.config, len(layers)))
+        slots = all_of(iter(tuner.slots(draft.config, len(layers))))
     check_form(slots, str(draft.config.peft_type))
     first = next((tensor.dtype for node in graph.nodes for _, tensor in node.facts.params), "float32")
     needs = tuple(plan.name for plan in plans)

@@ -29,7 +29,8 @@ def wrap_modules(draft: Draft, context: Context) -> Draft:
     method, graph = context.method.peft_type, context.graph
     try:
         with boundary(method, "resolve"):
-            draft = draft.configured(**tuner.resolve(draft.config, graph))
+            found_out = dict(tuner.resolve(draft.config, graph))
+        draft = draft.configured(**found_out)
         with boundary(method, "sites"):
             chosen = dict(tuner.sites(draft.config, graph))
         if context.options.given is not None and context.options.given != chosen.keys():
@@ -53,7 +54,7 @@ def _sites(draft: Draft, context: Context, chosen: Mapping[str, str]) -> Iterato
             raise PeftcError(rules.PLUGIN_INVALID(what, fix="Correct the plugin's `sites`.", where=path))
         node = graph.nodes[positions[path]]
         with boundary(context.method.peft_type, "slots", path):
-            slots = all_of(tuner.slots(draft.config, node, graph))
+            slots = all_of(iter(tuner.slots(draft.config, node, graph)))
         check_slots(slots, context, path)
         if slots in known:  # sites that are alike share their slots, which tells them apart from others at no cost
             slots = known[known.index(slots)]

@@ -47,10 +47,11 @@ def add_prompt(draft: Draft, context: Context) -> Draft:
         fix = "Set it, e.g. to 20." if missing == "num_virtual_tokens" else "Set it to that of the model."
         return draft.told(rules.PROMPT_SIZE(f"`{missing}` is not set", fix=fix, where=context.where(missing)))
     try:
-        with boundary(context.method.peft_type, "slots"):
-            declare = tuner.encoded if context.options.loading or config.inference_mode else tuner.slots
-            slots = all_of(declare(config, model.dims))
-            extra = tuple(tuner.extra(config, model.dims).items())
+        declare = tuner.encoded if context.options.loading or config.inference_mode else tuner.slots
+        with boundary(context.method.peft_type, declare.__name__):
+            slots = all_of(iter(declare(config, model.dims)))
+        with boundary(context.method.peft_type, "extra"):
+            extra = tuple(dict(tuner.extra(config, model.dims)).items())
         check_slots(slots, context, None)
     except PeftcError as error:
         return draft.failed(error)

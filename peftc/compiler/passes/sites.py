@@ -203,7 +203,7 @@ class _Declarer:
             return [None] * len(kinds)
         with boundary(self._context.method.peft_type, "declare", kinds[0].node.path):
             declared = tuner.declare([(kind.config, kind.node.facts) for kind in kinds])
-            found = [all_of(slots) for slots in islice(declared, len(kinds) + 1)]
+            found = [all_of(iter(slots)) for slots in islice(declared, len(kinds) + 1)]
         if len(found) != len(kinds):
             what = f"`declare` of {self._context.method.peft_type} gives {len(found)} answers for {len(kinds)} kinds of layer"
             raise PeftcError(rules.PLUGIN_INVALID(what, fix="Give one for each.", where=kinds[0].node.path))
@@ -214,7 +214,7 @@ class _Declarer:
         try:
             with boundary(method, "slots", node.path):
                 slots = kind.tuner.slots(kind.config, node.facts) if declared is None else declared
-                kind.slots = all_of(slots)
+                kind.slots = all_of(iter(slots))
             check_slots(
                 kind.slots, self._context, node.path, empty=0 in (node.facts.in_features, node.facts.out_features)
             )
@@ -276,7 +276,7 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, emp
         raise PeftcError(_slots_wrong(name, wrong, path))
 
 
-def all_of(slots: Iterable[Slot]) -> tuple[Slot, ...]:
+def all_of(slots: Iterator[Slot]) -> tuple[Slot, ...]:
     """What a method declares, called inside the plugin boundary: of a declaration without an end, too many."""
     return tuple(islice(slots, MAX_SLOTS + 1))
 

@@ -16,15 +16,16 @@ from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.prompt.encoder import PromptModule
 from peftc.tuner.method import TunerMethod
 
-_model_classes: dict[str, type[TunerModel]] = {}
+_model_classes: dict[tuple[Any, ...], type[TunerModel]] = {}
 
 
 def model_class(method: TunerMethod) -> type[TunerModel]:
     """The model class of a method."""
-    name = method.model_class
-    if name not in _model_classes:
-        table = method.default_targets.get("target_modules")
-        _model_classes[name] = type(
+    name, table = method.model_class, method.default_targets.get("target_modules")
+    methods = tuple(method.model_methods.items())
+    key = (name, method.config, method.prefix, method.layer_class, methods, table, method.summary)
+    if key not in _model_classes:
+        _model_classes[key] = type(
             name,
             (TunerModel,),
             {
@@ -36,7 +37,7 @@ def model_class(method: TunerMethod) -> type[TunerModel]:
                 "__doc__": method.summary,
             },
         )
-    return _model_classes[name]
+    return _model_classes[key]
 
 
 @cache

@@ -21,6 +21,7 @@ from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, ConfigError, Diagnostic, PeftcError
 from peftc.ops.factors import Factors, of_dense, of_thin
+from peftc.registry.boundary import guarded
 from peftc.registry.manager import default_registry
 from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.layer.wrapper import TunerLayer
@@ -167,12 +168,12 @@ def _chosen(config: PeftConfig, target: TunerMethod, names: Iterable[str]) -> di
 
 def _ranked(config: PeftConfig, target: TunerMethod, ranks: Mapping[str, int]) -> PeftConfig:
     """The config with these ranks and a scaling of 1: the most frequent one in general, others by pattern."""
-    tuner = target.map_tuners[0]
+    of_rank = guarded(target.map_tuners[0].of_rank, target.peft_type, None)
     common = max(ranks.values(), key=list(ranks.values()).count)
-    general = tuner.of_rank(config, common)
+    general = of_rank(config, common)
     patterns: dict[str, dict[str, Any]] = {}
     for path, rank in sorted(ranks.items(), key=lambda item: -len(item[0])):  # the longest first: it is the most exact
-        own = tuner.of_rank(config, rank)
+        own = of_rank(config, rank)
         for pattern, option in config.pattern_options.items() if rank != common else ():
             key = f"^{path}" if any(other.endswith(f".{path}") for other in ranks) else path
             patterns.setdefault(pattern, {})[key] = getattr(own, option)
@@ -189,7 +190,7 @@ def _slots(
         if not tuner.is_rankable:
             what = f"{target.peft_type} makes no slots of thin factors on a {site.layer.cls} such as `{site.path}`"
             raise PeftcError(rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.", where=site.path))
-        slots = tuner.of_thin(site.config, site.layer, found.A, found.B)
+        slots = guarded(tuner.of_thin, target.peft_type, site.path)(site.config, site.layer, found.A, found.B)
         wrong = [slot.name for slot in site.slots if tuple(slots[slot.name].shape) != slot.shape]
         if wrong:
             what = f"No config of {target.peft_type} gives `{site.path}` the rank {found.rank}"

@@ -14,7 +14,8 @@ from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import LayerFactory
 from peftc.tuner.method import TunerMethod
 
-_layer_classes: dict[str, type[TunerLayer]] = {}
+#: By public name and what they have of the record: a method that is registered anew gets others.
+_layer_classes: dict[tuple[Any, ...], type[TunerLayer]] = {}
 
 
 def layer_class(method: TunerMethod) -> type[TunerLayer] | type[ModuleWrapper]:
@@ -23,8 +24,9 @@ def layer_class(method: TunerMethod) -> type[TunerLayer] | type[ModuleWrapper]:
 
 
 def _layer_class(method: TunerMethod) -> type[TunerLayer]:
-    name = method.layer_class
-    if name not in _layer_classes:
+    name, options = method.layer_class, tuple(method.layer_options.items())
+    key = (name, method.config, method.layer_names, options, method.layer_dropout, method.summary)
+    if key not in _layer_classes:
         shown = {attribute: _option(option) for attribute, option in method.layer_options.items()}
         if method.layer_dropout:
             shown |= {method.layer_dropout: property(TunerLayer.dropouts)}
@@ -36,8 +38,8 @@ def _layer_class(method: TunerMethod) -> type[TunerLayer]:
             "__module__": __name__,
             "__doc__": method.summary,
         }
-        _layer_classes[name] = type(name, (TunerLayer,), {**shown, **names})
-    return _layer_classes[name]
+        _layer_classes[key] = type(name, (TunerLayer,), {**shown, **names})
+    return _layer_classes[key]
 
 
 def _option(option: str) -> property:
@@ -76,8 +78,12 @@ class InForce(Mapping[str, Any]):
 def layer_factory(registry: Registry) -> LayerFactory:
     """What a session makes layers with."""
 
+    classes: dict[str, type[TunerLayer]] = {}
+
     def make(peft_type: str, site: MapSite, base: nn.Module) -> TunerLayer:
-        return _layer_class(registry.get(peft_type))(base, site)
+        if peft_type not in classes:
+            classes[peft_type] = _layer_class(registry.get(peft_type))
+        return classes[peft_type](base, site)
 
     return make
 

@@ -22,6 +22,7 @@ from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, did_you_mean
 from peftc.ops.combine import COMBINATIONS, PRUNING, Pruning, closest_factors, padded
+from peftc.registry.boundary import guarded
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import name_taken
 from peftc.runtime.bases.shards import refuse_sharded
@@ -135,7 +136,7 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
             for key, tensor in session.tensors(plan.name).items()
             if copied and key.startswith(copied)
         }
-    return Combined((tuner.of_rank(config, rank) if rank else None) or config, frozenset(members), tensors)
+    return Combined((_of_rank(tuner, config, rank) if rank else None) or config, frozenset(members), tensors)
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,12 @@ def _saved(plans: Sequence[AdapterPlan]) -> dict[str, Any]:
 
 def _of_factors(member: _Member, how: Recipe, rank: int) -> Mapping[str, Tensor]:
     site = member.site
-    return member.tuner.of_thin(member.tuner.of_rank(site.config, rank), site.layer, *_factors(member, how, rank))
+    of_thin = guarded(member.tuner.of_thin, str(site.config.peft_type), site.path)
+    return of_thin(_of_rank(member.tuner, site.config, rank), site.layer, *_factors(member, how, rank))
+
+
+def _of_rank(tuner: MapTuner[Any], config: PeftConfig, rank: int) -> PeftConfig | None:
+    return guarded(tuner.of_rank, str(config.peft_type), None)(config, rank)
 
 
 def _factors(member: _Member, how: Recipe, rank: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from peftc.runtime.layer.wrapper import Source
 from peftc.runtime.slots.containers import SlotModule
 from peftc.runtime.slots.filling import INIT, allocate, torch_dtype
 from peftc.tuner.calls import CallTuner
+from peftc.tuner.views import no_slot
 
 
 class CallModule(nn.Module):
@@ -140,4 +141,7 @@ class View:
         return self._module.training
 
     def __getitem__(self, label: str) -> Tensor:
+        labels = [slot.dotted for slot in self._module.site.slots]
+        if label not in labels:
+            raise no_slot(label, labels)
         return self._module[label]

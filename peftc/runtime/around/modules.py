@@ -23,6 +23,7 @@ from peftc.runtime.slots.filling import INIT, filled
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.slots import Container, Slot, labelled
+from peftc.tuner.views import no_slot
 
 #: Where pickles look the classes of wrappers up.
 _HOME = "peftc.runtime.applying.classes"
@@ -30,7 +31,8 @@ _HOME = "peftc.runtime.applying.classes"
 #: a device, and a dtype if there is any floating-point tensor
 Placed = tuple[torch.device, torch.dtype | None]
 
-_classes: dict[str, type[ModuleWrapper]] = {}
+#: By public name and what they have of the record: a method that is registered anew gets others.
+_classes: dict[tuple[object, ...], type[ModuleWrapper]] = {}
 
 
 class ModuleWrapper(nn.Module):
@@ -258,10 +260,14 @@ class View:
     def module(self) -> nn.Module:
         return self._wrapper.wrapped
 
+    def __getitem__(self, label: str) -> Tensor:
+        tensor: Tensor = getattr(self, label)
+        return tensor
+
     def __getattr__(self, name: str) -> Tensor:
         slots: Mapping[str, Slot] = self.__dict__["_slots"]
         if name not in slots:
-            raise AttributeError(f"no slot `{name}`; there are {sorted(slots)}")
+            raise no_slot(name, slots)
         container, key = self._wrapper.where(self.adapter, slots[name])
         tensor: Tensor = container[key]
         return entire(self._wrapper, {name: tensor})[name] if tensor.is_meta else tensor
@@ -270,10 +276,11 @@ class View:
 def wrapper_class(method: TunerMethod) -> type[ModuleWrapper]:
     """The class of a method's wrappers, e.g. for `isinstance(module, ...)`."""
     name = method.layer_class
-    if name not in _classes:
+    key = (name, method.config, method.layer_names, method.summary)
+    if key not in _classes:
         names = {"adapter_layer_names": method.layer_names, "__module__": _HOME, "__doc__": method.summary}
-        _classes[name] = type(name, (ModuleWrapper,), names)
-    return _classes[name]
+        _classes[key] = type(name, (ModuleWrapper,), names)
+    return _classes[key]
 
 
 def _lay(shelf: nn.Module, slot: Slot, parameter: nn.Parameter) -> None:

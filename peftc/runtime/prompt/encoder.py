@@ -23,6 +23,7 @@ from peftc.runtime.slots.containers import SlotModule
 from peftc.runtime.slots.filling import INIT, Initializer, allocate, torch_dtype
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import Container, Slot, labelled
+from peftc.tuner.views import NoSlot, no_slot
 
 
 class PromptModule(nn.Module):
@@ -140,7 +141,8 @@ class PromptModule(nn.Module):
         with torch.no_grad():
             table = self()
             with boundary(self._plan.peft_type, "export"):
-                return {self.site.disk: table, **self._tuner.export(self.config, PromptSlots(self))}
+                more = dict(self._tuner.export(self.config, PromptSlots(self)))
+            return {self.site.disk: table, **more}
 
     @whole
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
@@ -200,7 +202,7 @@ class PromptModule(nn.Module):
 
         Raises `PeftcError` if the method needs `task_ids` and they are missing or do not fit.
         """
-        tasks = self._tuner.tasks(self.config)
+        tasks = guarded(self._tuner.tasks, self._plan.peft_type, None)(self.config)
         if tasks is None:
             table: Tensor = self()
             return table.unsqueeze(0).expand(batch, -1, -1)
@@ -272,6 +274,8 @@ class PromptSlots:
         return label in self._encoder.slots
 
     def __getitem__(self, label: str) -> Tensor:
+        if label not in self._encoder.slots:
+            raise no_slot(label, self._encoder.slots)
         holder, name = self._encoder._place(self._encoder.slots[label])
         tensor = holder._parameters.get(name)
         if tensor is not None and not tensor.is_meta:
@@ -286,9 +290,10 @@ class PromptSlots:
     def __getattr__(self, label: str) -> Tensor:
         try:
             return self[label]
+        except NoSlot:
+            raise
         except KeyError:
-            have = sorted(self._encoder.slots)
-            raise AttributeError(f"no slot `{label}`; there are {have}") from None
+            raise AttributeError(f"the slot `{label}` is no longer where it was put") from None
 
 
 class Start:

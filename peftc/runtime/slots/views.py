@@ -22,6 +22,7 @@ from peftc.runtime.bases.backend import Backend
 from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.call import Call
 from peftc.tuner.experts import one_of
+from peftc.tuner.views import no_slot
 
 
 class Owner(Protocol):
@@ -106,6 +107,8 @@ class LayerView:
         return self._owner.scaling[self.adapter] if self._scaling is None else self._scaling
 
     def __getitem__(self, label: str) -> Tensor:
+        if label not in self._slots:
+            raise no_slot(label, self._slots)
         container, key = self._slots[label]
         tensor: Tensor | None = container.get(key)
         return self._elsewhere(label) if tensor is None or tensor.is_meta else tensor
@@ -141,7 +144,7 @@ class LayerView:
 
     def __getattr__(self, name: str) -> Tensor:
         """Slots are properties of the class that `view_class` makes; here comes what is none."""
-        raise AttributeError(f"no slot `{name}`; there are {sorted(self._slots)}")
+        raise no_slot(name, self._slots)
 
     def dtype(self) -> torch.dtype:
         """The dtype that the adapter computes in."""
