@@ -90,7 +90,7 @@ class PeftConfigMixin(ConfigModel):
     peft_version: str | None = None
     """The version that wrote the file; one that is made here is of this version."""
 
-    files: ClassVar[ConfigFiles]
+    _files: ClassVar[ConfigFiles]
 
     #: whether the method adds virtual tokens, for who asks the config
     is_prompt_learning: ClassVar[bool] = False
@@ -126,7 +126,7 @@ class PeftConfigMixin(ConfigModel):
 
         `auto_mapping_dict` is written as `auto_mapping`; further keywords are ignored. Raises `PeftcError`.
         """
-        self.files.write(self, save_directory, **kwargs)
+        self._files.write(self, save_directory, **kwargs)
 
     def push_to_hub(
         self,
@@ -148,7 +148,7 @@ class PeftConfigMixin(ConfigModel):
         from peftc.config.hub import Commit  # here, because few need it
 
         commit = Commit(commit_message or "Upload config", commit_description, private, token, revision, create_pr)
-        return self.files.push(self, repo_id, tags or (), commit)
+        return self._files.push(self, repo_id, tags or (), commit)
 
     @field_validator("task_type", mode="before")
     @classmethod
@@ -175,7 +175,7 @@ class PeftConfigMixin(ConfigModel):
         Keywords of the hub's client are passed on, others ignored: the file's options count. Raises `ConfigError` when the
         file is missing, unreadable, or of an unknown type.
         """
-        return cls.files.read(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return cls._files.read(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -183,12 +183,12 @@ class PeftConfigMixin(ConfigModel):
 
         Raises `ConfigError` for an unknown type and for bad values.
         """
-        return cls.files.of_keywords(cls, kwargs)
+        return cls._files.of_keywords(cls, kwargs)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """The options in a JSON file, as plain data. Raises `PeftcError` if it cannot be read."""
-        return cls.files.options(path_json_file)
+        return cls._files.options(path_json_file)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

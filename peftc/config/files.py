@@ -367,4 +367,4 @@ def _folders_beside(path: Path) -> list[str]:
         return []
 
 
-PeftConfigMixin.files = ConfigFiles(read_config, write_config, push_config, read_options, config_from_keywords)
+PeftConfigMixin._files = ConfigFiles(read_config, write_config, push_config, read_options, config_from_keywords)
