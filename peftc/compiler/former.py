@@ -119,7 +119,7 @@ def former_targets(graph: ModuleGraph) -> Iterator[FormerTarget]:
 
 def _of_experts(node: ModuleNode, former: Iterable[FormerLayers]) -> Iterator[FormerTarget]:
     layers = {f.parameter: f.layers for f in former if f.of_experts}
-    for name, tensor in node.facts.params:
+    for name, tensor in node.facts.params.items():
         if len(tensor.shape) == _EXPERT_DIMENSIONS and (name in layers or node.role is Role.EXPERT):
             yield FormerTarget(node.path, name, layers.get(name, ()), tensor.shape[0])
 
@@ -197,7 +197,7 @@ def settle_former(draft: Draft, context: Context) -> Draft:
     given = list(option(draft.config, "target_parameters") or ())
     known = Names(set(given))
     paths = [t.path for t in left if not known.find(t.path)]
-    everything = (f"{node.path}.{name}" for node in context.graph.nodes for name, _ in node.facts.params if node.path)
+    everything = (f"{node.path}.{name}" for node in context.graph.nodes for name in node.facts.params if node.path)
     names = sorted(shortened(paths, [path for path in everything if not known.find(path)])) if paths else []
     draft = _without_former_names(draft).configured(target_parameters=[*given, *names])
     draft = _coupled(draft, left, context)

@@ -26,7 +26,7 @@ def drift(session: Session, plan: AdapterPlan) -> Iterator[Diagnostic]:
         if module is None:
             yield session.gone(site.path)
             continue
-        for name, planned in site.layer.params:
+        for name, planned in site.layer.params.items():
             own = module._parameters.get(name)
             if own is not None and whole_shape(own) != planned.shape:
                 what = f"`{site.path}.{name}` is {whole_shape(own)}, the plan was made for {planned.shape}"

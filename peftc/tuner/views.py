@@ -7,19 +7,28 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeVar
 
     from peftc.config.base import PeftConfig
     from peftc.graph.nodes import LayerFacts
 
+    #: the config's class; left out, as in `a: View`, any
+    Config = TypeVar("Config", bound=PeftConfig, default=Any, covariant=True)
+else:
+    from typing import TypeVar
 
-class View(Protocol):
-    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use.
+    Config = TypeVar("Config", covariant=True)
+
+
+class View(Protocol[Config]):
+    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use. Of
+    `View[C]` the options are of the class `C`.
 
     Where several slots share a name they are found by label: `a["layers.weight"]`.
     """
 
     @property
-    def config(self) -> PeftConfig:
+    def config(self) -> Config:
         """The options in force on this layer, patterns applied."""
 
     @property
@@ -82,7 +91,8 @@ class SlotInit(Protocol):
 
     def uniform(self, tensor: Tensor, bound: float) -> None: ...
 
-    def kaiming_uniform(self, tensor: Tensor, a: float) -> None: ...
+    def kaiming_uniform(self, tensor: Tensor, a: float = 5**0.5) -> None:
+        """He et al. 2015, equation 14; left out, `a` is that of the weights of torch's own linear layers."""
 
     @property
     def base(self) -> Mapping[str, Tensor]:
@@ -121,4 +131,7 @@ class PromptContext(Protocol):
         """Token ids of a text, `kwargs` going to the tokenizer. Raises `PeftcError` if there is no such tokenizer here."""
 
 
+#: Tensors by name.
 Tensors = Mapping[str, "Tensor"]
+#: For each name those of several adapters, one after the other.
+TensorLists = Mapping[str, Sequence["Tensor"]]

@@ -41,6 +41,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.checkpoint.save"): "and write them",
     ("peftc.plugin", "peftc.model.conversion"): "and turn adapters of a model into others",
     ("peftc.plugin", "peftc.ops.dropping"): "what methods drop in training is drawn by tensors",
+    ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.
