@@ -144,3 +144,6 @@ def test_plugins_import_the_plugin_module_and_heavy_things_inside_functions(sour
     assert not early, f"{source.name} imports {early} when it is loaded"
     core = {i.module for i in source.imports if i.module.split(".")[0] == "peftc"} - {"peftc.plugin", "peftc"}
     assert not core, f"{source.name} reaches past `peftc.plugin`: {sorted(core)}"
+    early = [i for i in source.imports if i.module.split(".")[0] == "peftc" and not i.deferred]
+    lines = [source.text.splitlines()[i.line - 1] for i in early]
+    assert lines in ([], ["from peftc import plugin as p"]), f"{source.name} imports more than one name: {lines}"
