@@ -134,10 +134,12 @@ def drop_outputs(a: View, update: Tensor, dim: int = -1, rescale: bool = True) -
 
     With `rescale` what is left is scaled so that its mean stays.
     """
+    if not a.training:
+        return update
     from peftc.ops import dropping
 
     c = a.config
-    return dropping.drop_outputs(update, dim, c.rank_dropout, c.module_dropout, rescale) if a.training else update
+    return dropping.drop_outputs(update, dim, c.rank_dropout, c.module_dropout, rescale)
 
 
 def columns(A: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from peftc import plugin as p
 
-from .oft import cayley, dropped, turned
+from .oft import cayley, dropped, not_one_of, rotates, turned
 
 
 class BOFTConfig(p.ExpertsMixin, p.OrientationMixin, p.BiasMixin, p.InitWeightsMixin, p.LayersConfig):
@@ -30,11 +30,7 @@ class BOFTConfig(p.ExpertsMixin, p.OrientationMixin, p.BiasMixin, p.InitWeightsM
 
     def contradictions(self) -> p.Problems:
         """The size of blocks given twice or not at all."""
-        if bool(self.boft_block_size) == bool(self.boft_block_num):
-            named = "`boft_block_size` and `boft_block_num`"
-            what = f"Both of {named} are given" if self.boft_block_num else f"Neither of {named} is given"
-            fix = "Set `boft_block_size` to 0." if self.boft_block_num else "Set one of them."
-            yield p.rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="boft_block_size")
+        yield from not_one_of(self, "boft_block_size", "boft_block_num")
 
 
 class BoftTuner(p.MapTuner[BOFTConfig]):
@@ -124,13 +120,6 @@ def _one_dropped(factors: p.Tensor, share: float) -> p.Tensor:
     return torch.where(mask.view(-1, 1, 1, 1), dropped(factors, share), factors)
 
 
-def check(c: BOFTConfig) -> p.Problems:
-    """Starts that rotate."""
-    if not c.init_weights:
-        what, fix = "Rotations and scales start at random", "Leave out `init_weights`."
-        yield p.rules.NOT_IDENTITY(what, fix=fix, where="init_weights")
-
-
 peftc_tuner = p.method(
     BOFTConfig,
     BoftTuner(),
@@ -138,5 +127,5 @@ peftc_tuner = p.method(
     layer_names=("boft_R", "boft_s"),
     layer_options=("boft_block_size", "boft_block_num", "boft_dropout"),
     examples=({"boft_block_size": 4}, {"boft_block_size": 2, "boft_n_butterfly_factor": 2}),
-    check=check,
+    check=rotates,
 )

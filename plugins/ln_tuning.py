@@ -39,8 +39,8 @@ class LnTuner(p.MapTuner[LNTuningConfig]):
             yield p.rules.BAD_TARGET(what, fix="Leave it out, or exclude it with `exclude_modules`.", where=path)
 
     def params(self, a: p.View[LNTuningConfig], w: p.Tensors, w0: p.Tensors) -> p.Tensors:
-        labels = p.labelled(self.slots(a.config, a.layer)).items()
-        return {slot.tail: p.to_logical(a.layer, slot.tail, a[label]) for label, slot in labels}
+        label = "ln_tuning_layers" if len(a.layer.params) == 1 else "ln_tuning_layers.{}"
+        return {name: p.to_logical(a.layer, name, a[label.format(name)]) for name in a.layer.params}
 
 
 peftc_tuner = p.method(LNTuningConfig, LnTuner(), prefix="ln_tuning_", layer_names=("ln_tuning_layers",))

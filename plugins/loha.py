@@ -45,10 +45,8 @@ class _Product(p.MapTuner[LoHaConfig]):
 
     def init(self, c: LoHaConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
         for name in sorted(slots, key=lambda name: ("t" in name, name)):
-            if name == "hada_w2_b" and c.init_weights:
-                init.zeros(slots[name])
-            else:
-                init.kaiming_uniform(slots[name])
+            is_zero = name == "hada_w2_b" and c.init_weights
+            init.zeros(slots[name]) if is_zero else init.kaiming_uniform(slots[name])
 
     def scaling(self, c: LoHaConfig, layer: p.LayerFacts) -> float:
         return c.alpha / c.r
@@ -64,10 +62,8 @@ class Folded(_Product):
     supports = p.LINEAR_KINDS | p.CONV_KINDS | p.EXPERT_KINDS
 
 
-class Thin(_Product):
+class Thin(Folded):
     """Two thin products of rank r²."""
-
-    supports = p.LINEAR_KINDS | p.CONV_KINDS | p.EXPERT_KINDS
 
     def thin(self, a: p.View[LoHaConfig]) -> p.Factors:
         a1, b1, a2, b2 = _factors(a)

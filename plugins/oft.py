@@ -36,10 +36,7 @@ class OFTConfig(p.ExpertsMixin, p.OrientationMixin, p.BiasMixin, p.InitWeightsMi
 
     def contradictions(self) -> p.Problems:
         """The size of blocks given twice or not at all."""
-        if bool(self.r) == bool(self.oft_block_size):
-            what = "Both `r` and `oft_block_size` are given" if self.r else "Neither `r` nor `oft_block_size` is given"
-            fix = f"Set `oft_block_size` to 0 to have {self.r} blocks." if self.r else "Set one of them."
-            yield p.rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="oft_block_size")
+        yield from not_one_of(self, "oft_block_size", "r")
 
 
 class OftTuner(p.MapTuner[OFTConfig]):
@@ -202,8 +199,22 @@ def check(c: OFTConfig) -> p.Problems:
     if c.use_cayley_neumann and c.num_cayley_neumann_terms == 1:
         what, fix = "A series of 1 term is the identity whatever is learned", "Set it to 2 or more; 5 is usual."
         yield p.rules.BAD_VALUE(what, fix=fix, where="num_cayley_neumann_terms")
+    yield from rotates(c)
+
+
+def rotates(c: p.InitWeightsMixin) -> p.Problems:
+    """Starts that rotate."""
     if not c.init_weights:
         yield p.rules.NOT_IDENTITY("Rotations start at random", fix="Leave out `init_weights`.", where="init_weights")
+
+
+def not_one_of(c: p.PeftConfig, size: str, number: str) -> p.Problems:
+    """The problem of a size and a number of blocks that are both given, or neither is."""
+    count = getattr(c, number)
+    if bool(count) == bool(getattr(c, size)):
+        what = f"Both of `{size}` and `{number}` are given" if count else f"Neither of `{size}` and `{number}` is given"
+        fix = f"Set `{size}` to 0 to have {count} blocks." if count else "Set one of them."
+        yield p.rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where=size)
 
 
 peftc_tuner = p.method(

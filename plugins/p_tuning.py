@@ -6,6 +6,7 @@ The network of section 3.2 only helps training: what is saved is its output, and
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 
 from peftc import plugin as p
 
@@ -38,15 +39,14 @@ class PTuningTuner(p.PromptTuner[PromptEncoderConfig]):
 
     def slots(self, c: PromptEncoderConfig, dims: p.Dims) -> p.Slots:
         yield from self.encoded(c, dims)
-        width, hidden = c.width, c.encoder_hidden_size or 0
-        if c.encoder_reparameterization_type == "MLP":
-            sizes = {"0": (width, hidden), "2": (hidden, hidden), "4": (hidden, width)}
-        else:
+        hidden = c.encoder_hidden_size or 0
+        widths = [c.width, hidden, hidden, c.width]
+        if c.encoder_reparameterization_type == "LSTM":
+            widths = [2 * hidden, 2 * hidden, c.width]
             for tail, shape in _lstm_shapes(c).items():
                 yield p.module_slot("lstm_head", shape, tail)
-            sizes = {"0": (2 * hidden, 2 * hidden), "2": (2 * hidden, width)}
-        for position, (into, out) in sizes.items():
-            yield from p.linear_slots("mlp_head", into, out, position)
+        for layer, (into, out) in enumerate(pairwise(widths)):
+            yield from p.linear_slots("mlp_head", into, out, str(2 * layer))
 
     def encoded(self, c: PromptEncoderConfig, dims: p.Dims) -> p.Slots:
         yield p.module_slot("embedding", (c.rows, c.width))
@@ -63,10 +63,14 @@ class PTuningTuner(p.PromptTuner[PromptEncoderConfig]):
                 context.init.uniform(tensor, into.shape[1] ** -0.5)
 
     def embeds(self, c: PromptEncoderConfig, a: p.PromptView) -> p.Tensor:
-        table = a["embedding"]
-        if "mlp_head.0.weight" not in a:
-            return table
-        return _perceptron(a, _recurrent(c, a, table) if "lstm_head.weight_ih_l0" in a else table)
+        """What the network makes of the table; a loaded adapter has the table alone."""
+        x = a["embedding"]
+        if "lstm_head.weight_ih_l0" in a:
+            x = _recurrent(c, a, x)
+        for layer in ("mlp_head.0", "mlp_head.2", "mlp_head.4"):
+            if f"{layer}.weight" in a:
+                x = p.linear(a, layer, x if layer == "mlp_head.0" else x.relu())
+        return x
 
 
 def _lstm_shapes(c: PromptEncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -89,25 +93,15 @@ def _recurrent(c: PromptEncoderConfig, a: p.PromptView, table: p.Tensor) -> p.Te
     start = table.new_zeros(2 * c.encoder_num_layers, 1, c.encoder_hidden_size or 0)
     # arguments: input, state, weights, biases, layers, dropout, training, bidirectional, batch first
     options = True, c.encoder_num_layers, c.encoder_dropout, a.training, True, True
-    out: p.Tensor = torch.lstm(table[None], (start, start), weights, *options)[0]
+    out, *_ = torch.lstm(table[None], (start, start), weights, *options)
     return out[0]
-
-
-def _perceptron(a: p.PromptView, x: p.Tensor) -> p.Tensor:
-    """Linear layers with a rectifier between them."""
-    x = p.linear(a, "mlp_head.0", x)
-    for position in ("2", "4"):
-        if f"mlp_head.{position}.weight" in a:
-            x = p.linear(a, f"mlp_head.{position}", x.relu())
-    return x
 
 
 def check(c: PromptEncoderConfig) -> p.Problems:
     """Options of the recurrent network that a perceptron does not have: its layers are the reference's number."""
     for name, usual in (("encoder_num_layers", 2), ("encoder_dropout", 0.0)):
-        value = getattr(c, name)
-        if c.encoder_reparameterization_type == "MLP" and value != usual:
-            what = f"`{name}: {value}` has no effect with `encoder_reparameterization_type: MLP`"
+        if c.encoder_reparameterization_type == "MLP" and getattr(c, name) != usual:
+            what = f"`{name}: {getattr(c, name)}` has no effect with `encoder_reparameterization_type: MLP`"
             fix = "Leave it out, or set `encoder_reparameterization_type: LSTM`."
             yield p.rules.CONTRADICTION(what, fix=fix, where=name, severity=p.Severity.WARNING)
 

@@ -52,18 +52,16 @@ class PolyTuner(p.MapTuner[PolyConfig]):
     def check_call(self, c: PolyConfig, values: p.Tensors) -> p.Problems:
         why, ids = "Each task mixes the skills in its own way.", values.get("task_ids")
         if ids is None and c.n_tasks > 1:
-            fix = "Give one `task_ids` entry for each row."
-            yield p.rules.TASKS_NEEDED("The call has no `task_ids`", why=why, fix=fix)
+            yield p.rules.TASKS_NEEDED(
+                "The call has no `task_ids`", why=why, fix="Give one `task_ids` entry for each row."
+            )
         for task in () if ids is None else ids[(ids < 0) | (ids >= c.n_tasks)][:1].tolist():
             what = f"`task_ids` names task {task}, but there are {c.n_tasks}"
             yield p.rules.TASKS_NEEDED(what, why=why, fix=f"Tasks are numbered from 0 to {c.n_tasks - 1}.")
 
     def init(self, c: PolyConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
         _start(slots["poly_lora_A"], init)
-        if c.init_weights:
-            init.zeros(slots["poly_lora_B"])
-        else:
-            _start(slots["poly_lora_B"], init)
+        init.zeros(slots["poly_lora_B"]) if c.init_weights else _start(slots["poly_lora_B"], init)
         init.uniform(slots["poly_router"], 1e-3)
 
     def branch(self, a: p.View[PolyConfig], x: p.Tensor, y0: p.Tensor) -> p.Tensor:
