@@ -116,7 +116,7 @@ def convert_adapter(
     model: nn.Module, to: str, rank: int | float, adapter_name: str = "default", progressbar: bool = False
 ) -> tuple[PeftConfig, Mapping[str, Tensor]]:
     """Config and tensors of a model's adapter as one of the PEFT type `to`; see `peftc.convert_adapter`."""
-    from peftc.model.conversion import convert_adapter as convert
+    from peftc.model.functions.conversion import convert_adapter as convert
 
     made = convert(model, to, rank, adapter_name, progressbar)
     return made.config, made.tensors

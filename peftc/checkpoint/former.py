@@ -18,7 +18,9 @@ from peftc import rules
 from peftc.checkpoint.keys import listed, unwrapped
 from peftc.checkpoint.load import AdapterFile
 from peftc.compiler.match import Deadline, PatternKeys
-from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, Severity, Where, warn
 from peftc.graph.former import EXPERT, FormerLayers, FormerPlace

@@ -23,14 +23,15 @@ from peftc.checkpoint.load import AdapterFile
 from peftc.checkpoint.report import match_file
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.match import Names
-from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.former import EXPERT, FormerLayers, starred
 from peftc.graph.nodes import ModuleGraph, ModuleNode
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.runtime.stored import fitted
+from peftc.runtime.session.stored import fitted
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import labelled
 

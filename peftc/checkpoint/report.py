@@ -18,7 +18,7 @@ from peftc import rules
 from peftc.checkpoint.keys import Nearest, assign, common_change, listed, one_of_each
 from peftc.checkpoint.named import assign_planned
 from peftc.checkpoint.names import PLAN_NAME
-from peftc.compiler.plan import AdapterPlan
+from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.config.reader import read_bytes
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Severity, Where, warn
 from peftc.graph.nodes import ModelFacts, TensorFacts, model_from_json

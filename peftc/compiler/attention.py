@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from peftc.compiler.draft import Context, Draft
-from peftc.compiler.plan import MapSite
+from peftc.compiler.passes.draft import Context, Draft
+from peftc.compiler.plan.sites import MapSite
 from peftc.graph.nodes import Kind, LayerFacts, ModuleNode
 
 #: The layer of an attention that its output goes through.

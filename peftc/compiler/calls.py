@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.draft import Draft, placed
-from peftc.compiler.plan import AdapterPlan, CallSite
-from peftc.compiler.sites import all_of, check_form, slot_dtype
+from peftc.compiler.passes.draft import Draft, placed
+from peftc.compiler.passes.sites import all_of, check_form, slot_dtype
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import CallSite
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import Diagnostic, PeftcError

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from peftc import rules
-from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
 from peftc.compiler.match import ALL_LINEAR
-from peftc.compiler.plan import MapSite
+from peftc.compiler.passes.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.mixins import LayersMixin
 from peftc.graph.nodes import LINEAR_KINDS, ModuleNode, Role
 from peftc.tuner.slots import Share

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, InjectionPlan
-from peftc.compiler.render import shape_of
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.render import shape_of
 from peftc.diagnostics import Diagnostic
 from peftc.graph.groups import grouped
 from peftc.graph.nodes import LayerFacts, ModuleGraph, TensorFacts

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from peftc import rules
 from peftc.compiler.compile import Options, begin
-from peftc.compiler.draft import Draft, listed
-from peftc.compiler.former import former_paths
 from peftc.compiler.match import Names, is_all_linear
-from peftc.compiler.passes import PASSES
-from peftc.compiler.plan import MapSite, ModuleSite
-from peftc.compiler.render import shape_of
+from peftc.compiler.passes.draft import Draft, listed
+from peftc.compiler.passes.former import former_paths
+from peftc.compiler.passes.order import PASSES
+from peftc.compiler.plan.render import shape_of
+from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, nearest

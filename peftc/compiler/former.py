@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, option
 from peftc.compiler.match import ALL_LINEAR, Deadline, Names, Pattern, PatternKeys, is_all_linear, shortened
-from peftc.compiler.rewrite import Rewrite
+from peftc.compiler.passes.draft import Context, Draft, listed, option
+from peftc.compiler.plan.rewrite import Rewrite
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.former import EXPERT, FormerLayers

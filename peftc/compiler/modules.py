@@ -10,9 +10,10 @@ from itertools import combinations
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, placed
-from peftc.compiler.plan import AdapterPlan, ModuleSite
-from peftc.compiler.sites import all_of, below, check_slots, slot_dtype
+from peftc.compiler.passes.draft import Context, Draft, listed, placed
+from peftc.compiler.passes.sites import all_of, below, check_slots, slot_dtype
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import ModuleSite
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary

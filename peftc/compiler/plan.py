@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peftc.compiler.rewrite import Rewrite
+from peftc.compiler.plan.rewrite import Rewrite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.base_ref import BaseRef

@@ -10,8 +10,10 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from peftc.compiler.cost import cost_of, file_bytes, trainable_by_role
-from peftc.compiler.plan import AdapterPlan, InjectionPlan, MapSite, ModuleSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.cost import cost_of, file_bytes, trainable_by_role
+from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.graph.groups import grouped
 from peftc.graph.nodes import LINEAR_KINDS, LayerFacts
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 
 from peftc import rules
-from peftc.compiler.draft import Context, Draft, listed, option
-from peftc.compiler.former import FormerTarget, adapts_experts, divided_by, finder, former_paths, means_fused
 from peftc.compiler.match import ALL_LINEAR, Deadline, Layers, Names, Pattern, PatternKeys, is_all_linear
+from peftc.compiler.passes.draft import Context, Draft, listed, option
+from peftc.compiler.passes.former import FormerTarget, adapts_experts, divided_by, finder, former_paths, means_fused
 from peftc.config.mixins import LayersMixin, TargetNamesMixin
 from peftc.config.types import TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean

@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Any
 
 from peftc import rules
-from peftc.compiler import attention
-from peftc.compiler.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
-from peftc.compiler.homes import Homes
-from peftc.compiler.plan import MapSite, SaveSite, TrainSite
-from peftc.compiler.select import TASK_HEADS
+from peftc.compiler.passes import attention
+from peftc.compiler.passes.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
+from peftc.compiler.passes.homes import Homes
+from peftc.compiler.passes.select import TASK_HEADS
+from peftc.compiler.plan.sites import MapSite, SaveSite, TrainSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.nodes import HALF, OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts

@@ -17,25 +17,26 @@ from peftc.checkpoint.former import put_together
 from peftc.checkpoint.keys import listed
 from peftc.checkpoint.weights import load_peft_weights
 from peftc.compiler.compile import compile_plan
-from peftc.compiler.plan import AdapterPlan, MapSite
-from peftc.compiler.sites import FOUND_OUT
+from peftc.compiler.passes.sites import FOUND_OUT
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.mixins import LayersMixin, RankMixin, TargetsMixin
 from peftc.diagnostics import ConfigError, Diagnostic, PeftcError, Severity, did_you_mean, warn
 from peftc.graph.nodes import Kind
-from peftc.model.files import live_names
+from peftc.model.functions.state import origin_of
 from peftc.model.injected import adapters_of, show, unwrapped
+from peftc.model.parts.files import live_names
 from peftc.model.peft_model import PeftModel
-from peftc.model.state import origin_of
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
+from peftc.runtime.applying.planning import targeted
+from peftc.runtime.bases.places import fill, refuse_offloaded
 from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, whole
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.places import fill, refuse_offloaded
-from peftc.runtime.planning import targeted
-from peftc.runtime.session import Session
-from peftc.runtime.storage import find
+from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session.session import Session
+from peftc.runtime.slots.containers import find
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.slots import Slot
 

@@ -21,7 +21,7 @@ from peftc.checkpoint.names import BASE_NAME
 from peftc.config.reader import read_text
 from peftc.diagnostics import Diagnostic, Severity, Where
 from peftc.limits import MAX_CARD
-from peftc.runtime.session import Session
+from peftc.runtime.session.session import Session
 
 #: matrices in a print, spread evenly over the model, and how much of each is looked at
 MATRICES, HASHED_BYTES, NUMBERS = 8, 2**16, 6

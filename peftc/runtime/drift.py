@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peftc import rules
-from peftc.compiler.plan import AdapterPlan, MapSite
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import Diagnostic
 from peftc.host.parallel import whole_shape
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.layer.wrapper import TunerLayer
 
 if TYPE_CHECKING:
-    from peftc.runtime.session import Session
+    from peftc.runtime.session.session import Session
 
 
 def drift(session: Session, plan: AdapterPlan) -> Iterator[Diagnostic]:

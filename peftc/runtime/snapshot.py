@@ -23,9 +23,9 @@ from peftc.host import layers, offload
 from peftc.host.fused import former_layers
 from peftc.host.parallel import whole_shape
 from peftc.host.torch_modules import computed_by, transient_buffers
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.modules import ModuleWrapper
-from peftc.runtime.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.around.modules import ModuleWrapper
+from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.layer.wrapper import TunerLayer
 
 #: Kind of a class with exactly this forward. Order matters only for reading.
 _FORWARDS: Mapping[type[nn.Module], Kind] = {

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.compiler.plan import MapSite, ModuleSite
+from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
-from peftc.runtime.backends import Backend
-from peftc.runtime.buffers import BufferDict
+from peftc.runtime.bases.backend import Backend
+from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.call import Call
 from peftc.runtime.journal import keep_entries, keep_entry
-from peftc.runtime.places import tensor_of
+from peftc.runtime.slots.buffers import BufferDict
 from peftc.tuner.experts import one_of
 from peftc.tuner.slots import Container, Slot, labelled
 

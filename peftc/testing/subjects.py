@@ -20,13 +20,13 @@ from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin, TargetParametersMixin
 from peftc.diagnostics import PeftcError, PeftcWarning, Severity
 from peftc.graph.nodes import Kind, ModuleNode
-from peftc.model.assistance import row_values
+from peftc.model.functions.assistance import row_values
 from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
-from peftc.runtime.apply import session_of
-from peftc.runtime.layer import TunerLayer
+from peftc.runtime.applying.apply import session_of
+from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
 from peftc.tuner.method import TunerMethod

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from peftc import rules
-from peftc.compiler import checks, defaults, drift, explain, former, match, of_spec, prompts, select, serial, sites
 from peftc.compiler import compile as compiler
-from peftc.compiler.plan import InjectionPlan
+from peftc.compiler import explain, match, of_spec
+from peftc.compiler.passes import checks, defaults, former, prompts, select, sites
+from peftc.compiler.plan import drift, serial
+from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.sections import BaseSection, ChecksSection
 from peftc.config.spec import AdapterSpec

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from peftc.compiler.by_role import among, find_by_role, written
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.explain import explain, render_explanation
 from peftc.compiler.match import matches
-from peftc.compiler.render import render_plan
-from peftc.compiler.serial import plan_from_json, plan_to_json
+from peftc.compiler.passes.by_role import among, find_by_role, written
+from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, Role
 from peftc.graph.roles import RoleFinder

@@ -11,7 +11,7 @@ import pytest
 
 from peftc.diagnostics import PeftcError
 from peftc.graph import cache, files, locate, nodes, roles
-from peftc.runtime import snapshot
+from peftc.runtime.applying import snapshot
 from tests.defects import put_defect
 from tests.unit import test_graph_cache as of_cache
 from tests.unit import test_graph_locate as of_locate

@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
-from peftc.runtime.layer import TunerLayer
-from peftc.runtime.saved_modules import ModulesToSaveWrapper
-from peftc.runtime.snapshot import dims_of, layer_facts, snapshot, unwrapped
+from peftc.runtime.applying.snapshot import dims_of, layer_facts, snapshot, unwrapped
+from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.layer.wrapper import TunerLayer
 
 
 class Grouped(nn.Linear):

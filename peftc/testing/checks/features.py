@@ -11,11 +11,11 @@ from torch import nn
 from peftc import rules
 from peftc.compiler.compile import compile_plan
 from peftc.diagnostics import PeftcError
-from peftc.model.conversion import convert_adapter
-from peftc.model.hotswap import hotswap_adapter_from_state_dict
+from peftc.model.functions.conversion import convert_adapter
+from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
+from peftc.model.functions.state import set_peft_model_state_dict
 from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
-from peftc.model.state import set_peft_model_state_dict
 from peftc.registry.manager import default_registry
 from peftc.testing.compare import close, different, same, same_names
 from peftc.testing.models import MODELS
