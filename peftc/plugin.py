@@ -1,11 +1,17 @@
-"""The one module that plugin authors import: the hook marker, configs and mixins, slots, tuners, and the record."""
+"""The one module that plugin authors import: configs and mixins, slots, tuners, and the record.
+
+    from peftc import plugin as p
+
+is all that a plugin needs of peftc. Names of tensors' types are for annotations: importing this imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -13,12 +19,21 @@ from peftc import rules
 from peftc.compiler.match import matches
 from peftc.config.base import ConfigModel, PeftConfig, PeftConfigMixin
 from peftc.config.mixins import (
+    AlphaMixin,
+    BiasMixin,
+    Count,
+    Dropout,
     ExpertsMixin,
+    InitWeightsMixin,
+    LayersConfig,
     LayersMixin,
     ModulesToSaveMixin,
     NameList,
     Names,
+    OrientationMixin,
+    OwnExclusionsMixin,
     RankMixin,
+    RankPatternMixin,
     TargetNamesMixin,
     TargetParametersMixin,
     TargetsMixin,
@@ -30,8 +45,10 @@ from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_me
 from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
 from peftc.registry.manager import default_registry
+from peftc.registry.record import method
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
+from peftc.tuner.limits import RankLimit
 from peftc.tuner.method import Former, MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
@@ -42,14 +59,35 @@ from peftc.tuner.slots import (
     constant_slot,
     derived_slot,
     labelled,
+    linear_slots,
     module_slot,
     parameter_slot,
 )
 from peftc.tuner.steps import Changes
-from peftc.tuner.views import PromptContext, PromptView, SlotInit, Tensors, View
+from peftc.tuner.views import PromptContext, PromptView, SlotInit, TensorLists, Tensors, View
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor as Tensor
+    from torch import nn as nn
+
+#: What `slots` gives, what checks give, and what `thin` gives: `(A, B, s)`.
+Slots = Iterable[Slot]
+Problems = Iterable[Diagnostic]
+Factors = tuple["Tensor", "Tensor", float]
+#: What `combine` weighs several adapters by.
+Weights = Sequence[float]
+#: Slots by label; shapes by label; dimensions of a model by name; options by name.
+LabelledSlots = Mapping[str, Slot]
+Shapes = Mapping[str, tuple[int, ...]]
+Dims = Mapping[str, int]
+Options = Mapping[str, Any]
+
+
+def __getattr__(name: str) -> Any:
+    """`Tensor` and `nn`, torch's own, for who evaluates annotations."""
+    if name not in ("Tensor", "nn"):
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`", name=name)
+    return getattr(import_module("torch"), name)
 
 
 def register_plugin(plugin: ModuleType | TunerMethod) -> TunerMethod:
@@ -109,21 +147,70 @@ def kept_outputs(count: int, features: float, whole: float, rescale: bool, like:
     return dropping.kept_outputs(count, features, whole, rescale, like)
 
 
+def drop_outputs(a: View, update: Tensor, dim: int = -1, rescale: bool = True) -> Tensor:
+    """An update without what `UpdateDropoutMixin` drops of it in training; its output features lie in dimension `dim`.
+
+    With `rescale` what is left is scaled so that its mean stays.
+    """
+    if not a.training:
+        return update
+    from peftc.ops import dropping
+
+    c = a.config
+    return dropping.drop_outputs(update, dim, c.rank_dropout, c.module_dropout, rescale)
+
+
+def columns(A: Tensor, ids: Tensor) -> Tensor:
+    """Columns of A `(r, num)` for ids `(...)`, as rows `(..., r)`: what an embedding computes of A."""
+    from peftc.ops import plain
+
+    return plain.columns(A, ids)
+
+
+def linear(a: View | PromptView | CallView, label: str, x: Tensor) -> Tensor:
+    """`W x + b` for rows x `(..., in)`, with what `linear_slots` declared: W is `a["<label>.weight"]`, b `a["<label>.bias"]`."""
+    from peftc.ops import plain
+
+    return plain.linear(x, a[f"{label}.weight"], a[f"{label}.bias"])
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in single precision at least: in half precision there is no solver and no transform."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`Σ wᵢ Tᵢ` of one tensor or more of the same shape, for `combine`."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total + tensor * weight
+    return total
+
+
 __all__ = [
     "CONV_KINDS",
     "EXPERT_KINDS",
     "LINEAR_KINDS",
+    "AlphaMixin",
+    "BiasMixin",
     "CallTuner",
     "CallView",
     "Changes",
     "ConfigModel",
     "Container",
+    "Count",
     "Diagnostic",
+    "Dims",
+    "Dropout",
     "ExpertsMixin",
+    "Factors",
     "Field",
     "Former",
+    "InitWeightsMixin",
     "Kind",
+    "LabelledSlots",
     "LayerFacts",
+    "LayersConfig",
     "LayersMixin",
     "MapTuner",
     "ModuleGraph",
@@ -133,38 +220,53 @@ __all__ = [
     "ModulesToSaveMixin",
     "NameList",
     "Names",
+    "Options",
+    "OrientationMixin",
+    "OwnExclusionsMixin",
     "PeftConfig",
     "PeftConfigMixin",
     "PeftType",
     "PeftcError",
     "Place",
+    "Problems",
     "PromptContext",
     "PromptLearningConfig",
     "PromptTuner",
     "PromptView",
+    "RankLimit",
     "RankMixin",
+    "RankPatternMixin",
     "Rule",
     "Run",
     "Severity",
+    "Shapes",
     "Share",
     "Slot",
     "SlotInit",
+    "Slots",
     "TargetNamesMixin",
     "TargetParametersMixin",
     "TargetsMixin",
     "TaskType",
+    "TensorLists",
     "Tensors",
     "TunerMethod",
     "UpdateDropoutMixin",
     "View",
+    "Weights",
+    "columns",
     "constant_slot",
     "convert_adapter",
     "derived_slot",
     "did_you_mean",
+    "drop_outputs",
     "hookimpl",
     "kept_outputs",
     "labelled",
+    "linear",
+    "linear_slots",
     "matches",
+    "method",
     "model_validator",
     "module_slot",
     "parameter_slot",
@@ -176,5 +278,7 @@ __all__ = [
     "to_stored",
     "unregister_plugin",
     "warn",
+    "weighted_sum",
+    "widened",
     "write_adapter",
 ]

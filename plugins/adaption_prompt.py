@@ -1,35 +1,14 @@
-"""LLaMA-Adapter: trained prompts that the upper attention layers look at, through a gate that starts at zero (Zhang et al.,
+"""LLaMA-Adapter: upper attention layers also look at trained prompts, through a gate that starts at zero (Zhang et al.,
 arXiv:2303.16199, section 3.2). The attention's own keys, values and cache stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from peftc.plugin import (
-    Diagnostic,
-    Field,
-    ModuleGraph,
-    ModuleNode,
-    ModuleTuner,
-    ModuleView,
-    PeftcError,
-    PeftConfig,
-    PeftType,
-    Slot,
-    SlotInit,
-    TunerMethod,
-    did_you_mean,
-    hookimpl,
-    matches,
-    parameter_slot,
-    rules,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from peftc import plugin as p
 
 
 @dataclass(frozen=True)
@@ -51,50 +30,50 @@ ATTENTIONS: Mapping[str, Attention] = {
 }
 
 
-class AdaptionPromptConfig(PeftConfig):
+class AdaptionPromptConfig(p.PeftConfig):
     """Options of an adaption prompt, named as in the reference."""
 
-    peft_type: PeftType | None = PeftType("ADAPTION_PROMPT")
+    peft_type: p.PeftType | None = p.PeftType("ADAPTION_PROMPT")
     target_modules: str | None = None
     """Name of the attention modules, as the end of their paths. Left out: the one that the model's type has."""
-    adapter_len: int | None = Field(default=None, ge=1)
+    adapter_len: int | None = p.Field(default=None, ge=1)
     """Number of prompt tokens in each adapted attention."""
-    adapter_layers: int | None = Field(default=None, ge=1)
+    adapter_layers: int | None = p.Field(default=None, ge=1)
     """Number of attention layers to adapt, counted from the top."""
 
     is_adaption_prompt: ClassVar[bool] = True
 
 
-class AdaptionPromptTuner(ModuleTuner[AdaptionPromptConfig]):
+class AdaptionPromptTuner(p.ModuleTuner[AdaptionPromptConfig]):
     """`y = attention(x) + W_o · g · softmax(q Kᵀ / √d) V`, keys and values `K, V` those of the prompt."""
 
     inner = "model"
 
-    def resolve(self, c: AdaptionPromptConfig, graph: ModuleGraph) -> Mapping[str, Any]:
+    def resolve(self, c: AdaptionPromptConfig, graph: p.ModuleGraph) -> p.Options:
         known = ATTENTIONS.get(graph.model.model_type or "")
         return {"target_modules": known.name} if known and c.target_modules is None else {}
 
-    def sites(self, c: AdaptionPromptConfig, graph: ModuleGraph) -> Mapping[str, str]:
+    def sites(self, c: AdaptionPromptConfig, graph: p.ModuleGraph) -> Mapping[str, str]:
         known = ATTENTIONS.get(graph.model.model_type or "")
         if known is None:
-            raise PeftcError(_unknown(graph))
+            raise p.PeftcError(_unknown(graph))
         name = c.target_modules or known.name
-        found = [node.path for node in graph.nodes if node.path and matches({name}, node.path)]
+        found = [node.path for node in graph.nodes if node.path and p.matches({name}, node.path)]
         problems = [problem for path in found if (problem := _misfit(path, known, graph))][:1]
         problems = problems or list(_too_few(c, name, found, graph))
         if problems:
-            raise PeftcError(problems)
+            raise p.PeftcError(problems)
         return dict.fromkeys(found[-(c.adapter_layers or 0) :], name)
 
-    def slots(self, c: AdaptionPromptConfig, node: ModuleNode, graph: ModuleGraph) -> Iterable[Slot]:
-        yield parameter_slot("adaption_prompt", (1, c.adapter_len or 0, graph.model.dims["hidden_size"]), named=False)
-        yield parameter_slot("adaption_gate", (1,), named=False)
+    def slots(self, c: AdaptionPromptConfig, node: p.ModuleNode, graph: p.ModuleGraph) -> p.Slots:
+        yield p.parameter_slot("adaption_prompt", (1, c.adapter_len or 0, graph.model.dims["hidden_size"]), named=False)
+        yield p.parameter_slot("adaption_gate", (1,), named=False)
 
-    def init(self, c: AdaptionPromptConfig, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+    def init(self, c: AdaptionPromptConfig, slots: p.Tensors, init: p.SlotInit) -> None:
         init.normal(slots["adaption_prompt"])
         init.zeros(slots["adaption_gate"])
 
-    def forward(self, a: ModuleView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def forward(self, a: p.ModuleView[AdaptionPromptConfig], args: tuple[Any, ...], kwargs: p.Options) -> Any:
         import torch.nn.functional as F
 
         y, *rest = a.module(*args, **kwargs)
@@ -108,8 +87,8 @@ class AdaptionPromptTuner(ModuleTuner[AdaptionPromptConfig]):
 
 
 def _apart(
-    module: Any, x: Tensor, prompt: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+    module: Any, x: p.Tensor, prompt: p.Tensor, args: tuple[Any, ...], kwargs: p.Options
+) -> tuple[p.Tensor, p.Tensor, p.Tensor]:
     """Queries `(batch, heads, length, d)` of the input at its positions; keys and values `(1, groups, tokens, d)`."""
     import torch
 
@@ -122,83 +101,78 @@ def _apart(
 
 
 def _joint(
-    module: Any, x: Tensor, prompt: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+    module: Any, x: p.Tensor, prompt: p.Tensor, args: tuple[Any, ...], kwargs: p.Options
+) -> tuple[p.Tensor, p.Tensor, p.Tensor]:
     """The same for GPT-2, where one layer makes all three and positions are in the embeddings."""
     q, _, _ = module.c_attn(x).chunk(3, dim=-1)
     _, k, v = module.c_attn(prompt).chunk(3, dim=-1)
     return _heads(q, module.head_dim), _heads(k, module.head_dim), _heads(v, module.head_dim)
 
 
-def _heads(x: Tensor, size: int) -> Tensor:
+def _heads(x: p.Tensor, size: int) -> p.Tensor:
     """`(batch, length, heads · size)` to `(batch, heads, length, size)`."""
     return x.view(*x.shape[:-1], -1, size).transpose(1, 2)
 
 
-def _projected(module: nn.Module, seen: Tensor) -> Tensor:
+def _projected(module: p.nn.Module, seen: p.Tensor) -> p.Tensor:
     """`W_o seen`. The bias is in the attention's own output; GPT-2 goes without, as in the reference."""
     layer: Any = module._modules.get("o_proj")
     if layer is None:
         return seen
-    out: Tensor = layer(seen)
+    out: p.Tensor = layer(seen)
     return out if layer.bias is None else out - layer.bias
 
 
 # problems -------------------------------------------------------------------------------------------------------------
 
 
-def _unknown(graph: ModuleGraph) -> Diagnostic:
+def _unknown(graph: p.ModuleGraph) -> p.Diagnostic:
     of = f"model type `{graph.model.model_type}`" if graph.model.model_type else f"class `{graph.model.cls}`"
-    return rules.NO_TARGETS(
+    return p.rules.NO_TARGETS(
         f"ADAPTION_PROMPT knows no attention of {of}",
         why="It computes the queries anew, for which it must know how the attention does.",
         fix=f"Use a model of type {', '.join(ATTENTIONS)}, or a method that adapts layers.",
     )
 
 
-def _misfit(path: str, known: Attention, graph: ModuleGraph) -> Diagnostic | None:
+def _misfit(path: str, known: Attention, graph: p.ModuleGraph) -> p.Diagnostic | None:
     missing = [name for name in known.has if f"{path}.{name}" not in graph.by_path]
     strange = [name for name in known.lacks if f"{path}.{name}" in graph.by_path]
     if not missing and not strange:
         return None
     what = f"`{path}` is a {graph.by_path[path].facts.cls}, no attention of the kind that is known"
     told = [f"has no `{name}`" for name in missing] + [f"has `{name}`" for name in strange]
-    return rules.BAD_TARGET(what, why=f"It {' and '.join(told)}.", fix=_usual(known), where="target_modules")
+    return p.rules.BAD_TARGET(what, why=f"It {' and '.join(told)}.", fix=_usual(known), where="target_modules")
 
 
-def _too_few(c: AdaptionPromptConfig, name: str, found: list[str], graph: ModuleGraph) -> Iterator[Diagnostic]:
+def _too_few(c: AdaptionPromptConfig, name: str, found: list[str], graph: p.ModuleGraph) -> p.Problems:
     if not found:
         known = ATTENTIONS[graph.model.model_type or ""]
-        hint = did_you_mean(name, {node.name for node in graph.nodes if not node.name.isdigit()})
+        hint = p.did_you_mean(name, {node.name for node in graph.nodes if not node.name.isdigit()})
         fix = f"{hint} {_usual(known)}".strip()
-        yield rules.NO_MATCH(f"No module is called `{name}`", fix=fix, where="target_modules")
+        yield p.rules.NO_MATCH(f"No module is called `{name}`", fix=fix, where="target_modules")
     elif (c.adapter_layers or 0) > len(found):
         what = f"`adapter_layers` is {c.adapter_layers}, and the model has {len(found)} modules `{name}`"
-        yield rules.BAD_VALUE(what, why="", fix=f"Set it to {len(found)} at most.", where="adapter_layers")
+        yield p.rules.BAD_VALUE(what, why="", fix=f"Set it to {len(found)} at most.", where="adapter_layers")
 
 
 def _usual(known: Attention) -> str:
     return f"In this type of model the attention is `{known.name}`; leave `target_modules` out."
 
 
-def check(c: AdaptionPromptConfig) -> Iterable[Diagnostic]:
+def check(c: AdaptionPromptConfig) -> p.Problems:
     """Both numbers have to be said."""
     for name, example in (("adapter_len", 10), ("adapter_layers", 30)):
         if getattr(c, name) is None:
-            yield rules.MISSING_KEY(f"`{name}` is not set", fix=f"Set it, e.g. to {example}.", where=name)
+            yield p.rules.MISSING_KEY(f"`{name}` is not set", fix=f"Set it, e.g. to {example}.", where=name)
 
 
-@hookimpl
-def peftc_tuner() -> TunerMethod:
-    return TunerMethod(
-        "ADAPTION_PROMPT",
-        AdaptionPromptConfig,
-        AdaptionPromptTuner(),
-        prefix="adaption_",
-        layer_names=("adaption_prompt", "adaption_gate"),
-        layer_class="AdaptedAttention",
-        summary="Upper attention layers also look at trained prompts, through a gate that starts at zero.",
-        paper="arXiv:2303.16199",
-        examples=({"adapter_len": 3, "adapter_layers": 1},),
-        check=check,
-    )
+peftc_tuner = p.method(
+    AdaptionPromptConfig,
+    AdaptionPromptTuner(),
+    prefix="adaption_",
+    layer_names=("adaption_prompt", "adaption_gate"),
+    layer_class="AdaptedAttention",
+    examples=({"adapter_len": 3, "adapter_layers": 1},),
+    check=check,
+)

@@ -1,4 +1,5 @@
-"""BOFT: the weight times a product of block-diagonal rotations in butterfly order (Liu et al., arXiv:2311.06243, section 4).
+"""BOFT: a product of block-diagonal rotations, in butterfly order, and a scale of the rows of each frozen weight (Liu et al.,
+arXiv:2311.06243, section 4).
 
 `W' = diag(s) W (B_m … B_1)ᵀ`. Factor i rotates blocks whose halves lie `2^(i-1)` half-blocks apart, so that a few sparse factors
 mix all features. The input goes through them one after the other; no matrix of its width is ever made.
@@ -6,89 +7,54 @@ mix all features. The input goes through them one after the other; no matrix of 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from peftc.plugin import (
-    CONV_KINDS,
-    EXPERT_KINDS,
-    LINEAR_KINDS,
-    Diagnostic,
-    ExpertsMixin,
-    Field,
-    LayerFacts,
-    LayersMixin,
-    MapTuner,
-    ModulesToSaveMixin,
-    PeftConfig,
-    PeftType,
-    Slot,
-    SlotInit,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    hookimpl,
-    parameter_slot,
-    rules,
-)
+from peftc import plugin as p
 
-from .oft import cayley, dropped, turned
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .oft import cayley, dropped, not_one_of, rotates, turned
 
 
-class BOFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
+class BOFTConfig(p.ExpertsMixin, p.OrientationMixin, p.BiasMixin, p.InitWeightsMixin, p.LayersConfig):
     """Options of a BOFT adapter, named as in the reference. Give `boft_block_size`, or `boft_block_num` and a size of 0."""
 
-    peft_type: PeftType | None = PeftType("BOFT")
-    boft_block_size: int = Field(default=4, ge=0)
+    peft_type: p.PeftType | None = p.PeftType("BOFT")
+    boft_block_size: int = p.Field(default=4, ge=0)
     """Size of the blocks: larger learns more and costs more; 0 follows from `boft_block_num`."""
-    boft_block_num: int = Field(default=0, ge=0)
+    boft_block_num: int = p.Field(default=0, ge=0)
     """Number of blocks in each layer; 0 follows from `boft_block_size`."""
-    boft_n_butterfly_factor: int = Field(default=1, ge=1)
+    boft_n_butterfly_factor: p.Count = 1
     """Number of factors; each further one doubles how many features a feature can be mixed with."""
-    boft_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    boft_dropout: p.Dropout = 0.0
     """Probability of leaving a block of one factor unrotated in training."""
-    fan_in_fan_out: bool = False
-    """Whether the adapted layers store their weight as (in, out); set by itself where they do."""
-    bias: str = "none"
-    """Biases of the base model to train along: `none`, `all`, or `boft_only` for those of adapted layers."""
-    init_weights: bool = True
-    """Start without a rotation and at a scale of 1; otherwise at random."""
+    bias: Literal["none", "all", "boft_only"] = "none"
 
-    def contradictions(self) -> Iterable[Diagnostic]:
+    def contradictions(self) -> p.Problems:
         """The size of blocks given twice or not at all."""
-        if bool(self.boft_block_size) == bool(self.boft_block_num):
-            named = "`boft_block_size` and `boft_block_num`"
-            what = f"Both of {named} are given" if self.boft_block_num else f"Neither of {named} is given"
-            fix = "Set `boft_block_size` to 0." if self.boft_block_num else "Set one of them."
-            yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="boft_block_size")
+        yield from not_one_of(self, "boft_block_size", "boft_block_num")
 
 
-class BoftTuner(MapTuner[BOFTConfig]):
+class BoftTuner(p.MapTuner[BOFTConfig]):
     """`y = s · (W B x) + b`; for a convolution the rotations act on its flattened patches."""
 
-    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
+    supports = p.LINEAR_KINDS | p.CONV_KINDS | p.EXPERT_KINDS
     input_space = "patches"
     recomputes_input = True
     spares_bias = True
 
-    def slots(self, c: BOFTConfig, layer: LayerFacts) -> Iterable[Slot]:
-        size = layer.in_features // layer.groups * math.prod(layer.kernel)
+    def slots(self, c: BOFTConfig, layer: p.LayerFacts) -> p.Slots:
+        size = layer.fan_in
         block = min(c.boft_block_size, size) or max(1, size // c.boft_block_num)
-        yield parameter_slot("boft_R", (c.boft_n_butterfly_factor, size // block, block, block))
-        yield parameter_slot("boft_s", (1, layer.out_features) if layer.kernel else (layer.out_features, 1))
+        yield p.parameter_slot("boft_R", (c.boft_n_butterfly_factor, size // block, block, block))
+        yield p.parameter_slot("boft_s", (1, layer.out_features) if layer.kernel else (layer.out_features, 1))
 
-    def fitted(self, c: BOFTConfig, layer: LayerFacts, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Slot]:
+    def fitted(self, c: BOFTConfig, layer: p.LayerFacts, shapes: p.Shapes) -> p.Slots:
         """With as many factors as the file has: where the reference lacks its CUDA extension it trains one, whatever the
         options say."""
         factors = shapes.get("boft_R", (0,))[0]
         fewer = c.model_copy(update={"boft_n_butterfly_factor": min(max(1, factors), c.boft_n_butterfly_factor)})
         return self.slots(fewer, layer)
 
-    def init(self, c: BOFTConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+    def init(self, c: BOFTConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
         if c.init_weights:
             init.zeros(slots["boft_R"])
             init.ones(slots["boft_s"])
@@ -96,21 +62,14 @@ class BoftTuner(MapTuner[BOFTConfig]):
             init.normal(slots["boft_R"], std=0.1)
             init.normal(slots["boft_s"], std=0.1, mean=1.0)
 
-    def check(self, c: BOFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        size = layer.in_features // layer.groups * math.prod(layer.kernel)
-        misfit = _misfit(c, size)
+    def check(self, c: BOFTConfig, layer: p.LayerFacts, path: str) -> p.Problems:
+        misfit = _misfit(c, layer.fan_in)
         if misfit:
-            yield rules.BAD_TARGET(
-                f"Butterfly factors do not fit `{path}`: {misfit}",
-                fix="Exclude it with `exclude_modules`, or choose blocks that fit all layers.",
-                where=path,
-            )
+            fix = "Exclude it with `exclude_modules`, or choose blocks that fit all layers."
+            yield p.rules.BAD_TARGET(f"Butterfly factors do not fit `{path}`: {misfit}", fix=fix, where=path)
 
-    def input(self, a: View, x: Tensor) -> Tensor:
-        c: BOFTConfig = a.config  # type: ignore[assignment]  # this plugin's config
-        entries = a.boft_R
-        if entries.dtype.itemsize < 4:  # there is no solver in half precision
-            entries = entries.float()
+    def input(self, a: p.View[BOFTConfig], x: p.Tensor) -> p.Tensor:
+        c, entries = a.config, p.widened(a.boft_R)
         factors = cayley((entries - entries.mT) / 2)
         if c.boft_dropout and a.training:
             factors = _one_dropped(factors, c.boft_dropout)
@@ -119,7 +78,7 @@ class BoftTuner(MapTuner[BOFTConfig]):
             columns = _butterfly(columns, factors[level], level)
         return columns.t().reshape(x.shape).to(x.dtype)
 
-    def output(self, a: View, y: Tensor) -> Tensor:
+    def output(self, a: p.View[BOFTConfig], y: p.Tensor) -> p.Tensor:
         return y * a.boft_s.flatten()
 
 
@@ -139,7 +98,7 @@ def _misfit(c: BOFTConfig, size: int) -> str:
     return ""
 
 
-def _butterfly(columns: Tensor, R: Tensor, level: int) -> Tensor:
+def _butterfly(columns: p.Tensor, R: p.Tensor, level: int) -> p.Tensor:
     """Columns `(features, rows)` through one factor, R `(blocks, b, b)`.
 
     Of each run of `2^level` blocks, block j rotates half-block j together with half-block `j + 2^level`.
@@ -152,44 +111,21 @@ def _butterfly(columns: Tensor, R: Tensor, level: int) -> Tensor:
     return together.view(-1, span, 2, half, rows).transpose(1, 2).reshape(columns.shape)
 
 
-def _one_dropped(factors: Tensor, p: float) -> Tensor:
+def _one_dropped(factors: p.Tensor, share: float) -> p.Tensor:
     """The factors `(m, blocks, b, b)`, one of them, chosen at random, without some of its blocks."""
     import torch
 
     chosen = torch.randint(factors.shape[0], (1,), device=factors.device)
     mask = torch.arange(factors.shape[0], device=factors.device) == chosen
-    return torch.where(mask.view(-1, 1, 1, 1), dropped(factors, p), factors)
+    return torch.where(mask.view(-1, 1, 1, 1), dropped(factors, share), factors)
 
 
-def check(c: BOFTConfig) -> Iterable[Diagnostic]:
-    """Unknown biases, and starts that rotate."""
-    if c.bias not in ("none", "all", "boft_only"):
-        yield rules.BAD_VALUE(f"`bias` cannot be `{c.bias}`", fix="Use `none`, `all` or `boft_only`.", where="bias")
-    if not c.init_weights:
-        yield rules.NOT_IDENTITY(
-            "Rotations and scales start at random", fix="Leave out `init_weights`.", where="init_weights"
-        )
-
-
-@hookimpl
-def peftc_tuner() -> TunerMethod:
-    return TunerMethod(
-        "BOFT",
-        BOFTConfig,
-        BoftTuner(),
-        prefix="boft_",
-        layer_names=("boft_R", "boft_s"),
-        layer_options={
-            "boft_block_size": "boft_block_size",
-            "boft_block_num": "boft_block_num",
-            "boft_dropout": "boft_dropout",
-        },
-        model_class="BOFTModel",
-        layer_class="BOFTLayer",
-        default_targets={"target_modules": "boft"},
-        summary="A product of block-diagonal rotations, in butterfly order, and a scale of the rows of each frozen weight.",
-        paper="arXiv:2311.06243",
-        examples=({"boft_block_size": 4}, {"boft_block_size": 2, "boft_n_butterfly_factor": 2}),
-        check=check,
-        identity_at_start=lambda c: c.init_weights,
-    )
+peftc_tuner = p.method(
+    BOFTConfig,
+    BoftTuner(),
+    prefix="boft_",
+    layer_names=("boft_R", "boft_s"),
+    layer_options=("boft_block_size", "boft_block_num", "boft_dropout"),
+    examples=({"boft_block_size": 4}, {"boft_block_size": 2, "boft_n_butterfly_factor": 2}),
+    check=rotates,
+)

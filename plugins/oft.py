@@ -1,4 +1,4 @@
-"""OFT: the weight times a block-diagonal rotation (Qiu et al., arXiv:2306.07280; the input's form, arXiv:2506.19847).
+"""OFT: a block-diagonal rotation of the input of each frozen weight (Qiu et al., arXiv:2306.07280; this form, arXiv:2506.19847).
 
 `W' = W Rᵀ` where each block of R is the Cayley transform of a skew-symmetric matrix, exact or by its Neumann series. The
 input is rotated block by block, so neither R nor W' is ever made as one matrix.
@@ -7,127 +7,93 @@ input is rotated block by block, so neither R nor W' is ever made as one matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from peftc.plugin import (
-    CONV_KINDS,
-    EXPERT_KINDS,
-    LINEAR_KINDS,
-    Diagnostic,
-    ExpertsMixin,
-    Field,
-    Kind,
-    LayerFacts,
-    LayersMixin,
-    MapTuner,
-    ModulesToSaveMixin,
-    PeftConfig,
-    PeftType,
-    Slot,
-    SlotInit,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    hookimpl,
-    module_slot,
-    rules,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from peftc import plugin as p
 
 
-class OFTConfig(TargetsMixin, ExpertsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
+class OFTConfig(p.ExpertsMixin, p.OrientationMixin, p.BiasMixin, p.InitWeightsMixin, p.LayersConfig):
     """Options of an OFT adapter, named as in the reference. Give `oft_block_size`, or `r` with `oft_block_size=0`."""
 
-    peft_type: PeftType | None = PeftType("OFT")
-    r: int = Field(default=0, ge=0)
+    peft_type: p.PeftType | None = p.PeftType("OFT")
+    r: int = p.Field(default=0, ge=0)
     """Number of blocks in each layer; 0 follows from `oft_block_size`."""
-    oft_block_size: int = Field(default=32, ge=0)
+    oft_block_size: int = p.Field(default=32, ge=0)
     """Size of the blocks: larger learns more and costs more; 0 follows from `r`."""
-    module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    module_dropout: p.Dropout = 0.0
     """Probability of leaving a block unrotated in training."""
-    fan_in_fan_out: bool = False
-    """Whether the adapted layers store their weight as (in, out); set by itself where they do."""
     bias: Literal["none", "all", "oft_only"] = "none"
-    """Biases of the base model to train along: none, all, or those of adapted layers."""
-    init_weights: bool = True
-    """Start without a rotation; otherwise at random."""
     coft: bool = False
     """Keep the rotations near the identity (constrained OFT)."""
-    eps: float = Field(default=6e-5, gt=0.0)
+    eps: float = p.Field(default=6e-5, gt=0.0)
     """How near, with `coft`: the norm of the skew-symmetric blocks, over the root of their number."""
     block_share: bool = False
     """One rotation for all blocks of a layer."""
     use_cayley_neumann: bool = True
     """Compute the Cayley transform by its Neumann series: faster, and a rotation only up to its error."""
-    num_cayley_neumann_terms: int = Field(default=5, ge=1)
+    num_cayley_neumann_terms: p.Count = 5
     """Terms of the series."""
 
-    def contradictions(self) -> Iterable[Diagnostic]:
+    def contradictions(self) -> p.Problems:
         """The size of blocks given twice or not at all."""
-        if bool(self.r) == bool(self.oft_block_size):
-            what = "Both `r` and `oft_block_size` are given" if self.r else "Neither `r` nor `oft_block_size` is given"
-            fix = f"Set `oft_block_size` to 0 to have {self.r} blocks." if self.r else "Set one of them."
-            yield rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where="oft_block_size")
+        yield from not_one_of(self, "oft_block_size", "r")
 
 
-class OftTuner(MapTuner[OFTConfig]):
+class OftTuner(p.MapTuner[OFTConfig]):
     """`y = W (Rᵀ x) + b`; for a convolution the rotation acts on its flattened patches."""
 
-    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS
+    supports = p.LINEAR_KINDS | p.CONV_KINDS | p.EXPERT_KINDS
     input_space = "patches"
     recomputes_input = True
     slot = "oft_R"
 
-    def size(self, layer: LayerFacts) -> int:
+    def size(self, layer: p.LayerFacts) -> int:
         """How many features are rotated."""
-        return layer.in_features // layer.groups * math.prod(layer.kernel)
+        return layer.fan_in
 
-    def slots(self, c: OFTConfig, layer: LayerFacts) -> Iterable[Slot]:
+    def slots(self, c: OFTConfig, layer: p.LayerFacts) -> p.Slots:
         size = self.size(layer)
         block = _block_size(c, size)
-        yield module_slot(self.slot, (1 if c.block_share else size // block, max(1, block * (block - 1) // 2)))
+        yield p.module_slot(self.slot, (1 if c.block_share else size // block, max(1, block * (block - 1) // 2)))
 
-    def init(self, c: OFTConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+    def init(self, c: OFTConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
         if c.init_weights:
             init.zeros(slots[self.slot])
         else:
             init.normal(slots[self.slot], std=0.1)
 
-    def check(self, c: OFTConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
+    def check(self, c: OFTConfig, layer: p.LayerFacts, path: str) -> p.Problems:
         size = self.size(layer)
         block = _block_size(c, size)
         if block == 1:
-            yield rules.BAD_TARGET(
+            yield p.rules.BAD_TARGET(
                 f"The {size} features of `{path}` would be in blocks of one, which cannot be rotated",
                 fix="Set an `oft_block_size` of at least 2 that divides them, or exclude it with `exclude_modules`.",
                 where=path,
             )
         elif block * c.r != size and block != c.oft_block_size:
             asked = f"`r` of {c.r}" if c.r else f"`oft_block_size` of {c.oft_block_size}"
-            yield rules.BLOCKS_ADJUSTED(
+            yield p.rules.BLOCKS_ADJUSTED(
                 f"{asked} does not divide the {size} features of `{path}`: {size // block} blocks of {block}",
                 fix="Give what divides the features of all layers, or exclude this one.",
                 where=path,
             )
 
-    def input(self, a: View, x: Tensor) -> Tensor:
+    def input(self, a: p.View[OFTConfig], x: p.Tensor) -> p.Tensor:
         return _rotated(a, a.oft_R, x)
 
 
 class OftEmbeddingTuner(OftTuner):
     """`y = Rᵀ e` for the vector e of an id."""
 
-    supports = frozenset({Kind.EMBEDDING})
+    supports = frozenset({p.Kind.EMBEDDING})
     slot = "oft_embedding_R"
-    input = MapTuner.input
+    input = p.MapTuner.input
 
-    def size(self, layer: LayerFacts) -> int:
+    def size(self, layer: p.LayerFacts) -> int:
         return layer.out_features
 
-    def output(self, a: View, y: Tensor) -> Tensor:
+    def output(self, a: p.View[OFTConfig], y: p.Tensor) -> p.Tensor:
         return _rotated(a, a.oft_embedding_R, y)
 
 
@@ -146,11 +112,9 @@ def _nearest_divisor(wanted: int, size: int) -> int:
     return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
-def _rotated(a: View, vectors: Tensor, x: Tensor) -> Tensor:
+def _rotated(a: p.View[OFTConfig], vectors: p.Tensor, x: p.Tensor) -> p.Tensor:
     """`Rᵀ x` for rows x `(..., features)` and the entries above the diagonals, `(blocks, b (b - 1) / 2)`."""
-    c: OFTConfig = a.config  # type: ignore[assignment]  # this plugin's config
-    if vectors.dtype.itemsize < 4:  # there is no solver in half precision, and rotations need more
-        vectors = vectors.float()
+    c, vectors = a.config, p.widened(vectors)
     if c.coft:
         vectors = _within(vectors, c.eps)
     block = (1 + math.isqrt(1 + 8 * vectors.shape[1])) // 2
@@ -162,7 +126,7 @@ def _rotated(a: View, vectors: Tensor, x: Tensor) -> Tensor:
     return rotated(rows, R).to(x.dtype)
 
 
-def _within(vectors: Tensor, eps: float) -> Tensor:
+def _within(vectors: p.Tensor, eps: float) -> p.Tensor:
     """Blocks projected to where their norm is at most `eps / sqrt(blocks)`; the slots are left as they are.
 
     The gradient is that at the projected point, as in projected gradient descent.
@@ -173,11 +137,11 @@ def _within(vectors: Tensor, eps: float) -> Tensor:
         norm = math.sqrt(2) * vectors.norm(dim=1, keepdim=True)  # each entry stands twice in the matrix
         limit = eps / math.sqrt(vectors.shape[0])
         inside = vectors * (limit / norm.clamp(min=limit))
-    passed: Tensor = inside + (vectors - vectors.detach())
+    passed: p.Tensor = inside + (vectors - vectors.detach())
     return passed
 
 
-def skew_symmetric(vectors: Tensor, size: int) -> Tensor:
+def skew_symmetric(vectors: p.Tensor, size: int) -> p.Tensor:
     """`(blocks, size, size)` from the entries above the diagonals, row by row, `(blocks, size (size - 1) / 2)`."""
     import torch
 
@@ -187,16 +151,16 @@ def skew_symmetric(vectors: Tensor, size: int) -> Tensor:
     return upper - upper.mT
 
 
-def cayley(Q: Tensor) -> Tensor:
+def cayley(Q: p.Tensor) -> p.Tensor:
     """`(I - Q) (I + Q)⁻¹` for skew-symmetric Q `(..., b, b)`: a rotation each."""
     import torch
 
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    rotation: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
+    rotation: p.Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
     return rotation
 
 
-def _neumann(Q: Tensor, terms: int) -> Tensor:
+def _neumann(Q: p.Tensor, terms: int) -> p.Tensor:
     """`I + 2 Q + 2 Q² + … + Qᵗ⁻¹`, the series of `(I + Q) (I - Q)⁻¹`; three terms are computed as four.
 
     So the reference computes it, and adapters mean it; the exact transform has the other sign of Q.
@@ -212,54 +176,56 @@ def _neumann(Q: Tensor, terms: int) -> Tensor:
     return series
 
 
-def rotated(x: Tensor, R: Tensor) -> Tensor:
+def rotated(x: p.Tensor, R: p.Tensor) -> p.Tensor:
     """Each block of features of x `(..., blocks · b)` times its matrix, R `(blocks, b, b)` or `(1, b, b)` for all."""
     return turned(x.reshape(-1, x.shape[-1]).t(), R).t().reshape(x.shape)
 
 
-def turned(columns: Tensor, R: Tensor) -> Tensor:
+def turned(columns: p.Tensor, R: p.Tensor) -> p.Tensor:
     """The same of x as columns `(blocks · b, rows)`: products with small blocks are several times faster so."""
     return (R.mT @ columns.reshape(-1, R.shape[1], columns.shape[1])).view(columns.shape)
 
 
-def dropped(R: Tensor, p: float) -> Tensor:
-    """The blocks `(..., b, b)`, each the identity with probability p (multiplicative dropout)."""
+def dropped(R: p.Tensor, share: float) -> p.Tensor:
+    """The blocks `(..., b, b)`, each the identity with the probability `share` (multiplicative dropout)."""
     import torch
 
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    return torch.where(torch.rand(*R.shape[:-2], 1, 1, device=R.device) < p, eye, R)
+    return torch.where(torch.rand(*R.shape[:-2], 1, 1, device=R.device) < share, eye, R)
 
 
-def check(c: OFTConfig) -> Iterable[Diagnostic]:
+def check(c: OFTConfig) -> p.Problems:
     """Series that are constant, and starts that rotate."""
     if c.use_cayley_neumann and c.num_cayley_neumann_terms == 1:
-        yield rules.BAD_VALUE(
-            "A series of 1 term is the identity whatever is learned",
-            fix="Set `num_cayley_neumann_terms` to 2 or more; 5 is usual.",
-            where="num_cayley_neumann_terms",
-        )
+        what, fix = "A series of 1 term is the identity whatever is learned", "Set it to 2 or more; 5 is usual."
+        yield p.rules.BAD_VALUE(what, fix=fix, where="num_cayley_neumann_terms")
+    yield from rotates(c)
+
+
+def rotates(c: p.InitWeightsMixin) -> p.Problems:
+    """Starts that rotate."""
     if not c.init_weights:
-        yield rules.NOT_IDENTITY("Rotations start at random", fix="Leave out `init_weights`.", where="init_weights")
+        yield p.rules.NOT_IDENTITY("Rotations start at random", fix="Leave out `init_weights`.", where="init_weights")
 
 
-@hookimpl
-def peftc_tuner() -> TunerMethod:
-    return TunerMethod(
-        "OFT",
-        OFTConfig,
-        (OftTuner(), OftEmbeddingTuner()),
-        prefix="oft_",
-        layer_names=("oft_R", "oft_embedding_R"),
-        layer_options={"r": "r", "oft_block_size": "oft_block_size", "oft_dropout": "module_dropout"},
-        model_class="OFTModel",
-        layer_class="OFTLayer",
-        default_targets={"target_modules": "oft"},
-        summary="A block-diagonal rotation of the input of each frozen weight.",
-        paper="arXiv:2306.07280",
-        examples=(
-            {"oft_block_size": 4},
-            {"r": 2, "oft_block_size": 0, "block_share": True, "use_cayley_neumann": False},
-        ),
-        check=check,
-        identity_at_start=lambda c: c.init_weights,
-    )
+def not_one_of(c: p.PeftConfig, size: str, number: str) -> p.Problems:
+    """The problem of a size and a number of blocks that are both given, or neither is."""
+    count = getattr(c, number)
+    if bool(count) == bool(getattr(c, size)):
+        what = f"Both of `{size}` and `{number}` are given" if count else f"Neither of `{size}` and `{number}` is given"
+        fix = f"Set `{size}` to 0 to have {count} blocks." if count else "Set one of them."
+        yield p.rules.CONTRADICTION(f"{what}, and each follows from the other", fix=fix, where=size)
+
+
+peftc_tuner = p.method(
+    OFTConfig,
+    (OftTuner(), OftEmbeddingTuner()),
+    prefix="oft_",
+    layer_names=("oft_R", "oft_embedding_R"),
+    layer_options={"r": "r", "oft_block_size": "oft_block_size", "oft_dropout": "module_dropout"},
+    examples=(
+        {"oft_block_size": 4},
+        {"r": 2, "oft_block_size": 0, "block_share": True, "use_cayley_neumann": False},
+    ),
+    check=check,
+)

@@ -1,37 +1,14 @@
-"""P-tuning: virtual tokens that a small network makes of a trained table (Liu et al., arXiv:2103.10385, section 3.2).
+"""P-tuning: virtual tokens before the input, made by a small network while they are trained (Liu et al., arXiv:2103.10385).
 
-The network only helps training: what is saved is its output, and a loaded adapter is that table alone.
+The network of section 3.2 only helps training: what is saved is its output, and a loaded adapter is that table alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from itertools import pairwise
 
-from peftc.plugin import (
-    Diagnostic,
-    Field,
-    PeftType,
-    PromptContext,
-    PromptLearningConfig,
-    PromptTuner,
-    PromptView,
-    Severity,
-    Slot,
-    TunerMethod,
-    hookimpl,
-    module_slot,
-    rules,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from peftc.plugin import Tensors
-
-#: Layers of the perceptron, whatever `encoder_num_layers` says. The reference's number.
-_MLP_LAYERS = 2
+from peftc import plugin as p
 
 
 class PromptEncoderReparameterizationType(StrEnum):
@@ -41,43 +18,40 @@ class PromptEncoderReparameterizationType(StrEnum):
     LSTM = "LSTM"
 
 
-class PromptEncoderConfig(PromptLearningConfig):
+class PromptEncoderConfig(p.PromptLearningConfig):
     """Options of a P-tuning adapter, named as in the reference."""
 
-    peft_type: PeftType | None = PeftType("P_TUNING")
-    encoder_reparameterization_type: PromptEncoderReparameterizationType = Field(
+    peft_type: p.PeftType | None = p.PeftType("P_TUNING")
+    encoder_reparameterization_type: PromptEncoderReparameterizationType = p.Field(
         default=PromptEncoderReparameterizationType.MLP, strict=False
     )
     """The network: a perceptron (`MLP`), or a bidirectional recurrent one and a perceptron (`LSTM`)."""
-    encoder_hidden_size: int | None = Field(default=None, ge=1)
+    encoder_hidden_size: int | None = p.Field(default=None, ge=1)
     """Width of the network; left out, that of the virtual tokens."""
-    encoder_num_layers: int = Field(default=2, ge=1)
+    encoder_num_layers: p.Count = 2
     """Layers of the recurrent network."""
-    encoder_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    encoder_dropout: float = p.Field(default=0.0, ge=0.0, le=1.0)
     """Probability of dropping what goes between layers of the recurrent network, in training."""
 
 
-class PTuningTuner(PromptTuner[PromptEncoderConfig]):
+class PTuningTuner(p.PromptTuner[PromptEncoderConfig]):
     """A table, and the network that turns it into virtual tokens."""
 
-    def slots(self, c: PromptEncoderConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+    def slots(self, c: PromptEncoderConfig, dims: p.Dims) -> p.Slots:
         yield from self.encoded(c, dims)
-        width, hidden = c.token_dim or 0, c.encoder_hidden_size or 0
-        if c.encoder_reparameterization_type == "MLP":
-            sizes = {"0": (hidden, width), "2": (hidden, hidden), "4": (width, hidden)}
-        else:
+        hidden = c.encoder_hidden_size or 0
+        widths = [c.width, hidden, hidden, c.width]
+        if c.encoder_reparameterization_type == "LSTM":
+            widths = [2 * hidden, 2 * hidden, c.width]
             for tail, shape in _lstm_shapes(c).items():
-                yield module_slot("lstm_head", shape, tail)
-            sizes = {"0": (2 * hidden, 2 * hidden), "2": (width, 2 * hidden)}
-        for position, (out, into) in sizes.items():
-            yield module_slot("mlp_head", (out, into), f"{position}.weight")
-            yield module_slot("mlp_head", (out,), f"{position}.bias")
+                yield p.module_slot("lstm_head", shape, tail)
+        for layer, (into, out) in enumerate(pairwise(widths)):
+            yield from p.linear_slots("mlp_head", into, out, str(2 * layer))
 
-    def encoded(self, c: PromptEncoderConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
-        rows = (c.num_virtual_tokens or 0) * (c.num_transformer_submodules or 1)
-        yield module_slot("embedding", (rows, c.token_dim or 0))
+    def encoded(self, c: PromptEncoderConfig, dims: p.Dims) -> p.Slots:
+        yield p.module_slot("embedding", (c.rows, c.width))
 
-    def init(self, c: PromptEncoderConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+    def init(self, c: PromptEncoderConfig, slots: p.Tensors, context: p.PromptContext) -> None:
         """As torch starts such layers."""
         for label, tensor in slots.items():
             if label == "embedding":
@@ -88,14 +62,15 @@ class PTuningTuner(PromptTuner[PromptEncoderConfig]):
                 into = slots[label.removesuffix(".bias") + ".weight"] if label.endswith(".bias") else tensor
                 context.init.uniform(tensor, into.shape[1] ** -0.5)
 
-    def embeds(self, c: PromptEncoderConfig, a: PromptView) -> Tensor:
-        table = a["embedding"]
-        if "mlp_head.0.weight" not in a:
-            return table
-        return _perceptron(a, _recurrent(c, a, table) if "lstm_head.weight_ih_l0" in a else table)
-
-    def restore(self, c: PromptEncoderConfig, saved: Tensors) -> Mapping[str, Tensor]:
-        return {"embedding": saved["prompt_embeddings"]}
+    def embeds(self, c: PromptEncoderConfig, a: p.PromptView) -> p.Tensor:
+        """What the network makes of the table; a loaded adapter has the table alone."""
+        x = a["embedding"]
+        if "lstm_head.weight_ih_l0" in a:
+            x = _recurrent(c, a, x)
+        for layer in ("mlp_head.0", "mlp_head.2", "mlp_head.4"):
+            if f"{layer}.weight" in a:
+                x = p.linear(a, layer, x if layer == "mlp_head.0" else x.relu())
+        return x
 
 
 def _lstm_shapes(c: PromptEncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -103,66 +78,43 @@ def _lstm_shapes(c: PromptEncoderConfig) -> dict[str, tuple[int, ...]]:
     hidden = c.encoder_hidden_size or 0
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(c.encoder_num_layers):
-        into = (c.token_dim or 0) if layer == 0 else 2 * hidden
         for end in (f"l{layer}", f"l{layer}_reverse"):
-            shapes[f"weight_ih_{end}"] = (4 * hidden, into)
+            shapes[f"weight_ih_{end}"] = (4 * hidden, 2 * hidden if layer else c.width)
             shapes[f"weight_hh_{end}"] = (4 * hidden, hidden)
-            shapes[f"bias_ih_{end}"] = (4 * hidden,)
-            shapes[f"bias_hh_{end}"] = (4 * hidden,)
+            shapes |= {f"bias_ih_{end}": (4 * hidden,), f"bias_hh_{end}": (4 * hidden,)}
     return shapes
 
 
-def _recurrent(c: PromptEncoderConfig, a: PromptView, table: Tensor) -> Tensor:
+def _recurrent(c: PromptEncoderConfig, a: p.PromptView, table: p.Tensor) -> p.Tensor:
     """`(rows, width)` -> `(rows, 2 · hidden)`."""
     import torch
 
     weights = [a[f"lstm_head.{tail}"] for tail in _lstm_shapes(c)]
     start = table.new_zeros(2 * c.encoder_num_layers, 1, c.encoder_hidden_size or 0)
     # arguments: input, state, weights, biases, layers, dropout, training, bidirectional, batch first
-    out: Tensor = torch.lstm(
-        table[None], (start, start), weights, True, c.encoder_num_layers, c.encoder_dropout, a.training, True, True
-    )[0]
+    options = True, c.encoder_num_layers, c.encoder_dropout, a.training, True, True
+    out, *_ = torch.lstm(table[None], (start, start), weights, *options)
     return out[0]
 
 
-def _perceptron(a: PromptView, x: Tensor) -> Tensor:
-    """Linear layers with a rectifier between them."""
-    from torch.nn.functional import linear
-
-    x = linear(x, a["mlp_head.0.weight"], a["mlp_head.0.bias"])
-    for position in ("2", "4"):
-        if f"mlp_head.{position}.weight" in a:
-            x = linear(x.relu(), a[f"mlp_head.{position}.weight"], a[f"mlp_head.{position}.bias"])
-    return x
-
-
-def _check(c: PromptEncoderConfig) -> Iterator[Diagnostic]:
-    """Options of the recurrent network that a perceptron does not have."""
-    if c.encoder_reparameterization_type != "MLP":
-        return
-    for name, usual in (("encoder_num_layers", _MLP_LAYERS), ("encoder_dropout", 0.0)):
-        value = getattr(c, name)
-        if value != usual:
-            what = f"`{name}: {value}` has no effect with `encoder_reparameterization_type: MLP`"
+def check(c: PromptEncoderConfig) -> p.Problems:
+    """Options of the recurrent network that a perceptron does not have: its layers are the reference's number."""
+    for name, usual in (("encoder_num_layers", 2), ("encoder_dropout", 0.0)):
+        if c.encoder_reparameterization_type == "MLP" and getattr(c, name) != usual:
+            what = f"`{name}: {getattr(c, name)}` has no effect with `encoder_reparameterization_type: MLP`"
             fix = "Leave it out, or set `encoder_reparameterization_type: LSTM`."
-            yield rules.CONTRADICTION(what, fix=fix, where=name, severity=Severity.WARNING)
+            yield p.rules.CONTRADICTION(what, fix=fix, where=name, severity=p.Severity.WARNING)
 
 
-@hookimpl
-def peftc_tuner() -> TunerMethod:
-    return TunerMethod(
-        "P_TUNING",
-        PromptEncoderConfig,
-        PTuningTuner(),
-        prefix="p_tuning_",
-        encoder_class="PromptEncoder",
-        exports={"PromptEncoderReparameterizationType": PromptEncoderReparameterizationType},
-        summary="Virtual tokens before the input, made by a small network while they are trained.",
-        paper="arXiv:2103.10385",
-        check=_check,
-        examples=(
-            {"num_virtual_tokens": 4, "encoder_hidden_size": 6},
-            {"num_virtual_tokens": 4, "encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM"},
-        ),
-        identity_at_start=lambda c: False,
-    )
+peftc_tuner = p.method(
+    PromptEncoderConfig,
+    PTuningTuner(),
+    prefix="p_tuning_",
+    encoder_class="PromptEncoder",
+    exports=(PromptEncoderReparameterizationType,),
+    check=check,
+    examples=(
+        {"num_virtual_tokens": 4, "encoder_hidden_size": 6},
+        {"num_virtual_tokens": 4, "encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM"},
+    ),
+)

@@ -1,32 +1,14 @@
-"""Prompt tuning: trained embeddings of virtual tokens before the input (Lester et al., arXiv:2104.08691, section 2).
+"""Prompt tuning: trained embeddings of virtual tokens are put before the input (Lester et al., arXiv:2104.08691, section 2).
 
 They start at random, at embeddings of sampled tokens, or at those of a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from peftc.plugin import (
-    Field,
-    PeftType,
-    PromptContext,
-    PromptLearningConfig,
-    PromptTuner,
-    PromptView,
-    Slot,
-    TunerMethod,
-    hookimpl,
-    model_validator,
-    module_slot,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from peftc.plugin import Tensors
+from peftc import plugin as p
 
 
 class PromptTuningInit(StrEnum):
@@ -37,11 +19,11 @@ class PromptTuningInit(StrEnum):
     RANDOM = "RANDOM"
 
 
-class PromptTuningConfig(PromptLearningConfig):
+class PromptTuningConfig(p.PromptLearningConfig):
     """Options of a prompt-tuning adapter, named as in the reference."""
 
-    peft_type: PeftType | None = PeftType("PROMPT_TUNING")
-    prompt_tuning_init: PromptTuningInit = Field(default=PromptTuningInit.RANDOM, strict=False)
+    peft_type: p.PeftType | None = p.PeftType("PROMPT_TUNING")
+    prompt_tuning_init: PromptTuningInit = p.Field(default=PromptTuningInit.RANDOM, strict=False)
     """How the virtual tokens start: `RANDOM`, as sampled tokens (`SAMPLE_VOCAB`), or as a text (`TEXT`)."""
     prompt_tuning_init_text: str | None = None
     """The text, for `TEXT`; repeated or cut to the number of virtual tokens."""
@@ -50,7 +32,7 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = None
     """Keywords for the tokenizer, for `TEXT`. Remote code cannot be switched on."""
 
-    @model_validator(mode="after")
+    @p.model_validator(mode="after")
     def _text_needs_tokenizer(self) -> Self:
         text = self.prompt_tuning_init == "TEXT"
         given = {
@@ -67,24 +49,17 @@ class PromptTuningConfig(PromptLearningConfig):
         return self
 
 
-class PromptTuningTuner(PromptTuner[PromptTuningConfig]):
+class PromptTuningTuner(p.PromptTuner[PromptTuningConfig]):
     """The encoder is a table with one row per virtual token."""
 
-    def slots(self, c: PromptTuningConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
-        rows = (c.num_virtual_tokens or 0) * (c.num_transformer_submodules or 1)
-        yield module_slot("embedding", (rows, c.token_dim or 0))
+    def slots(self, c: PromptTuningConfig, dims: p.Dims) -> p.Slots:
+        yield p.module_slot("embedding", (c.rows, c.width))
 
-    def init(self, c: PromptTuningConfig, slots: Mapping[str, Tensor], context: PromptContext) -> None:
+    def init(self, c: PromptTuningConfig, slots: p.Tensors, context: p.PromptContext) -> None:
         start_of_table(c, c.prompt_tuning_init, slots["embedding"], context)
 
-    def embeds(self, c: PromptTuningConfig, a: PromptView) -> Tensor:
-        return a.embedding
 
-    def restore(self, c: PromptTuningConfig, saved: Tensors) -> Mapping[str, Tensor]:
-        return {"embedding": saved["prompt_embeddings"]}
-
-
-def start_of_table(c: PromptTuningConfig, start: PromptTuningInit, table: Tensor, context: PromptContext) -> None:
+def start_of_table(c: PromptTuningConfig, start: PromptTuningInit, table: p.Tensor, context: p.PromptContext) -> None:
     """Fill the table `(rows, width)`: at random, or with embeddings of sampled tokens or of the config's text."""
     import torch
 
@@ -102,17 +77,11 @@ def start_of_table(c: PromptTuningConfig, start: PromptTuningInit, table: Tensor
     table.copy_(vocabulary[ids.to(vocabulary.device)])
 
 
-@hookimpl
-def peftc_tuner() -> TunerMethod:
-    return TunerMethod(
-        "PROMPT_TUNING",
-        PromptTuningConfig,
-        PromptTuningTuner(),
-        prefix="prompt_tuning_",
-        encoder_class="PromptEmbedding",
-        exports={"PromptTuningInit": PromptTuningInit},
-        summary="Trained embeddings of virtual tokens are put before the input.",
-        paper="arXiv:2104.08691",
-        examples=({"num_virtual_tokens": 4}, {"num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"}),
-        identity_at_start=lambda c: False,
-    )
+peftc_tuner = p.method(
+    PromptTuningConfig,
+    PromptTuningTuner(),
+    prefix="prompt_tuning_",
+    encoder_class="PromptEmbedding",
+    exports=(PromptTuningInit,),
+    examples=({"num_virtual_tokens": 4}, {"num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+)

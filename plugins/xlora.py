@@ -1,4 +1,4 @@
-"""X-LoRA: a mixture of trained LoRA adapters, weighed for each token and layer (Buehler & Buehler, arXiv:2402.07148).
+"""X-LoRA: a mixture of trained adapters, weighed for each token and layer (Buehler & Buehler, arXiv:2402.07148).
 
 A first pass of the model, adapters off, gives hidden states; a classifier makes coefficients of them; a second pass has
 each adapter's update multiplied by its coefficient.
@@ -7,34 +7,17 @@ each adapter's update multiplied by its coefficient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from peftc.plugin import (
-    CallTuner,
-    CallView,
-    Diagnostic,
-    Field,
-    PeftConfig,
-    PeftType,
-    Run,
-    Slot,
-    SlotInit,
-    TunerMethod,
-    hookimpl,
-    module_slot,
-    rules,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from peftc import plugin as p
 
 
-class XLoraConfig(PeftConfig):
+class XLoraConfig(p.PeftConfig):
     """Options of an X-LoRA adapter, named as in the reference."""
 
-    peft_type: PeftType | None = PeftType("XLORA")
-    hidden_size: int | None = Field(default=None, ge=1)
+    peft_type: p.PeftType | None = p.PeftType("XLORA")
+    hidden_size: int | None = p.Field(default=None, ge=1)
     """Width of the model's hidden states; left out, it is taken from the model."""
     adapters: dict[str, str] | None = None
     """The adapters to mix: a name for each, and the folder or repository that it is read from."""
@@ -44,17 +27,17 @@ class XLoraConfig(PeftConfig):
     """Make shares of the `top_k_lora` chosen ones instead."""
     layerwise_scalings: bool = False
     """Coefficients for each layer, instead of the same for all."""
-    xlora_depth: int = Field(default=1, ge=1)
+    xlora_depth: p.Count = 1
     """Number of the classifier's layers."""
-    xlora_size: int = Field(default=2048, ge=1)
+    xlora_size: p.Count = 2048
     """Width of the classifier's hidden layers, of which there are some from a depth of 2 on."""
-    xlora_dropout_p: float = Field(default=0.2, ge=0.0, lt=1.0)
+    xlora_dropout_p: p.Dropout = 0.2
     """Probability of dropping hidden units of the classifier in training."""
     use_trainable_adapters: bool = False
     """Train the adapters along with the classifier."""
-    softmax_temperature: float = Field(default=1.0, gt=0.0)
+    softmax_temperature: float = p.Field(default=1.0, gt=0.0)
     """Divides the logits before the softmax: below 1 sharper, above it flatter."""
-    top_k_lora: int | None = Field(default=None, ge=1)
+    top_k_lora: int | None = p.Field(default=None, ge=1)
     """Use only so many adapters for each token and layer, those with the largest coefficients."""
     scaling_pass_value: float = 0.0
     """The coefficient of all adapters in the first pass."""
@@ -62,7 +45,7 @@ class XLoraConfig(PeftConfig):
     """Multiplies every coefficient."""
 
 
-class XLoraTuner(CallTuner[XLoraConfig]):
+class XLoraTuner(p.CallTuner[XLoraConfig]):
     """The classifier: linear layers with ReLU between, from hidden states to a logit for each adapter (and layer)."""
 
     owner = "internal_xlora_classifier"
@@ -73,42 +56,40 @@ class XLoraTuner(CallTuner[XLoraConfig]):
     def trains_needed(self, c: XLoraConfig) -> bool:
         return c.use_trainable_adapters
 
-    def resolve(self, c: XLoraConfig, dims: Mapping[str, int]) -> Mapping[str, Any]:
+    def resolve(self, c: XLoraConfig, dims: p.Dims) -> p.Options:
         return {"hidden_size": dims["hidden_size"]} if c.hidden_size is None and "hidden_size" in dims else {}
 
-    def check(self, c: XLoraConfig, dims: Mapping[str, int]) -> Iterable[Diagnostic]:
+    def check(self, c: XLoraConfig, dims: p.Dims) -> p.Problems:
         width = dims.get("hidden_size")
         if c.hidden_size is None or c.hidden_size != (width or c.hidden_size):
             what = f"`hidden_size` is {c.hidden_size}, the model's is {width}"
-            yield rules.BAD_VALUE(what, fix="Set it to the width of the model's hidden states.", where="hidden_size")
+            yield p.rules.BAD_VALUE(what, fix="Set it to the width of the model's hidden states.", where="hidden_size")
         if not c.adapters:
             fix = "Name at least one, with its folder or repository: `{style: path/to/adapter}`."
-            yield rules.BAD_VALUE("`adapters` names none to mix", fix=fix, where="adapters")
+            yield p.rules.BAD_VALUE("`adapters` names none to mix", fix=fix, where="adapters")
         elif (c.top_k_lora or 0) > len(c.adapters):
             what = f"`top_k_lora` is {c.top_k_lora}, but there are {len(c.adapters)} adapters"
-            yield rules.BAD_VALUE(what, fix="Choose fewer.", where="top_k_lora")
+            yield p.rules.BAD_VALUE(what, fix="Choose fewer.", where="top_k_lora")
         if c.enable_softmax_topk and c.top_k_lora is None:
             what = "`enable_softmax_topk` says to normalise the chosen adapters, but all are used"
-            yield rules.CONTRADICTION(what, fix="Set `top_k_lora`.", where="enable_softmax_topk")
+            yield p.rules.CONTRADICTION(what, fix="Set `top_k_lora`.", where="enable_softmax_topk")
 
-    def slots(self, c: XLoraConfig, layers: int) -> Iterator[Slot]:
+    def slots(self, c: XLoraConfig, layers: int) -> p.Slots:
         wide = len(c.adapters or {}) * (layers if c.layerwise_scalings else 1)
         widths = [c.hidden_size or 1, *[c.xlora_size] * (c.xlora_depth - 1), wide]
         for name, fan_in, fan_out in zip(_places(c), widths, widths[1:], strict=False):
-            yield module_slot("layers", (fan_out, fan_in), f"{name}.weight")
-            yield module_slot("layers", (fan_out,), f"{name}.bias")
+            yield from p.linear_slots("layers", fan_in, fan_out, str(name))
 
-    def init(self, c: XLoraConfig, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+    def init(self, c: XLoraConfig, slots: p.Tensors, init: p.SlotInit) -> None:
         for name in _places(c):  # as a linear layer of torch
             weight = slots[f"layers.{name}.weight"]
-            init.kaiming_uniform(weight, math.sqrt(5))
+            init.kaiming_uniform(weight)
             init.uniform(slots[f"layers.{name}.bias"], 1 / math.sqrt(weight.shape[1]))
 
-    def around(self, a: CallView, run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def around(self, a: p.CallView[XLoraConfig], run: p.Run, args: tuple[Any, ...], kwargs: p.Options) -> Any:
         import torch
 
         c = a.config
-        assert isinstance(c, XLoraConfig)
         first = {name: value for name, value in kwargs.items() if name != "labels"}
         with torch.no_grad():
             seen = run(
@@ -120,16 +101,15 @@ class XLoraTuner(CallTuner[XLoraConfig]):
             a.state.setdefault("log", []).append(scalings)
         return run(_chosen(c, scalings) * c.global_scaling_weight, *args, **kwargs)
 
-    def scalings(self, a: CallView, hidden: Tensor) -> Tensor:
+    def scalings(self, a: p.CallView[XLoraConfig], hidden: p.Tensor) -> p.Tensor:
         """Coefficients `(batch, tokens, layers, adapters)` from hidden states `(batch, tokens, hidden_size)`."""
         import torch.nn.functional as F
 
         c = a.config
-        assert isinstance(c, XLoraConfig)
         places = _places(c)
         h = hidden.to(a[f"layers.{places[0]}.weight"].dtype)
         for name in places:
-            h = F.linear(h, a[f"layers.{name}.weight"], a[f"layers.{name}.bias"])
+            h = p.linear(a, f"layers.{name}", h)
             if name != places[-1]:
                 h = F.dropout(h.relu(), c.xlora_dropout_p, a.training)
         adapters, layers = len(c.adapters or {}), len(a.layers)
@@ -146,7 +126,7 @@ def _places(c: XLoraConfig) -> list[int]:
     return [step * layer for layer in range(c.xlora_depth)]
 
 
-def _chosen(c: XLoraConfig, scalings: Tensor) -> Tensor:
+def _chosen(c: XLoraConfig, scalings: p.Tensor) -> p.Tensor:
     """Coefficients with all but the largest of each token and layer at zero, where only some are used."""
     if c.top_k_lora is None:
         return scalings
@@ -161,7 +141,9 @@ def _chosen(c: XLoraConfig, scalings: Tensor) -> Tensor:
     return kept.masked_fill(~on, float("-inf")).softmax(-1).masked_fill(~on, 0.0)
 
 
-def _first_pass(c: XLoraConfig, a: CallView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | Tensor:
+def _first_pass(
+    c: XLoraConfig, a: p.CallView[XLoraConfig], args: tuple[Any, ...], kwargs: p.Options
+) -> float | p.Tensor:
     value = c.scaling_pass_value
     if value == 0.0 or c.top_k_lora is None:
         return value * c.global_scaling_weight
@@ -199,13 +181,13 @@ def set_scaling_pass_value(model: Any, value: float | None) -> None:
     config.scaling_pass_value = 1 / len(config.adapters) if value is None else value
 
 
-def get_latest_scalings(model: Any) -> Tensor | None:
+def get_latest_scalings(model: Any) -> p.Tensor | None:
     """The coefficients of the last call, `(batch, tokens, layers, adapters)`; None before the first."""
-    latest: Tensor | None = model.acting.state.get("latest")
+    latest: p.Tensor | None = model.acting.state.get("latest")
     return latest
 
 
-def get_scalings_log(model: Any) -> list[Tensor]:
+def get_scalings_log(model: Any) -> list[p.Tensor]:
     """A list of the coefficients of all calls since logging was enabled."""
     return list(model.acting.state.get("log", ()))
 
@@ -225,9 +207,9 @@ def clear_scalings_log(model: Any) -> None:
     model.acting.state.pop("log", None)
 
 
-def get_bucketed_scalings_log(model: Any) -> dict[int, tuple[list[int], list[Tensor]]]:
+def get_bucketed_scalings_log(model: Any) -> dict[int, tuple[list[int], list[p.Tensor]]]:
     """The log by number of tokens: places in the log, and the coefficients there."""
-    found: dict[int, tuple[list[int], list[Tensor]]] = {}
+    found: dict[int, tuple[list[int], list[p.Tensor]]] = {}
     for place, scalings in enumerate(get_scalings_log(model)):
         places, tensors = found.setdefault(scalings.shape[1], ([], []))
         places.append(place)
@@ -235,31 +217,22 @@ def get_bucketed_scalings_log(model: Any) -> dict[int, tuple[list[int], list[Ten
     return found
 
 
-METHODS = (
-    set_topk_lora,
-    set_global_scaling_weight,
-    get_global_scaling_weight,
-    set_scaling_pass_value,
-    get_latest_scalings,
-    get_scalings_log,
-    enable_scalings_logging,
-    disable_scalings_logging,
-    clear_scalings_log,
-    get_bucketed_scalings_log,
+peftc_tuner = p.method(
+    XLoraConfig,
+    XLoraTuner(),
+    prefix="internal_xlora_classifier",
+    model_methods=(
+        set_topk_lora,
+        set_global_scaling_weight,
+        get_global_scaling_weight,
+        set_scaling_pass_value,
+        get_latest_scalings,
+        get_scalings_log,
+        enable_scalings_logging,
+        disable_scalings_logging,
+        clear_scalings_log,
+        get_bucketed_scalings_log,
+    ),
+    examples=({}, {"xlora_depth": 2, "xlora_size": 8, "layerwise_scalings": True, "use_trainable_adapters": True}),
+    example_adapters=({"peft_type": "LORA", "r": 2}, {"peft_type": "LORA", "r": 3}),
 )
-
-
-@hookimpl
-def peftc_tuner() -> TunerMethod:
-    return TunerMethod(
-        "XLORA",
-        XLoraConfig,
-        XLoraTuner(),
-        prefix="internal_xlora_classifier",
-        model_methods={method.__name__: method for method in METHODS},
-        summary="A mixture of trained adapters, weighed for each token and layer.",
-        paper="arXiv:2402.07148",
-        examples=({}, {"xlora_depth": 2, "xlora_size": 8, "layerwise_scalings": True, "use_trainable_adapters": True}),
-        example_adapters=({"peft_type": "LORA", "r": 2}, {"peft_type": "LORA", "r": 3}),
-        identity_at_start=lambda c: False,
-    )

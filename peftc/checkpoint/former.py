@@ -24,7 +24,7 @@ from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, Severity, Where, warn
 from peftc.graph.former import EXPERT, FormerLayers, FormerPlace
-from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import FactsByName, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.tuner.experts import PerExpert, tuner_for
@@ -381,8 +381,8 @@ def can_join(tuner: MapTuner[Any], parts: int) -> bool:
 def part_of(layer: LayerFacts, parts: int) -> LayerFacts:
     """A linear layer that was one of so many parts of one expert's rows."""
     rows = layer.out_features // parts
-    weight = TensorFacts((rows, layer.in_features), layer.params[0][1].dtype)
-    return LayerFacts(Kind.LINEAR, "Linear", layer.in_features, rows, params=(("weight", weight),))
+    weight = TensorFacts((rows, layer.in_features), next(iter(layer.params.values())).dtype)
+    return LayerFacts(Kind.LINEAR, "Linear", layer.in_features, rows, params=FactsByName({"weight": weight}))
 
 
 class _Patterns:

@@ -209,7 +209,7 @@ class _Writer:
         paths = set()
         for node in self.graph.nodes:
             known = self.graph.former_names.of(node.path)
-            experts = {name: tensor.shape[0] for name, tensor in node.facts.params}
+            experts = {name: tensor.shape[0] for name, tensor in node.facts.params.items()}
             for former in known:
                 count = experts[former.parameter] if former.of_experts else 1
                 paths |= {layer.replace(EXPERT, str(e)) for layer in former.layers for e in range(count)}

@@ -104,7 +104,9 @@ def base_tensors(plan: AdapterPlan) -> dict[str, TensorFacts]:
     """Tensors of adapted base layers, by key. A checkpoint may carry them: vocabulary layers are saved whole, for example."""
     planned = {parameter.disk for parameter in plan.parameters() if parameter.base}
     tensors = {
-        f"{plan.root}{site.owner}.base_layer.{name}": facts for site in plan.maps for name, facts in site.layer.params
+        f"{plan.root}{site.owner}.base_layer.{name}": facts
+        for site in plan.maps
+        for name, facts in site.layer.params.items()
     }
     return {key: facts for key, facts in tensors.items() if key not in planned}
 

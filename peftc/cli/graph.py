@@ -87,8 +87,8 @@ def _described(facts: LayerFacts, role: Role | None) -> list[str]:
     if facts.in_features:
         size = f"{facts.in_features:,} → {facts.out_features:,}"
     else:
-        size = ", ".join(f"{name} {'×'.join(map(str, tensor.shape)) or 1}" for name, tensor in facts.params)
-    dtypes = dict.fromkeys(tensor.dtype for _, tensor in facts.params)
+        size = ", ".join(f"{name} {'×'.join(map(str, tensor.shape)) or 1}" for name, tensor in facts.params.items())
+    dtypes = dict.fromkeys(tensor.dtype for tensor in facts.params.values())
     return [kind, size, ", ".join(dtypes), role.value if role else ""]
 
 

@@ -82,7 +82,7 @@ def describe(node: ModuleNode) -> str:
 def _effects(before: Draft, after: Draft, node: ModuleNode) -> Iterator[str]:
     path = node.path
     yield from after.notes[len(before.notes) :]
-    for own in (path, *(f"{path}.{name}" for name, _ in node.facts.params)):
+    for own in (path, *(f"{path}.{name}" for name in node.facts.params)):
         of = f"`{own.rpartition('.')[2]}` is " if own != path else ""
         if own in after.targets and own not in before.targets:
             yield f"{of}meant by {listed(after.targets[own])} ({after.source})"
@@ -115,7 +115,7 @@ def _rewritten(draft: Draft, node: ModuleNode) -> Iterator[str]:
     """What was made of targets that mean parameters of this module."""
     for rewrite in draft.rewrites:
         names = Names([rewrite.parameter])
-        if any(names.find(f"{node.path}.{name}") for name, _ in node.facts.params):
+        if any(names.find(f"{node.path}.{name}") for name in node.facts.params):
             yield str(rewrite)
 
 
@@ -145,7 +145,7 @@ def _verdict(draft: Draft, node: ModuleNode, graph: ModuleGraph) -> str:
         return "Not adapted: it is trained whole (modules_to_save)."
     if path in draft.targets:
         return "Not adapted: it was meant, but there is a problem."
-    dropped = [own for own in (path, *(f"{path}.{name}" for name, _ in node.facts.params)) if own in draft.dropped]
+    dropped = [own for own in (path, *(f"{path}.{name}" for name in node.facts.params)) if own in draft.dropped]
     if dropped:
         return f"Not adapted: {draft.dropped[dropped[0]]}."
     adapted = [*(s.path for s in draft.maps), *(s.path for s in draft.modules)]

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 
 
 def describe(model: type[BaseModel], name: str) -> str:
-    """What the option means, on one line; empty if nothing is written."""
-    given = model.model_fields[name].description
-    return " ".join((given or descriptions(model).get(name, "")).split())
+    """What the option means, on one line: the docstring under it, else what its type says; empty if nothing is written."""
+    given = descriptions(model).get(name) or model.model_fields[name].description or ""
+    return " ".join(given.split())
 
 
 @cache

@@ -5,7 +5,8 @@ Meaning and defaults are the reference's; the compiler asks `isinstance(config, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BeforeValidator,
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from peftc.config.base import ConfigModel
+from peftc.config.base import ConfigModel, PeftConfig
 
 
 def _as_set(value: Any) -> Any:
@@ -42,6 +43,12 @@ Names = Annotated[
 ]
 #: Names in an order. A list in a file; other collections are taken as well.
 NameList = Annotated[list[str] | None, BeforeValidator(_as_list)]
+#: A number of at least one, such as a rank.
+Count = Annotated[int, Field(ge=1)]
+#: The option that a method names as its `dropout_option`, or another of the kind.
+Dropout = Annotated[
+    float, Field(ge=0.0, lt=1.0, description="Probability of dropping inputs of the update in training.")
+]
 
 
 class TargetNamesMixin(ConfigModel):
@@ -56,6 +63,13 @@ class TargetsMixin(TargetNamesMixin):
     """Which modules are adapted, and which of those are not."""
 
     exclude_modules: Names = None
+    """Names or one regular expression of modules that are left alone although they match."""
+
+
+class OwnExclusionsMixin(TargetsMixin):
+    """The same where the reference's config has no `exclude_modules`: files that make no use of it are as the reference's."""
+
+    exclude_modules: Names = Field(default=None, exclude_if=lambda value: value is None)
     """Names or one regular expression of modules that are left alone although they match."""
 
 
@@ -106,6 +120,10 @@ class ModulesToSaveMixin(ConfigModel):
     """Names (or suffixes at a dot) of modules that are copied, trained whole and saved along, e.g. a new head."""
 
 
+class LayersConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
+    """What configs of methods on layers have, nearly all."""
+
+
 class UpdateDropoutMixin(ConfigModel):
     """Parts of the update that are dropped in training; `peftc.ops.dropping` draws them."""
 
@@ -115,8 +133,50 @@ class UpdateDropoutMixin(ConfigModel):
     """Probability of dropping the update of a whole layer in training."""
 
 
+class OrientationMixin(ConfigModel):
+    """How linear layers store their weight, which the compiler finds out."""
+
+    fan_in_fan_out: bool = False
+    """Whether the adapted layers store their weight as (in, out); set by itself where they do."""
+
+
+class BiasMixin(ConfigModel):
+    """Biases of the base that train along. A config says which words there are: `bias: Literal["none", "all", "x_only"] = "none"`
+    for a method of the type X."""
+
+    bias: str = "none"
+    """Biases of the base model to train along: `none`, `all`, or those of adapted layers."""
+
+
+class InitWeightsMixin(ConfigModel):
+    """How a fresh adapter starts; the record's `identity_at_start` follows."""
+
+    init_weights: bool = True
+    """Start without effect; otherwise at random."""
+
+
 class RankMixin(ConfigModel):
     """The rank of a low-rank update."""
 
-    r: int = Field(default=8, ge=1)
+    r: Count = 8
     """Rank of the update: larger learns more and costs more."""
+
+
+class RankPatternMixin(RankMixin):
+    """The same, with other ranks for some modules."""
+
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Other ranks for some modules: pattern over the end of the path -> `r`."""
+
+    pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
+
+
+class AlphaMixin(RankPatternMixin):
+    """A rank, and the numerator of the scaling `alpha / r`, with others for some modules."""
+
+    alpha: int | float = 8
+    """Numerator of the scaling `alpha / r`."""
+    alpha_pattern: dict[str, int | float] = Field(default_factory=dict)
+    """Other numerators for some modules: pattern over the end of the path -> `alpha`."""
+
+    pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}

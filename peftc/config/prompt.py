@@ -27,3 +27,18 @@ class PromptLearningConfig(PeftConfig):
 
     #: as who asks the config for the kind of method has it
     is_prompt_learning: ClassVar[bool] = True
+
+    @property
+    def rows(self) -> int:
+        """Rows of a table of embeddings: virtual tokens of all submodules. 0 where the model was not asked yet."""
+        return (self.num_virtual_tokens or 0) * (self.num_transformer_submodules or 1)
+
+    @property
+    def width(self) -> int:
+        """Their width; 0 likewise."""
+        return self.token_dim or 0
+
+    @property
+    def cache_width(self) -> int:
+        """Width of a table of keys and values, of all layers."""
+        return (self.num_layers or 0) * 2 * self.width

@@ -112,12 +112,45 @@ DTYPE_BYTES: Mapping[str, int] = {
 _PLAIN_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 
+class FactsByName(Mapping[str, TensorFacts]):
+    """Facts of tensors by name, in registration order. Frozen, and hashable, as plans need it; equal in the same order only."""
+
+    __slots__ = ("_by_name",)
+
+    def __init__(self, facts: Mapping[str, TensorFacts] | Iterable[tuple[str, TensorFacts]] = ()) -> None:
+        self._by_name = dict(facts)
+
+    def __getitem__(self, name: str) -> TensorFacts:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._by_name.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FactsByName) and list(self.items()) == list(other.items())
+
+    def __repr__(self) -> str:
+        return f"FactsByName({self._by_name!r})"
+
+
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
     """What a method may know about a layer when it declares its slots: everything but the place.
 
-    Sizes are those of the logical map, whatever the storage: of `W x + b` with W `(out, in · kernel)`. Facts of a single
-    parameter (`of_parameter`) have that alone in `params`.
+    `in_features` and `out_features` are those of the logical map whatever the storage: an embedding maps from
+    `num_embeddings` to `embedding_dim`, a convolution from `in_channels` to `out_channels` with `kernel` and `groups`.
+    `params` and `buffers` (persistent ones) are the module's own by name, in registration order, given as pairs or as a
+    mapping. `note` says why a layer
+    that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own. `transposed` says that
+    a module stores the weights of experts as (experts, in, out).
+
+    Facts of a single parameter (`of_parameter`) have that alone in `params`, and how many `experts` it holds.
     """
 
     #: how the module uses its weight
@@ -134,9 +167,9 @@ class LayerFacts:
     groups: int = 1
     #: the module's own parameters by name, in registration order, each with the `shape` and `dtype` that it is stored in; with
     #: a bias `"bias"` is among them
-    params: tuple[tuple[str, TensorFacts], ...] = ()
+    params: FactsByName = FactsByName()  # noqa: RUF009  # frozen
     #: its persistent buffers, likewise
-    buffers: tuple[tuple[str, TensorFacts], ...] = ()
+    buffers: FactsByName = FactsByName()  # noqa: RUF009
     #: why a layer that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own
     note: str = ""
     #: how many experts a single parameter holds; 0 for what is no such parameter
@@ -144,9 +177,14 @@ class LayerFacts:
     #: whether a module stores the weights of experts as (experts, in, out)
     transposed: bool = False
 
+    def __post_init__(self) -> None:
+        for name, given in (("params", self.params), ("buffers", self.buffers)):
+            if not isinstance(given, FactsByName):
+                object.__setattr__(self, name, FactsByName(given))
+
     def of_parameter(self, name: str) -> LayerFacts | None:
         """Facts of one parameter of the module as maps of their own; None if it has another number of dimensions."""
-        tensor = next((tensor for own, tensor in self.params if own == name), None)
+        tensor = self.params.get(name)
         if tensor is None or len(tensor.shape) not in (2, 3):
             return None
         transposed = self.transposed and len(tensor.shape) == 3
@@ -154,22 +192,37 @@ class LayerFacts:
         sizes = (first, second) if transposed else (second, first)
         kind = Kind.EXPERTS_TRANSPOSED if transposed else Kind.EXPERTS
         experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        return LayerFacts(kind, self.cls, *sizes, params=((name, tensor),), experts=experts)
+        return LayerFacts(kind, self.cls, *sizes, params=FactsByName({name: tensor}), experts=experts)
 
     @property
     def weight(self) -> TensorFacts | None:
         """The parameter called `weight`, if there is one."""
-        return next((t for n, t in self.params if n == "weight"), None)
+        return self.params.get("weight")
 
     @property
     def has_bias(self) -> bool:
         """Whether there is a parameter called `bias`."""
-        return any(name == "bias" for name, _ in self.params)
+        return "bias" in self.params
+
+    @property
+    def fan_in(self) -> int:
+        """Numbers that each output is computed from: columns of the weight as a matrix `(out, in · kernel)`."""
+        return self.in_features // self.groups * math.prod(self.kernel)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that this matrix can have."""
+        return min(self.fan_in, self.out_features)
+
+    @property
+    def ones(self) -> tuple[int, ...]:
+        """The kernel of a convolution of single points, as the second of two factors is; empty for other layers."""
+        return (1,) * len(self.kernel)
 
     @property
     def numel(self) -> int:
         """Parameters of the module itself, children not counted."""
-        return sum(t.numel for _, t in self.params)
+        return sum(tensor.numel for tensor in self.params.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +302,7 @@ class ModuleGraph:
         aliases = self.alias_of
         for node in self.nodes:
             prefix = f"{node.path}." if node.path else ""
-            for name, tensor in node.facts.params:
+            for name, tensor in node.facts.params.items():
                 full = prefix + name
                 if full not in aliases:
                     yield full, tensor
@@ -265,7 +318,7 @@ class ModuleGraph:
                 total += node.facts.numel
                 continue
             prefix = f"{node.path}." if node.path else ""
-            total += sum(t.numel for n, t in node.facts.params if prefix + n not in aliases)
+            total += sum(t.numel for n, t in node.facts.params.items() if prefix + n not in aliases)
         return total
 
     @cached_property
@@ -342,8 +395,8 @@ def facts_to_json(facts: LayerFacts) -> dict[str, Any]:
         "out_features": facts.out_features,
         "kernel": list(facts.kernel),
         "groups": facts.groups,
-        "params": [[name, list(tensor.shape), tensor.dtype] for name, tensor in facts.params],
-        "buffers": [[name, list(tensor.shape), tensor.dtype] for name, tensor in facts.buffers],
+        "params": [[name, list(tensor.shape), tensor.dtype] for name, tensor in facts.params.items()],
+        "buffers": [[name, list(tensor.shape), tensor.dtype] for name, tensor in facts.buffers.items()],
         "note": facts.note,
     }
 
@@ -357,8 +410,8 @@ def facts_from_json(data: Mapping[str, Any]) -> LayerFacts:
         out_features=_size(data["out_features"]),
         kernel=tuple(map(_size, data["kernel"])),
         groups=_size(data["groups"]),
-        params=tensors_from_json(data["params"]),
-        buffers=tensors_from_json(data["buffers"]),
+        params=FactsByName(tensors_from_json(data["params"])),
+        buffers=FactsByName(tensors_from_json(data["buffers"])),
         note=_text(data["note"]),
         experts=_size(data.get("experts", 0)),
         transposed=data.get("transposed", False) is True,

@@ -27,6 +27,11 @@ def default_targets(table: str, model_type: str | None) -> Targets | None:
     return list(found) if isinstance(found, list) else found
 
 
+def has_table(table: str) -> bool:
+    """Whether there is a table of this name."""
+    return table in _data()
+
+
 @dataclass(frozen=True, slots=True)
 class TableRoles:
     """What the entries of a table are for in their models: layers of the `needed` roles, and of `wanted` ones if there are any."""

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def drop_outputs(update: Tensor, dim: int, features: float, whole: float, rescale: bool) -> Tensor:
+    """An update without the output features, along dimension `dim`, that `kept_outputs` drops."""
+    kept = kept_outputs(update.shape[dim], features, whole, rescale, update)
+    if kept is None:
+        return update
+    return update * kept.view([-1 if d == dim % update.dim() else 1 for d in range(update.dim())])
+
+
 def kept_outputs(count: int, features: float, whole: float, rescale: bool, like: Tensor) -> Tensor | None:
     """Factors `(count,)` of the output features of an update, zero for those dropped; None if nothing can be.
 

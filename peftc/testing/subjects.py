@@ -352,7 +352,7 @@ def _fits(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> bool:
     try:
         with boundary(method.peft_type, "tuner_for", node.path):
             tuner = tuner_for(method, config, node)
-            problems = tuner.check(config, node.facts, node.path) if node.facts.kind in tuner.supports else ()
+            problems = tuner.problems(config, node.facts, node.path) if node.facts.kind in tuner.supports else ()
             return node.facts.kind in tuner.supports and not any(p.severity is Severity.ERROR for p in problems)
     except PeftcError:
         return True

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.tuner.slots import Slot
+from peftc.tuner.views import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +27,11 @@ C = TypeVar("C", bound=PeftConfig)
 Run = Callable[..., Any]
 
 
-class CallView(Protocol):
+class CallView(Protocol[Config]):
     """One adapter of a model. Slots are found by label: `a["layers.0.weight"]` is the live tensor."""
 
     @property
-    def config(self) -> PeftConfig:
+    def config(self) -> Config:
         """The adapter's options."""
 
     @property
@@ -84,7 +85,7 @@ class CallTuner(ABC, Generic[C]):
         """Fill freshly made slots (by label) in place; each is uninitialised memory."""
 
     @abstractmethod
-    def around(self, a: CallView, run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def around(self, a: CallView[C], run: Run, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What is returned for the model's call. `run(gates, *args, **kwargs)` is the model with the updates of the needed
         adapters multiplied by `gates`: one number, or `(batch, tokens, layers, adapters)` in the order of `a.layers` and of
         `needs`."""

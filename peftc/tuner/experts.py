@@ -6,14 +6,14 @@ Methods whose tensors hold all experts in a way of their own say so (`MapTuner.s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
-from peftc.graph.nodes import EXPERT_KINDS, Kind, LayerFacts, ModuleNode, TensorFacts
+from peftc.graph.nodes import EXPERT_KINDS, FactsByName, Kind, LayerFacts, ModuleNode, TensorFacts
 from peftc.tuner.method import Former, MapTuner, TunerMethod
 from peftc.tuner.slots import Slot, labelled
 
@@ -45,7 +45,7 @@ class PerExpert(MapTuner[PeftConfig]):
         return frozenset(label for label, slot in labelled(self.slots(c, layer)).items() if not _is_common(slot))
 
     def init(self, c: PeftConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        facts, stacked, name = one_of(layer), self.stacked(c, layer), layer.params[0][0]
+        facts, stacked, name = one_of(layer), self.stacked(c, layer), next(iter(layer.params))
         for index in range(layer.experts):
             own = {label: tensor[index] if label in stacked else tensor for label, tensor in slots.items()}
             self.one.init(c, facts, own, init.of_expert(name, index))
@@ -59,8 +59,8 @@ class PerExpert(MapTuner[PeftConfig]):
     def dropout(self, c: PeftConfig) -> float:
         return self.one.dropout(c)
 
-    def check(self, c: PeftConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        return self.one.check(c, one_of(layer), path)
+    def problems(self, c: PeftConfig, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
+        return self.one.problems(c, one_of(layer), path)
 
     def clash(self, c: PeftConfig, other: PeftConfig) -> str:
         return self.one.clash(c, other)
@@ -125,8 +125,10 @@ def tuner_for(method: TunerMethod, config: PeftConfig, node: ModuleNode) -> MapT
 @cache
 def one_of(layer: LayerFacts) -> LayerFacts:
     """Facts of one expert as a linear layer without bias."""
-    weight = TensorFacts((layer.out_features, layer.in_features), layer.params[0][1].dtype)
-    return LayerFacts(Kind.LINEAR, layer.cls, layer.in_features, layer.out_features, params=(("weight", weight),))
+    weight = TensorFacts((layer.out_features, layer.in_features), next(iter(layer.params.values())).dtype)
+    return LayerFacts(
+        Kind.LINEAR, layer.cls, layer.in_features, layer.out_features, params=FactsByName({"weight": weight})
+    )
 
 
 def _is_common(slot: Slot) -> bool:

@@ -39,7 +39,7 @@ def _merges(method: TunerMethod) -> bool:
 
 
 def _drops(method: TunerMethod) -> bool:
-    return any(type(tuner).dropout is not MapTuner.dropout for tuner in method.map_tuners)
+    return any(t.dropout_option or type(t).dropout is not MapTuner.dropout for t in method.map_tuners)
 
 
 #: what can be done with adapters of a method. Every method may have several on one model, one of them active.

@@ -8,14 +8,16 @@ weight, and the core never asks which method it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from peftc.config.base import PeftConfig
+from peftc.config.mixins import InitWeightsMixin
 from peftc.diagnostics import ConfigError, Diagnostic
 from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.tuner.calls import CallTuner
+from peftc.tuner.limits import RankLimit, grouped
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
@@ -70,6 +72,12 @@ class MapTuner(ABC, Generic[C]):
     #: whether the slots of experts (`EXPERT_KINDS`) hold all of them in a way of the method's own; else the core keeps
     #: those of a linear layer for each, and the lowerings see one expert's
     stacks_experts: ClassVar[bool] = False
+    #: the option that says with which probability inputs of `branch` and `thin` are dropped in training
+    dropout_option: ClassVar[str] = ""
+    #: how large the rank, or what stands for it, may be on a layer; None if that does not depend on the layer
+    rank_limit: ClassVar[RankLimit | None] = None
+    #: whether the mathematics holds on convolutions of several groups
+    takes_groups: ClassVar[bool] = True
     #: keywords of a call, with one value per row, that are for the method alone: `branch`, `input` and `output` read them
     #: by `a.of_rows`
     keywords: ClassVar[tuple[str, ...]] = ()
@@ -113,12 +121,20 @@ class MapTuner(ABC, Generic[C]):
         return 1.0
 
     def dropout(self, c: C) -> float:
-        """Probability of dropping inputs of `branch` and `thin` in training."""
-        return 0.0
+        """Probability of dropping inputs of `branch` and `thin` in training: that of `dropout_option`, if there is one."""
+        return float(getattr(c, self.dropout_option)) if self.dropout_option else 0.0
 
     def check(self, c: C, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
-        """Problems of the options on this layer, e.g. a rank beyond its size."""
+        """Problems of the options on this layer that no declaration of the class says."""
         return ()
+
+    def problems(self, c: C, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
+        """All problems of the options on this layer, for the core: what the class declares, and what `check` finds."""
+        if layer.groups > 1 and not self.takes_groups:
+            yield grouped(layer, path)
+        if self.rank_limit is not None:
+            yield from self.rank_limit.problems(c, layer, path)
+        yield from self.check(c, layer, path)
 
     def clash(self, c: C, other: C) -> str:
         """What keeps two adapters with these options from acting on one layer at once; empty if nothing does."""
@@ -170,7 +186,7 @@ class MapTuner(ABC, Generic[C]):
 
     # training -----------------------------------------------------------------------------------------------------
 
-    def on_step(self, c: C, step: int, sites: Mapping[str, View], state: dict[str, Tensor]) -> Changes:
+    def on_step(self, c: C, step: int, sites: Mapping[str, View[C]], state: dict[str, Tensor]) -> Changes:
         """What is to change after the backward of optimiser step `step`, counted from 1, before gradients are zeroed.
 
         `sites` are the adapter's views by path; their slots have gradients. `state` is the method's own from step to step:
@@ -178,7 +194,7 @@ class MapTuner(ABC, Generic[C]):
         """
         return Changes()
 
-    def loss(self, c: C, sites: Mapping[str, View], outputs: Any) -> Tensor | None:
+    def loss(self, c: C, sites: Mapping[str, View[C]], outputs: Any) -> Tensor | None:
         """A scalar to add to the model's own loss, in training; `outputs` is what the model returned."""
         return None
 
@@ -224,11 +240,11 @@ class MapTuner(ABC, Generic[C]):
 
     # lowerings ----------------------------------------------------------------------------------------------------
 
-    def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
+    def thin(self, a: View[C]) -> tuple[Tensor, Tensor, float]:
         """`(A, B, s)` with `ΔW = s · B A`, A `(r, in · kernel)`, B `(out, r)`. The core fuses, merges and batches it."""
         raise NotImplementedError
 
-    def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
+    def branch(self, a: View[C], x: Tensor, y0: Tensor) -> Tensor:
         """`Δy` to add to the layer's output, from its input (ids, of an embedding) and its output so far.
 
         `x` is in the dtype of the adapter's first slot, `y0` in what the layer gives, which may be half precision beside slots
@@ -236,25 +252,25 @@ class MapTuner(ABC, Generic[C]):
         """
         raise NotImplementedError
 
-    def input(self, a: View, x: Tensor) -> Tensor:
+    def input(self, a: View[C], x: Tensor) -> Tensor:
         """A linear map of the layer's input, features (or patches, see `input_space`) in the last dimension. `x` is in the
         dtype of the adapter's first slot, and what is returned is cast to that of the input."""
         raise NotImplementedError
 
-    def output(self, a: View, y: Tensor) -> Tensor:
+    def output(self, a: View[C], y: Tensor) -> Tensor:
         """A linear map of the layer's output, features in the last dimension; of the bias as well, unless `spares_bias`. It may
         add a constant, which is merged into the bias: a layer without one gets it, if its kind has any. What is neither is
         not merged; then give `branch`. Dtypes as of `input`."""
         raise NotImplementedError
 
-    def vectors(self, a: View) -> tuple[Tensor, Tensor]:
+    def vectors(self, a: View[C]) -> tuple[Tensor, Tensor]:
         """`(index, values)`: the layer's vectors at `index` `(n,)` are `values` `(n, size)` instead of its own. Those of an
         embedding belong to its ids, those of a linear layer are the rows of W, one for each output. Indices differ."""
         raise NotImplementedError
 
-    def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The layer's parameters `p` (running) and `p0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`. All are
-        in the wider of the base's dtype and that of the adapter's first slot. Names that are not in `p` are an error."""
+    def params(self, a: View[C], w: Mapping[str, Tensor], w0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The layer's parameters `w` (running) and `w0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`. All are
+        in the wider of the base's dtype and that of the adapter's first slot. Names that are not in `w` are an error."""
         raise NotImplementedError
 
 
@@ -266,6 +282,16 @@ def no_problems(config: Any) -> Iterable[Diagnostic]:
 def nothing_left_out(config: Any, graph: ModuleGraph) -> Mapping[str, Any]:
     """The default `resolve` of a method."""
     return {}
+
+
+def starts_as_base(config: Any) -> bool:
+    """The default `identity_at_start` of methods on layers and modules: what `init_weights` says, where it is an option."""
+    return config.init_weights if isinstance(config, InitWeightsMixin) else True
+
+
+def never(config: Any) -> bool:
+    """That of all others."""
+    return False
 
 
 def no_values(config: Any, rows: int) -> Mapping[str, Sequence[int]]:
@@ -305,7 +331,7 @@ class TunerMethod:
     encoder_class: str = ""
     #: options that the layer class shows by adapter, as they are in force there: attribute -> option
     layer_options: Mapping[str, str] = field(default_factory=dict)
-    #: the attribute that shows what drops inputs, by adapter, for methods that do
+    #: the attribute that shows what drops inputs, by adapter, for methods that do; left out, the tuners' `dropout_option`
     layer_dropout: str = ""
     #: methods of the model class beyond those that all have: name -> a function whose first argument is the model
     model_methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -338,10 +364,16 @@ class TunerMethod:
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out
     #: whether layers that share their weight with an adapted one are adapted along; for slots with `Share.WEIGHT`
     follows_ties: bool = False
-    #: whether a fresh adapter with this config leaves the model's output as it was
-    identity_at_start: Callable[[Any], bool] = field(default=lambda config: True)
+    #: whether a fresh adapter with this config leaves the model's output as it was; left out, as `init_weights` says, where
+    #: that is an option, and never of prompts and of methods around calls
+    identity_at_start: Callable[[Any], bool] = starts_as_base
 
     def __post_init__(self) -> None:
+        if self.identity_at_start is starts_as_base and (self.is_prompt or self.call_tuner is not None):
+            object.__setattr__(self, "identity_at_start", never)
+        if isinstance(self.choices, tuple) and not self.layer_dropout:  # the registry refuses other choices
+            dropping = next((tuner.dropout_option for tuner in self.map_tuners if tuner.dropout_option), "")
+            object.__setattr__(self, "layer_dropout", dropping)
         if self.is_prompt or not isinstance(self.config, type):  # the registry refuses the latter
             return
         stem = self.config.__name__.removesuffix("Config")

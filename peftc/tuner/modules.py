@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 from peftc.config.base import PeftConfig
 from peftc.graph.nodes import ModuleGraph, ModuleNode
 from peftc.tuner.slots import Slot
+from peftc.tuner.views import Config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=PeftConfig)
 
 
-class ModuleView(Protocol):
+class ModuleView(Protocol[Config]):
     """One adapter around one module. Slots are attributes: `a.shift` is the live tensor, looked up at each use.
 
     Where several slots share a name they are found by label: `a["down.weight"]`.
     """
 
     @property
-    def config(self) -> PeftConfig:
+    def config(self) -> Config:
         """The adapter's options."""
 
     @property
@@ -73,5 +74,5 @@ class ModuleTuner(ABC, Generic[C]):
         """Fill freshly made slots (by label) in place; each is uninitialised memory."""
 
     @abstractmethod
-    def forward(self, a: ModuleView, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def forward(self, a: ModuleView[C], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the model gets for its call `module(*args, **kwargs)`; `a.module` is the wrapped module."""

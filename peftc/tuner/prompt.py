@@ -65,16 +65,17 @@ class PromptTuner(ABC, Generic[C]):
     def init(self, c: C, slots: Mapping[str, Tensor], context: PromptContext) -> None:
         """Fill the slots, by label, from random numbers, the base model's embeddings, or a text."""
 
-    @abstractmethod
     def embeds(self, c: C, a: PromptView) -> Tensor:
-        """The table; what is saved as `prompt_embeddings`."""
+        """The table; what is saved as `prompt_embeddings`. Left out, the slot `embedding`."""
+        return a["embedding"]
 
-    @abstractmethod
     def restore(self, c: C, saved: Tensors) -> Mapping[str, Tensor]:
-        """Slots by label from a checkpoint's tensors: the table as `prompt_embeddings`, and those of `extra`.
+        """Slots by label from a checkpoint's tensors: the table as `prompt_embeddings`, and those of `extra`. Left out, the
+        table is the slot `embedding`, and others have the names that they are saved under.
 
         A checkpoint may lack some; their slots stay as `init` made them.
         """
+        return {"embedding" if key == "prompt_embeddings" else key: tensor for key, tensor in saved.items()}
 
     def extra(self, c: C, dims: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what a checkpoint holds beside the table, by key. Without torch."""

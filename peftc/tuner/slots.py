@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -102,6 +102,18 @@ def derived_slot(
 ) -> Slot:
     """A frozen buffer that the method derives, such as seeded projections or positions: `P.name.<adapter>`."""
     return Slot(name, shape, trainable=False, saved=saved, dtype=dtype, derived=True, share=share)
+
+
+def linear_slots(name: str, into: int, out: int, tail: str = "") -> Iterator[Slot]:
+    """Weight `(out, into)` and bias `(out,)` of a linear layer of the method's own, in one container; `tail` tells it from others
+    there.
+
+    >>> [slot.dotted for slot in linear_slots("layers", 8, 4, "0")]
+    ['layers.0.weight', 'layers.0.bias']
+    """
+    place = f"{tail}." if tail else ""
+    yield module_slot(name, (out, into), f"{place}weight")
+    yield module_slot(name, (out,), f"{place}bias")
 
 
 def labelled(slots: Iterable[Slot]) -> dict[str, Slot]:

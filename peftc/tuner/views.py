@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeVar
 
     from peftc.config.base import PeftConfig
     from peftc.graph.nodes import LayerFacts
+
+    #: the config's class; left out, as in `a: View`, any
+    Config = TypeVar("Config", bound=PeftConfig, default=Any, covariant=True)
+else:
+    from typing import TypeVar
+
+    Config = TypeVar("Config", covariant=True)
 
 
 class NoSlot(AttributeError, KeyError):
@@ -24,14 +32,15 @@ def no_slot(label: str, there: Iterable[str]) -> NoSlot:
     return NoSlot(f"no slot `{label}`; there are {sorted(there)}")
 
 
-class View(Protocol):
-    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use.
+class View(Protocol[Config]):
+    """One adapter's slots on one layer. Slots are attributes: `a.lora_A` is the live tensor, looked up at each use. Of
+    `View[C]` the options are of the class `C`.
 
     Where several slots share a name they are found by label: `a["layers.weight"]`.
     """
 
     @property
-    def config(self) -> PeftConfig:
+    def config(self) -> Config:
         """The options in force on this layer, patterns applied."""
 
     @property
@@ -102,9 +111,9 @@ class SlotInit(Protocol):
     def uniform(self, tensor: Tensor, bound: float) -> None:
         """Uniform between `-bound` and `bound`."""
 
-    def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
-        """As `torch.nn.init.kaiming_uniform_` does (He et al. 2015, equation 14); with `a = 5 ** 0.5` as torch starts a
-        linear layer's weight."""
+    def kaiming_uniform(self, tensor: Tensor, a: float = 5**0.5) -> None:
+        """As `torch.nn.init.kaiming_uniform_` does (He et al. 2015, equation 14); left out, `a` is that of the weights of torch's
+        own linear layers."""
 
     @property
     def base(self) -> Mapping[str, Tensor]:
@@ -146,3 +155,5 @@ class PromptContext(Protocol):
 
 #: Tensors by name.
 Tensors = Mapping[str, "Tensor"]
+#: For each name those of several adapters, one after the other.
+TensorLists = Mapping[str, Sequence["Tensor"]]

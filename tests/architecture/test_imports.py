@@ -45,6 +45,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.checkpoint.save"): "and write them",
     ("peftc.plugin", "peftc.model.functions.conversion"): "and turn adapters of a model into others",
     ("peftc.plugin", "peftc.ops.dropping"): "what methods drop in training is drawn by tensors",
+    ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.
@@ -157,3 +158,6 @@ def test_plugins_import_the_plugin_module_and_heavy_things_inside_functions(sour
     assert not early, f"{source.name} imports {early} when it is loaded"
     core = {i.module for i in source.imports if i.module.split(".")[0] == "peftc"} - {"peftc.plugin", "peftc"}
     assert not core, f"{source.name} reaches past `peftc.plugin`: {sorted(core)}"
+    early = [i for i in source.imports if i.module.split(".")[0] == "peftc" and not i.deferred]
+    lines = [source.text.splitlines()[i.line - 1] for i in early]
+    assert lines in ([], ["from peftc import plugin as p"]), f"{source.name} imports more than one name: {lines}"

@@ -58,8 +58,8 @@ def test_combining_needs_equal_places_and_minds_scalings() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"n_frequency": 31}, "31 coefficients are more than the 30"), ({"random_loc_seed": None}, "only the seed does"),
-     ({"bias": "some"}, "`bias` cannot be `some`")],
+    [({"n_frequency": 31}, "`n_frequency: 31` is beyond what"), ({"random_loc_seed": None}, "only the seed does"),
+     ({"bias": "some"}, "`bias` cannot be `\"some\"`")],
 )  # fmt: skip
 def test_refusals(options: dict[str, Any], says: str) -> None:
     with pytest.raises(PeftcError, match=says):

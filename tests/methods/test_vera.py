@@ -55,7 +55,7 @@ def test_adapters_of_a_model_have_the_same_projections(option: dict[str, Any]) -
 
 
 def test_a_kind_of_bias_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(PeftcError, match="`bias` cannot be `some`"):
+    with pytest.raises(PeftcError, match='`bias` cannot be `"some"`'):
         model_of(bias="some")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pydantic
 
 from peftc.plugin import (
+    BiasMixin,
     Container,
     LayerFacts,
     MapTuner,
@@ -320,6 +321,10 @@ class KeysThatJsonLacks(MutantConfig):
     table: dict[int, str] = pydantic.Field(default_factory=dict)
 
 
+class AnyWordForBiases(BiasMixin, MutantConfig):
+    """Lists none."""
+
+
 class BiasesByAnotherName(MutantConfig):
     bias: Literal["none", "all", "mut_only"] = "none"
 
@@ -424,6 +429,9 @@ MUTANTS: dict[str, Mutant] = {
         record(Sound(), example_values=lambda c, rows: {"colour": [0] * rows}),
         "what_is_declared_is_used",
         "gives `colour`, which nothing reads",
+    ),
+    "any_word_for_biases": Mutant(
+        record(Sound(), config=AnyWordForBiases), "biases_train_along", "`bias` takes `some`"
     ),
     "biases_by_another_name": Mutant(record(Sound(), config=BiasesByAnotherName), "biases_train_along", "mutant_only"),
     "by_length": Mutant(

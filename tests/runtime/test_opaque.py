@@ -44,7 +44,7 @@ class TwinTuner(MapTuner[TwinConfig]):
     supports = frozenset(Kind)
 
     def slots(self, c: TwinConfig, layer: LayerFacts) -> Iterable[Slot]:
-        for name, tensor in layer.params:
+        for name, tensor in layer.params.items():
             yield module_slot("twin", tensor.shape, name)
 
     def init(self, c: TwinConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:

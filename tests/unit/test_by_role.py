@@ -109,7 +109,7 @@ def test_wanted_roles_may_have_no_layer() -> None:
 
 def test_norms_are_those_of_blocks() -> None:
     norm = facts(Kind.NORM, "RMSNorm", 8)
-    counting = replace(norm, cls="BatchNorm1d", buffers=(("running_mean", norm.params[0][1]),))
+    counting = replace(norm, cls="BatchNorm1d", buffers=(("running_mean", norm.params["weight"]),))
     graph = model(
         {
             **attention("model."),

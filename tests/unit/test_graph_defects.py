@@ -63,7 +63,7 @@ DEFECTS: list[tuple[ModuleType, str, str, Callable[..., None]]] = [
         of_snapshot.test_our_wrappers_are_seen_through,
     ),
     (nodes, "if full not in aliases:", "if True:", of_nodes.test_tied_parameters_count_once),
-    (nodes, "for name, tensor in facts.params]", "for name, tensor in ()]", _digest_of_dtypes),
+    (nodes, "for name, tensor in facts.params.items()]", "for name, tensor in ()]", _digest_of_dtypes),
     (
         nodes,
         'del data["model"]["name_or_path"]',

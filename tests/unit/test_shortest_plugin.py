@@ -14,7 +14,7 @@ from peftc.testing.kit import chosen, report_of
 
 def test_the_shortest_plugin_passes_every_check(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (source,) = [block for block in blocks if "hookimpl" in block]
+    (source,) = [block for block in blocks if "peftc_tuner" in block]
     (tmp_path / "shortest_plugin.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     import shortest_plugin  # type: ignore[import-not-found]

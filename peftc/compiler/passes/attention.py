@@ -55,7 +55,7 @@ def nodes_of(draft: Draft, context: Context) -> Mapping[str, ModuleNode]:
 
 def weights_of(node: ModuleNode) -> list[str]:
     """The matrices among an attention's own parameters: one of queries, keys and values together, or one of each."""
-    return [name for name, tensor in node.facts.params if name.endswith("_weight") and len(tensor.shape) == 2]
+    return [name for name, tensor in node.facts.params.items() if name.endswith("_weight") and len(tensor.shape) == 2]
 
 
 def placed(maps: Sequence[MapSite]) -> tuple[MapSite, ...]:

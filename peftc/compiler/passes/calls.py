@@ -112,6 +112,6 @@ def _site(
     with boundary(str(draft.config.peft_type), "slots"):
         slots = all_of(iter(tuner.slots(draft.config, len(layers))))
     check_form(slots, str(draft.config.peft_type))
-    first = next((tensor.dtype for node in graph.nodes for _, tensor in node.facts.params), "float32")
+    first = next((tensor.dtype for node in graph.nodes for tensor in node.facts.params.values()), "float32")
     needs = tuple(plan.name for plan in plans)
     return CallSite(tuner.owner, slots, slot_dtype(first, autocast), needs, layers)

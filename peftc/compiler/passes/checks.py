@@ -81,13 +81,13 @@ def check_experts(draft: Draft, context: Context) -> Draft:
     )
     fix = (
         "Nothing, if attention and shared layers are what should be trained; else name them in `target_parameters`: "
-        f"{listed(f'{n.path}.{name}' for n in missed[:1] for name, t in n.facts.params if len(t.shape) == _EXPERT_DIMENSIONS)}."
+        f"{listed(f'{n.path}.{name}' for n in missed[:1] for name, t in n.facts.params.items() if len(t.shape) == _EXPERT_DIMENSIONS)}."
     )
     return draft.told(rules.EXPERTS_MISSED(what, fix=fix, where=context.where("target_modules")))
 
 
 def _holds_experts(node: ModuleNode) -> bool:
-    return node.role is Role.EXPERT and any(len(t.shape) == _EXPERT_DIMENSIONS for _, t in node.facts.params)
+    return node.role is Role.EXPERT and any(len(t.shape) == _EXPERT_DIMENSIONS for t in node.facts.params.values())
 
 
 def check_coverage(draft: Draft, context: Context) -> Draft:

@@ -91,7 +91,7 @@ def settle_former(draft: Draft, context: Context) -> Draft:
     given = list(option(draft.config, "target_parameters") or ())
     known = Names(set(given))
     paths = [t.path for t in left if not known.find(t.path)]
-    everything = (f"{node.path}.{name}" for node in context.graph.nodes for name, _ in node.facts.params if node.path)
+    everything = (f"{node.path}.{name}" for node in context.graph.nodes for name in node.facts.params if node.path)
     names = sorted(shortened(paths, [path for path in everything if not known.find(path)])) if paths else []
     draft = _without_former_names(draft).configured(target_parameters=[*given, *names])
     draft = _coupled(draft, left, context)

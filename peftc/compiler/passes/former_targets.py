@@ -104,7 +104,7 @@ def former_targets(graph: ModuleGraph) -> Iterator[FormerTarget]:
 
 def _of_experts(node: ModuleNode, former: Iterable[FormerLayers]) -> Iterator[FormerTarget]:
     layers = {f.parameter: f.layers for f in former if f.of_experts}
-    for name, tensor in node.facts.params:
+    for name, tensor in node.facts.params.items():
         if len(tensor.shape) == _EXPERT_DIMENSIONS and (name in layers or node.role is Role.EXPERT):
             yield FormerTarget(node.path, name, layers.get(name, ()), tensor.shape[0])
 

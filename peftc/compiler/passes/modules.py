@@ -66,7 +66,7 @@ def _sites(draft: Draft, context: Context, chosen: Mapping[str, str]) -> Iterato
 
 def _weight_dtype(graph: ModuleGraph, position: int) -> str:
     """The dtype of the first parameter in a module."""
-    return next((tensor.dtype for node in below(graph, position) for _, tensor in node.facts.params), "float32")
+    return next((tensor.dtype for node in below(graph, position) for tensor in node.facts.params.values()), "float32")
 
 
 #: the mathematics of an adapter on the layer of a path; None where it was taken off

@@ -68,11 +68,11 @@ def match_parameters(draft: Draft, context: Context) -> Draft:
     names, where = Names(set(targets)), context.where("target_parameters")
     found: dict[tuple[str, str], str] = {}
     for node in context.graph.nodes:
-        for name, _ in node.facts.params if node.path else ():
+        for name in node.facts.params if node.path else ():
             entries = names.find(f"{node.path}.{name}")
             if entries:
                 found[node.path, name] = entries[0]
-    known = {f"{n.path}.{name}" for n in context.graph.nodes for name, t in n.facts.params if len(t.shape) > 1}
+    known = {f"{n.path}.{name}" for n in context.graph.nodes for name, t in n.facts.params.items() if len(t.shape) > 1}
     dead = [
         entry
         for entry in dict.fromkeys(targets)

@@ -108,7 +108,7 @@ def _parameters(draft: Draft, context: Context, declarer: _Declarer) -> Iterator
             known[id(node.facts), name] = node.facts.of_parameter(name)
         facts = known[id(node.facts), name]
         if facts is None:
-            shape = list(next(tensor.shape for own, tensor in node.facts.params if own == name))
+            shape = list(node.facts.params[name].shape)
             what = f"`{path}.{name}` has the shape {shape}"
             why = "What is adapted are maps: (out, in), or one for each expert."
             where = context.where("target_parameters", entry)
@@ -220,7 +220,7 @@ class _Declarer:
             )
             kind.shares = any(slot.share for slot in kind.slots)
             with boundary(method, "check", node.path):
-                kind.problems = tuple(kind.tuner.check(kind.config, node.facts, node.path))
+                kind.problems = tuple(kind.tuner.problems(kind.config, node.facts, node.path))
             if node.facts.experts:
                 kind.problems += tuple(_dropping(kind.tuner, kind.config, node, self._context))
         except PeftcError as error:
@@ -236,7 +236,7 @@ class _Declarer:
         return self._configs[key]
 
     def _dtype(self, facts: LayerFacts) -> str:
-        weight = facts.weight or next((tensor for _, tensor in facts.params), None)
+        weight = facts.weight or next(iter(facts.params.values()), None)
         return slot_dtype(weight.dtype if weight else "float32", self._context.options.autocast_adapter_dtype)
 
 
@@ -434,7 +434,7 @@ def below(graph: ModuleGraph, position: int) -> Iterator[ModuleNode]:
 def _tensors(root: str, nodes: list[ModuleNode], which: str) -> Iterator[tuple[str, TensorFacts]]:
     for node in nodes:
         inner = node.path[len(root) + 1 :]
-        for name, facts in node.facts.params if which == "params" else node.facts.buffers:
+        for name, facts in (node.facts.params if which == "params" else node.facts.buffers).items():
             yield (f"{inner}.{name}" if inner else name), facts
 
 
@@ -452,7 +452,7 @@ def train_biases(draft: Draft, context: Context) -> Draft:
             continue
         if (mode != "all" and node.path not in adapted) or f"{node.path}.bias" in aliases:
             continue
-        tensor = next(tensor for name, tensor in node.facts.params if name == "bias")
+        tensor = node.facts.params["bias"]
         place = attention.place_of(node.path, wrappers)
         trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}", place))
     if not trains:

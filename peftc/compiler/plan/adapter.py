@@ -249,7 +249,7 @@ class AdapterPlan:
         by_name = any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary)
         if by_name and not trains_rows(self.config):
             for layer in vocabulary:
-                for name, facts in layer.layer.params:
+                for name, facts in layer.layer.params.items():
                     yield f"{self.root}{layer.path}.base_layer.{name}", facts
 
 

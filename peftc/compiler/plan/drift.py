@@ -61,12 +61,15 @@ def _changed(planned: LayerFacts, found: LayerFacts) -> str:
 
 
 def _contents(facts: LayerFacts) -> str:
-    return ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in (*facts.params, *facts.buffers)) or "nothing"
+    return (
+        ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in (*facts.params.items(), *facts.buffers.items()))
+        or "nothing"
+    )
 
 
 def _all_tensors(graph: ModuleGraph) -> Iterator[tuple[str, TensorFacts]]:
     for node in graph.nodes:
-        for name, facts in node.facts.params:
+        for name, facts in node.facts.params.items():
             yield (f"{node.path}.{name}" if node.path else name), facts
 
 

@@ -125,7 +125,7 @@ def shape_of(layer: LayerFacts) -> str:
     'conv2d 3→64, 7×7'
     """
     if layer.experts:
-        return f"{layer.params[0][0]} {layer.experts}×({layer.in_features}→{layer.out_features})"
+        return f"{next(iter(layer.params))} {layer.experts}×({layer.in_features}→{layer.out_features})"
     kind = "" if layer.kind in LINEAR_KINDS else f"{layer.kind.value} "
     kernel = f", {'×'.join(map(str, layer.kernel))}" if layer.kernel else ""
     return f"{kind}{layer.in_features}→{layer.out_features}{kernel}"

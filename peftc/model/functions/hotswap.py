@@ -303,7 +303,7 @@ def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, S
         for name in layer.adapters:
             tuner, site = layer.part(name).tuner, layer.site(name)
             wider = tuner.of_rank(site.config, rank) if tuner.has_ranks else None
-            problems = () if wider is None else tuner.check(wider, site.layer, site.path)
+            problems = () if wider is None else tuner.problems(wider, site.layer, site.path)
             if misfits := [problem for problem in problems if problem.severity is Severity.ERROR]:
                 raise PeftcError(misfits)
             for slot in tuner.slots(wider, site.layer) if wider is not None else ():

@@ -74,7 +74,7 @@ def _chosen(session: Session) -> Iterator[tuple[str, Tensor]]:
         f"{node.path}.{name}"
         for node in session.graph.nodes
         if node.path not in (session.graph.model.input_embeddings, session.graph.model.output_embeddings)
-        for name, facts in node.facts.params
+        for name, facts in node.facts.params.items()
         if len(facts.shape) > 1
     ]  # embeddings are left out, as they are resized
     count = min(MATRICES, len(names))

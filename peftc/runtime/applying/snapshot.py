@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.former import FormerLayers, starred
-from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
+from peftc.graph.nodes import FactsByName, Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
 from peftc.graph.roles import RoleFinder
 from peftc.host import layers, offload
 from peftc.host.fused import former_layers
@@ -132,7 +132,9 @@ class _Inventory:
         facts = self._facts.get(key)
         if facts is None:
             kind, note = self._classes.get(cls) or self._classes.setdefault(cls, _kind_of(cls))
-            facts = self._facts[key] = _describe(module, kind, note, params, buffers, computed)
+            facts = self._facts[key] = _describe(
+                module, kind, note, FactsByName(params), FactsByName(buffers), computed
+            )
         return facts
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
@@ -198,12 +200,12 @@ def _describe(
     module: nn.Module,
     kind: Kind,
     note: str,
-    params: tuple[tuple[str, TensorFacts], ...],
-    buffers: tuple[tuple[str, TensorFacts], ...],
+    params: FactsByName,
+    buffers: FactsByName,
     computed: TensorFacts | None,
 ) -> LayerFacts:
     cls = type(module).__name__
-    weight = next((tensor for name, tensor in params if name == "weight"), computed)
+    weight = params.get("weight", computed)
     if isinstance(module, nn.MultiheadAttention) and kind is Kind.ATTENTION:
         return LayerFacts(kind, cls, module.embed_dim, module.embed_dim, params=params, buffers=buffers)
     if kind is Kind.OTHER:
@@ -263,7 +265,7 @@ def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers
     weights = {
         (starred(node.path), name, len(tensor.shape)): None
         for node in nodes
-        for name, tensor in node.facts.params
+        for name, tensor in node.facts.params.items()
         if node.path and (name == "weight" or len(tensor.shape) == 3)
     }
     return former_layers(base, weights)

@@ -24,7 +24,7 @@ def drift(session: Applied, plan: AdapterPlan) -> Iterator[Diagnostic]:
         if module is None:
             yield session.gone(site.path)
             continue
-        for name, planned in site.layer.params:
+        for name, planned in site.layer.params.items():
             own = module._parameters.get(name)
             if own is not None and own.shape != planned.shape and whole_shape(own) != planned.shape:
                 what = f"`{site.path}.{name}` is {whole_shape(own)}, the plan was made for {planned.shape}"

@@ -26,7 +26,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def half_of(layer: LayerFacts) -> torch.dtype | None:
     """The dtype of a layer in half precision; None for others."""
-    dtype = next((tensor.dtype for _, tensor in layer.params), "")
+    dtype = next((tensor.dtype for tensor in layer.params.values()), "")
     return torch_dtype(dtype) if dtype in ("float16", "bfloat16") else None
 
 
@@ -69,7 +69,7 @@ class Initializer:
         if drawn is not None:
             self._keep(tensor, drawn.uniform_(-bound, bound))
 
-    def kaiming_uniform(self, tensor: Tensor, a: float) -> None:
+    def kaiming_uniform(self, tensor: Tensor, a: float = 5**0.5) -> None:
         """He et al. 2015 with the fan of dimension 1 and up, as torch's own initialiser."""
         fan = max(1, tensor.numel() // tensor.shape[0])
         self.uniform(tensor, math.sqrt(3.0) * (math.sqrt(2.0 / (1.0 + a * a)) / math.sqrt(fan)))  # in torch's order

@@ -121,6 +121,16 @@ def biases_train_along(s: Subject) -> None:
         wanted = [path for path in biased if mode == "all" or path in {site.path for site in plan.maps}]
         fix = f"Let `bias` take `none`, `all` and `{own}`."
         same_names([train.path for train in plan.trains], wanted, f"The set of biases that `bias={mode}` trains", fix)
+    _refuses(s, "bias", "some", f'Let its type be `Literal["none", "all", "{own}"]`.')
+
+
+def _refuses(s: Subject, name: str, value: str, fix: str) -> None:
+    try:
+        with quiet():
+            compile_plan(s.model.graph, {"default": s.config(**{name: value})})
+    except PeftcError:
+        return
+    raise broken(f"`{name}` takes `{value}`, which means nothing", fix)
 
 
 def patterns_reach_their_layer(s: Subject) -> None:
