@@ -59,8 +59,11 @@ class PerExpert(MapTuner[PeftConfig]):
     def dropout(self, c: PeftConfig) -> float:
         return self.one.dropout(c)
 
-    def problems(self, c: PeftConfig, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
-        return self.one.problems(c, one_of(layer), path)
+    def check(self, c: PeftConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
+        return self.one.check(c, one_of(layer), path)
+
+    def declared_problems(self, c: PeftConfig, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
+        return self.one.declared_problems(c, one_of(layer), path)
 
     def clash(self, c: PeftConfig, other: PeftConfig) -> str:
         return self.one.clash(c, other)

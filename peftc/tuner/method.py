@@ -130,11 +130,15 @@ class MapTuner(ABC, Generic[C]):
 
     def problems(self, c: C, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
         """All problems of the options on this layer, for the core: what the class declares, and what `check` finds."""
+        yield from self.declared_problems(c, layer, path)
+        yield from self.check(c, layer, path)
+
+    def declared_problems(self, c: C, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
+        """Those that the class declares."""
         if layer.groups > 1 and not self.takes_groups:
             yield grouped(layer, path)
         if self.rank_limit is not None:
             yield from self.rank_limit.problems(c, layer, path)
-        yield from self.check(c, layer, path)
 
     def clash(self, c: C, other: C) -> str:
         """What keeps two adapters with these options from acting on one layer at once; empty if nothing does."""

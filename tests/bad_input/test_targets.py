@@ -190,11 +190,11 @@ CASES: dict[str, Case] = {
     ),
     "a rank beyond the layer": warned(
         rules.RANK_BEYOND_LAYER, plan(r=9), ("rank 9", "2 more layers like it"),
-        (sites, "kind.problems = tuple(kind.tuner.problems(", "kind.problems = () and tuple(kind.tuner.problems("),
+        (sites, "kind.problems += tuple(kind.tuner.check(", "kind.problems += () and tuple(kind.tuner.check("),
     ),
     "blocks that do not divide": warned(
         rules.BLOCKS_ADJUSTED, plan(fail="blocks"), ("blocks of 4", "2 more layers like it"),
-        (sites, "kind.problems = tuple(kind.tuner.problems(", "kind.problems = () and tuple(kind.tuner.problems("),
+        (sites, "kind.problems += tuple(kind.tuner.check(", "kind.problems += () and tuple(kind.tuner.check("),
     ),
     "slots that raise": Case(
         rules.PLUGIN_RAISED, plan(fail="slots"), ("`slots` of SAMPLE raised ZeroDivisionError: no slots today", "model.layers.0"),

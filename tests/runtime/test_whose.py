@@ -7,7 +7,7 @@ The seams are read off the source, so that a new one is held too.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,12 +61,6 @@ from tests.runtime.methods import (
 
 Patch = pytest.MonkeyPatch
 HERE = Path(__file__).name
-
-
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    with methods.registered():
-        yield
 
 
 @dataclass(frozen=True)
@@ -157,7 +151,7 @@ def has_derived(patch: Patch) -> None:
 
 def was_former(patch: Patch) -> None:
     patch.setattr(_Writer, "_former", lambda *given: FormerLayers("first", "weight", ("a.0.b",)))
-    patch.setattr(TunerMethod, "tuner_for", lambda method, *given: method.tuner)
+    patch.setattr(TunerMethod, "chosen_for", lambda method, *given: method.tuner)
 
 
 def on_layers(name: str, act: Callable[[Any], object] | None = None, **options: Any) -> Seam:

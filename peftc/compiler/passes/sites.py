@@ -220,7 +220,8 @@ class _Declarer:
             )
             kind.shares = any(slot.share for slot in kind.slots)
             with boundary(method, "check", node.path):
-                kind.problems = tuple(kind.tuner.problems(kind.config, node.facts, node.path))
+                kind.problems = tuple(kind.tuner.declared_problems(kind.config, node.facts, node.path))
+                kind.problems += tuple(kind.tuner.check(kind.config, node.facts, node.path))
             if node.facts.experts:
                 kind.problems += tuple(_dropping(kind.tuner, kind.config, node, self._context))
         except PeftcError as error:
