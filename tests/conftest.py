@@ -21,6 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("peftc", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("peftc")
 
+#: A collection for every 10,000 new objects, not 700: tests make models by the thousand, and few of them in cycles.
+gc.set_threshold(10_000, 20, 20)
+
 ROOT = Path(__file__).resolve().parent.parent
 #: Tests of prompts, of generation, of other libraries with the alias, and of what is relied on in them: beginnings of paths.
 #: Not those whose other side is the same on every release: torch, the reference's names, releases that are made up.
