@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -86,9 +87,12 @@ def _torch_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _only_what_tests_make_is_collected() -> None:
     """Trainings and compilers collect garbage again and again, each time for as long as there are objects: leave out those of
-    all that was imported, and of the modules of tests before."""
+    all that was imported, and of the modules of tests before. What these took of memory goes back to the system."""
     gc.collect()
     gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: it keeps what was freed, of large models too
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
