@@ -47,11 +47,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="NAME", help="write what a whole run came to into the table of tried releases")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m versions` no other file is imported."""
+    if config.option.markexpr == "versions" and collection_path.is_file() and not _depends_on_releases(collection_path):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that depend most on the releases of other libraries."""
     for item in items:
-        if item.path.is_relative_to(ROOT) and item.path.relative_to(ROOT).as_posix().startswith(VERSIONS):
+        if _depends_on_releases(item.path):
             item.add_marker(pytest.mark.versions)
+
+
+def _depends_on_releases(file: Path) -> bool:
+    return file.is_relative_to(ROOT) and file.relative_to(ROOT).as_posix().startswith(VERSIONS)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
