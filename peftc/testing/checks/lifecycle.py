@@ -23,7 +23,7 @@ from peftc.diagnostics import PeftcError, PeftcWarning
 from peftc.graph.nodes import TensorFacts
 from peftc.model.mapping import inject_adapter_in_model
 from peftc.model.peft_model import PeftModel
-from peftc.runtime.apply import session_of
+from peftc.runtime.applying.apply import session_of
 from peftc.runtime.call import BASE
 from peftc.testing.compare import close, different, objects_of, same, same_names, same_tensors, state_of
 from peftc.testing.models import seeded
