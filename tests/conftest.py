@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -20,6 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Machines that run the tests are shared and slow; and CI must not find a new example on a commit that has nothing to do with it.
 settings.register_profile("peftc", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("peftc")
+
+#: A collection for every 10,000 new objects, not 700: tests make models by the thousand, and few of them in cycles.
+gc.set_threshold(10_000, 20, 20)
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Tests of prompts, of generation, of other libraries with the alias, and of what is relied on in them: beginnings of paths.
@@ -43,11 +47,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="NAME", help="write what a whole run came to into the table of tried releases")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m versions` no other file is imported."""
+    if config.option.markexpr == "versions" and collection_path.is_file() and not _depends_on_releases(collection_path):
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that depend most on the releases of other libraries."""
     for item in items:
-        if item.path.is_relative_to(ROOT) and item.path.relative_to(ROOT).as_posix().startswith(VERSIONS):
+        if _depends_on_releases(item.path):
             item.add_marker(pytest.mark.versions)
+
+
+def _depends_on_releases(file: Path) -> bool:
+    return file.is_relative_to(ROOT) and file.relative_to(ROOT).as_posix().startswith(VERSIONS)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
@@ -83,9 +98,12 @@ def _torch_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _only_what_tests_make_is_collected() -> None:
     """Trainings and compilers collect garbage again and again, each time for as long as there are objects: leave out those of
-    all that was imported, and of the modules of tests before."""
+    all that was imported, and of the modules of tests before. What these took of memory goes back to the system."""
     gc.collect()
     gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: it keeps what was freed, of large models too
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def in_metadata(library: str) -> set[str]:
     }
 
 
+@cache
 def in_code(library: str) -> dict[str, set[str]]:
     """Expressions of a library's code that name a version of `peft`, as Python writes them, and the files they are in."""
     found: dict[str, set[str]] = {}

@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 from peftc import compat
 from peftc.compat import names
+from tests.apart import Ran, run_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "examples/drop_in/train.py"
@@ -71,34 +75,27 @@ IMPORTED = {
 }
 
 
-def test_what_other_libraries_import_is_there() -> None:
-    lines = [f"from {module} import {name}" for module, held in IMPORTED.items() for name in held.split()]
-    program = f"""
+LINES = [f"from {module} import {name}" for module, held in IMPORTED.items() for name in held.split()]
+#: Programs that print what is lacking.
+LACKING = {
+    "imports of others": f"""
 import peftc.compat
 peftc.compat.install()
-for line in {lines!r}:
+for line in {LINES!r}:
     try:
         exec(line)
     except ImportError as error:
         print(line, error)
-"""
-    assert output("-c", program) == []
-
-
-def test_every_name_of_the_table_has_a_home() -> None:
-    program = """
+""",
+    "names of the table": """
 from peftc.compat import names
 for module, held in names.table().items():
     for name, home in held.items():
         if name not in dir(home.owner()) and getattr(home.owner(), home.name, None) is None:
             print(module, name, home)
-"""
-    assert output("-c", program) == []
-
-
-def test_everything_is_imported_by_a_star() -> None:
-    """From the package and from each module of a method, and every name that `dir` lists can be read."""
-    program = """
+""",
+    # from the package and from each module of a method, and every name that `dir` lists can be read
+    "imports by a star": """
 import importlib
 import peftc.compat
 peftc.compat.install()
@@ -111,5 +108,17 @@ for module in ["peft", "peft.tuners", "peft.utils", *names.submodules("peft.tune
     for name in dir(found):
         getattr(found, name)
 LoraConfig, PromptEmbedding, PrefixEncoder, PromptEncoder, CPTEmbedding, CartridgeEncoder, MultitaskPromptEmbedding
-"""
-    assert output("-c", program) == []
+""",
+}
+
+
+@cache
+def ran() -> dict[str, Ran]:
+    """Each program by itself, in a process that has transformers."""
+    return run_apart(LACKING, "transformers")
+
+
+@pytest.mark.parametrize("program", LACKING)
+def test_nothing_is_lacking(program: str) -> None:
+    done = ran()[program]
+    assert (done.code, done.out) == (0, ""), done.err

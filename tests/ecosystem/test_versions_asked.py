@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 
 from peftc import compat, rules
 from peftc.compat import pins
+from tests.apart import Ran, run_apart
 from tests.defects import put_defect
 from tests.ecosystem.pins import askers, in_code, in_metadata
 from tests.environments.made_up import python, release
@@ -137,19 +138,6 @@ def test_a_model_that_is_split_says_so_where_it_is_looked_for() -> None:
     assert "_tp_size" in inspect.getsource(integration.PeftAdapterMixin.load_adapter)
 
 
-def test_an_adapter_is_not_loaded_whole_into_a_base_that_is_split(tmp_path: Path) -> None:
-    """From 0.21 on, transformers takes it that `peft` splits the adapter too."""
-    done = python("-c", LOADS, str(tmp_path / "adapter"), "split")
-    assert done.stdout == f"{rules.SPLIT_BASE.code} []\n", done.stdout + done.stderr
-
-
-def test_no_magnitude_is_lost_when_transformers_loads_an_adapter(tmp_path: Path) -> None:
-    """Either all tensors of the file have come into the model, or it is refused and the model is as it was."""
-    done = python("-c", LOADS, str(tmp_path / "adapter"), "magnitudes")
-    refused = done.stdout == f"{rules.OPTION_NOT_AVAILABLE.code} []\n"
-    assert refused or done.stdout == f"loaded {json.dumps([[], []])}\n[24.0]\n", done.stdout + done.stderr
-
-
 LOSES = """
 import sys, torch
 from peft import LoraConfig, get_peft_model
@@ -171,7 +159,27 @@ print(len(magnitudes(again)), magnitudes(again)[0].eq(3.0).any().item())
 """
 
 
-def test_the_reference_loses_magnitudes_when_transformers_loads_an_adapter(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """Each program by itself, in a process that has transformers."""
+    programs = {"split": LOADS, "magnitudes": LOADS, "lost": LOSES}
+    place = tmp_path_factory.mktemp("adapters")
+    given = {case: f"import sys\nsys.argv[1:] = {[str(place / case), case]!r}\n" for case in programs}
+    return run_apart({case: given[case] + program for case, program in programs.items()}, "transformers")
+
+
+def test_an_adapter_is_not_loaded_whole_into_a_base_that_is_split(ran: dict[str, Ran]) -> None:
+    """From 0.21 on, transformers takes it that `peft` splits the adapter too."""
+    assert ran["split"].out == f"{rules.SPLIT_BASE.code} []\n", ran["split"]
+
+
+def test_no_magnitude_is_lost_when_transformers_loads_an_adapter(ran: dict[str, Ran]) -> None:
+    """Either all tensors of the file have come into the model, or it is refused and the model is as it was."""
+    said = ran["magnitudes"].out
+    refused = said == f"{rules.OPTION_NOT_AVAILABLE.code} []\n"
+    assert refused or said == f"loaded {json.dumps([[], []])}\n[24.0]\n", ran["magnitudes"]
+
+
+def test_the_reference_loses_magnitudes_when_transformers_loads_an_adapter(ran: dict[str, Ran]) -> None:
     """A row of docs/reference-bugs.md."""
-    done = python("-c", LOSES, str(tmp_path / "adapter"))
-    assert done.stdout == "1 False\n", done.stdout + done.stderr
+    assert ran["lost"].out == "1 False\n", ran["lost"]

@@ -8,6 +8,8 @@ import pickle
 import tempfile
 import warnings
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,24 +128,40 @@ def deleting_leaves_nothing(s: Subject) -> None:
     """A server that swaps adapters for days must not grow."""
     model = s.trained()
     names, y = [name for name, _ in model.named_parameters()], s.output(model)
-    is_frozen = gc.get_freeze_count() > 0
-    if not is_frozen:
-        gc.freeze()  # what is there already need not be searched
-    s.join(model, "second")
-    dead = [weakref.ref(p) for p in slots_of(model, "second").values()]
-    model.set_adapter("second")
-    s.output(model)
-    model.set_adapter("default")
-    model.delete_adapter("second")
-    gc.collect()
-    if not is_frozen:
-        gc.unfreeze()
+    with _kept_young():
+        s.join(model, "second")
+        dead = [weakref.ref(p) for p in slots_of(model, "second").values()]
+        model.set_adapter("second")
+        s.output(model)
+        model.set_adapter("default")
+        model.delete_adapter("second")
     same_names(
         [name for name, _ in model.named_parameters()], names, "The model after deleting", "Keep tensors in slots."
     )
-    if any(ref() is not None for ref in dead):
+    if not _are_gone(dead):
         raise broken("Tensors of a deleted adapter are still in memory", "Keep no reference to slots.")
     same(s.output(model), y, "The output after another adapter was deleted", "Keep no state between adapters.")
+
+
+@contextmanager
+def _kept_young() -> Iterator[None]:
+    """The collector is off inside: what is made there is not yet among the many objects that it seldom searches."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _are_gone(found: Sequence[weakref.ref[nn.Parameter]]) -> bool:
+    """Whether nothing has them any more, at the latest after a search for cycles, among the young and then among all."""
+    for search in (lambda: 0, lambda: gc.collect(0), gc.collect):
+        search()
+        if all(ref() is None for ref in found):
+            return True
+    return False
 
 
 def unloading_restores(s: Subject) -> None:
