@@ -14,7 +14,7 @@ class BottleneckConfig(p.LayersConfig):
 
 
 class Bottleneck(p.MapTuner[BottleneckConfig]):
-    """`y + U relu(D y + d) + u`, which is no change of the layer's weight."""
+    """`y + U tanh(D y + d) + u`, which is no change of the layer's weight."""
 
     supports = p.LINEAR_KINDS
     beside = "the network between its two layers is not linear"
@@ -29,7 +29,7 @@ class Bottleneck(p.MapTuner[BottleneckConfig]):
             init.zeros(slots[label])
 
     def branch(self, a: p.View[BottleneckConfig], x: p.Tensor, y0: p.Tensor) -> p.Tensor:
-        return p.linear(a, "bottleneck_up", p.linear(a, "bottleneck_down", y0.to(x.dtype)).relu())
+        return p.linear(a, "bottleneck_up", p.linear(a, "bottleneck_down", y0.to(x.dtype)).tanh())
 
 
 peftc_tuner = p.method(
