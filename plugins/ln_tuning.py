@@ -1,7 +1,7 @@
 """LN tuning: norms are trained whole, as copies beside the frozen ones (Zhao et al., arXiv:2312.11420).
 
 The method replaces every parameter of the layer's own, whatever the layer computes from them, so that any module with
-parameters can be tuned. Of several active adapters the last one counts.
+parameters can be tuned.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class LnTuner(p.MapTuner[LNTuningConfig]):
         if packed:
             what = f"Of `{path}` {', '.join(packed)} holds numbers that no gradient can move"
             yield p.rules.BAD_TARGET(what, fix="Leave it out, or exclude it with `exclude_modules`.", where=path)
+
+    def clash(self, c: LNTuningConfig, other: LNTuningConfig) -> str:
+        return "both have all parameters of the layer in a copy of their own"
 
     def params(self, a: p.View[LNTuningConfig], w: p.Tensors, w0: p.Tensors) -> p.Tensors:
         label = "ln_tuning_layers" if len(a.layer.params) == 1 else "ln_tuning_layers.{}"
