@@ -27,23 +27,26 @@ from peftc.diagnostics import Rule
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 #: Sections of the page, and the names in each; what stands in none comes last.
 SECTIONS: Mapping[str, str] = {
-    "The record": "hookimpl TunerMethod register_plugin unregister_plugin",
+    "The record": "method TunerMethod hookimpl register_plugin unregister_plugin",
     "Kinds of method": "MapTuner ModuleTuner PromptTuner CallTuner",
-    "Slots": "parameter_slot module_slot derived_slot constant_slot Share labelled Slot Container",
-    "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS ModuleNode ModuleGraph",
-    "What the mathematics is handed": "View SlotInit ModuleView PromptView PromptContext CallView Run Place Changes Former"
-    " Tensors to_logical to_stored kept_outputs",
-    "Options": "PeftConfig PromptLearningConfig ConfigModel TargetsMixin TargetNamesMixin LayersMixin ModulesToSaveMixin"
-    " RankMixin UpdateDropoutMixin TargetParametersMixin ExpertsMixin PeftType TaskType Names NameList Field model_validator"
-    " matches",
-    "Problems": "rules Rule Severity Diagnostic PeftcError did_you_mean warn",
+    "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
+    "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",
+    "What the mathematics is handed": "View SlotInit ModuleView PromptView PromptContext CallView Run Place Changes Former",
+    "What it can call": "columns linear drop_outputs kept_outputs widened weighted_sum to_logical to_stored",
+    "Annotations": "Tensors TensorLists Slots Problems Factors Weights LabelledSlots Shapes Dims Options",
+    "Configs": "LayersConfig PeftConfig PromptLearningConfig PeftConfigMixin ConfigModel TargetsMixin TargetNamesMixin"
+    " OwnExclusionsMixin LayersMixin ModulesToSaveMixin RankMixin RankPatternMixin AlphaMixin InitWeightsMixin BiasMixin"
+    " UpdateDropoutMixin OrientationMixin TargetParametersMixin ExpertsMixin PeftType TaskType Count Dropout Names NameList"
+    " Field model_validator matches",
+    "What is wrong": "rules Rule Severity Diagnostic PeftcError did_you_mean warn",
     "Files": "read_adapter read_weights write_adapter convert_adapter",
 }
 #: What names of other libraries are for.
 FOREIGN = {
     "Field": "Pydantic's: an option with a default and bounds, `alpha: float = p.Field(default=8.0, gt=0)`.",
     "model_validator": "Pydantic's: marks a method of a config that looks at several options together.",
-    "hookimpl": "Pluggy's: marks the function `peftc_tuner()`, which takes nothing and returns the record. A plugin has one.",
+    "hookimpl": "Pluggy's: marks the function `peftc_tuner()`, which takes nothing and returns the record. A plugin has one;"
+    " `method` makes it.",
 }
 WIDTH, WIDE = 110, 1000
 
@@ -55,7 +58,8 @@ def reference_page(cell: Any, option: Any) -> str:
     blocks = [
         "# What `peftc.plugin` has",
         "All that a plugin imports: `from peftc import plugin as p`, then `p.MapTuner`, `p.parameter_slot`, and so on."
-        " [Writing a plugin](writing-a-plugin.md) shows how they go together. Importing it needs no torch.",
+        " [Writing a plugin](writing-a-plugin.md) shows how they go together. Importing it needs no torch; `p.Tensor` and `p.nn`, for"
+        " annotations, are torch's.",
         *(_contents(title, names) for title, names in sections.items() if names),
     ]
     for title, names in sections.items():

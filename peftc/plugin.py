@@ -70,16 +70,21 @@ if TYPE_CHECKING:
     from torch import Tensor as Tensor
     from torch import nn as nn
 
-#: What `slots` gives, what checks give, and what `thin` gives: `(A, B, s)`.
+#: What `slots` gives.
 Slots = Iterable[Slot]
+#: What `check` gives, of a tuner and of a record.
 Problems = Iterable[Diagnostic]
+#: What `thin` gives: `(A, B, s)`, A `(r, in · kernel)`, B `(out, r)`, of the update `s · B A`.
 Factors = tuple["Tensor", "Tensor", float]
-#: What `combine` weighs several adapters by.
+#: What `combine` weighs several adapters by, one number for each.
 Weights = Sequence[float]
-#: Slots by label; shapes by label; dimensions of a model by name; options by name.
+#: Slots by label, as `derive` is handed them.
 LabelledSlots = Mapping[str, Slot]
+#: Shapes of tensors in a checkpoint: by label, or by key of what a prompt has beside its table.
 Shapes = Mapping[str, tuple[int, ...]]
+#: Dimensions of a model by name (`hidden_size`, …).
 Dims = Mapping[str, int]
+#: Options by name.
 Options = Mapping[str, Any]
 
 

@@ -168,6 +168,7 @@ class RankPatternMixin(RankMixin):
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Other ranks for some modules: pattern over the end of the path -> `r`."""
 
+    #: `rank_pattern` overrides `r` for the modules that it matches
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
 
@@ -179,4 +180,5 @@ class AlphaMixin(RankPatternMixin):
     alpha_pattern: dict[str, int | float] = Field(default_factory=dict)
     """Other numerators for some modules: pattern over the end of the path -> `alpha`."""
 
+    #: `alpha_pattern` overrides `alpha`, as `rank_pattern` does `r`
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}

@@ -72,7 +72,8 @@ def method(
     ),
     **fields: Unpack[Fields],
 ) -> Callable[[], TunerMethod]:
-    """The hook `peftc_tuner` of a plugin, with the method's record.
+    """The hook `peftc_tuner` of a plugin, with the method's record: `fields` are those of `TunerMethod`, of which `prefix` has to
+    be given. `layer_options`, `exports` and `model_methods` may be tuples, whose entries go by the names that they have.
 
     The PEFT type is the default of the config's `peft_type`. Left out, `summary` and `paper` are those of the first sentence
     of the config's module, `Name: what it does (who, arXiv:1234.56789).`, and `default_targets` names the table that is

@@ -17,14 +17,13 @@ from peftc.graph.nodes import LayerFacts
 
 @dataclass(frozen=True, slots=True)
 class RankLimit:
-    """How large an option may be on a layer: the rank, or what stands for it.
+    """How large an option may be on a layer: the rank, or what stands for it."""
 
-    `most` gives the largest value by the layer's facts; left out, the largest rank that its weight can have. More than that
-    does nothing, which is warned of, or cannot be (`is_hard`), which is an error.
-    """
-
+    #: the option that is limited
     option: str = "r"
+    #: its largest value by the layer's facts; left out, the largest rank that the layer's weight can have
     most: Callable[[LayerFacts], int] = attrgetter("rank")
+    #: whether more than that cannot be, which is an error; else it does nothing, which is warned of
     is_hard: bool = False
 
     def problems(self, c: PeftConfig, layer: LayerFacts, path: str) -> Iterator[Diagnostic]:
