@@ -14,6 +14,8 @@ from tests.architecture.tree import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+ANCHOR = re.compile(r"\]\(([^)#\s:]*)#([^)]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 FILE = re.compile(r"`((?:peftc|plugins|schemas|tests|docs|examples|benchmarks|\.ci)/[\w./-]*)`")
 COMMAND = re.compile(r"(?<!from )\bpeftc ([a-z]+)\b(?=[ `\n])")
 FENCE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
@@ -26,6 +28,21 @@ def test_links_and_files_exist(page: Path) -> None:
     missing = sorted(name for name in links if not (page.parent / name).exists())
     missing += sorted(name for name in set(FILE.findall(text)) if not (ROOT / name).exists())
     assert not missing
+
+
+def headings(page: Path) -> list[str]:
+    """What links into a page name its headings by, as GitHub makes it of plain words and code, in their order."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_into_pages_name_one_heading(page: Path) -> None:
+    links = set(ANCHOR.findall(page.read_text(encoding="utf-8")))
+    places = {
+        f"{name}#{anchor}": headings(page.parent / name if name else page).count(anchor) for name, anchor in links
+    }
+    assert {place: found for place, found in places.items() if found != 1} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
