@@ -7,7 +7,7 @@ is all that a plugin needs of peftc. Names of tensors' types are for annotations
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -95,10 +95,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module("torch"), name)
 
 
-def register_plugin(plugin: ModuleType | TunerMethod) -> TunerMethod:
+def register_plugin(plugin: ModuleType | TunerMethod | Callable[[], TunerMethod]) -> TunerMethod:
     """Make a method known to this process without installing it, as in a notebook, and return its record.
 
-    `plugin` is the record, or a module with the hook. From then on the method is one like all others, by its PEFT type too; a
+    `plugin` is what `method` gives, or a record, or a module with the hook. From then on the method is one like all others, by its PEFT type too; a
     type that is registered already is replaced, for models that are made afterwards. Raises `PeftcError` if the record
     breaks the contract, or its type is that of an installed plugin.
     """

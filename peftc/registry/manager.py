@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pluggy
@@ -132,12 +133,15 @@ class Registry:
         return self.get(str(config.peft_type))
 
     def register(self, plugin: object, name: str = "", over: bool = True) -> TunerMethod:
-        """Add a method without installing it: that of a plugin object (a module, or anything with the hook), or of a record.
+        """Add a method without installing it: that of a plugin object (a module, or anything with the hook), of a hook, or of a
+        record.
 
         Without a name for the entry point it is the one that follows from the record. Raises `PeftcError`, unless `over` also
         for a type that an installed plugin has.
         """
         claim = Claim(name, getattr(plugin, "__name__", type(plugin).__name__), "this process", "0")
+        if isinstance(plugin, FunctionType):
+            plugin = SimpleNamespace(peftc_tuner=plugin)
         method = self._accept(claim, plugin)
         if not over:
             self._refuse_installed(method.peft_type)

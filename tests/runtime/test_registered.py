@@ -11,15 +11,15 @@ import torch
 
 import peftc
 from peftc import PeftcError, PeftModel, PeftType, get_peft_config, get_peft_model, rules
-from peftc.plugin import TunerMethod, register_plugin, unregister_plugin
+from peftc.plugin import TunerMethod, method, register_plugin, unregister_plugin
 from peftc.registry.manager import default_registry
 from peftc.testing.kit import chosen
 from tests.defects import put_defect
-from tests.runtime.methods import METHODS, NarrowConfig, Net, x
+from tests.runtime.methods import METHODS, NarrowConfig, NarrowTuner, Net, x
 from tests.unit import fakes
 
 Patch = pytest.MonkeyPatch
-RECORD = next(method for method in METHODS if method.peft_type == "NARROW")
+RECORD = next(record for record in METHODS if record.peft_type == "NARROW")
 OPTIONS = {"peft_type": "NARROW", "target_modules": ["first"]}
 
 
@@ -42,6 +42,13 @@ def test_a_module_is_taken_by_its_hook() -> None:
     assert register_plugin(module) is RECORD
     unregister_plugin(RECORD)
     assert "NARROW" not in default_registry().names
+
+
+def test_what_a_cell_has_made_is_taken_as_it_is() -> None:
+    peftc_tuner = method(NarrowConfig, NarrowTuner(), prefix="narrow_", layer_names=("narrow_A", "narrow_B"))
+    assert register_plugin(peftc_tuner) is peftc_tuner()
+    assert peftc.NarrowConfig is NarrowConfig
+    unregister_plugin("NARROW")
 
 
 def test_unregistering_undoes_it(registered: TunerMethod) -> None:
