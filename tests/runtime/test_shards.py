@@ -259,7 +259,7 @@ def test_an_adapter_beside_shards_is_warned_of(held: Held, monkeypatch: pytest.M
         model.add_adapter("another", narrow())
 
     assert codes(engine(held), add) == [rules.BESIDE_SHARDS.code]
-    put_defect(monkeypatch, session, "note_adding(self.ways_to([plan]))", "()")
+    put_defect(monkeypatch, session, "note_adding(self.model, self.ways_to([plan]))", "()")
     assert codes(engine(held), add) == []
 
 

@@ -46,7 +46,7 @@ def plan_for(
     _refuse_split(model)
     session = session_of(model)
     if session is None or not session.plans:
-        note_adding(model.modules())
+        note_adding(model, model.modules())
     plan = compile_plan(
         snapshot(model) if session is None else session.graph,
         configs,

@@ -46,16 +46,16 @@ def refuse_distributed(tensors: Mapping[str, Tensor]) -> None:
         raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix=fix))
 
 
-def note_adding(modules: Iterable[nn.Module]) -> None:
-    """Warn before an adapter is put into a model of these modules that is held in shards: those who hold it do not know of the new tensors.
+def note_adding(model: nn.Module, on_the_way: Iterable[nn.Module]) -> None:
+    """Warn before an adapter is put into a model that is held in shards: those who hold it do not know of the new tensors. They are
+    looked for among the modules `on_the_way` to what is adapted.
 
     Raises `PeftcError` where not even shapes can be seen.
     """
-    modules = list(modules)
-    by = parallel.sharded_by(modules)
+    by = parallel.sharded_by(on_the_way)
     if by is None:
         return
-    if parallel.is_flattened(modules):
+    if parallel.is_flattened(model.modules()):
         what = f"{by} holds each weight of the model as a part of a flat tensor, without its shape"
         raise PeftcError(rules.WEIGHT_ELSEWHERE(what, fix="Put the adapter on first, and wrap the model then."))
     what = f"{by} held the model in shards before: the adapter is whole in each process, and its gradients are that process's own"

@@ -62,11 +62,11 @@ class Session(Applied):
         """Carry out an adapter's plan, or raise with the model as it was. The adapter is not active yet."""
         if plan.saves or self.copies:  # what deleted adapters left would be copied, or adapted, in place of the module
             self.prune()
+        if self.plans:  # else the whole model was looked at before it was planned for
+            note_adding(self.model, self.ways_to([plan]))
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
-        if self.plans:  # else the whole model was looked at before it was planned for
-            note_adding(self.ways_to([plan]))
         method = registry.get(plan.peft_type)
         stock = Stock(self.stores)
         tuners = {
