@@ -90,11 +90,12 @@ def _misfit(c: BOFTConfig, size: int) -> str:
     if c.boft_n_butterfly_factor == 1:
         return ""
     block = c.boft_block_size or size // c.boft_block_num
-    span = 2 ** (c.boft_n_butterfly_factor - 1)
     if block % 2:
         return f"blocks of {block} cannot be halved, as more than one factor needs"
-    if size // block % span:
-        return f"{c.boft_n_butterfly_factor} factors need a multiple of {span} blocks, and there are {size // block}"
+    blocks, levels = size // block, c.boft_n_butterfly_factor - 1
+    # told by bits, as an option may be any number: each further factor doubles what the blocks must be a multiple of
+    if levels >= blocks.bit_length() or blocks % (1 << levels):
+        return f"{c.boft_n_butterfly_factor} factors need a multiple of 2^{levels} blocks, and there are {blocks}"
     return ""
 
 

@@ -7,18 +7,22 @@ input is rotated block by block, so neither R nor W' is ever made as one matrix.
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import Literal
 
 from peftc import plugin as p
+
+#: Blocks of a layer, and features of a block: far beyond what any has.
+_MOST = 2**20
 
 
 class OFTConfig(p.ExpertsMixin, p.OrientationMixin, p.BiasMixin, p.InitWeightsMixin, p.LayersConfig):
     """Options of an OFT adapter, named as in the reference. Give `oft_block_size`, or `r` with `oft_block_size=0`."""
 
     peft_type: p.PeftType | None = p.PeftType("OFT")
-    r: int = p.Field(default=0, ge=0)
+    r: int = p.Field(default=0, ge=0, le=_MOST)
     """Number of blocks in each layer; 0 follows from `oft_block_size`."""
-    oft_block_size: int = p.Field(default=32, ge=0)
+    oft_block_size: int = p.Field(default=32, ge=0, le=_MOST)
     """Size of the blocks: larger learns more and costs more; 0 follows from `r`."""
     module_dropout: p.Dropout = 0.0
     """Probability of leaving a block unrotated in training."""
@@ -108,8 +112,9 @@ def _nearest_divisor(wanted: int, size: int) -> int:
     >>> _nearest_divisor(8, 24), _nearest_divisor(7, 20), _nearest_divisor(7, 24), _nearest_divisor(99, 24)
     (8, 5, 6, 24)
     """
-    divisors = (d for d in range(1, size + 1) if size % d == 0)
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
+    wanted = min(wanted, size)
+    near = (d for away in count() for d in (wanted - away, wanted + away) if 0 < d <= size and size % d == 0)
+    return next(near)
 
 
 def _rotated(a: p.View[OFTConfig], vectors: p.Tensor, x: p.Tensor) -> p.Tensor:

@@ -5,6 +5,7 @@ The network of section 3.2 only helps training: what is saved is its output, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from itertools import pairwise
 
@@ -43,7 +44,7 @@ class PTuningTuner(p.PromptTuner[PromptEncoderConfig]):
         widths = [c.width, hidden, hidden, c.width]
         if c.encoder_reparameterization_type == "LSTM":
             widths = [2 * hidden, 2 * hidden, c.width]
-            for tail, shape in _lstm_shapes(c).items():
+            for tail, shape in _lstm_shapes(c):
                 yield p.module_slot("lstm_head", shape, tail)
         for layer, (into, out) in enumerate(pairwise(widths)):
             yield from p.linear_slots("mlp_head", into, out, str(2 * layer))
@@ -73,23 +74,22 @@ class PTuningTuner(p.PromptTuner[PromptEncoderConfig]):
         return x
 
 
-def _lstm_shapes(c: PromptEncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a bidirectional recurrent network's tensors by torch's names, in torch's order."""
+def _lstm_shapes(c: PromptEncoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a bidirectional recurrent network's tensors, in torch's order; one by one, however many there are."""
     hidden = c.encoder_hidden_size or 0
-    shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(c.encoder_num_layers):
         for end in (f"l{layer}", f"l{layer}_reverse"):
-            shapes[f"weight_ih_{end}"] = (4 * hidden, 2 * hidden if layer else c.width)
-            shapes[f"weight_hh_{end}"] = (4 * hidden, hidden)
-            shapes |= {f"bias_ih_{end}": (4 * hidden,), f"bias_hh_{end}": (4 * hidden,)}
-    return shapes
+            yield f"weight_ih_{end}", (4 * hidden, 2 * hidden if layer else c.width)
+            yield f"weight_hh_{end}", (4 * hidden, hidden)
+            yield f"bias_ih_{end}", (4 * hidden,)
+            yield f"bias_hh_{end}", (4 * hidden,)
 
 
 def _recurrent(c: PromptEncoderConfig, a: p.PromptView, table: p.Tensor) -> p.Tensor:
     """`(rows, width)` -> `(rows, 2 · hidden)`."""
     import torch
 
-    weights = [a[f"lstm_head.{tail}"] for tail in _lstm_shapes(c)]
+    weights = [a[f"lstm_head.{tail}"] for tail, _ in _lstm_shapes(c)]
     start = table.new_zeros(2 * c.encoder_num_layers, 1, c.encoder_hidden_size or 0)
     # arguments: input, state, weights, biases, layers, dropout, training, bidirectional, batch first
     options = True, c.encoder_num_layers, c.encoder_dropout, a.training, True, True

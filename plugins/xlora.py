@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 from peftc import plugin as p
@@ -76,8 +77,8 @@ class XLoraTuner(p.CallTuner[XLoraConfig]):
 
     def slots(self, c: XLoraConfig, layers: int) -> p.Slots:
         wide = len(c.adapters or {}) * (layers if c.layerwise_scalings else 1)
-        widths = [c.hidden_size or 1, *[c.xlora_size] * (c.xlora_depth - 1), wide]
-        for name, fan_in, fan_out in zip(_places(c), widths, widths[1:], strict=False):
+        widths = chain((c.hidden_size or 1,), repeat(c.xlora_size, c.xlora_depth - 1), (wide,))
+        for name, (fan_in, fan_out) in zip(_places(c), pairwise(widths), strict=False):
             yield from p.linear_slots("layers", fan_in, fan_out, str(name))
 
     def init(self, c: XLoraConfig, slots: p.Tensors, init: p.SlotInit) -> None:
@@ -120,10 +121,10 @@ class XLoraTuner(p.CallTuner[XLoraConfig]):
         return (h / c.softmax_temperature).softmax(-1) if c.enable_softmax else h
 
 
-def _places(c: XLoraConfig) -> list[int]:
+def _places(c: XLoraConfig) -> range:
     """Numbers of the linear layers in the reference's sequence, which counts ReLU and dropout as well."""
     step = 3 if c.xlora_dropout_p > 0 else 2
-    return [step * layer for layer in range(c.xlora_depth)]
+    return range(0, step * c.xlora_depth, step)
 
 
 def _chosen(c: XLoraConfig, scalings: p.Tensor) -> p.Tensor:

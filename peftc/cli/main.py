@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        console.show([_out_of_memory(error)])
-        return FAILED
+        return report([_out_of_memory(error)], as_json="--json" in words)
 
 
 def _dispatch(words: list[str]) -> int:
