@@ -57,9 +57,8 @@ MAX_MODULES = 200_000
 MAX_HEADER = 100_000_000
 #: Tensors of an adapter: one that has a pair for each of 384 experts in 61 layers has 140,000.
 MAX_TENSORS = 250_000
-#: Dimensions of a tensor, as torch has it, and how large one of them may be.
+#: Dimensions of a tensor, as torch has it.
 MAX_DIMENSIONS = 64
-MAX_SIDE = 2**40
 #: Tensors that a method may have on one layer.
 MAX_SLOTS = 1_000
 
@@ -80,7 +79,7 @@ def misshapen(shape: Sequence[int]) -> str:
     """
     if len(shape) > MAX_DIMENSIONS:
         return f"has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
-    if any(size > MAX_SIDE for size in shape):
-        return f"has a side of more than {MAX_SIDE:,}"
+    if any(size > MAX_INTEGER for size in shape):
+        return "has a side beyond 64 bits"
     number = math.prod(shape)
     return f"has {number:.1e} numbers" if number > MAX_INTEGER // 16 else ""

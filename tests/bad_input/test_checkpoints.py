@@ -206,7 +206,7 @@ CASES = {
         rules.CHECKPOINT_DAMAGED,
         lambda place: weights(place, lambda raw: file_of("x", shape=(0, 10**30))),
         in_source(file_format, "    if reason:", "    if False:"),
-        "`x` has a side of more than",
+        "`x` has a side beyond 64 bits",
     ),
     "70 dimensions": Case(
         rules.CHECKPOINT_DAMAGED,

@@ -240,7 +240,7 @@ CASES = {
     "a record without a prefix": Case(rules.PLUGIN_INVALID, broken_hook, "needs a `prefix`", "", contract, "and not (method.prefix and method.layer_names):", "and False:"),
     "a plugin that raises": Case(rules.PLUGIN_RAISED, own_check_fails, "RuntimeError: a mistake in the plugin", "doc.yaml:3:21", boundary_module, "return PeftcError(_of_plugin(peft_type, function, path, told, plugins or passed))", "return error"),
     # the frame
-    "no memory": Case(rules.OUT_OF_MEMORY, without_memory, "can't allocate memory", "", cli_main, "console.show([_out_of_memory(error)])", "pass"),
+    "no memory": Case(rules.OUT_OF_MEMORY, without_memory, "can't allocate memory", "", cli_main, 'report([_out_of_memory(error)], as_json="--json" in words)', "FAILED"),
     "a refusal of the system": Case(rules.SYSTEM_REFUSED, command("schema", "plan", "--write", "--dir", "/dev/null/x"), "Not a directory", "", cli_main, "console.show([_system_refused(error)])", "pass"),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_a_count_beyond_measure_is_told_at_once(options: dict[str, Any]) -> None
 @pytest.mark.parametrize("method", ["OFT", "BOFT", "LOKR"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_of_many_features_is_planned_at_once(method: str) -> None:
-    """The largest side that a weight may have, minus one: a number with few divisors."""
+    """A number with few divisors."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2**40 - 87, 1))
     start = time.process_time()

@@ -336,6 +336,8 @@ class Encoder:
             for index, message in enumerate(messages):
                 if message["role"] != "assistant":
                     continue
+                if index == 0:
+                    return "The conversation begins with an answer, and nothing comes before it"
                 for text, is_answer in (
                     (self._render(messages[:index], for_answer=True), False),
                     (self._render(messages[: index + 1], for_answer=False), True),

@@ -23,6 +23,7 @@ from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import ConfigError, warn
 from peftc.graph.nodes import TensorFacts
+from peftc.limits import MAX_NAME
 from peftc.model.parts import identity
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import session_of
@@ -107,7 +108,8 @@ def _found_beside(config: PeftConfig, folder: Path) -> PeftConfig:
     tuner = default_registry().method_of(config).call_tuner
     if tuner is None:
         return config
-    beside = {key: folder / BESIDE / key for key in tuner.needs(config)}
+    short = (key for key in tuner.needs(config) if len(key.encode("utf-8", "replace")) <= MAX_NAME)
+    beside = {key: folder / BESIDE / key for key in short}  # no folder has a longer name
     found = {key: str(path) for key, path in beside.items() if (path / CONFIG_NAME).is_file()}
     return config.model_copy(update={tuner.option: {**tuner.needs(config), **found}})
 
