@@ -7,7 +7,6 @@ input is rotated block by block, so neither R nor W' is ever made as one matrix.
 from __future__ import annotations
 
 import math
-from itertools import count
 from typing import Literal
 
 from peftc import plugin as p
@@ -112,9 +111,9 @@ def _nearest_divisor(wanted: int, size: int) -> int:
     >>> _nearest_divisor(8, 24), _nearest_divisor(7, 20), _nearest_divisor(7, 24), _nearest_divisor(99, 24)
     (8, 5, 6, 24)
     """
-    wanted = min(wanted, size)
-    near = (d for away in count() for d in (wanted - away, wanted + away) if 0 < d <= size and size % d == 0)
-    return next(near)
+    wanted = max(1, min(wanted, size))
+    near = (d for away in range(wanted) for d in (wanted - away, wanted + away) if d <= size and size % d == 0)
+    return next(near, 1)  # of a layer without features
 
 
 def _rotated(a: p.View[OFTConfig], vectors: p.Tensor, x: p.Tensor) -> p.Tensor:

@@ -46,7 +46,8 @@ def as_validation_error(found: Iterable[Problem]) -> ValidationError:
 
 def as_custom_error(diagnostic: Diagnostic, on_key: bool = False) -> PydanticCustomError:
     """The error for the validator of one option, whose place pydantic knows."""
-    return PydanticCustomError(_TYPE, "{what}", {"what": diagnostic.what, "diagnostic": diagnostic, "on_key": on_key})
+    what = diagnostic.what.encode("utf-8", "backslashreplace").decode()  # pydantic takes no half of a surrogate pair
+    return PydanticCustomError(_TYPE, "{what}", {"what": what, "diagnostic": diagnostic, "on_key": on_key})
 
 
 def problems(error: ValidationError, data: Any, models_at: ModelsAt) -> Iterator[Problem]:

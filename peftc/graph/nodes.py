@@ -97,6 +97,8 @@ class TensorFacts:
 
 
 HALF = frozenset({"float16", "bfloat16"})
+#: What a gradient can move; other numbers are whole, packed or quantised.
+TRAINABLE = HALF | {"float32", "float64", "complex64", "complex128"}
 #: Bytes of one number; dtypes that are not here count as four.
 DTYPE_BYTES: Mapping[str, int] = {
     "complex128": 16,

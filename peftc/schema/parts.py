@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftc.graph.nodes import DTYPE_BYTES, Kind, Role
+from peftc.graph.nodes import DTYPE_BYTES, TRAINABLE, Kind, Role
 from peftc.limits import MAX_DIMENSIONS, MAX_INTEGER
 
 Schema = dict[str, Any]
@@ -17,6 +17,7 @@ DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 ROLE: Schema = {"enum": [role.value for role in Role]}
 #: Number formats that adapters are stored in; those of a base model's tensors are whatever its library has.
 STORED_DTYPE: Schema = {"enum": sorted(DTYPE_BYTES)}
+TRAINED_DTYPE: Schema = {"enum": sorted(TRAINABLE)}
 
 
 def obj(description: str, optional: tuple[str, ...] = (), **properties: Schema) -> Schema:

@@ -13,6 +13,7 @@ from peftc.schema.parts import (
     SIZE,
     STORED_DTYPE,
     TEXT,
+    TRAINED_DTYPE,
     Schema,
     layer,
     list_of,
@@ -72,7 +73,7 @@ def _definitions() -> dict[str, Schema]:
         "prompt": obj(
             "Virtual tokens, before the input or in the cache.",
             slots=list_of(ref("slot")),
-            dtype=STORED_DTYPE,
+            dtype=TRAINED_DTYPE,
             disk=TEXT,
             shape={**SHAPE, "minItems": 2, "maxItems": 2},
             embeddings=TEXT,
@@ -169,10 +170,10 @@ def _layer_definitions() -> dict[str, Schema]:
         "wrapped": obj(
             "Modules of one kind that are wrapped.",
             paths=list_of(TEXT),
-            inner={**TEXT, "description": "What the module is called inside the wrapper."},
+            inner={**TEXT, "pattern": r"^[^.]+$", "description": "What the module is called inside the wrapper."},
             layer=ref("layer"),
             slots=list_of(ref("slot")),
-            dtype=STORED_DTYPE,
+            dtype=TRAINED_DTYPE,
             reason={**TEXT, "description": "Why the modules are wrapped."},
             role=or_null(ROLE, "What the modules are for, where their names tell."),
         ),
@@ -203,7 +204,7 @@ def _layer_definitions() -> dict[str, Schema]:
             "What adapted modules of one kind have in common.",
             layer=ref("layer"),
             slots=list_of(ref("slot")),
-            dtype=STORED_DTYPE,
+            dtype=TRAINED_DTYPE,
             reason={**TEXT, "description": "Why the module is adapted."},
             role=or_null(ROLE, "What the module is for, where its name tells."),
             overrides=list_of(

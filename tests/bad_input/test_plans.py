@@ -113,6 +113,16 @@ CASES: dict[str, Case] = {
         ("has 2.1e+37 numbers",),
         (serial, "    except (KeyError, TypeError, ValueError,", "    except (KeyError, TypeError,"),
     ),
+    "a plan that trains whole numbers": Case(
+        rules.PLAN_INVALID, read(lambda data: data["adapters"][0]["kinds"][0]["slots"][0].update(dtype="int64")),
+        ("no gradient moves numbers of int64",),
+        (serial, '    if data["trainable"] and', "    if False and"),
+    ),
+    "a plan whose adapter is of whole numbers": Case(
+        rules.PLAN_INVALID, read(lambda data: data["adapters"][0]["kinds"][0].update(dtype="int64")),
+        ("$.adapters[0].kinds[0].dtype",),
+        (serial, "    if differs:", "    if False:"),
+    ),
     "a plan that points nowhere": Case(
         rules.PLAN_INVALID, read(lambda data: data["adapters"][0]["maps"][0].__setitem__(1, 99)), ("IndexError",),
         (serial, "ValueError, IndexError,", "ValueError,"),

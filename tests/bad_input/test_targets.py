@@ -208,6 +208,10 @@ CASES: dict[str, Case] = {
         rules.PLUGIN_INVALID, plan(fail="prefix"), ("`other` does not begin with `sample_`",),
         (sites, "if not slot.name.startswith(context.method.prefix)]", "if False]"),
     ),
+    "slots that no gradient moves": Case(
+        rules.PLUGIN_INVALID, plan(fail="whole numbers"), ("`sample_B` is int64 and trainable",),
+        (sites, "is {s.dtype} and trainable", "is {s.dtype}"),
+    ),
     "slots of no whole size": Case(
         rules.PLUGIN_INVALID, plan(fail="float"), ("`sample_B` has the shape (8, 2.5)",),
         (sites, "any(type(size) is not int for size in slot.shape)", "False"),

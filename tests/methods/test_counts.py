@@ -64,3 +64,13 @@ def test_a_layer_of_many_features_is_planned_at_once(method: str) -> None:
     with suppress(PeftcError):
         compile_plan(snapshot(model), {"default": get_peft_config({"peft_type": method, "target_modules": ["0"]})})
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("method", ["OFT", "BOFT", "LOKR", "HRA"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_without_features_is_planned_at_once_or_told(method: str) -> None:
+    start = time.process_time()
+    with suppress(PeftcError):
+        options = {"peft_type": method, "target_modules": ["0"]}
+        compile_plan(snapshot(nn.Sequential(nn.Linear(0, 4))), {"default": get_peft_config(options)})
+    assert time.process_time() - start < 5

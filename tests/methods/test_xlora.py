@@ -225,3 +225,10 @@ def test_what_cannot_be_weighed_is_refused(experts: dict[str, str], tmp_path: Pa
     other.save_pretrained(tmp_path)
     with pytest.raises(PeftcError, match="PC522"):
         get_peft_model(base(), XLoraConfig(adapters={"0": str(tmp_path)}))
+
+
+def test_a_name_that_no_folder_has_is_not_looked_for_beside(experts: dict[str, str], tmp_path: Path) -> None:
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters={"9" * 300: experts["0"]})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(PeftcError):
+        PeftModel.from_pretrained(base(), tmp_path)

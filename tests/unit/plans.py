@@ -147,6 +147,9 @@ class SampleTuner(MapTuner[SampleConfig]):
             yield module_slot("sample_A", (c.r, layer.in_features))
         if c.fail in ("float", "text"):
             yield parameter_slot("sample_B", (8, 2.5)) if c.fail == "float" else "sample_B"  # type: ignore[arg-type, misc]
+        if c.fail == "whole numbers":
+            yield replace(parameter_slot("sample_B", (8, c.r)), dtype="int64")
+            return
         yield parameter_slot(
             "other" if c.fail == "prefix" else "sample_B", (layer.out_features, 0 if c.fail == "shape" else c.r)
         )

@@ -303,3 +303,15 @@ def test_notes_are_silent_when_quiet(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_rich_console_follows_the_same_rules(capsys: pytest.CaptureFixture[str]) -> None:
     console.rich_console().print("[bold]x[/]")
     assert capsys.readouterr().out == "x\n"
+
+
+def test_memory_that_runs_out_is_told_as_json_where_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> int:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(main, "_dispatch", fail)
+    assert main.main(["methods", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["ok"] and [d["code"] for d in told["diagnostics"]] == [rules.OUT_OF_MEMORY.code]

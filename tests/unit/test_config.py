@@ -442,3 +442,10 @@ def test_a_type_that_is_not_installed_is_no_member() -> None:
 
 def test_tasks_are_the_references() -> None:
     assert {t.name: t.value for t in TaskType} == {t.name: t.value for t in peft.TaskType}
+
+
+def test_half_a_surrogate_pair_is_told_as_any_wrong_word() -> None:
+    with pytest.raises(ConfigError) as caught:
+        PeftConfig(task_type="\ud800")
+    assert [d.code for d in caught.value.diagnostics] == [rules.BAD_VALUE.code]
+    assert "Invalid task type" in str(caught.value).encode("utf-8", "backslashreplace").decode()

@@ -223,6 +223,12 @@ def test_templates_that_do_not_fit(template: str | None, code: rules.Rule, told:
     assert [d.code for d in raised.value.diagnostics] == [code.code] * 2
 
 
+def test_an_answer_to_nothing_is_told() -> None:
+    with pytest.raises(PeftcError, match="begins with an answer") as raised:
+        encoder().encode_all([example(("assistant", "A."), ("user", "B?"))], 100)
+    assert [d.code for d in raised.value.diagnostics] == [rules.TEMPLATE_REFUSES.code]
+
+
 def test_long_examples_are_cut_or_left_out_with_a_warning() -> None:
     rows = [
         Example(Where(line=1), prompt="ab", completion="cd"),

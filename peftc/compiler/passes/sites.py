@@ -19,7 +19,7 @@ from peftc.compiler.passes.select import TASK_HEADS
 from peftc.compiler.plan.sites import MapSite, SaveSite, TrainSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
-from peftc.graph.nodes import HALF, OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import HALF, OPAQUE_KINDS, TRAINABLE, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
 from peftc.tuner.experts import PerExpert, tuner_for
@@ -267,6 +267,9 @@ def check_slots(slots: tuple[Slot, ...], context: Context, path: str | None, emp
     if context.method.module_tuner is None:
         wrong += [f"`{s.name}` is not named by its adapter, and is not around a module" for s in slots if not s.named]
     wrong += [f"`{s.name}` is derived and trainable" for s in slots if s.derived and s.trainable]
+    wrong += [
+        f"`{s.name}` is {s.dtype} and trainable" for s in slots if s.trainable and s.dtype not in (None, *TRAINABLE)
+    ]
     if not context.method.adapts_layers:
         wrong += [f"`{s.name}` is shared or derived, and is not on a layer" for s in slots if s.share or s.derived]
     if len({(s.name, s.tail) for s in slots}) < len(slots):

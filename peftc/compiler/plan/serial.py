@@ -26,6 +26,7 @@ from peftc.config.problems import Problem, capped, shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import (
+    TRAINABLE,
     LayerFacts,
     Role,
     TensorFacts,
@@ -304,6 +305,8 @@ def _slot_to_json(slot: Slot) -> dict[str, Any]:
 
 
 def _slot_from_json(data: Mapping[str, Any]) -> Slot:
+    if data["trainable"] and data["dtype"] not in (None, *TRAINABLE):
+        raise ValueError(f"`{data['name']}` is to be trained, and no gradient moves numbers of {data['dtype']}")
     return Slot(**{**data, "shape": shape_from_json(data["shape"]), "container": Container(data["container"])})
 
 

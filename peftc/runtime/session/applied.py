@@ -142,9 +142,7 @@ class Applied:
     def layers_of(self, adapter: str) -> Iterator[TunerLayer]:
         """The wrappers that hold an adapter, in the order of its plan."""
         for site in self.plans[adapter].maps:
-            layer = self.layers.get(site.path)
-            if layer is None or not layer.holds(adapter) or layer.parameter != site.parameter:
-                layer = self.layer_of(adapter, site.path, site.parameter)
+            layer = self.layer_of(adapter, site.path, site.parameter)
             if layer is not None:
                 yield layer
 

@@ -87,11 +87,9 @@ class Stock:
 
     def found(self, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
         """Of these slots, by label, the tensors that other layers have made."""
-        return (
-            {name: self._tensors[s.label] for name, s in slots.items() if s.label in self._tensors}
-            if self._tensors
-            else {}
-        )
+        if not self._tensors:
+            return {}
+        return {name: self._tensors[s.label] for name, s in slots.items() if s.label in self._tensors}
 
     def put(self, owner: nn.Module, slot: Slot, adapter: str, tensor: Tensor) -> None:
         """Store a slot's tensor on a layer, for others as well if it is shared."""
