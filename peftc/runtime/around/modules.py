@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftc.compiler.plan.sites import ModuleSite
 from peftc.config.base import PeftConfig
 from peftc.registry.boundary import guarded
+from peftc.runtime.around.acting import OneActs
 from peftc.runtime.bases.places import device_of, entire, hand_over
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_memory
 from peftc.runtime.layer.wrapper import Source
@@ -35,7 +36,7 @@ Placed = tuple[torch.device, torch.dtype | None]
 _classes: dict[tuple[object, ...], type[ModuleWrapper]] = {}
 
 
-class ModuleWrapper(nn.Module):
+class ModuleWrapper(OneActs):
     """A module with adapters around it, at most one of which acts. Final but for the empty subclass of each method."""
 
     def __init__(self, module: nn.Module, site: ModuleSite, parent: nn.Module) -> None:
@@ -47,8 +48,6 @@ class ModuleWrapper(nn.Module):
         self._sites: dict[str, tuple[ModuleSite, ModuleTuner[Any]]] = {}
         self._shelves: dict[str, Shelf] = {}
         self._is_in = False
-        self._active: str | None = None
-        self._disabled = False
 
     @property
     def wrapped(self) -> nn.Module:
@@ -134,23 +133,6 @@ class ModuleWrapper(nn.Module):
             shelf.follow(self._placed())
             self._move(self._active, shelf, self)
         self._settle()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapter act, or not. Names and trainability stay as they are."""
-        keep(self)
-        self._disabled = not enabled
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self._active] if self._active is not None else []
-
-    @property
-    def active_adapter(self) -> str | None:
-        return self._active
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
 
     def _move(self, adapter: str, origin: nn.Module, target: nn.Module) -> None:
         """Hand over an adapter's tensors that go without its name."""

@@ -12,6 +12,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host import parallel
 from peftc.host.offload import whole_copy
+from peftc.runtime.around.acting import OneActs
 from peftc.runtime.around.lifted import called, half_of, lift, narrow, narrowed
 from peftc.runtime.bases.places import refuse_gradients_of
 from peftc.runtime.call import Call, Shared
@@ -27,7 +28,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         raise NotImplementedError(f"A {type(self).__name__} does not say where a checkpoint's tensors go")
 
 
-class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+class ModulesToSaveWrapper(OneActs, AuxiliaryTrainingWrapper):
     """A module with a trained copy per adapter. Names are the ecosystem's: `original_module`, `modules_to_save.<adapter>`.
 
     At most one copy is in effect: that of the first active adapter which has one. A call that names adapters by row has
@@ -43,8 +44,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-        self._active: str | None = None
-        self._disabled = False
         self._shared = Shared()
 
     def join(self, shared: Shared) -> None:
@@ -102,22 +101,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def activate(self, names: Sequence[str]) -> None:
         keep(self)
         self._active = next((name for name in names if name in self.modules_to_save._modules), None)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        keep(self)
-        self._disabled = not enabled
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [self._active] if self._active is not None else []
-
-    @property
-    def active_adapter(self) -> str | None:
-        return self._active
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
 
     @property
     def current(self) -> nn.Module:
