@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import InitWeightsMixin
@@ -303,6 +303,17 @@ def no_values(config: Any, rows: int) -> Mapping[str, Sequence[int]]:
     return {}
 
 
+#: A method's mathematics: for all that it adapts, for several kinds of layer, or chosen by config and node.
+Mathematics: TypeAlias = (
+    MapTuner[Any]
+    | tuple[MapTuner[Any], ...]
+    | ModuleTuner[Any]
+    | PromptTuner[Any]
+    | CallTuner[Any]
+    | Callable[[Any, ModuleNode], MapTuner[Any]]
+)
+
+
 @dataclass(frozen=True)
 class TunerMethod:
     """A method's record: all that the core knows of it."""
@@ -313,14 +324,7 @@ class TunerMethod:
     config: type[PeftConfig]
     #: the mathematics; or several for different kinds of layer, of which the first that supports a layer's kind is taken; or
     #: a function that chooses one of `choices` by config and node
-    tuner: (
-        MapTuner[Any]
-        | tuple[MapTuner[Any], ...]
-        | ModuleTuner[Any]
-        | PromptTuner[Any]
-        | CallTuner[Any]
-        | Callable[[Any, ModuleNode], MapTuner[Any]]
-    )
+    tuner: Mathematics
     #: all that a function in `tuner` may choose
     choices: tuple[MapTuner[Any], ...] = field(default=(), kw_only=True)
     #: what the name of every slot that is a parameter begins with (`"lora_"`); empty for prompts

@@ -14,23 +14,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import PeftcError, PeftcWarning, PeftModel, get_peft_model, rules
-from peftc.plugin import (
-    CONV_KINDS,
-    EXPERT_KINDS,
-    LINEAR_KINDS,
-    ExpertsMixin,
-    Kind,
-    LayerFacts,
-    MapTuner,
-    PeftConfig,
-    PeftType,
-    Slot,
-    SlotInit,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    parameter_slot,
-)
+from peftc import plugin as api
 from peftc.registry.manager import default_registry
 from peftc.runtime.layer.affine import Form, form_of
 from peftc.runtime.session import session
@@ -41,33 +25,33 @@ from tests.runtime.methods import narrow, stretch
 from tests.unit.fakes import plugin
 
 
-class ShiftConfig(TargetsMixin, ExpertsMixin, PeftConfig):
+class ShiftConfig(api.TargetsMixin, api.ExpertsMixin, api.PeftConfig):
     """Options of scale and shift."""
 
-    peft_type: PeftType | None = PeftType("SHIFT")
+    peft_type: api.PeftType | None = api.PeftType("SHIFT")
 
 
-class ShiftTuner(MapTuner[ShiftConfig]):
+class ShiftTuner(api.MapTuner[ShiftConfig]):
     """`y = a * (W x + b) + c` (Lian et al., arXiv:2210.08823)."""
 
-    supports = LINEAR_KINDS | CONV_KINDS
+    supports = api.LINEAR_KINDS | api.CONV_KINDS
 
-    def slots(self, c: ShiftConfig, layer: LayerFacts) -> Iterable[Slot]:
-        yield parameter_slot("shift_scale", (layer.out_features,))
-        yield parameter_slot("shift_by", (layer.out_features,))
+    def slots(self, c: ShiftConfig, layer: api.LayerFacts) -> Iterable[api.Slot]:
+        yield api.parameter_slot("shift_scale", (layer.out_features,))
+        yield api.parameter_slot("shift_by", (layer.out_features,))
 
-    def init(self, c: ShiftConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+    def init(self, c: ShiftConfig, layer: api.LayerFacts, slots: Mapping[str, Tensor], init: api.SlotInit) -> None:
         init.ones(slots["shift_scale"])
         init.zeros(slots["shift_by"])
 
-    def output(self, a: View, y: Tensor) -> Tensor:
+    def output(self, a: api.View, y: Tensor) -> Tensor:
         return y * a.shift_scale + a.shift_by
 
 
 class Everywhere(ShiftTuner):
     """The same where there is no bias that could take the constant."""
 
-    supports = LINEAR_KINDS | CONV_KINDS | EXPERT_KINDS | {Kind.EMBEDDING}
+    supports = api.LINEAR_KINDS | api.CONV_KINDS | api.EXPERT_KINDS | {api.Kind.EMBEDDING}
 
 
 class Spares(ShiftTuner):
@@ -75,12 +59,12 @@ class Spares(ShiftTuner):
 
 
 class Bends(ShiftTuner):
-    def output(self, a: View, y: Tensor) -> Tensor:
+    def output(self, a: api.View, y: Tensor) -> Tensor:
         return y * a.shift_scale + (y * a.shift_by).tanh()
 
 
-def record(tuner: MapTuner[Any], examples: tuple[Mapping[str, Any], ...] = ({},)) -> TunerMethod:
-    return TunerMethod(
+def record(tuner: api.MapTuner[Any], examples: tuple[Mapping[str, Any], ...] = ({},)) -> api.TunerMethod:
+    return api.TunerMethod(
         "SHIFT", ShiftConfig, tuner, prefix="shift_", layer_names=("shift_scale", "shift_by"), examples=examples
     )
 
@@ -224,7 +208,7 @@ def test_a_changed_bias_is_no_thin_update(using: Any) -> None:
     ],
 )
 def test_what_has_no_place_in_weights_is_refused_and_nothing_is_changed(
-    tuner: MapTuner[Any], target: str, says: str, using: Any
+    tuner: api.MapTuner[Any], target: str, says: str, using: Any
 ) -> None:
     using(tuner)
     model = shifted(target)

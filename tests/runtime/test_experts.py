@@ -10,24 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftc import PeftcError, PeftModel, get_peft_model
+from peftc import plugin as api
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.plan.serial import plan_from_text, plan_to_text
-from peftc.plugin import (
-    EXPERT_KINDS,
-    LINEAR_KINDS,
-    ExpertsMixin,
-    LayerFacts,
-    MapTuner,
-    PeftConfig,
-    PeftType,
-    Slot,
-    SlotInit,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    derived_slot,
-    parameter_slot,
-)
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.layer.folding import adapted as folded
@@ -37,34 +22,34 @@ from tests.unit.fakes import plugin
 BOTH = ["up.lin0", "down.lin1"]
 
 
-class StretchConfig(TargetsMixin, ExpertsMixin, PeftConfig):
+class StretchConfig(api.TargetsMixin, api.ExpertsMixin, api.PeftConfig):
     """Options of a made-up method."""
 
-    peft_type: PeftType | None = PeftType("ROWS")
+    peft_type: api.PeftType | None = api.PeftType("ROWS")
     dropout: float = 0.0
     randomly: bool = False
 
 
-class Rows(MapTuner[StretchConfig]):
+class Rows(api.MapTuner[StretchConfig]):
     """`W' = diag(s) diag(sign) W`; s starts as the norms of the rows, the signs are the same for layers of a size."""
 
-    supports = LINEAR_KINDS | EXPERT_KINDS
+    supports = api.LINEAR_KINDS | api.EXPERT_KINDS
 
-    def slots(self, c: StretchConfig, layer: LayerFacts) -> Iterable[Slot]:
-        yield parameter_slot("rows_norm", (layer.out_features,))
-        yield derived_slot("rows_sign", (layer.out_features,), share=f"{layer.out_features}")
+    def slots(self, c: StretchConfig, layer: api.LayerFacts) -> Iterable[api.Slot]:
+        yield api.parameter_slot("rows_norm", (layer.out_features,))
+        yield api.derived_slot("rows_sign", (layer.out_features,), share=f"{layer.out_features}")
 
-    def init(self, c: StretchConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+    def init(self, c: StretchConfig, layer: api.LayerFacts, slots: Mapping[str, Tensor], init: api.SlotInit) -> None:
         assert layer.experts == 0 and init.base["weight"].shape == (layer.out_features, layer.in_features)
         slots["rows_norm"].copy_(init.base["weight"].norm(dim=1))
 
-    def derive(self, c: StretchConfig, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
+    def derive(self, c: StretchConfig, layer: api.LayerFacts, slots: Mapping[str, api.Slot]) -> Mapping[str, Tensor]:
         return {"rows_sign": 1.0 - 2.0 * (torch.arange(layer.out_features) % 2)}
 
     def dropout(self, c: StretchConfig) -> float:
         return c.dropout
 
-    def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def params(self, a: api.View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         scale = a.rows_norm * a.rows_sign
         if a.config.randomly and a.training:  # type: ignore[attr-defined]  # this method's config
             scale = scale * (torch.rand(scale.shape) < 0.5)
@@ -72,12 +57,12 @@ class Rows(MapTuner[StretchConfig]):
 
 
 class Trains(Rows):
-    def loss(self, c: StretchConfig, sites: Mapping[str, View], outputs: Any) -> Tensor | None:
+    def loss(self, c: StretchConfig, sites: Mapping[str, api.View], outputs: Any) -> Tensor | None:
         return None
 
 
 class Together(Rows):
-    def declare(self, kinds: Sequence[tuple[StretchConfig, LayerFacts]]) -> Sequence[Iterable[Slot]]:
+    def declare(self, kinds: Sequence[tuple[StretchConfig, api.LayerFacts]]) -> Sequence[Iterable[api.Slot]]:
         return [self.slots(c, layer) for c, layer in kinds]
 
 
@@ -86,14 +71,14 @@ class Called(Rows):
 
 
 class Beside(Rows):
-    params = MapTuner.params
+    params = api.MapTuner.params
 
-    def branch(self, a: View, x: Tensor, y0: Tensor) -> Tensor:
+    def branch(self, a: api.View, x: Tensor, y0: Tensor) -> Tensor:
         return y0
 
 
 def register(tuner: Rows) -> None:
-    method = TunerMethod("ROWS", StretchConfig, tuner, prefix="rows_", layer_names=("rows_norm",))
+    method = api.TunerMethod("ROWS", StretchConfig, tuner, prefix="rows_", layer_names=("rows_norm",))
     default_registry().register(plugin(method), "rows")
 
 

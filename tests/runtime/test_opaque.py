@@ -12,61 +12,46 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftc import PeftcError, PeftModel, get_peft_model
-from peftc.plugin import (
-    Kind,
-    LayerFacts,
-    MapTuner,
-    PeftConfig,
-    PeftType,
-    Slot,
-    SlotInit,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    labelled,
-    module_slot,
-    to_logical,
-    to_stored,
-)
+from peftc import plugin as api
 from peftc.registry.manager import default_registry
 from tests.unit.fakes import plugin
 
 
-class TwinConfig(TargetsMixin, PeftConfig):
+class TwinConfig(api.TargetsMixin, api.PeftConfig):
     """No options."""
 
-    peft_type: PeftType | None = PeftType("TWIN")
+    peft_type: api.PeftType | None = api.PeftType("TWIN")
 
 
-class TwinTuner(MapTuner[TwinConfig]):
+class TwinTuner(api.MapTuner[TwinConfig]):
     """Every parameter is the mean of the layer's and of the adapter's, which starts as the layer's."""
 
-    supports = frozenset(Kind)
+    supports = frozenset(api.Kind)
 
-    def slots(self, c: TwinConfig, layer: LayerFacts) -> Iterable[Slot]:
+    def slots(self, c: TwinConfig, layer: api.LayerFacts) -> Iterable[api.Slot]:
         for name, tensor in layer.params.items():
-            yield module_slot("twin", tensor.shape, name)
+            yield api.module_slot("twin", tensor.shape, name)
 
-    def init(self, c: TwinConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
-        for label, slot in labelled(self.slots(c, layer)).items():
-            slots[label].copy_(to_stored(layer, slot.tail, init.base[slot.tail]))
+    def init(self, c: TwinConfig, layer: api.LayerFacts, slots: Mapping[str, Tensor], init: api.SlotInit) -> None:
+        for label, slot in api.labelled(self.slots(c, layer)).items():
+            slots[label].copy_(api.to_stored(layer, slot.tail, init.base[slot.tail]))
 
-    def params(self, a: View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        own = {slot.tail: label for label, slot in labelled(self.slots(TwinConfig(), a.layer)).items()}
-        return {name: (p[name] + to_logical(a.layer, name, a[label])) / 2 for name, label in own.items()}
+    def params(self, a: api.View, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        own = {slot.tail: label for label, slot in api.labelled(self.slots(TwinConfig(), a.layer)).items()}
+        return {name: (p[name] + api.to_logical(a.layer, name, a[label])) / 2 for name, label in own.items()}
 
 
 class Thin(TwinTuner):
     """Says that it adapts norms, but cannot."""
 
-    params = MapTuner.params
+    params = api.MapTuner.params
 
-    def thin(self, a: View) -> Any:
+    def thin(self, a: api.View) -> Any:
         raise NotImplementedError
 
 
 def register(tuner: TwinTuner) -> None:
-    method = TunerMethod("TWIN", TwinConfig, tuner, prefix="twin", layer_names=("twin",))
+    method = api.TunerMethod("TWIN", TwinConfig, tuner, prefix="twin", layer_names=("twin",))
     default_registry().register(plugin(method), "twin")
 
 

@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 
 import torch
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import seed, settings
 from hypothesis.stateful import get_state_machine_test
 
-from tests.states.machine import Machine, machine
+from tests.states.machine import Machine, machine, played
 from tests.states.worlds import worlds
 
 #: models that are played with in a world before it is the next one's turn
@@ -41,15 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _passes(name: str, number: int, length: int) -> bool:
-    chosen = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=length,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-        print_blob=False,
-    )
+    chosen = settings(played(EXAMPLES, length), print_blob=False)
     try:
         seed(number)(get_state_machine_test(machine(worlds()[name]), settings=chosen))()
     except Exception as error:

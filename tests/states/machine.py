@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -88,6 +89,18 @@ class Machine(Living, Given):
         y = self.computed(self.model)
         if not (plain.training and self.is_random(y)):
             self.close(y, plain.output(), "the output")
+
+
+def played(examples: int, length: int) -> settings:
+    """How a machine runs: so many models, each with so many operations, however long it takes."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=length,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
 
 
 def machine(world: World) -> type[Machine]:

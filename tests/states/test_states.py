@@ -7,10 +7,10 @@ some two minutes on one core. A million others: `python -m tests.states 1000000`
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.states.machine import Machine, machine
+from tests.states.machine import Machine, machine, played
 from tests.states.worlds import worlds
 
 #: in all worlds together
@@ -24,14 +24,6 @@ MORE = 6
 @pytest.mark.parametrize("world", worlds())
 def test_operations_in_any_order(world: str) -> None:
     before, found = Machine.steps, machine(worlds()[world])
-    chosen = settings(
-        max_examples=STEPS // len(worlds()) // LENGTH + MORE,
-        stateful_step_count=LENGTH,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )
+    chosen = settings(played(STEPS // len(worlds()) // LENGTH + MORE, LENGTH), derandomize=True)
     run_state_machine_as_test(found, settings=chosen)
     assert Machine.steps - before >= STEPS / len(worlds())

@@ -7,40 +7,21 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
+from peftc import plugin as api
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts, block_of
 from peftc.graph.targets import default_targets
-from peftc.plugin import (
-    LINEAR_KINDS,
-    Diagnostic,
-    Kind,
-    LayersMixin,
-    MapTuner,
-    ModulesToSaveMixin,
-    PeftConfig,
-    PeftType,
-    PromptLearningConfig,
-    PromptTuner,
-    RankMixin,
-    Slot,
-    TargetsMixin,
-    TunerMethod,
-    View,
-    module_slot,
-    parameter_slot,
-    rules,
-)
 from peftc.registry.manager import Registry, default_registry
 from tests.unit.fakes import plugin
 
 # graphs ---------------------------------------------------------------------------------------------------------------
 
 
-def facts(kind: Kind, cls: str, *sizes: int, bias: bool = False, dtype: str = "float32", **more: Any) -> LayerFacts:
+def facts(kind: api.Kind, cls: str, *sizes: int, bias: bool = False, dtype: str = "float32", **more: Any) -> LayerFacts:
     """A layer that maps `sizes[0]` to `sizes[1]`."""
-    shape = sizes if kind in (Kind.EMBEDDING, Kind.CONV1D_TRANSPOSED) else sizes[::-1]
-    if kind is Kind.NORM:
+    shape = sizes if kind in (api.Kind.EMBEDDING, api.Kind.CONV1D_TRANSPOSED) else sizes[::-1]
+    if kind is api.Kind.NORM:
         shape = sizes[:1]
     params = [("weight", TensorFacts(shape, dtype))]
     params += [("bias", TensorFacts((sizes[-1],), dtype))] if bias else []
@@ -48,13 +29,13 @@ def facts(kind: Kind, cls: str, *sizes: int, bias: bool = False, dtype: str = "f
 
 
 def linear(in_features: int, out_features: int, **more: Any) -> LayerFacts:
-    return facts(Kind.LINEAR, "Linear", in_features, out_features, **more)
+    return facts(api.Kind.LINEAR, "Linear", in_features, out_features, **more)
 
 
 @cache
 def container(cls: str, *params: tuple[str, TensorFacts]) -> LayerFacts:
     """A module that is no layer, with parameters of its own."""
-    return LayerFacts(Kind.OTHER, cls, params=params)
+    return LayerFacts(api.Kind.OTHER, cls, params=params)
 
 
 ROLES = {
@@ -82,8 +63,10 @@ def decoder(
 ) -> ModuleGraph:
     """A small language model: attention with q and v, a feed-forward part with up and down."""
     q, up, down = (linear(*sizes, bias=bias, dtype=dtype) for sizes in ((width, width), (width, 32), (32, width)))
-    norm = facts(Kind.NORM, "RMSNorm", width, dtype=dtype)
-    modules: dict[str, LayerFacts] = {"model.embed_tokens": facts(Kind.EMBEDDING, "Embedding", 20, width, dtype=dtype)}
+    norm = facts(api.Kind.NORM, "RMSNorm", width, dtype=dtype)
+    modules: dict[str, LayerFacts] = {
+        "model.embed_tokens": facts(api.Kind.EMBEDDING, "Embedding", 20, width, dtype=dtype)
+    }
     for i in range(layers):
         block = f"model.layers.{i}"
         modules |= {f"{block}.self_attn.q_proj": q, f"{block}.self_attn.v_proj": q, f"{block}.mlp.up_proj": up}
@@ -118,10 +101,10 @@ def experts(width: int = 8) -> dict[str, LayerFacts]:
 # a method -------------------------------------------------------------------------------------------------------------
 
 
-class SampleConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
+class SampleConfig(api.TargetsMixin, api.LayersMixin, api.RankMixin, api.ModulesToSaveMixin, api.PeftConfig):
     """Every option that the compiler has a pass for."""
 
-    peft_type: PeftType | None = PeftType("SAMPLE")
+    peft_type: api.PeftType | None = api.PeftType("SAMPLE")
     alpha: int = 1
     fan_in_fan_out: bool = False
     bias: str = "none"
@@ -132,53 +115,53 @@ class SampleConfig(TargetsMixin, LayersMixin, RankMixin, ModulesToSaveMixin, Pef
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
 
-class SampleTuner(MapTuner[SampleConfig]):
+class SampleTuner(api.MapTuner[SampleConfig]):
     """Two factors; `fail` says which of its functions raises or declares nonsense."""
 
-    supports = LINEAR_KINDS | {Kind.EMBEDDING}
+    supports = api.LINEAR_KINDS | {api.Kind.EMBEDDING}
     asked = 0
 
-    def slots(self, c: SampleConfig, layer: LayerFacts) -> Iterable[Slot]:
+    def slots(self, c: SampleConfig, layer: LayerFacts) -> Iterable[api.Slot]:
         type(self).asked += 1
         if c.fail == "slots":
             raise ZeroDivisionError("no slots today")
-        yield module_slot("sample_A", (c.r, layer.in_features))
+        yield api.module_slot("sample_A", (c.r, layer.in_features))
         while c.fail == "endless":
-            yield module_slot("sample_A", (c.r, layer.in_features))
+            yield api.module_slot("sample_A", (c.r, layer.in_features))
         if c.fail in ("float", "text"):
-            yield parameter_slot("sample_B", (8, 2.5)) if c.fail == "float" else "sample_B"  # type: ignore[arg-type, misc]
+            yield api.parameter_slot("sample_B", (8, 2.5)) if c.fail == "float" else "sample_B"  # type: ignore[arg-type, misc]
         if c.fail == "whole numbers":
-            yield replace(parameter_slot("sample_B", (8, c.r)), dtype="int64")
+            yield replace(api.parameter_slot("sample_B", (8, c.r)), dtype="int64")
             return
-        yield parameter_slot(
+        yield api.parameter_slot(
             "other" if c.fail == "prefix" else "sample_B", (layer.out_features, 0 if c.fail == "shape" else c.r)
         )
 
     def init(self, c: SampleConfig, layer: LayerFacts, slots: Mapping[str, Any], init: Any) -> None:
         raise NotImplementedError
 
-    def check(self, c: SampleConfig, layer: LayerFacts, path: str) -> Iterable[Diagnostic]:
+    def check(self, c: SampleConfig, layer: LayerFacts, path: str) -> Iterable[api.Diagnostic]:
         if c.r > layer.out_features:
-            yield rules.RANK_BEYOND_LAYER(f"rank {c.r} at `{path}`", fix="less", where=path)
+            yield api.rules.RANK_BEYOND_LAYER(f"rank {c.r} at `{path}`", fix="less", where=path)
         if c.fail == "blocks":
-            yield rules.BLOCKS_ADJUSTED(f"blocks of 4 at `{path}`", fix="another size", where=path)
+            yield api.rules.BLOCKS_ADJUSTED(f"blocks of 4 at `{path}`", fix="another size", where=path)
 
-    def branch(self, a: View, x: Any, y0: Any) -> Any:
+    def branch(self, a: api.View, x: Any, y0: Any) -> Any:
         raise NotImplementedError
 
 
-class PromptConfig(PromptLearningConfig):
+class PromptConfig(api.PromptLearningConfig):
     """A prompt without options."""
 
-    peft_type: PeftType | None = PeftType("SAMPLE_PROMPT")
+    peft_type: api.PeftType | None = api.PeftType("SAMPLE_PROMPT")
 
 
-class SamplePrompt(PromptTuner[PromptConfig]):
+class SamplePrompt(api.PromptTuner[PromptConfig]):
     """One table."""
 
-    def slots(self, c: PromptConfig, dims: Mapping[str, int]) -> Iterable[Slot]:
+    def slots(self, c: PromptConfig, dims: Mapping[str, int]) -> Iterable[api.Slot]:
         rows = (c.num_virtual_tokens or 0) * (c.num_transformer_submodules or 1)
-        yield module_slot("embedding", (rows, c.token_dim or 0))
+        yield api.module_slot("embedding", (rows, c.token_dim or 0))
 
     def init(self, c: PromptConfig, slots: Mapping[str, Any], context: Any) -> None:
         raise NotImplementedError
@@ -190,7 +173,7 @@ class SamplePrompt(PromptTuner[PromptConfig]):
         raise NotImplementedError
 
 
-def check(c: SampleConfig) -> Iterable[Diagnostic]:
+def check(c: SampleConfig) -> Iterable[api.Diagnostic]:
     if c.fail == "check":
         raise KeyError("no check today")
     return ()
@@ -206,12 +189,12 @@ def table() -> str:
 def registry(tuner: Any = None) -> Registry:
     """A registry with the two sample methods."""
     made = Registry((), blocked=frozenset())
-    sample = TunerMethod(
+    sample = api.TunerMethod(
         "SAMPLE", SampleConfig, tuner or SampleTuner(), prefix="sample_", layer_names=("sample_A",), check=check,
         default_targets={"target_modules": table()},
     )  # fmt: skip
     made.register(plugin(sample), "sample")
-    made.register(plugin(TunerMethod("SAMPLE_PROMPT", PromptConfig, SamplePrompt(), prefix="")), "sample_prompt")
+    made.register(plugin(api.TunerMethod("SAMPLE_PROMPT", PromptConfig, SamplePrompt(), prefix="")), "sample_prompt")
     return made
 
 

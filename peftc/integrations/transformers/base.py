@@ -80,7 +80,7 @@ def _loaded_model(base: LocatedBase, device: torch.device | str) -> PreTrainedMo
     options: dict[str, Any] = {"config": found.config, "dtype": dtype_of(base, found.config)}
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # straight to the device, not through main memory
-    with _progress_on_terminals_only():
+    with without_bars(where=not sys.stderr.isatty()):
         if base.gguf is not None:
             return gguf.load_model(base.gguf, found.cls, **options)
         try:
@@ -121,9 +121,10 @@ def fit_vocabulary(model: PreTrainedModel, file: AdapterFile) -> None:
 
 
 @contextmanager
-def _progress_on_terminals_only() -> Iterator[None]:
+def without_bars(where: bool = True) -> Iterator[None]:
+    """Where so wanted without transformers' own progress bars, which would be drawn across ours, or into a file."""
     shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
+    if where:
         logging.disable_progress_bar()
     try:
         yield

@@ -5,8 +5,7 @@ Each function is one step that a script can take as well; what a person sees of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
@@ -25,7 +23,7 @@ from peftc.config.sections import TrainSection, section_of_word
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, Severity, Where, did_you_mean, warn
 from peftc.graph.base_ref import BaseRef
-from peftc.integrations.transformers.base import fit_vocabulary, load_base
+from peftc.integrations.transformers.base import fit_vocabulary, load_base, without_bars
 from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
 from peftc.model.parts import identity
@@ -73,7 +71,7 @@ def _count(kind: str) -> int:
 
 def load_any(ref: BaseRef, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A model of any kind, and its tokenizer if it has one. Raises `PeftcError` if it cannot be read."""
-    with _no_bars():
+    with without_bars():
         return load_base(ref, device)
 
 
@@ -171,7 +169,7 @@ def merge(
     assert isinstance(merged, PreTrainedModel)
 
     def write(stage: Path) -> None:
-        with _no_bars():
+        with without_bars():
             merged.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -183,18 +181,6 @@ def merge(
         fix = "Free some space, or save to another disk."
         raise PeftcError(rules.SAVE_FAILED(what, fix=fix, where=Where(file=str(folder)))) from error
     return merged
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would be drawn across ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def require_new(folder: Path) -> None:

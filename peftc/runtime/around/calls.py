@@ -19,7 +19,7 @@ from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.call import Call, Gates, Shared
 from peftc.runtime.journal import keep_trained
 from peftc.runtime.layer.wrapper import Source
-from peftc.runtime.slots.containers import SlotModule
+from peftc.runtime.slots.containers import SlotModule, place_in
 from peftc.runtime.slots.filling import INIT, allocate, torch_dtype
 from peftc.tuner.calls import CallTuner
 from peftc.tuner.views import no_slot
@@ -41,20 +41,13 @@ class CallModule(nn.Module):
         return self.plan.config
 
     def __getitem__(self, label: str) -> Tensor:
-        holder, last = self._place(label)
-        tensor = tensor_of(holder, last)
+        tensor = tensor_of(*self._place(label))
         assert tensor is not None
         return tensor
 
     def _place(self, label: str) -> tuple[nn.Module, str]:
         """The module that holds a tensor, and its name there."""
-        holder: nn.Module = self
-        *path, last = label.split(".")
-        for name in path:
-            child = holder._modules[name]
-            assert child is not None
-            holder = child
-        return holder, last
+        return place_in(self, label.split("."))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy begins without what was kept from calls."""

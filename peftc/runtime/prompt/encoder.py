@@ -19,7 +19,7 @@ from peftc.registry.boundary import boundary, guarded
 from peftc.runtime.bases.places import device_of, fill, tensor_of
 from peftc.runtime.journal import keep_trained, keep_values, whole
 from peftc.runtime.layer.wrapper import Source
-from peftc.runtime.slots.containers import SlotModule
+from peftc.runtime.slots.containers import SlotModule, place_in
 from peftc.runtime.slots.filling import INIT, Initializer, allocate, torch_dtype
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.slots import Container, Slot, labelled
@@ -112,13 +112,7 @@ class PromptModule(nn.Module):
 
     def _place(self, slot: Slot) -> tuple[nn.Module, str]:
         """The module that holds a slot's tensor, and its name there."""
-        holder: nn.Module = self
-        *path, last = _path(slot)
-        for name in path:
-            child = holder._modules[name]
-            assert child is not None
-            holder = child
-        return holder, last
+        return place_in(self, _path(slot))
 
     def restored(self, source: Source) -> list[tuple[Tensor, Tensor | None]]:
         """Each slot's tensor with its value in a checkpoint. Raises `PeftcError` if slots hold what no checkpoint has."""

@@ -7,7 +7,7 @@ underneath, and a cached tensor would be stale.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -28,6 +28,16 @@ def _product(tensor: Tensor, x: Tensor) -> Tensor:
         fix = "Call the layer; gradients of single samples come from `torch.func`, or leave convolutions out."
         raise PeftcError(rules.SLOT_CALLED(what, fix=fix))
     return F.linear(x, tensor)
+
+
+def place_in(root: nn.Module, path: Sequence[str]) -> tuple[nn.Module, str]:
+    """The module below `root` that holds the tensor at a path, and its name there."""
+    *names, last = path
+    for name in names:
+        child = root._modules[name]
+        assert child is not None
+        root = child
+    return root, last
 
 
 class SlotModule(nn.Module):
