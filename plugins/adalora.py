@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from peftc import plugin as p
 
-from . import lora
+from .lora import config as lora
 
 #: The reference adds it to the rank that it divides by.
 EPSILON = 1e-5

@@ -15,13 +15,10 @@ from typing import Any, Required, TypedDict, Unpack
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import Diagnostic
-from peftc.graph.nodes import ModuleGraph, ModuleNode
+from peftc.graph.nodes import ModuleGraph
 from peftc.graph.targets import has_table
 from peftc.registry.hookspecs import hookimpl
-from peftc.tuner.calls import CallTuner
-from peftc.tuner.method import MapTuner, TunerMethod
-from peftc.tuner.modules import ModuleTuner
-from peftc.tuner.prompt import PromptTuner
+from peftc.tuner.method import MapTuner, Mathematics, TunerMethod
 
 #: A first sentence such as `Name: what it does (who, where).`, of which the middle is taken.
 _SENTENCE = re.compile(r"[^:`]+: (?P<what>.+?)(?= \(|\.(?:\s|$)|$)")
@@ -62,22 +59,15 @@ class Fields(TypedDict, total=False):
 
 def method(
     config: type[PeftConfig],
-    tuner: (
-        MapTuner[Any]
-        | tuple[MapTuner[Any], ...]
-        | ModuleTuner[Any]
-        | PromptTuner[Any]
-        | CallTuner[Any]
-        | Callable[[Any, ModuleNode], MapTuner[Any]]
-    ),
+    tuner: Mathematics,
     **fields: Unpack[Fields],
 ) -> Callable[[], TunerMethod]:
     """The hook `peftc_tuner` of a plugin, with the method's record: `fields` are those of `TunerMethod`, of which `prefix` has to
     be given. `layer_options`, `exports` and `model_methods` may be tuples, whose entries go by the names that they have.
 
     The PEFT type is the default of the config's `peft_type`. Left out, `summary` and `paper` are those of the first sentence
-    of the config's module, `Name: what it does (who, arXiv:1234.56789).`, and `default_targets` names the table that is
-    called as the type, if there is one and the config has `target_modules`.
+    of the config's module or of its package, `Name: what it does (who, arXiv:1234.56789).`, and `default_targets` names the
+    table that is called as the type, if there is one and the config has `target_modules`.
     """
     peft_type = str(config.model_fields["peft_type"].default or "")
     known: dict[str, Any] = _told(config) | _targets(config, peft_type) | dict(fields)
@@ -94,14 +84,14 @@ def method(
 
 
 def _told(config: type[PeftConfig]) -> dict[str, str]:
-    """Summary and paper, from the docstring of the module that the config is in."""
-    module = sys.modules.get(config.__module__)
-    text = " ".join((getattr(module, "__doc__", None) or "").strip().partition("\n\n")[0].split())
-    sentence, paper = _SENTENCE.match(text), _PAPER.search(text)
-    if sentence is None:
-        return {}
-    what = sentence["what"]
-    return {"summary": f"{what[:1].upper()}{what[1:]}.", "paper": paper[0] if paper else ""}
+    """Summary and paper, from the docstring of the module that the config is in, or of its package."""
+    for name in (config.__module__, config.__module__.rpartition(".")[0]):
+        text = " ".join((getattr(sys.modules.get(name), "__doc__", None) or "").strip().partition("\n\n")[0].split())
+        sentence, paper = _SENTENCE.match(text), _PAPER.search(text)
+        if sentence is not None:
+            what = sentence["what"]
+            return {"summary": f"{what[:1].upper()}{what[1:]}.", "paper": paper[0] if paper else ""}
+    return {}
 
 
 def _targets(config: type[PeftConfig], peft_type: str) -> dict[str, Mapping[str, str]]:

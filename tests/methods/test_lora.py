@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peftc_plugins.lora import NOT_YET
+from peftc_plugins.lora.config import NOT_YET
 from torch import Tensor, nn
 
 from peftc import LoraConfig, LoraModel, PeftcError, PeftcWarning, PeftModel, get_peft_model

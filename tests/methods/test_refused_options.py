@@ -54,7 +54,7 @@ def test_an_option_of_the_reference_that_is_not_there_yet(options: dict[str, Any
 
 
 def test_every_option_that_is_not_available_says_so() -> None:
-    from peftc_plugins.lora import NOT_YET, STARTS_NOT_YET
+    from peftc_plugins.lora.config import NOT_YET, STARTS_NOT_YET
 
     told = {name for name in LoraConfig.model_fields if describe(LoraConfig, name) == "Not available yet."}
     assert told == {*NOT_YET, *STARTS_NOT_YET}

@@ -15,7 +15,7 @@ from tests.packaging.fresh import peftc, write_small_job
 
 def test_wheel_has_plugins_schemas_examples_and_markers(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"peftc_plugins/{p.name}" for p in (ROOT / "plugins").glob("*.py")}
+    wanted = {f"peftc_plugins/{p.relative_to(ROOT / 'plugins')}" for p in (ROOT / "plugins").rglob("*.py")}
     wanted |= {f"peftc/schemas/{p.name}" for p in (ROOT / "schemas").glob("*.json")}
     quickstart = ROOT / "examples" / "quickstart"
     wanted |= {f"peftc/examples/quickstart/{p.name}" for p in quickstart.iterdir() if p.suffix in {".yaml", ".jsonl"}}

@@ -96,6 +96,13 @@ def test_what_a_method_does_is_the_first_sentence_of_its_module(
     assert made(summary="Given.", paper="p").summary == "Given."
 
 
+def test_or_that_of_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, name = FakeConfig.__module__.rpartition(".")[::2]
+    monkeypatch.setitem(sys.modules, package, ModuleType(package, "Name: what it does."))
+    monkeypatch.setitem(sys.modules, f"{package}.{name}", ModuleType(name, "Options of a method."))
+    assert made().summary == "What it does."
+
+
 def test_default_targets_are_the_table_of_the_types_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made().default_targets == {}
     monkeypatch.setattr("peftc.registry.record.has_table", lambda table: table == "fake")

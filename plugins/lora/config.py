@@ -1,0 +1,110 @@
+"""What a LoRA adapter can be told, and which of it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from peftc import plugin as p
+
+_T = TypeVar("_T")
+#: An option that files of the reference may carry and this version cannot act on; its default means "off".
+_NotYet = Annotated[_T, p.Field(description="Not available yet.")]
+#: All of these, and those that only say how a fresh adapter begins.
+NOT_YET = (
+    "use_dora",
+    "trainable_token_indices",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "lora_bias",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
+    "ensure_weight_tying",
+)
+STARTS_NOT_YET = ("eva_config", "corda_config", "lora_ga_config")
+#: Starts that this version makes, and those of the reference that it cannot make but whose trained adapters mean what the
+#: factors say. All others change the base's weights as well: their adapters belong to a base that is not the original.
+STARTS = (True, False, "gaussian")
+STARTS_OF_FACTORS = ("eva", "orthogonal", "mica")
+
+
+class LoraRuntimeConfig(p.ConfigModel):
+    """What describes a run and not the adapter."""
+
+    ephemeral_gpu_offload: bool = False
+    """Move weights from main memory to the accelerator where a start is computed from them; no start here is."""
+
+
+class LoraConfig(p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin, p.BiasMixin, p.LayersConfig):
+    """Options of a LoRA adapter, named as in the reference."""
+
+    peft_type: p.PeftType | None = p.PeftType("LORA")
+    lora_alpha: int | float = 8
+    """Numerator of the scaling `alpha / r`."""
+    lora_dropout: p.Dropout = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    """Scale by `alpha / sqrt(r)` instead of `alpha / r`."""
+    init_lora_weights: bool | str = True
+    """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random."""
+    alpha_pattern: dict[str, int | float] = p.Field(default_factory=dict)
+    """Other numerators for some modules: pattern over the end of the path -> `lora_alpha`."""
+    megatron_config: _NotYet[dict[str, Any] | None] = None
+    megatron_core: str | None = "megatron.core"
+    """Kept for files of the reference."""
+    trainable_token_indices: _NotYet[list[int] | dict[str, list[int]] | None] = None
+    loftq_config: dict[str, Any] = p.Field(default_factory=dict)
+    """Kept for files of the reference."""
+    eva_config: _NotYet[dict[str, Any] | None] = None
+    corda_config: _NotYet[dict[str, Any] | None] = None
+    lora_ga_config: _NotYet[dict[str, Any] | None] = None
+    use_dora: _NotYet[bool] = False
+    velora_config: _NotYet[dict[str, Any] | None] = None
+    alora_invocation_tokens: _NotYet[list[int] | None] = None
+    use_qalora: _NotYet[bool] = False
+    qalora_group_size: int = 16
+    """Kept for files of the reference."""
+    monteclora_config: _NotYet[dict[str, Any] | None] = None
+    layer_replication: _NotYet[list[list[int]] | None] = None
+    runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
+    """How a run goes about it; never written."""
+    lora_bias: _NotYet[bool] = False
+    use_bdlora: _NotYet[dict[str, Any] | None] = None
+    arrow_config: _NotYet[dict[str, Any] | None] = None
+    kasa_config: _NotYet[dict[str, Any] | None] = None
+    ensure_weight_tying: _NotYet[bool] = False
+
+    pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+
+def check(c: LoraConfig) -> p.Problems:
+    """Options without effect in this version are refused, not ignored: they would change the mathematics."""
+    yield from _given(c, NOT_YET)
+    if c.init_lora_weights not in (*STARTS, *STARTS_OF_FACTORS):
+        yield p.rules.OPTION_NOT_AVAILABLE(
+            f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
+            why="This start changes the base model's weights, and an adapter trained from it belongs to the changed ones.",
+            fix="Use `true`, `false` or `gaussian`. For a trained adapter: set it to `true` if the changed base was saved and is "
+            "what you load; otherwise convert it where it was trained (`path_initial_model_for_weight_conversion`).",
+            where="init_lora_weights",
+        )
+
+
+def check_start(c: LoraConfig) -> p.Problems:
+    """The same of options that matter to a fresh adapter alone."""
+    yield from _given(c, STARTS_NOT_YET)
+    if c.init_lora_weights in STARTS_OF_FACTORS:
+        what = f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version"
+        yield p.rules.OPTION_NOT_AVAILABLE(what, fix="Use `true`, `false` or `gaussian`.", where="init_lora_weights")
+
+
+def _given(c: LoraConfig, options: tuple[str, ...]) -> p.Problems:
+    for option in options:
+        if getattr(c, option):
+            what = f"`{option}` is not available in this version"
+            yield p.rules.OPTION_NOT_AVAILABLE(what, fix=f"Remove `{option}`.", where=option)
