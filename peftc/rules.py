@@ -261,6 +261,12 @@ CALL_AROUND = Rule(
 CANNOT_GATE = Rule(
     "PC522", "Adapter cannot be weighed", "Its update is multiplied by a coefficient for each token of the call."
 )
+NOT_BEGUN = Rule(
+    "PC523",
+    "Adapter does not begin to act",
+    "It acts from certain tokens of a call on, and computes the base until then.",
+    WARNING,
+)
 INPUT_IGNORED = Rule(
     "PC527", "Part of the call is ignored", "It does not fit an input with virtual tokens in front.", WARNING
 )

@@ -19,7 +19,7 @@ from .lora import config as lora
 EPSILON = 1e-5
 TRIPLET = ("lora_A", "lora_E", "lora_B")
 #: Options of the class that this one derives from which this method does not read, with the value that means "off".
-UNREAD: p.Options = {"r": 8, "use_rslora": False, "alpha_pattern": {}}
+UNREAD: p.Options = {"alora_invocation_tokens": None, "r": 8, "use_rslora": False, "alpha_pattern": {}}
 
 
 class AdaLoraConfig(lora.LoraConfig):

@@ -32,7 +32,9 @@ from peftc.runtime.applying.planning import hollow, plan_for
 from peftc.runtime.applying.tuner_model import TunerModel, let_property_say
 from peftc.runtime.around.calls import CallModule
 from peftc.runtime.collector import collector_paused
+from peftc.runtime.gates import FromToken
 from peftc.runtime.journal import keep, keep_entries, whole
+from peftc.runtime.session.beginnings import counting, remember, remember_generated
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.steps import finished
 from peftc.runtime.session.values import taken, values_given
@@ -62,8 +64,11 @@ class PeftModel(AdaptedModel):
         """
         opened = self._opened(args, kwargs)
         if opened is not None:
-            with opened:
-                return self.get_base_model()(*args, **kwargs)
+            with opened as gates:
+                outputs = self.get_base_model()(*args, **kwargs)
+            if gates is not None:
+                remember(args, kwargs, outputs)
+            return finished(self.session, outputs) if self.training else outputs
         acting = self._acting()
         if acting is not None:
             return acting.around(self.session.shared, self.get_base_model(), args, kwargs)
@@ -76,10 +81,13 @@ class PeftModel(AdaptedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's generation with the active adapters in effect; `adapter_names` as in `forward`."""
         base = self.get_base_model()
-        opened = self._opened(args, kwargs, expansion(base, kwargs))
+        opened = self._opened(args, kwargs, expansion(base, kwargs), prompt=True)
         if opened is not None:
-            with opened:
-                return base.generate(*args, **kwargs)  # type: ignore[operator]
+            with opened as gates, counting(base, gates):
+                outputs = base.generate(*args, **kwargs)  # type: ignore[operator]
+            if gates is not None:
+                remember_generated(outputs)
+            return outputs
         acting = self._acting()
         if acting is not None:  # a cache would keep what tokens were before they were weighed anew
             with calls_replaced(base, partial(acting.around, self.session.shared)):
@@ -95,16 +103,16 @@ class PeftModel(AdaptedModel):
         return None if session is None else session.acting
 
     def _opened(
-        self, args: Sequence[Any], kwargs: dict[str, Any], expand: int = 1
-    ) -> AbstractContextManager[None] | None:
+        self, args: Sequence[Any], kwargs: dict[str, Any], expand: int = 1, prompt: bool = False
+    ) -> AbstractContextManager[FromToken | None] | None:
         """What the call is made in, if rows differ in it; keywords that say how are taken off. Raises `PeftcError`."""
         names = kwargs.pop(ADAPTER_NAMES, None)
         session: Session | None = self.__dict__.get("_session")
         values = taken(session, kwargs) if session is not None and session.readers else {}
         if names is not None:
-            return rows_named(self.session, names, args, kwargs, expand, values)
+            return rows_named(self.session, names, args, kwargs, expand, values, prompt)
         reads = session is not None and session.readers
-        return values_given(self.session, values, args, kwargs, expand) if reads else None
+        return values_given(self.session, values, args, kwargs, expand, prompt) if reads else None
 
     def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords of a call without those that only a prompt understands."""

@@ -19,33 +19,10 @@ from torch import Tensor
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host.torch_modules import checkpoints_call
+from peftc.runtime.gates import Gates
 
 #: stands for the base model among the adapters of rows
 BASE = "__base__"
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What multiplies updates. `values` is one number for all, or `(batch, tokens, layers, adapters)`; `layers` and
-    `adapters` give the places of paths and adapter names in it."""
-
-    values: float | Tensor
-    layers: Mapping[str, int] = field(default_factory=dict)
-    adapters: Mapping[str, int] = field(default_factory=dict)
-
-    def of(self, path: str, adapter: str, y: Tensor) -> float | Tensor:
-        """The coefficient of an adapter's update on a layer whose output is `y` `(batch, tokens, out)`, or with batch and
-        tokens in one dimension. Raises `PeftcError` if `y` has other tokens."""
-        if not isinstance(self.values, Tensor):
-            return self.values
-        gate = self.values[:, :, self.layers[path], self.adapters[adapter]]
-        if y.shape[:-1] == (1, gate.shape[1]):  # what all rows share, such as positions
-            return gate.unsqueeze(-1)
-        if gate.numel() * y.shape[-1] != y.numel():
-            what = f"`{path}` computes {y.numel() // y.shape[-1]} tokens, the call weighs {gate.numel()}"
-            fix = "Use adapters on layers that see every token of the input once."
-            raise PeftcError(rules.CANNOT_GATE(what, fix=fix, where=path))
-        return gate.reshape(*y.shape[:-1], 1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +113,7 @@ class Shared:
         self.by_rows = False
         #: whether any layer has merged since all were unmerged
         self.merges = False
-        #: active adapters whose updates calls multiply
+        #: active adapters whose updates calls multiply: those that another weighs, and those that wait for a token
         self.gated: frozenset[str] = frozenset()
         #: the open call while a graph is traced, which is done in one thread and cannot look at context variables
         self._traced: Call | None = None

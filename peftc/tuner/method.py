@@ -33,7 +33,7 @@ V = TypeVar("V")
 
 LOWERINGS = ("thin", "branch", "input", "output", "vectors", "params")
 #: what a method may have to say beside its mathematics
-SEAMS = ("on_step", "loss", "fitted", "export", "restore")
+SEAMS = ("begins", "on_step", "loss", "fitted", "export", "restore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,16 @@ class MapTuner(ABC, Generic[C]):
         """Problems of what a call gives for the `keywords`, which may be nothing. Values are integers `(rows,)`."""
         return ()
 
+    def begins(self, c: C, ids: Tensor | None, tokens: int, values: Mapping[str, Tensor]) -> Tensor | None:
+        """From which token on the updates act: a place for each row of a call, `(rows,)`, `tokens` or more for a row in which they
+        do not. None where the call does not say.
+
+        `ids` `(rows, tokens)` are those of the call, and of calls before it whose cache it goes on from; None if it has none, as
+        one with embeddings. `values` are what it gives for the `keywords`. For methods with `thin` or `branch`; they cannot be
+        merged.
+        """
+        raise NotImplementedError
+
     # combining ----------------------------------------------------------------------------------------------------
 
     def of_rank(self, c: C, rank: int) -> C | None:
@@ -180,8 +190,13 @@ class MapTuner(ABC, Generic[C]):
 
     @property
     def is_mergeable(self) -> bool:
-        """Whether the method says how the layer's parameters change, and not only its output."""
-        return bool(self.lowerings - {"branch"})
+        """Whether the method says how the layer's parameters change, for all tokens, and not only its output."""
+        return bool(self.lowerings - {"branch"}) and not self.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether updates act from some token of a call on, and not for all."""
+        return "begins" in self.seams
 
     @property
     def is_combinable(self) -> bool:

@@ -15,7 +15,6 @@ NOT_YET = (
     "use_dora",
     "trainable_token_indices",
     "velora_config",
-    "alora_invocation_tokens",
     "use_qalora",
     "monteclora_config",
     "layer_replication",
@@ -65,7 +64,8 @@ class LoraConfig(p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin
     lora_ga_config: _NotYet[dict[str, Any] | None] = None
     use_dora: _NotYet[bool] = False
     velora_config: _NotYet[dict[str, Any] | None] = None
-    alora_invocation_tokens: _NotYet[list[int] | None] = None
+    alora_invocation_tokens: list[int] | None = None
+    """The ids of an invocation: the update acts from its last one in each row on (aLoRA)."""
     use_qalora: _NotYet[bool] = False
     qalora_group_size: int = 16
     """Kept for files of the reference."""

@@ -179,6 +179,7 @@ LAYERS = (
         lambda m: m.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c", "linear"),
         lambda: adapted(stretch(), b=stretch()),
     ),
+    on_layers("begins", lambda given: adapted()(x()), also=has_seam("begins")),
     on_layers("on_step", lambda given: stepped(adapted()), also=has_seam("on_step")),
     on_layers("schedule", lambda given: list(schedule_problems(adapted().session, 3)), also=has_seam("on_step")),
     on_layers("loss", lambda given: get_peft_model(Scored(), narrow()).train()(x()), also=has_seam("loss")),

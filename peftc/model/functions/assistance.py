@@ -18,6 +18,7 @@ from peftc.model.injected import adapters_of, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.journal import whole
 from peftc.runtime.layer.wrapper import BaseTunerLayer, TunerLayer
+from peftc.runtime.session.beginnings import beginning
 from peftc.runtime.session.steps import take
 from peftc.runtime.session.succession import delete
 from peftc.runtime.session.values import taken, values_given
@@ -154,7 +155,7 @@ def row_values(model: nn.Module, **values: Any) -> Iterator[None]:
     if given:
         what = f"No adapter of the model reads `{next(iter(given))}`"
         raise PeftcError(rules.ROW_VALUES(what, fix="Leave it out."))
-    with values_given(session, found, (), {}):
+    with values_given(session, found, (), {}) as gates, beginning(session, gates, found):
         yield
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import Collector, Diagnostic, PeftcError
 from peftc.runtime.call import BASE, Call, rows_differ
+from peftc.runtime.gates import FromToken
+from peftc.runtime.session.beginnings import beginnings
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.switched import disabled
 from peftc.runtime.session.values import problems as of_values
@@ -30,11 +32,12 @@ def rows_named(
     kwargs: Mapping[str, Any],
     expand: int = 1,
     values: Mapping[str, Tensor] = NONE,
-) -> Iterator[None]:
+    prompt: bool = False,
+) -> Iterator[FromToken | None]:
     """Within, row `i` of a batch is computed with the adapter `names[i]`, or with the base model for `"__base__"`.
 
     Adapters need not be active; while all are disabled, every row is the base model's. `args` and `kwargs` are the call's; `expand` is
-    how often generation repeats each row; `values` are what adapters read of the call.
+    how often generation repeats each row, whose `prompt` they then are; `values` are what adapters read of the call.
     Raises `PeftcError` with every problem: names that are not there, too many or too few, merged adapters, prompts.
     """
     problems = Collector()
@@ -44,13 +47,14 @@ def rows_named(
     session.let_rows_differ()
     if set(names) == {BASE}:
         with disabled(session):
-            yield
+            yield None
         return
     if not session.enabled:
-        yield
+        yield None
         return
-    with session.shared.opened(Call(tuple(names), expand, values)):
-        yield
+    gates = beginnings(session, names, values, args, kwargs, by_row=True, prompt=prompt)
+    with session.shared.opened(Call(tuple(names), expand, values, gates)):
+        yield gates
 
 
 def _problems(

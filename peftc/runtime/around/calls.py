@@ -16,7 +16,8 @@ from peftc.diagnostics import PeftcError
 from peftc.host import caches
 from peftc.registry.boundary import guarded
 from peftc.runtime.bases.places import tensor_of
-from peftc.runtime.call import Call, Gates, Shared
+from peftc.runtime.call import Call, Shared
+from peftc.runtime.gates import Weights
 from peftc.runtime.journal import keep_trained
 from peftc.runtime.layer.wrapper import Source
 from peftc.runtime.slots.containers import SlotModule, place_in
@@ -105,7 +106,7 @@ class CallModule(nn.Module):
         adapters = {name: place for place, name in enumerate(self.site.needs)}
 
         def run(gates: float | Tensor, *args: Any, **kwargs: Any) -> Any:
-            with shared.opened(Call(gates=Gates(gates, layers, adapters))):
+            with shared.opened(Call(gates=Weights(gates, layers, adapters))):
                 return model(*args, **kwargs)
 
         return self.tuner.around(View(self), run, args, kwargs)

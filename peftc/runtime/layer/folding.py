@@ -89,6 +89,9 @@ def _changed(
     base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
     tuner, view = part.tuner, part.view
+    if tuner.waits:
+        what = f"{view.config.peft_type} acts from some token of a call on at `{part.path}`, and a weight acts on all"
+        raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model.", where=part.path))
     if "params" in tuner.lowerings:
         changed = dict(part.lowering("params")(view, p, p0))
         if not changed.keys() <= p.keys():

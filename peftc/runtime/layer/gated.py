@@ -21,25 +21,28 @@ def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:
 
 
 def gated(plain: Path, shared: Shared, under: Under, parts: Sequence[Part]) -> Path:
-    """The plain path, but while a call is open that weighs adapters, their updates by its coefficients."""
-    updates = [(part, _update(under, part)) for part in parts]
+    """The plain path, but while a call is open that weighs adapters, their updates by its coefficients. What waits for a token
+    does not act in a call that says nothing."""
+    updates = [(part, update_beside(under, part)) for part in parts]
+    waits = any(part.tuner.waits for part in parts)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = shared.call
-        if call is None or call.gates is None:
+        gates = None if call is None else call.gates
+        if gates is None and not waits:
             return plain(x, *args, **kwargs)
         y: Tensor = under.base(x, *args, **kwargs)
-        if not isinstance(call.gates.values, Tensor) and call.gates.values == 0.0:
-            return y
         for part, update in updates:
-            gate = call.gates.of(part.path, part.view.adapter, y)
-            y = (y + update(x, y) * gate).to(y.dtype)
+            gate = float(not part.tuner.waits) if gates is None else gates.of(part.path, part.view.adapter, y)
+            if isinstance(gate, Tensor) or gate != 0.0:
+                y = (y + update(x, y) * gate).to(y.dtype)
         return y
 
     return run
 
 
-def _update(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+def update_beside(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    """`x, y -> Δy` of an adapter that says what it adds to an output."""
     if "thin" in part.tuner.lowerings:
         thin = update_of_thin(under, part)
         return lambda x, y: thin(x)

@@ -18,6 +18,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.ops.grouped import grouped_low_rank
 from peftc.runtime.call import Call, Shared
+from peftc.runtime.layer.gated import update_beside
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.paths import (
     Path,
@@ -63,13 +64,17 @@ def _grouped(
     if not under.backend.is_map:
         return _each_whole(under, groups, (x, *args), kwargs)
     beside = [group for group in groups if has_functional_form(group[0].tuner, under.backend)]
-    thin = [group for group in beside if "thin" in group[0].tuner.lowerings]
+    thin = [group for group in beside if "thin" in group[0].tuner.lowerings and not group[0].tuner.waits]
     own = partial(_rows_only, shared, call, x.shape[0])
     y: Tensor = under.base(_mapped(x, beside, "input", lambda part: change_of_input(under, part), own), *args, **kwargs)
     if thin:
         y = _fused(call, y, x, thin) if under.backend.is_plain_linear else _each_thin(y, x, under, thin)
     for part, index in beside:
-        if _by_branch(part):
+        if part.tuner.waits:
+            gate = 0.0 if call.gates is None else call.gates.of(part.path, part.view.adapter, y[index])
+            if isinstance(gate, Tensor):
+                y = _added(y, index, update_beside(under, part)(x[index], y[index]) * gate)
+        elif _by_branch(part):
             with own(part, index):
                 y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
         elif "vectors" in part.tuner.lowerings:

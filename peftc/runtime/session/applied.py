@@ -76,6 +76,10 @@ class Applied:
         """Whether an adapter is there for another that weighs it."""
         return name in self.plans and bool(self.plans[name].needed_by)
 
+    def waits(self, name: str) -> bool:
+        """Whether an adapter acts from some token of a call on."""
+        return "begins" in self.seams.get(name, ())
+
     def needed_by(self, names: Iterable[str]) -> list[str]:
         """The adapters that these weigh."""
         return [name for name, plan in self.plans.items() if plan.needed_by and plan.needed_by in names]

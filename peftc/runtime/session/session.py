@@ -93,7 +93,7 @@ class Session(Applied):
             self.base.change(plan, source)
             for known in (self.readers, self.seams, self.plans):
                 keep_entry(known, plan.name)
-            readers = [tuner for tuner in tuners.values() if tuner.keywords]
+            readers = [tuner for tuner in tuners.values() if tuner.keywords or tuner.waits]
             if readers:
                 self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
@@ -181,7 +181,7 @@ class Session(Applied):
     def activate(self, names: Sequence[str]) -> None:
         """Let these adapters act, in this order. What requires gradients of their own tensors stays as it is."""
         keep(self.shared)
-        self.shared.gated = frozenset(self.needed_by(names))
+        self.shared.gated = frozenset([*self.needed_by(names), *(n for n in names if self.waits(n))])
         touched = [n for n in dict.fromkeys((*self.active, *names)) if n in self.plans]
         layers = {id(layer): layer for name in touched for layer in self.layers_of(name)}
         modules = {id(module): module for name in touched for module in self.modules_of(name)}

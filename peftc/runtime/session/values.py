@@ -16,6 +16,8 @@ from peftc import rules
 from peftc.diagnostics import Collector, Diagnostic, PeftcError
 from peftc.registry.boundary import guarded, is_out_of_memory
 from peftc.runtime.call import Call, values_differ
+from peftc.runtime.gates import FromToken
+from peftc.runtime.session.beginnings import beginnings
 from peftc.runtime.session.session import Session
 
 
@@ -27,6 +29,9 @@ def taken(session: Session, kwargs: MutableMapping[str, Any]) -> dict[str, Tenso
 
 
 def _as_values(name: str, value: Any) -> Tensor:
+    """A value for each row; -1 for a row that has None."""
+    if isinstance(value, (list, tuple)):
+        value = [-1 if own is None else own for own in value]
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -65,12 +70,19 @@ def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 @contextmanager
 def values_given(
-    session: Session, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], expand: int = 1
-) -> Iterator[None]:
-    """Within, the active adapters find the values. `args` and `kwargs` are the rest of the call; `expand` is how often
-    generation repeats each row. Raises `PeftcError` with every problem."""
+    session: Session,
+    values: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    expand: int = 1,
+    prompt: bool = False,
+) -> Iterator[FromToken | None]:
+    """Within, the active adapters find the values; gives where those begin that wait for a token. `args` and `kwargs` are the rest of the call; `expand` is how often
+    generation repeats each row, and with `prompt` its ids are those of a prompt. Raises `PeftcError` with every problem."""
     found = Collector()
     found.add(*problems(session, values, session.active if session.enabled else (), args, kwargs))
     found.raise_errors()
-    with session.shared.opened(Call((), expand, dict(values))):
-        yield
+    names = session.active if session.enabled else ()
+    gates = beginnings(session, names, values, args, kwargs, prompt=prompt)
+    with session.shared.opened(Call((), expand, dict(values), gates)):
+        yield gates
