@@ -120,9 +120,11 @@ def _named_class(base: LocatedBase, config: PretrainedConfig) -> type[PreTrained
         plain = classes_in(AutoModel.__name__, config)
         if plain:
             return plain[0]
-    known = {cls.__name__: cls for auto in auto_classes() for cls in classes_in(auto, config)}
-    if named in known:
-        return known[named]
+    known: dict[str, type[PreTrainedModel]] = {}
+    for auto in auto_classes():  # each brings files of transformers: no more of them than it takes
+        known |= {cls.__name__: cls for cls in classes_in(auto, config)}
+        if named in known:
+            return known[named]
     what = f"transformers has no class `{named}`" if named else f"`{config.model_type}` has no model without a head"
     hint = did_you_mean(named, known) if named else ""
     fix = f"{hint} Give a `task_type`: {', '.join(_tasks_of(config))}.".strip()
