@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import ClassVar
+from collections.abc import Iterable
+from functools import cache, cached_property
+from typing import Any, ClassVar
 
 from peftc import rules
 from peftc.config.base import PeftConfig
@@ -14,7 +15,9 @@ from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean, nearest
 from peftc.registry import hookspecs
 from peftc.registry.contract import contract_problem
 from peftc.registry.door import OWN, Claim, Door, blocked_names, installed
+from peftc.registry.variants import Variants, variant_key
 from peftc.tuner.method import TunerMethod
+from peftc.tuner.variant import Variant, named_variant
 
 __all__ = ["OWN", "Claim", "Registry", "blocked_names", "default_registry", "installed"]
 
@@ -25,6 +28,16 @@ class Registry(Door[TunerMethod]):
     group: ClassVar[str] = hookspecs.GROUP
     hook: ClassVar[str] = "peftc_tuner"
     record: ClassVar[type[TunerMethod]] = TunerMethod
+
+    def __init__(self, claims: Iterable[Claim] | None = None, blocked: frozenset[str] | None = None) -> None:
+        super().__init__(claims, blocked)
+        self._given = claims is not None
+        self._with: dict[str, tuple[TunerMethod, Variant[Any], TunerMethod]] = {}
+
+    @cached_property
+    def variants(self) -> Variants:
+        """The door of variants that others bring; looked for when a config first names one."""
+        return Variants(() if self._given else None, self.blocked)
 
     def key(self, name: str) -> str:
         return name.upper()
@@ -37,8 +50,16 @@ class Registry(Door[TunerMethod]):
         return contract_problem(key or own, answer)
 
     def method_of(self, config: PeftConfig) -> TunerMethod:
-        """The method that a config belongs to."""
-        return self.get(str(config.peft_type))
+        """The method that a config belongs to, with the variant that it names. Raises `PeftcError` as `get` does, for a
+        variant too."""
+        method, name = self.get(str(config.peft_type)), named_variant(config)
+        if not name:
+            return method
+        key = variant_key(method.peft_type, name)
+        variant, known = self.variants.get(key), self._with.get(key)
+        if known is None or known[0] is not method or known[1] is not variant:
+            known = self._with[key] = (method, variant, method.with_variant(variant))
+        return known[2]
 
     def find_name(self, public_name: str) -> tuple[TunerMethod, str] | None:
         """The method that declares a public name and what it is (`"config"`, `"model"`, `"layer"`, `"encoder"`, `"export"`).

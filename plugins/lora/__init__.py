@@ -9,10 +9,24 @@ from __future__ import annotations
 from peftc import plugin as p
 
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
+from .dora import DoraTuner
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
 from .plain import GroupedLoraTuner, LoraTuner
 
 _TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
+VARIANTS = (
+    p.Variant(
+        "LORA",
+        "dora",
+        DoraTuner(),
+        chosen=lambda c: c.use_dora,
+        option="use_dora",
+        layer_names=("lora_magnitude_vector",),
+        summary="Magnitude and direction of each output are trained apart.",
+        paper="arXiv:2402.09353",
+        examples=({"r": 4, "use_dora": True},),
+    ),
+)
 
 
 def tuner_for(c: LoraConfig, node: p.ModuleNode) -> p.MapTuner[LoraConfig]:
@@ -24,6 +38,7 @@ peftc_tuner = p.method(
     LoraConfig,
     tuner_for,
     choices=(_TUNER, _GROUPED),
+    variants=VARIANTS,
     prefix="lora_",
     layer_names=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
     layer_options=("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
@@ -35,7 +50,12 @@ peftc_tuner = p.method(
         save_as_lora,
     ),
     tags=("lora",),
-    examples=({"r": 4, "lora_alpha": 8}, {"r": 4, "use_rslora": True}, {"r": 4, "init_lora_weights": "gaussian"}),
+    examples=(
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "use_rslora": True},
+        {"r": 4, "init_lora_weights": "gaussian"},
+        *(example for variant in VARIANTS for example in variant.examples),
+    ),
     check=check,
     check_start=check_start,
     identity_at_start=lambda c: c.init_lora_weights is not False,

@@ -99,6 +99,9 @@ def _changed(
         if view.layer.experts:
             return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
         return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
+    if "rescaled" in tuner.lowerings:
+        A, B, scale, gain = part.lowering("rescaled")(view)
+        return {**p, "weight": (p["weight"] + scale * (B.flatten(1) @ A.flatten(1))) * gain.unsqueeze(1)}
     if "vectors" in tuner.lowerings and backend.vector_axis is not None:
         index, values = part.lowering("vectors")(view)
         rows = values if backend.vector_axis == 0 else values.t()
@@ -145,7 +148,7 @@ def _tried(part: Part) -> Form:
         own = tuner.stacked(view.config, view.layer)
         tensors = {label: tensor[0] if label in own else tensor for label, tensor in view.tensors().items()}
         tuner, view = tuner.one, view.of_expert(tensors)
-    if "output" not in tuner.lowerings or tuner.lowerings & {"params", "thin", "vectors"}:
+    if "output" not in tuner.lowerings or tuner.lowerings & {"params", "thin", "rescaled", "vectors"}:
         return Form.LINEAR
     return form_of(guarded(tuner.output, str(view.config.peft_type), part.path), view)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftc.runtime.call import Shared
 from peftc.runtime.layer.parts import Part, Under
-from peftc.runtime.layer.paths import Path, update_of_branch, update_of_thin
+from peftc.runtime.layer.paths import Path, update_beside, update_of_thin
 
 
 def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:
@@ -43,4 +43,4 @@ def _update(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
     if "thin" in part.tuner.lowerings:
         thin = update_of_thin(under, part)
         return lambda x, y: thin(x)
-    return update_of_branch(under, part)
+    return update_beside(under, part)

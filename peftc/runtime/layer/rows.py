@@ -26,7 +26,7 @@ from peftc.runtime.layer.paths import (
     exchange_of_vectors,
     has_functional_form,
     through_parameters,
-    update_of_branch,
+    update_beside,
     update_of_thin,
 )
 
@@ -71,7 +71,7 @@ def _grouped(
     for part, index in beside:
         if _by_branch(part):
             with own(part, index):
-                y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
+                y = _added(y, index, update_beside(under, part)(x[index], y[index]))
         elif "vectors" in part.tuner.lowerings:
             y = y.index_copy(0, index, exchange_of_vectors(under, part)(x[index], y[index]))
     y = _mapped(y, beside, "output", lambda part: change_of_output(under, part), own)
@@ -107,14 +107,14 @@ def _mapped(
     """The rows of methods that act by a map of the input, or of the output, mapped."""
     for part, index in groups:
         given = part.tuner.lowerings
-        if name in given and not given & {"thin", "branch"}:
+        if name in given and not given & {"thin", "rescaled", "branch"}:
             with own(part, index):
                 x = x.index_copy(0, index, change_of(part)(x[index]))
     return x
 
 
 def _by_branch(part: Part) -> bool:
-    return "branch" in part.tuner.lowerings and "thin" not in part.tuner.lowerings
+    return bool(part.tuner.lowerings & {"rescaled", "branch"}) and "thin" not in part.tuner.lowerings
 
 
 def _fused(call: Call, y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
