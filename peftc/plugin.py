@@ -38,6 +38,7 @@ from peftc.config.mixins import (
     TargetParametersMixin,
     TargetsMixin,
     UpdateDropoutMixin,
+    VariantMixin,
 )
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
@@ -46,6 +47,7 @@ from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, Laye
 from peftc.registry.hookspecs import hookimpl
 from peftc.registry.manager import default_registry
 from peftc.registry.record import method
+from peftc.registry.variants import variant_key
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.limits import RankLimit
@@ -64,6 +66,7 @@ from peftc.tuner.slots import (
     parameter_slot,
 )
 from peftc.tuner.steps import Changes
+from peftc.tuner.variant import Variant, variant_options
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, TensorLists, Tensors, View
 
 if TYPE_CHECKING:
@@ -76,6 +79,8 @@ Slots = Iterable[Slot]
 Problems = Iterable[Diagnostic]
 #: What `thin` gives: `(A, B, s)`, A `(r, in · kernel)`, B `(out, r)`, of the update `s · B A`.
 Factors = tuple["Tensor", "Tensor", float]
+#: What `rescaled` gives: `(A, B, s, g)`, g `(out,)`, of the weight `g ∘ (W + s · B A)`.
+Rescaled = tuple["Tensor", "Tensor", float, "Tensor"]
 #: What `combine` weighs several adapters by, one number for each.
 Weights = Sequence[float]
 #: Slots by label, as `derive` is handed them.
@@ -109,6 +114,17 @@ def unregister_plugin(plugin: str | TunerMethod) -> None:
     """Undo `register_plugin`, by PEFT type or record, once no model has adapters of the method any more. Raises `PeftcError`
     if it was not registered so."""
     default_registry().unregister(plugin if isinstance(plugin, str) else plugin.peft_type)
+
+
+def register_variant(plugin: ModuleType | Variant[Any] | Callable[[], Variant[Any]]) -> Variant[Any]:
+    """Make a variant of a method known to this process without installing it, as in a notebook, and return its record; as
+    `register_plugin` does with a method. `plugin` is the record, the hook `peftc_variant`, or a module with it."""
+    return default_registry().variants.register(plugin, over=False)
+
+
+def unregister_variant(variant: Variant[Any]) -> None:
+    """Undo `register_variant`, once no model has adapters with it any more. Raises `PeftcError` if it was not registered so."""
+    default_registry().variants.unregister(variant_key(variant.peft_type, variant.name))
 
 
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
@@ -179,6 +195,20 @@ def linear(a: View | PromptView | CallView, label: str, x: Tensor) -> Tensor:
     return plain.linear(x, a[f"{label}.weight"], a[f"{label}.bias"])
 
 
+def row_norms(weight: Tensor, like: Tensor) -> Tensor:
+    """Norms of the rows of a weight `(out, in · kernel)`, in the dtype of another tensor."""
+    from peftc.ops import rescaled
+
+    return rescaled.row_norms(weight, like.dtype)
+
+
+def norms_of_sum(weight: Tensor, norms: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Norms of the rows of `W + s · B A` from those of W `(out,)`, W `(out, in · kernel)`, without a matrix of its size."""
+    from peftc.ops import rescaled
+
+    return rescaled.norms_of_sum(weight, norms, A, B, scale)
+
+
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in single precision at least: in half precision there is no solver and no transform."""
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
@@ -241,6 +271,7 @@ __all__ = [
     "RankLimit",
     "RankMixin",
     "RankPatternMixin",
+    "Rescaled",
     "Rule",
     "Run",
     "Severity",
@@ -257,6 +288,8 @@ __all__ = [
     "Tensors",
     "TunerMethod",
     "UpdateDropoutMixin",
+    "Variant",
+    "VariantMixin",
     "View",
     "Weights",
     "columns",
@@ -274,14 +307,19 @@ __all__ = [
     "method",
     "model_validator",
     "module_slot",
+    "norms_of_sum",
     "parameter_slot",
     "read_adapter",
     "read_weights",
     "register_plugin",
+    "register_variant",
+    "row_norms",
     "rules",
     "to_logical",
     "to_stored",
     "unregister_plugin",
+    "unregister_variant",
+    "variant_options",
     "warn",
     "weighted_sum",
     "widened",

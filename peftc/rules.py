@@ -83,6 +83,7 @@ CORE_RAISED = RuntimeRule(
     "Failure beside a plugin's function",
     "What peftc did for the method failed, not the method's own code; the model is unchanged.",
 )
+UNKNOWN_VARIANT = KeyRule("PC209", "Unknown variant", "No installed plugin brings this variant of the method.")
 
 # PC3xx: graphs and base models --------------------------------------------------------------------------------------
 LAZY_LAYER = Rule(

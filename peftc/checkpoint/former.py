@@ -200,7 +200,7 @@ class FormerReader:
     def __init__(self, plan: AdapterPlan, graph: ModuleGraph, given: PeftConfig | None, where: Where) -> None:
         self._plan, self._graph, self._given, self._where = plan, graph, given, where
         self._names = graph.former_names
-        self._method = default_registry().get(plan.peft_type)
+        self._method = default_registry().method_of(plan.config)
         self._patterns = None if given is None else _Patterns(given)
         self._kinds: dict[object, _Kind] = {}
         self._missing: list[str] = []

@@ -54,7 +54,7 @@ def _places(plan: AdapterPlan) -> Iterator[tuple[str, _Place]]:
             key = site.key(slot, "")
             heads = {key.home, None}  # a shared tensor shows at each of its layers and where it is saved
             for home in heads:
-                head = replace(key, tail="", home=home).disk(WRAPPED_ROOT)
+                head = replace(key, tail="", stored_tail=None, home=home).disk(WRAPPED_ROOT)
                 yield key.disk(WRAPPED_ROOT), (unwrapped(head, WRAPPED_ROOT), _split(slot.tail))
     for save in plan.saves:
         for tail, _ in (*save.tensors, *save.buffers):

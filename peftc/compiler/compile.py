@@ -67,7 +67,7 @@ def compile_plan(
     found.add(
         *together(
             [plan for plan in plans if plan.name in chosen],
-            lambda plan, path: tuner_for(registry.get(plan.peft_type), plan.config, nodes[path]),
+            lambda plan, path: tuner_for(registry.method_of(plan.config), plan.config, nodes[path]),
         )
     )
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
@@ -92,11 +92,14 @@ def begin(
         known = ", ".join(registry.names)
         what = f"The config of `{name}` has no `peft_type`"
         raise PeftcError(rules.NO_TYPE(what, fix=f"Use a method's own config; installed are {known}.", where=name))
-    method = registry.method_of(config)
     copy = config.revalidated()
     place = json_path(("adapters", name))
+    try:
+        method = registry.method_of(config)
+    except PeftcError as error:
+        raise PeftcError([placed(problem, name, copy) for problem in error.diagnostics]) from error
     with boundary(method.peft_type, "check", place):
-        said = tuple(method.check(copy))
+        said = tuple(method.problems(copy))
     with boundary(method.peft_type, "check_start", place):
         said += () if options.loading else tuple(method.check_start(copy))
     return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), Context(graph, method, name, options)

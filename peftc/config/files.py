@@ -30,6 +30,8 @@ from peftc.limits import MAX_JSON, MOST_TOLD
 from peftc.registry import origin
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
+from peftc.registry.variants import variant_key
+from peftc.tuner.variant import named_variant
 
 if TYPE_CHECKING:
     from peftc.config.hub import Commit
@@ -145,7 +147,7 @@ def config_text(config: PeftConfigMixin) -> str:
     data = config.revalidated().to_json()
     data.pop(_RUN_KEY, None)
     data["peft_version"] = data["peft_version"] or FILE_VERSION
-    plugin = origin.requirement_of(str(config.peft_type), default_registry())
+    plugin = origin.requirement_of(str(config.peft_type), default_registry(), named_variant(config))
     if plugin is not None:
         data[origin.PLUGIN_KEY] = plugin
     return json.dumps(data, indent=2, sort_keys=True)
@@ -216,6 +218,7 @@ def check_config(
     if isinstance(model, Problem):
         return None, [model]
     warnings: list[Problem] = []
+    plugin = origin.named_in(data)
     if lenient:
         told = _version_told(data, registry)
         data = model.check_kwargs(**{key: value for key, value in data.items() if key != origin.PLUGIN_KEY})
@@ -224,7 +227,9 @@ def check_config(
     elif stray := not_stored(model, data):
         return None, stray
     try:
-        return validated(model, data), warnings
+        config = validated(model, data)
+        absent = _variant_missing(config, plugin, registry)
+        return None if absent else config, [*warnings, *absent]
     except PeftcError as error:
         return None, [*warnings, *(Problem((), told) for told in error.diagnostics)]
     except ValidationError as error:
@@ -276,10 +281,22 @@ def class_for(data: Any, registry: Registry) -> type[PeftConfig] | Problem:
         return Problem(("peft_type",), found)
 
 
+def _variant_missing(config: PeftConfig, plugin: str | None, registry: Registry) -> list[Problem]:
+    """That the variant of a file comes from a package that is not there, if the file says which; others are told when the
+    config is compiled."""
+    name = named_variant(config)
+    key = variant_key(str(config.peft_type), name)
+    if not name or plugin is None or key in registry.variants.names:
+        return []
+    return [Problem(("variant",), origin.missing(name, plugin, f"variant of {config.peft_type}"))]
+
+
 def _version_told(data: Mapping[str, Any], registry: Registry) -> list[Problem]:
     """A warning if the file's plugin is a later one than is installed."""
     plugin = origin.named_in(data)
-    found = None if plugin is None else origin.outdated(data["peft_type"], plugin, registry)
+    variant = data.get("variant")
+    variant = variant if isinstance(variant, str) else ""
+    found = None if plugin is None else origin.outdated(data["peft_type"], plugin, registry, variant)
     return [] if found is None else [Problem((origin.PLUGIN_KEY,), found)]
 
 

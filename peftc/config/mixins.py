@@ -92,6 +92,22 @@ class ExpertsMixin(TargetParametersMixin):
         return options
 
 
+class VariantMixin(ConfigModel):
+    """Another mathematics over the same options, brought by another package. Files that make no use of it are as the
+    reference's, which does not know it."""
+
+    variant: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Name of a variant of the method that an installed package brings (`peftc.variants`)."""
+    variant_options: dict[str, Any] = Field(default_factory=dict, exclude_if=lambda value: not value)
+    """What that variant can be told."""
+
+    @model_validator(mode="after")
+    def _options_are_of_a_variant(self) -> Self:
+        if self.variant_options and not self.variant:
+            raise ValueError("`variant_options` needs `variant`: without it, it has no effect")
+        return self
+
+
 class LayersMixin(ConfigModel):
     """Restrict the targets to some of the model's layers."""
 

@@ -327,10 +327,10 @@ def _of_method(options: Any, location: Location, registry: Registry) -> Iterator
     config = options if isinstance(options, PeftConfig) else valid_config(options, registry)
     if config is None:
         return
-    method = registry.method_of(config)
     try:
+        method = registry.method_of(config)
         with boundary(method.peft_type, "check"):
-            said = list(method.check(config))
+            said = list(method.problems(config))
     except PeftcError as error:
         said = list(error.diagnostics)
     for diagnostic in said:

@@ -5,15 +5,16 @@ The core relies on it without asking again, so that a wrong record is the plugin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from peftc.config.base import PeftConfig
+from peftc.config.base import ConfigModel, PeftConfig
 from peftc.graph.nodes import Kind
 from peftc.tuner.calls import CallTuner
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
+from peftc.tuner.variant import Variant
 
 Fits = Callable[[Any], bool]
 
@@ -31,9 +32,13 @@ def _by_name(fits: Fits) -> Fits:
 
 
 def _is_tuner(value: Any) -> bool:
+    return isinstance(value, (ModuleTuner, PromptTuner, CallTuner)) or _is_map(value)
+
+
+def _is_map(value: Any) -> bool:
     if isinstance(value, tuple):
         return bool(value) and all(isinstance(tuner, MapTuner) for tuner in value)
-    return isinstance(value, (MapTuner, ModuleTuner, PromptTuner, CallTuner)) or callable(value)
+    return isinstance(value, MapTuner) or callable(value)
 
 
 _TEXT, _TEXTS, _FUNCTION, _OPTIONS = _a(str), _all(_a(str)), callable, _by_name(lambda value: True)
@@ -44,6 +49,7 @@ _FIELDS: Mapping[str, tuple[str, Fits]] = {
     "config": ("a subclass of `PeftConfig`", lambda value: isinstance(value, type) and issubclass(value, PeftConfig)),
     "tuner": ("a tuner, a tuple of `MapTuner`, or a function that chooses one", _is_tuner),
     "choices": ("a tuple of `MapTuner`", _all(_a(MapTuner))),
+    "variants": ("a tuple of `Variant`", _all(_a(Variant))),
     "prefix": ("a text", _TEXT),
     "layer_names": ("a tuple of texts", _TEXTS),
     "model_class": ("a text", _TEXT),
@@ -68,6 +74,40 @@ _FIELDS: Mapping[str, tuple[str, Fits]] = {
     "identity_at_start": ("a function", _FUNCTION),
 }
 
+#: The same of a variant's record.
+_OF_VARIANTS: Mapping[str, tuple[str, Fits]] = {
+    "peft_type": ("a text", _TEXT),
+    "name": ("a text", _TEXT),
+    "tuner": ("a `MapTuner`, a tuple of them, or a function that chooses one", _is_map),
+    "choices": ("a tuple of `MapTuner`", _all(_a(MapTuner))),
+    "chosen": ("a function, or nothing", lambda value: value is None or callable(value)),
+    "option": ("a text", _TEXT),
+    "options": (
+        "a subclass of `ConfigModel`, or nothing",
+        lambda value: value is None or (isinstance(value, type) and issubclass(value, ConfigModel)),
+    ),
+    "check": ("a function", _FUNCTION),
+    "layer_names": ("a tuple of texts", _TEXTS),
+    "summary": ("a text", _TEXT),
+    "paper": ("a text", _TEXT),
+    "examples": ("a tuple of options", _all(_OPTIONS)),
+}
+
+
+def variant_problem(key: str, variant: object) -> str:
+    """What keeps the answer of a plugin's hook from being the record of the variant of this key; empty if nothing does."""
+    if variant is None:
+        return "no function is marked `@hookimpl` and called `peftc_variant`"
+    if not isinstance(variant, Variant):
+        return f"`peftc_variant` returned a `{type(variant).__name__}`, not a `Variant`"
+    wrong = "; ".join(_of_other_types(variant, _OF_VARIANTS)) or "; ".join(_of_no_kinds(variant.tuners))
+    if wrong:
+        return wrong
+    own = f"{variant.peft_type}.{variant.name}".lower()
+    if key and own != key:
+        return f"the record says `{own}`, the entry point `{key}`"
+    return "" if variant.chosen is None else "`chosen` is for variants that a method brings itself; others go by name"
+
 
 def contract_problem(peft_type: str, method: object) -> str:
     """What keeps the answer of a plugin's hook from being the record of the method of this type; empty if nothing does."""
@@ -77,7 +117,8 @@ def contract_problem(peft_type: str, method: object) -> str:
         return f"`peftc_tuner` returned a `{type(method).__name__}`, not a `TunerMethod`"
     if method.peft_type != peft_type:
         return f"the record says `{method.peft_type}`, the entry point `{peft_type}`"
-    wrong = "; ".join(_of_other_types(method))
+    given = method.tuner if isinstance(method.tuner, tuple) else (method.tuner,)
+    wrong = "; ".join(_of_other_types(method, _FIELDS)) or "; ".join(_of_no_kinds((*given, *method.map_tuners)))
     if wrong:
         return wrong
     default = method.config.model_fields["peft_type"].default
@@ -89,13 +130,15 @@ def contract_problem(peft_type: str, method: object) -> str:
     return f"slots {stray} do not begin with the prefix `{method.prefix}`" if stray else ""
 
 
-def _of_other_types(method: TunerMethod) -> Iterator[str]:
-    for name, (wanted, fits) in _FIELDS.items():
-        value = getattr(method, name)
+def _of_other_types(record: object, fields: Mapping[str, tuple[str, Fits]]) -> Iterator[str]:
+    for name, (wanted, fits) in fields.items():
+        value = getattr(record, name)
         if not fits(value):
             yield f"`{name}` is {value!r:.60}, not {wanted}"
-    given = method.tuner if isinstance(method.tuner, tuple) else (method.tuner,)
-    for tuner in (*given, *(method.choices if isinstance(method.choices, tuple) else ())):
+
+
+def _of_no_kinds(tuners: Iterable[object]) -> Iterator[str]:
+    for tuner in tuners:
         if isinstance(tuner, MapTuner):
             kinds = getattr(tuner, "supports", None)
             if not isinstance(kinds, frozenset) or not all(isinstance(kind, Kind) for kind in kinds):

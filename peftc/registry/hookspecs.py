@@ -1,16 +1,19 @@
-"""The hooks of a plugin. Entry-point group `peftc.tuners`; the entry's name is the PEFT type in lower case."""
+"""The hooks of plugins. Entry-point group `peftc.tuners`: the entry's name is the PEFT type in lower case; `peftc.variants`:
+`<peft type>.<name of the variant>`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     from peftc.tuner.method import TunerMethod
+    from peftc.tuner.variant import Variant
 
 PROJECT = "peftc"
 GROUP = "peftc.tuners"
+VARIANTS = "peftc.variants"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -19,3 +22,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec(firstresult=True)
 def peftc_tuner() -> TunerMethod:  # type: ignore[empty-body]  # a specification has no body
     """Return the record of the one method that this module brings."""
+
+
+@hookspec(firstresult=True)
+def peftc_variant() -> Variant[Any]:  # type: ignore[empty-body]
+    """Return the record of the one variant of a method that this module brings."""

@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 from peftc import rules
 from peftc.diagnostics import Diagnostic
 from peftc.registry.manager import OWN, Registry
+from peftc.registry.variants import variant_key
 
 #: Key of `adapter_config.json`.
 PLUGIN_KEY = "peftc_plugin"
@@ -24,10 +25,12 @@ PLUGIN_KEY = "peftc_plugin"
 _REQUIREMENT = re.compile(r"([A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*)==([A-Za-z0-9]+(?:[.!+_-][A-Za-z0-9]+)*)")
 
 
-def requirement_of(peft_type: str, registry: Registry) -> str | None:
-    """What must be installed to use the method, e.g. `peftc-lora-xs==0.1.0`; None for methods that come with peftc and
-    for those that no distribution brings."""
-    claims = registry.claims_for(peft_type)
+def requirement_of(peft_type: str, registry: Registry, variant: str = "") -> str | None:
+    """What must be installed to use the method, or the variant of it, e.g. `peftc-lora-xs==0.1.0`; None for those that come
+    with peftc and for those that no distribution brings."""
+    claims = (
+        registry.variants.claims_for(variant_key(peft_type, variant)) if variant else registry.claims_for(peft_type)
+    )
     if len(claims) != 1 or claims[0].distribution == OWN:
         return None
     requirement = f"{claims[0].distribution}=={claims[0].version}"
@@ -40,20 +43,20 @@ def named_in(options: Mapping[str, Any]) -> str | None:
     return named if isinstance(named, str) and _REQUIREMENT.fullmatch(named) else None
 
 
-def missing(peft_type: str, requirement: str) -> Diagnostic:
-    """That the method of a file is not there, and what to install."""
+def missing(name: str, requirement: str, kind: str = "method") -> Diagnostic:
+    """That the method of a file is not there, or the variant of one, and what to install."""
     distribution, wanted = requirement.split("==")
     try:
         found = f"`{distribution}` {wanted}; installed is {version(distribution)}, without it"
     except PackageNotFoundError:
         found = f"the plugin `{distribution}`, which is not installed"
     fix = f"If you trust its authors, install it: `pip install {requirement}`."
-    return rules.PLUGIN_MISSING(f"`{peft_type}` is a method of {found}", fix=fix)
+    return rules.PLUGIN_MISSING(f"`{name}` is a {kind} of {found}", fix=fix)
 
 
-def outdated(peft_type: str, requirement: str, registry: Registry) -> Diagnostic | None:
+def outdated(peft_type: str, requirement: str, registry: Registry, variant: str = "") -> Diagnostic | None:
     """A warning if the file was written by a later version of the plugin, or by another plugin, than the one installed."""
-    present = requirement_of(peft_type, registry)
+    present = requirement_of(peft_type, registry, variant)
     if present is None or not _is_behind(present, requirement):
         return None
     what = f"The adapter was saved with `{requirement}`; installed is `{present}`"

@@ -19,6 +19,7 @@ from peftc.graph.nodes import ModuleGraph
 from peftc.graph.targets import has_table
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.method import MapTuner, Mathematics, TunerMethod
+from peftc.tuner.variant import Variant
 
 #: A first sentence such as `Name: what it does (who, where).`, of which the middle is taken.
 _SENTENCE = re.compile(r"[^:`]+: (?P<what>.+?)(?= \(|\.(?:\s|$)|$)")
@@ -33,6 +34,7 @@ class Fields(TypedDict, total=False):
     """
 
     choices: tuple[MapTuner[Any], ...]
+    variants: tuple[Variant[MapTuner[Any]], ...]
     prefix: Required[str]
     layer_names: tuple[str, ...]
     model_class: str

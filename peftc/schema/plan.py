@@ -179,7 +179,7 @@ def _layer_definitions() -> dict[str, Schema]:
         ),
         "slot": obj(
             "A tensor that the adapter adds to a layer.",
-            optional=("named", "derived", "share", "home", "value", "blocks"),
+            optional=("named", "derived", "share", "home", "value", "blocks", "stored_tail"),
             name=TEXT,
             shape=SHAPE,
             container={"enum": ["module", "parameter"]},
@@ -195,6 +195,7 @@ def _layer_definitions() -> dict[str, Schema]:
             share={**TEXT, "description": "Layers with the same key have one tensor; missing if each has its own."},
             value={"type": "number", "description": "What a constant is filled with; missing for others."},
             home={**TEXT, "description": "The layer that a shared tensor is saved under; empty for the model itself."},
+            stored_tail={**TEXT, "description": "What stands for the tail in a checkpoint; missing if it is the tail."},
             blocks={
                 **SIZE,
                 "description": "Parts along the first dimension; missing if there is one.",

@@ -135,6 +135,16 @@ class Subject:
             tuner_for(self.method, config, node).is_mergeable for node in nodes if _fits(self.method, config, node)
         )
 
+    @property
+    def bent(self) -> bool:
+        """Whether the mathematics says that gradients are not the slopes of the output."""
+        variant = self.method.variant_for(self.config())
+        tuners = self.method.map_tuners if variant is None else variant.tuners
+        own = [
+            t for t in tuners if not any(t in other.tuners for other in self.method.variants if other is not variant)
+        ]
+        return any(tuner.bent_gradients for tuner in own)
+
     def calling(self, model: nn.Module) -> AbstractContextManager[None]:
         """Where layers of the model, or a model adapted in place, can be called by themselves."""
         return row_values(model, **self.values) if self.values else nullcontext()

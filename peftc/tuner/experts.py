@@ -49,6 +49,10 @@ class PerExpert(MapTuner[PeftConfig]):
         for index in range(layer.experts):
             own = {label: tensor[index] if label in stacked else tensor for label, tensor in slots.items()}
             self.one.init(c, facts, own, init.of_expert(name, index))
+            self.one.settle(c, facts, own, init.of_expert(name, index))
+
+    def settle(self, c: PeftConfig, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        """Done by `init`, expert by expert."""
 
     def derive(self, c: PeftConfig, layer: LayerFacts, slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
         return self.one.derive(c, one_of(layer), slots)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from peftc.config.base import PeftConfig
@@ -22,6 +22,7 @@ from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
 from peftc.tuner.steps import Changes
+from peftc.tuner.variant import Variant, of_node, several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=PeftConfig)
 V = TypeVar("V")
 
-LOWERINGS = ("thin", "branch", "input", "output", "vectors", "params")
+LOWERINGS = ("thin", "rescaled", "branch", "input", "output", "vectors", "params")
 #: what a method may have to say beside its mathematics
 SEAMS = ("begins", "on_step", "loss", "fitted", "export", "restore")
 
@@ -81,6 +82,8 @@ class MapTuner(ABC, Generic[C]):
     #: keywords of a call, with one value per row, that are for the method alone: `branch`, `input` and `output` read them
     #: by `a.of_rows`
     keywords: ClassVar[tuple[str, ...]] = ()
+    #: why gradients are not the slopes of the output, where the method means them to be others; the kit does not compare them
+    bent_gradients: ClassVar[str] = ""
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
     #: names of the further seams that it gives, likewise
@@ -105,6 +108,9 @@ class MapTuner(ABC, Generic[C]):
         Called once for each layer with something to fill. Derived slots are never among them; a shared one is for the first
         layer that has it, and not for the others.
         """
+
+    def settle(self, c: C, layer: LayerFacts, slots: Mapping[str, Tensor], init: SlotInit) -> None:
+        """Fill those slots that follow from how the others, and the base, have begun. Called after `init`, with the same."""
 
     def declare(self, kinds: Sequence[tuple[C, LayerFacts]]) -> Sequence[Iterable[Slot]]:
         """The storage of all kinds of layer that an adapter is on, each with the options in force there, where it depends
@@ -149,13 +155,9 @@ class MapTuner(ABC, Generic[C]):
         return ()
 
     def begins(self, c: C, ids: Tensor | None, tokens: int, values: Mapping[str, Tensor]) -> Tensor | None:
-        """From which token on the updates act: a place for each row of a call, `(rows,)`, `tokens` or more for a row in which they
-        do not. None where the call does not say.
-
-        `ids` `(rows, tokens)` are those of the call, and of calls before it whose cache it goes on from; None if it has none, as
-        one with embeddings. `values` are what it gives for the `keywords`. For methods with `thin` or `branch`; they cannot be
-        merged.
-        """
+        """From which token on `thin` or `branch` acts: a place for each row of a call, `(rows,)`, `tokens` or more for none; None
+        where the call does not say. `ids` `(rows, tokens)` are those of the call and of its cache, None if it has none; `values`
+        are what it gives for the `keywords`. What waits cannot be merged."""
         raise NotImplementedError
 
     # combining ----------------------------------------------------------------------------------------------------
@@ -263,6 +265,11 @@ class MapTuner(ABC, Generic[C]):
         """`(A, B, s)` with `ΔW = s · B A`, A `(r, in · kernel)`, B `(out, r)`. The core fuses, merges and batches it."""
         raise NotImplementedError
 
+    def rescaled(self, a: View[C]) -> tuple[Tensor, Tensor, float, Tensor]:
+        """`(A, B, s, g)` with `W' = g ∘ (W + s · B A)`: every row of the updated weight multiplied by its entry of g `(out,)`.
+        The layer's bias stays as it is."""
+        raise NotImplementedError
+
     def branch(self, a: View[C], x: Tensor, y0: Tensor) -> Tensor:
         """`Δy` to add to the layer's output, from its input (ids, of an embedding) and its output so far.
 
@@ -342,6 +349,8 @@ class TunerMethod:
     tuner: Mathematics
     #: all that a function in `tuner` may choose
     choices: tuple[MapTuner[Any], ...] = field(default=(), kw_only=True)
+    #: other mathematics over the same options, that the method brings itself; of all variants at most one acts
+    variants: tuple[Variant[MapTuner[Any]], ...] = field(default=(), kw_only=True)
     #: what the name of every slot that is a parameter begins with (`"lora_"`); empty for prompts
     prefix: str
     #: `adapter_layer_names` of the layer class: slots that hold trainable tensors
@@ -428,7 +437,13 @@ class TunerMethod:
     def map_tuners(self) -> tuple[MapTuner[Any], ...]:
         """All mathematics on layers that the method has."""
         given = self.tuner if isinstance(self.tuner, tuple) else (self.tuner,)
-        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices)
+        of_variants = (tuner for variant in self.variants for tuner in variant.tuners)
+        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices, *of_variants)
+
+    @property
+    def only_tuner(self) -> MapTuner[Any] | None:
+        """The one mathematics that the method has for all configs and layers, if it has one."""
+        return self.tuner if isinstance(self.tuner, MapTuner) and not self.variants else None
 
     @property
     def is_rankable(self) -> bool:
@@ -463,10 +478,23 @@ class TunerMethod:
 
     def chosen_for(self, config: PeftConfig, node: ModuleNode) -> MapTuner[Any]:
         """The mathematics that the method gives for a site; `peftc.tuner.experts.tuner_for` has it for experts as well."""
-        if isinstance(self.tuner, MapTuner):
-            return self.tuner
         if isinstance(self.tuner, (ModuleTuner, PromptTuner, CallTuner)):
             raise TypeError(f"{self.peft_type} has no map sites")
-        if isinstance(self.tuner, tuple):
-            return next((tuner for tuner in self.tuner if node.facts.kind in tuner.supports), self.tuner[0])
-        return self.tuner(config, node)
+        variant = self.variant_for(config)
+        return of_node(self.tuner, config, node) if variant is None else of_node(variant.tuner, config, node)
+
+    def variant_for(self, config: PeftConfig) -> Variant[MapTuner[Any]] | None:
+        """The variant that a config chooses; None for the method's own mathematics."""
+        return next((variant for variant in self.variants if variant.acts(config)), None)
+
+    def with_variant(self, variant: Variant[MapTuner[Any]]) -> TunerMethod:
+        """The same method with a variant more, which others have brought."""
+        return replace(self, variants=(*self.variants, variant))
+
+    def problems(self, config: PeftConfig) -> Iterator[Diagnostic]:
+        """All problems of the options that need no model, for the core."""
+        yield from self.check(config)
+        acting = [variant for variant in self.variants if variant.acts(config)]
+        yield from several(acting)
+        for variant in acting:
+            yield from variant.problems(config)

@@ -62,6 +62,8 @@ class Slot:
     share: str = ""
     #: filled in by the compiler: the path of the layer that a shared tensor is saved under, empty for the model itself
     home: str | None = None
+    #: what stands for the tail in a checkpoint's key, where that is something else
+    stored_tail: str | None = None
     #: of how many equal parts the first dimension consists, such as a rank for each group of a convolution; to be made
     #: larger, each of them is
     blocks: int = 1
@@ -149,6 +151,7 @@ class Key:
     adapter: str
     tail: str = ""
     home: str | None = None
+    stored_tail: str | None = None
 
     def memory(self, root: str = "") -> str:
         """Name among the live model's parameters."""
@@ -158,4 +161,5 @@ class Key:
         """Name in the checkpoint."""
         owner = self.owner if self.home is None else self.home
         root = root.removesuffix("model.") if self.home == "" else root
-        return root + ".".join(part for part in (owner, self.slot, self.tail) if part)
+        tail = self.tail if self.stored_tail is None else self.stored_tail
+        return root + ".".join(part for part in (owner, self.slot, tail) if part)

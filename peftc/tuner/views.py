@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -78,6 +78,13 @@ class View(Protocol[Config]):
 
         Raises `PeftcError` if the call gives none and there is no default, or another number of them.
         """
+
+    def kept(
+        self, name: str, make: Callable[[], Tensor], slots: Sequence[str] = (), base: Sequence[str] = ()
+    ) -> Tensor:
+        """What `make` computes, without gradients, of these slots, of these of the base's parameters, and of the scaling where
+        there are slots. It is computed once, and again when one of them is another tensor or was changed in place; in
+        training at every call, if one of them trains, and wherever a call is traced."""
 
     def __getattr__(self, slot: str) -> Tensor: ...
 

@@ -10,29 +10,47 @@ from peftc import plugin as p
 
 from . import alora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
+from .dora import DoraTuner
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
 from .plain import GroupedLoraTuner, LoraTuner
 
-_TUNER, _GROUPED, _ALORA = LoraTuner(), GroupedLoraTuner(), alora.ALoraTuner()
+_TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
+VARIANTS = (
+    p.Variant(
+        "LORA",
+        "dora",
+        DoraTuner(),
+        chosen=lambda c: c.use_dora,
+        option="use_dora",
+        layer_names=("lora_magnitude_vector",),
+        summary="Magnitude and direction of each output are trained apart.",
+        paper="arXiv:2402.09353",
+        examples=({"r": 4, "use_dora": True},),
+    ),
+    p.Variant(
+        "LORA",
+        "alora",
+        alora.ALoraTuner(),
+        chosen=lambda c: bool(c.alora_invocation_tokens),
+        option="alora_invocation_tokens",
+        check=alora.check,
+        summary="The update acts from the last invocation on that a row has.",
+        paper="arXiv:2504.12397",
+        examples=({"r": 4, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},),
+    ),
+)
 
 
 def tuner_for(c: LoraConfig, node: p.ModuleNode) -> p.MapTuner[LoraConfig]:
     """The mathematics for a layer."""
-    if c.alora_invocation_tokens:
-        return _ALORA
     return _GROUPED if node.facts.groups > 1 else _TUNER
-
-
-def check_all(c: LoraConfig) -> p.Problems:
-    """Problems of the options, those of variants among them."""
-    yield from check(c)
-    yield from alora.check(c)
 
 
 peftc_tuner = p.method(
     LoraConfig,
     tuner_for,
-    choices=(_TUNER, _GROUPED, _ALORA),
+    choices=(_TUNER, _GROUPED),
+    variants=VARIANTS,
     prefix="lora_",
     layer_names=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
     layer_options=("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
@@ -44,8 +62,14 @@ peftc_tuner = p.method(
         save_as_lora,
     ),
     tags=("lora",),
-    examples=({"r": 4, "lora_alpha": 8}, {"r": 4, "use_rslora": True}, {"r": 4, "init_lora_weights": "gaussian"}),
-    check=check_all,
+    examples=(
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "use_rslora": True},
+        {"r": 4, "init_lora_weights": "gaussian"},
+        *(example for variant in VARIANTS for example in variant.examples),
+    ),
+    example_values=alora.example_values,
+    check=check,
     check_start=check_start,
     identity_at_start=lambda c: c.init_lora_weights is not False,
 )

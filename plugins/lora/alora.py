@@ -53,3 +53,8 @@ def check(c: LoraConfig) -> p.Problems:
         yield p.rules.BAD_VALUE(
             what, why=why, fix="Set `task_type: CAUSAL_LM`.", where=option, severity=p.Severity.WARNING
         )
+
+
+def example_values(c: LoraConfig, rows: int) -> p.Options:
+    """That the update acts on all tokens, of any number."""
+    return {OFFSETS: [1 << 20] * rows} if c.alora_invocation_tokens else {}

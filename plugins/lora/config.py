@@ -12,7 +12,6 @@ _T = TypeVar("_T")
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 #: All of these, and those that only say how a fresh adapter begins.
 NOT_YET = (
-    "use_dora",
     "trainable_token_indices",
     "velora_config",
     "use_qalora",
@@ -39,7 +38,9 @@ class LoraRuntimeConfig(p.ConfigModel):
     """Move weights from main memory to the accelerator where a start is computed from them; no start here is."""
 
 
-class LoraConfig(p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin, p.BiasMixin, p.LayersConfig):
+class LoraConfig(
+    p.VariantMixin, p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin, p.BiasMixin, p.LayersConfig
+):
     """Options of a LoRA adapter, named as in the reference."""
 
     peft_type: p.PeftType | None = p.PeftType("LORA")
@@ -62,7 +63,8 @@ class LoraConfig(p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin
     eva_config: _NotYet[dict[str, Any] | None] = None
     corda_config: _NotYet[dict[str, Any] | None] = None
     lora_ga_config: _NotYet[dict[str, Any] | None] = None
-    use_dora: _NotYet[bool] = False
+    use_dora: bool = False
+    """Train magnitude and direction of each output apart (DoRA, arXiv:2402.09353)."""
     velora_config: _NotYet[dict[str, Any] | None] = None
     alora_invocation_tokens: list[int] | None = None
     """The ids of an invocation: the update acts from its last one in each row on (aLoRA)."""

@@ -35,7 +35,7 @@ class LoraTuner(p.MapTuner[LoraConfig]):
             yield p.module_slot("lora_B", (layer.out_features, max(1, c.r // layer.groups), *layer.ones))
 
     def init(self, c: LoraConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
-        first, second = slots.values()
+        first, second, *_ = slots.values()
         embeds = layer.kind is p.Kind.EMBEDDING
         if c.init_lora_weights is False:
             for factor in (first, second):
@@ -63,7 +63,7 @@ class LoraTuner(p.MapTuner[LoraConfig]):
         return c.model_copy(update=plain)
 
     def of_thin(self, c: LoraConfig, layer: p.LayerFacts, A: p.Tensor, B: p.Tensor) -> p.Tensors:
-        first, second = self.slots(c, layer)
+        first, second, *_ = self.slots(c, layer)
         return {first.name: A.reshape(first.shape), second.name: B.reshape(second.shape)}
 
     def joined(
@@ -91,7 +91,7 @@ class LoraTuner(p.MapTuner[LoraConfig]):
 
     def parted(self, c: LoraConfig, layer: p.LayerFacts, parts: int, slots: p.Tensors) -> Sequence[Sequence[p.Tensors]]:
         """Each part's rows of `B`, with all of `A`; with the part's own rank alone where `B` is block-diagonal."""
-        first, second = self.slots(c, layer)
+        first, second, *_ = self.slots(c, layer)
         A = slots[first.name].reshape(layer.experts, -1, layer.in_features)
         B = slots[second.name].reshape(layer.out_features, -1, layer.experts).permute(2, 0, 1)
         rank, rows = A.shape[1], layer.out_features // parts

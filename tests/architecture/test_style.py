@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 60
 # The plugin boundary, where any exception of a stranger's code becomes a diagnostic, and rollbacks that re-raise.
 CATCH_ALL: dict[str, str] = {
     "peftc.registry.boundary": "the plugin boundary: calls of a method's functions",
-    "peftc.registry.manager": "the plugin boundary: importing and registering a plugin",
+    "peftc.registry.door": "the plugin boundary: importing and registering a plugin",
     "peftc.runtime.journal": "an undo that fails must not keep others from being run; the first error is raised",
 }
 

@@ -30,7 +30,7 @@ from peftc.config.reader import read_document
 from peftc.config.spec import load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Rule
 from peftc.registry import boundary as boundary_module
-from peftc.registry import contract, manager
+from peftc.registry import contract, door, manager
 from peftc.registry.manager import Registry
 from peftc.schema import structure
 from peftc.schema.validate import check_document
@@ -221,10 +221,10 @@ CASES = {
     "steps and epochs": Case(rules.CONTRADICTION, checked(("version: 1\n", "version: 1\ntrain: {data: d, steps: 1, epochs: 2}\n")), "how long to train", "doc.yaml:2:18", spec, 'train.get("steps") is not None', "False"),
     "tasks that differ": Case(rules.CONTRADICTION, checked(("owner/model", "{model: a/b, task_type: CAUSAL_LM}"), ("FAKE", "FAKE, task_type: SEQ_CLS")), "serves one task", "doc.yaml:3:50", spec, "if task != first:", "if False:"),
     "active twice": Case(rules.CONTRADICTION, checked(("version: 1\n", "version: 1\nactive: [default, default]\n")), "twice", "doc.yaml:2:19", spec, "elif name in named:", "elif False:"),
-    "what the method refuses": Case(rules.CONTRADICTION, checked(("FAKE", "FAKE, mode: two, rate: 0.5")), "no meaning in mode two", "doc.yaml:3:56", spec, "said = list(method.check(config))", "said = []"),
+    "what the method refuses": Case(rules.CONTRADICTION, checked(("FAKE", "FAKE, mode: two, rate: 0.5")), "no meaning in mode two", "doc.yaml:3:56", spec, "said = list(method.problems(config))", "said = []"),
     "an active adapter that is not there": Case(rules.UNKNOWN_ADAPTER, checked(("version: 1\n", "version: 1\nactive: [defautl]\n")), "Did you mean `default`?", "doc.yaml:2:10", spec, "did_you_mean(name, adapters)", "''"),
     "a name with a path": Case(rules.ADAPTER_NAME, checked(("default", '"../x"')), "`../x` cannot be", "doc.yaml:3:12", spec, "if not _NAME.fullmatch(name):", "if False:"),
-    "an unknown type": Case(rules.UNKNOWN_TYPE, checked(("FAKE", "FAKEE")), "Did you mean `FAKE`?", "doc.yaml:3:33", manager, "did_you_mean(peft_type.upper(), self.names)", "''"),
+    "an unknown type": Case(rules.UNKNOWN_TYPE, checked(("FAKE", "FAKEE")), "Did you mean `FAKE`?", "doc.yaml:3:33", manager, "did_you_mean(key.upper(), self.names)", "''"),
     "an entry twice": Case(rules.DUPLICATE_MEMBER, checked(("FAKE", "FAKE, target_modules: [a, a]")), "`\"a\"` is listed twice", "doc.yaml:3:59", structure, "if text in seen:", "if False:"),
     # files of others
     "a key of another version": Case(rules.DROPPED_KEY, adapter(inference_mod=True), "Did you mean `inference_mode`?", CONFIG_NAME, files, "hint = did_you_mean(name, options)", "hint = ''"),
@@ -234,9 +234,9 @@ CASES = {
     "a file where the folder should be": Case(rules.CANNOT_WRITE, onto_a_file, "cannot be written", "taken", files, "raise PeftcError(rules.CANNOT_WRITE(what, fix=fix, where=Where(file=str(file)))) from error", "raise"),
     "a schema out of date": Case(rules.SCHEMA_DRIFT, stale_schema, "is not what the configs say", "plan.schema.json", cli_schema, "if committed == text:", "if True:"),
     # plugins
-    "two claims": Case(rules.PLUGIN_CONFLICT, asked(claim("fake", "one"), claim("fake", "two")), "one from somebody 1.0; two from", "", manager, "if len(claims) > 1:", "if False:"),
-    "a blocked plugin": Case(rules.PLUGIN_BLOCKED, asked(claim("fake"), blocked=frozenset({"fake"})), "out of PEFTC_BLOCK", "", manager, "if not claims and any(c.peft_type == peft_type for c in self.claims):", "if False:"),
-    "a plugin that is not there": Case(rules.PLUGIN_BROKEN, asked(claim("fake", "no_such_module")), "ModuleNotFoundError", "", manager, "raise PeftcError(rules.PLUGIN_BROKEN(what, fix=fix)) from error", "raise"),
+    "two claims": Case(rules.PLUGIN_CONFLICT, asked(claim("fake", "one"), claim("fake", "two")), "one from somebody 1.0; two from", "", door, "if len(claims) > 1:", "if False:"),
+    "a blocked plugin": Case(rules.PLUGIN_BLOCKED, asked(claim("fake"), blocked=frozenset({"fake"})), "out of PEFTC_BLOCK", "", door, "if not claims and hidden:", "if False:"),
+    "a plugin that is not there": Case(rules.PLUGIN_BROKEN, asked(claim("fake", "no_such_module")), "ModuleNotFoundError", "", door, "raise PeftcError(rules.PLUGIN_BROKEN(what, fix=fix)) from error", "raise"),
     "a record without a prefix": Case(rules.PLUGIN_INVALID, broken_hook, "needs a `prefix`", "", contract, "and not (method.prefix and method.layer_names):", "and False:"),
     "a plugin that raises": Case(rules.PLUGIN_RAISED, own_check_fails, "RuntimeError: a mistake in the plugin", "doc.yaml:3:21", boundary_module, "return PeftcError(_of_plugin(peft_type, function, path, told, plugins or passed))", "return error"),
     # the frame

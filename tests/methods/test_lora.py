@@ -16,7 +16,6 @@ WIDTH = 16
 
 #: A value of each option that is not available, other than "off".
 ASKED: dict[str, Any] = {
-    "use_dora": True,
     "trainable_token_indices": [1],
     "alora_invocation_tokens": [1],
     "use_qalora": True,
@@ -161,7 +160,7 @@ def test_all_starts_that_are_not_available_are_refused() -> None:
 
 def test_every_unavailable_option_is_told_at_once() -> None:
     with pytest.raises(PeftcError) as caught:
-        wrapped(use_dora=True, lora_bias=True)
+        wrapped(use_qalora=True, lora_bias=True)
     assert len(caught.value.diagnostics) == 2
 
 

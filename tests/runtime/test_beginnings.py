@@ -284,7 +284,7 @@ DEFECTS = {
     "generated": (beginnings, "_ids_in[cache] = outputs", "_ = outputs", test_what_generation_left_in_a_cache_is_known),
     "prompts": (beginnings, "gates.seen = gates.window + ", "gates.seen = gates.window + 0 * ", lambda: test_generation_acts_from_the_prompts_mark_on({})),
     "warning": (beginnings, "    if (args or kwargs) and", "    if False and", test_embeddings_alone_are_warned_of),
-    "merging": (folding, "    if tuner.waits:", "    if False:", test_it_is_no_change_of_weights),
+    "merging": (folding, "        if part.tuner.waits:", "        if False:", test_it_is_no_change_of_weights),
     "activation": (session, "*(n for n in names if self.waits(n))", "", lambda: test_a_call_is_the_same_however_it_is_made(WAYS["at once"])),
 }  # fmt: skip
 

@@ -168,7 +168,7 @@ def called(model: PeftModel) -> object:
 
 
 LAYERS = (
-    *(on_layers(name) for name in ("slots", "declare", "check", "scaling", "dropout", "init")),
+    *(on_layers(name) for name in ("slots", "declare", "check", "scaling", "dropout", "init", "settle")),
     on_layers("derive", also=has_derived),
     *(on_layers(name, lambda given: adapted()(x()), also=has_lowering(name)) for name in LOWERINGS),
     on_layers("of_rank", lambda m: convert_adapter(m, "NARROW", 1), given=adapted),

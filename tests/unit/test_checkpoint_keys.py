@@ -58,6 +58,9 @@ def test_a_key_in_memory_is_the_key_on_disk_with_the_adapter_put_in(
             assert memory[place] == slot.name
             if slot.named:
                 assert memory.pop(place + 1) == "weight"
+            if slot.stored_tail is not None:
+                assert memory.pop() == slot.tail
+                memory += [slot.stored_tail] if slot.stored_tail else []
             home = f"{WRAPPED_ROOT}{site.path}"
             if slot.home is not None:  # shared: saved once, under one of its layers or at the model's own level
                 assert slot.home in ("", *(other.path for other in plan.sites))

@@ -88,7 +88,7 @@ def _ungateable(part: Draft, registry: Registry, graph: ModuleGraph, origin: str
     method = registry.method_of(part.config)
     for site in part.maps:
         given = tuner_for(method, part.config, site.node(graph)).lowerings
-        if not given & {"thin", "branch"} or site.layer.kind not in GATED_KINDS:
+        if not given & {"thin", "rescaled", "branch"} or site.layer.kind not in GATED_KINDS:
             what = f"What the adapter of `{origin}` does to `{site.path}` cannot be weighed by token"
             yield rules.CANNOT_GATE(what, fix=fix, where=site.path)
             return

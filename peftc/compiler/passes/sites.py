@@ -141,7 +141,7 @@ class _Declarer:
 
     def __init__(self, draft: Draft, context: Context) -> None:
         self._draft, self._context = draft, context
-        self._only = context.method.tuner if isinstance(context.method.tuner, MapTuner) else None
+        self._only = context.method.only_tuner
         self._configs: dict[str, PeftConfig] = {}
         self._kinds: dict[tuple[int, int, str], _Kind] = {}
 
@@ -174,7 +174,7 @@ class _Declarer:
         path, dtype = node.path, self._dtype(node.facts)
         kind = _Kind(self._draft.config, overrides, (), dtype, (), fails=True, tuner=tuner, node=node)
         if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):
-            kind.problems = (_unsupported(tuner, node, self._context),)
+            kind.problems = (_unsupported(tuner, node, self._draft.config, self._context),)
             return kind
         try:
             if node.facts.kind in OPAQUE_KINDS:
@@ -349,8 +349,9 @@ def _is_in_the_way(node: ModuleNode, context: Context) -> str:
     return "" if node.facts.params else "without parameters of its own"
 
 
-def _unsupported(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> Diagnostic:
-    supported = context.method.supports or tuner.supports
+def _unsupported(tuner: MapTuner[Any], node: ModuleNode, config: PeftConfig, context: Context) -> Diagnostic:
+    variant = context.method.variant_for(config)
+    supported = (variant or context.method).supports or tuner.supports
     kinds = ", ".join(sorted(kind.value for kind in supported))
     obstacle = _is_in_the_way(node, context) if node.facts.kind in supported else ""
     note = f" {obstacle}" if obstacle else f" ({node.facts.note})" if node.facts.note else ""
@@ -361,7 +362,8 @@ def _unsupported(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> Di
         if names
         else "Leave it out, or exclude it with `exclude_modules`."
     )
-    what = f"`{node.path}` is a {node.facts.cls}{note}, which {context.method.peft_type} cannot adapt"
+    by = "" if variant is None else f" with `{variant.option}`"
+    what = f"`{node.path}` is a {node.facts.cls}{note}, which {context.method.peft_type}{by} cannot adapt"
     return rules.BAD_TARGET(what, why=f"It adapts layers of the kinds {kinds}.", fix=fix, where=node.path)
 
 

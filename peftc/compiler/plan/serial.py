@@ -296,7 +296,7 @@ def _call_from_json(data: Mapping[str, Any]) -> CallSite:
 
 
 #: What nearly all slots have and a file leaves out.
-_USUAL = {"named": True, "derived": False, "share": "", "home": None, "value": None, "blocks": 1}
+_USUAL = {"named": True, "derived": False, "share": "", "home": None, "value": None, "blocks": 1, "stored_tail": None}
 
 
 def _slot_to_json(slot: Slot) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class MapSite:
         return node.of_parameter(self.parameter, self.layer) if self.parameter else node
 
     def key(self, slot: Slot, adapter: str) -> Key:
-        return Key(self.owner, slot.name, adapter, slot.tail, slot.home)
+        return Key(self.owner, slot.name, adapter, slot.tail, slot.home, slot.stored_tail)
 
 
 @dataclass(frozen=True, slots=True)

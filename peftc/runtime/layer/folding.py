@@ -70,6 +70,15 @@ def folded(
     return running
 
 
+def refuse_waiting(parts: Sequence[Part]) -> None:
+    """Raise `PeftcError` if one of these adapters acts on some tokens only: changed parameters act on all."""
+    for part in parts:
+        if part.tuner.waits:
+            name = part.view.config.peft_type
+            what = f"{name} acts from some token of a call on at `{part.path}`, and a weight acts on all"
+            raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model.", where=part.path))
+
+
 def _changed_parameter(
     base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
 ) -> Tensor:
@@ -89,9 +98,6 @@ def _changed(
     base: nn.Module, backend: Backend, part: Part, p: Mapping[str, Tensor], p0: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
     tuner, view = part.tuner, part.view
-    if tuner.waits:
-        what = f"{view.config.peft_type} acts from some token of a call on at `{part.path}`, and a weight acts on all"
-        raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model.", where=part.path))
     if "params" in tuner.lowerings:
         changed = dict(part.lowering("params")(view, p, p0))
         if not changed.keys() <= p.keys():
@@ -102,6 +108,9 @@ def _changed(
         if view.layer.experts:
             return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
         return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
+    if "rescaled" in tuner.lowerings:
+        A, B, scale, gain = part.lowering("rescaled")(view)
+        return {**p, "weight": (p["weight"] + scale * (B.flatten(1) @ A.flatten(1))) * gain.unsqueeze(1)}
     if "vectors" in tuner.lowerings and backend.vector_axis is not None:
         index, values = part.lowering("vectors")(view)
         rows = values if backend.vector_axis == 0 else values.t()
@@ -148,7 +157,7 @@ def _tried(part: Part) -> Form:
         own = tuner.stacked(view.config, view.layer)
         tensors = {label: tensor[0] if label in own else tensor for label, tensor in view.tensors().items()}
         tuner, view = tuner.one, view.of_expert(tensors)
-    if "output" not in tuner.lowerings or tuner.lowerings & {"params", "thin", "vectors"}:
+    if "output" not in tuner.lowerings or tuner.lowerings & {"params", "thin", "rescaled", "vectors"}:
         return Form.LINEAR
     return form_of(guarded(tuner.output, str(view.config.peft_type), part.path), view)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftc.runtime.call import Shared
 from peftc.runtime.layer.parts import Part, Under
-from peftc.runtime.layer.paths import Path, update_of_branch, update_of_thin
+from peftc.runtime.layer.paths import Path, update_beside, update_of_thin
 
 
 def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:
@@ -23,7 +23,7 @@ def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:
 def gated(plain: Path, shared: Shared, under: Under, parts: Sequence[Part]) -> Path:
     """The plain path, but while a call is open that weighs adapters, their updates by its coefficients. What waits for a token
     does not act in a call that says nothing."""
-    updates = [(part, update_beside(under, part)) for part in parts]
+    updates = [(part, update_of(under, part)) for part in parts]
     waits = any(part.tuner.waits for part in parts)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,9 +41,9 @@ def gated(plain: Path, shared: Shared, under: Under, parts: Sequence[Part]) -> P
     return run
 
 
-def update_beside(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+def update_of(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
     """`x, y -> Δy` of an adapter that says what it adds to an output."""
     if "thin" in part.tuner.lowerings:
         thin = update_of_thin(under, part)
         return lambda x, y: thin(x)
-    return update_of_branch(under, part)
+    return update_beside(under, part)

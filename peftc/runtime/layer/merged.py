@@ -10,14 +10,16 @@ from torch import nn
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.runtime.bases.places import computed_elsewhere
-from peftc.runtime.layer.folding import adapted
+from peftc.runtime.layer.folding import adapted, refuse_waiting
 from peftc.runtime.layer.parts import Part, Under
 
 
 def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[str, nn.Parameter]:
     """New base parameters with the adapters folded in, by name; a bias too where the layer has none and an adapter adds a
-    constant. The layer stays as it is. Raises `PeftcError` with `check` on NaN or infinity."""
+    constant. The layer stays as it is. Raises `PeftcError` for adapters that wait for a token, and
+    with `check` on NaN or infinity."""
     base, backend = under.inner, under.backend
+    refuse_waiting(parts)
     with torch.no_grad():
         logical = adapted(under, parts)
         before = backend.opened(base)

@@ -18,7 +18,7 @@ from peftc.tuner.slots import Slot
 #: What each of a method's functions gives.
 _GIVES: Mapping[str, type[object]] = {
     **dict.fromkeys(("branch", "input", "output"), Tensor),
-    **dict.fromkeys(("thin", "vectors"), tuple),
+    **dict.fromkeys(("thin", "rescaled", "vectors"), tuple),
     **dict.fromkeys(("params", "combine"), Mapping),
 }
 

@@ -18,9 +18,10 @@ from peftc.ops.folded import linear_folded
 from peftc.ops.linear import is_bare, linear_low_rank
 from peftc.ops.lowrank import add_low_rank
 from peftc.ops.recomputed import can_recompute, recomputed
+from peftc.ops.rescaled import linear_rescaled
 from peftc.runtime.bases.backend import Backend
 from peftc.runtime.bases.places import tensor_of
-from peftc.runtime.layer.folding import adapted, folded, form_of_output, opened, trained_of
+from peftc.runtime.layer.folding import adapted, folded, form_of_output, opened, refuse_waiting, trained_of
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.slots.views import LayerView
 from peftc.tuner.method import MapTuner
@@ -65,7 +66,7 @@ def has_functional_form(tuner: MapTuner[Any], backend: Backend) -> bool:
     if not backend.is_map:
         return False
     given = tuner.lowerings
-    if "thin" in given or "branch" in given:
+    if given & {"thin", "rescaled", "branch"}:
         return True
     if "vectors" in given:
         return backend.vector_axis is not None
@@ -83,7 +84,9 @@ def _step(path: Path, under: Under, part: Part, alone: bool) -> Path:
         if fresh and under.backend.is_plain_linear and part.modules is None:
             return _fused(path, under.base, part, alone)
         return _thin(path, under, part)
-    if "branch" in given:
+    if "rescaled" in given and alone and under.base is under.inner and under.backend.is_plain_linear:
+        return _rescaled(path, under, part)
+    if given & {"rescaled", "branch"}:
         return _branch(path, under, part)
     if "vectors" in given:
         return _vectors(path, under, part)
@@ -142,8 +145,57 @@ def update_of_thin(under: Under, part: Part) -> Callable[[Tensor], Tensor]:
     return update
 
 
+def _rescaled(path: Path, under: Under, part: Part) -> Path:
+    """Base and update as one function in training, where the base allows it and nothing is dropped."""
+    rescaled, view, beside = part.lowering("rescaled"), part.view, _branch(path, under, part)
+    base = under.base
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if type(base) is nn.Linear and torch.is_grad_enabled() and not args and not kwargs and not _drops(part):
+            A, B, scale, gain = rescaled(view)
+            if type(scale) is float and is_bare(base, x, A.dtype):
+                return linear_rescaled(x, base.weight, base.bias, A, B, scale, gain)
+        return beside(x, *args, **kwargs)
+
+    return run
+
+
+def update_of_rescaled(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    """`x, y -> Δy` for `W' = g ∘ (W + s B A)`: what the base itself gives is multiplied too, but for its bias.
+
+    An adapter that drops inputs, in training, drops them for all that it adds, as the reference computes it: then the base
+    runs once more.
+    """
+    rescaled, view, backend, inner = part.lowering("rescaled"), part.view, under.backend, under.inner
+    lead = [1] * (-1 - backend.output_axis) if backend.output_axis < 0 else None
+
+    def along(vector: Tensor, y: Tensor) -> Tensor:
+        return vector if lead == [] else vector.view(-1, *[1] * (y.dim() - 1 - backend.output_axis))
+
+    def update(x: Tensor, y: Tensor) -> Tensor:
+        A, B, scale, gain = rescaled(view)
+        own = y
+        if part.dropout is not None and x.is_floating_point() and _drops(part):
+            x = part.dropout(x)
+            own = under.base(x)
+        bias = _bias_below(under)
+        if bias is not None:
+            own = own - along(bias, y).to(own.dtype)
+        h = backend.down(inner, A, x.to(A.dtype) if x.is_floating_point() else x)
+        gain = along(gain, y)
+        return (gain - 1) * own + backend.up(inner, B, h) * (gain * scale)
+
+    return update
+
+
+def update_beside(under: Under, part: Part) -> Callable[[Tensor, Tensor], Tensor]:
+    """`x, y0 -> Δy` of a method that reads the layer's output."""
+    is_rescaled = "rescaled" in part.tuner.lowerings
+    return update_of_rescaled(under, part) if is_rescaled else update_of_branch(under, part)
+
+
 def _branch(path: Path, under: Under, part: Part) -> Path:
-    update = update_of_branch(under, part)
+    update = update_beside(under, part)
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = path(x, *args, **kwargs)
@@ -269,6 +321,7 @@ def _along(change: Callable[..., Tensor], view: LayerView, axis: int) -> Callabl
 
 
 def _through_parameters(under: Under, parts: Sequence[Part]) -> Path:
+    refuse_waiting(parts)
     for part in parts:
         form_of_output(part)  # now, and not in a call
 

@@ -18,7 +18,7 @@ from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.ops.grouped import grouped_low_rank
 from peftc.runtime.call import Call, Shared
-from peftc.runtime.layer.gated import update_beside
+from peftc.runtime.layer.gated import update_of
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.paths import (
     Path,
@@ -27,7 +27,7 @@ from peftc.runtime.layer.paths import (
     exchange_of_vectors,
     has_functional_form,
     through_parameters,
-    update_of_branch,
+    update_beside,
     update_of_thin,
 )
 
@@ -73,10 +73,10 @@ def _grouped(
         if part.tuner.waits:
             gate = 0.0 if call.gates is None else call.gates.of(part.path, part.view.adapter, y[index])
             if isinstance(gate, Tensor):
-                y = _added(y, index, update_beside(under, part)(x[index], y[index]) * gate)
+                y = _added(y, index, update_of(under, part)(x[index], y[index]) * gate)
         elif _by_branch(part):
             with own(part, index):
-                y = _added(y, index, update_of_branch(under, part)(x[index], y[index]))
+                y = _added(y, index, update_beside(under, part)(x[index], y[index]))
         elif "vectors" in part.tuner.lowerings:
             y = y.index_copy(0, index, exchange_of_vectors(under, part)(x[index], y[index]))
     y = _mapped(y, beside, "output", lambda part: change_of_output(under, part), own)
@@ -112,14 +112,14 @@ def _mapped(
     """The rows of methods that act by a map of the input, or of the output, mapped."""
     for part, index in groups:
         given = part.tuner.lowerings
-        if name in given and not given & {"thin", "branch"}:
+        if name in given and not given & {"thin", "rescaled", "branch"}:
             with own(part, index):
                 x = x.index_copy(0, index, change_of(part)(x[index]))
     return x
 
 
 def _by_branch(part: Part) -> bool:
-    return "branch" in part.tuner.lowerings and "thin" not in part.tuner.lowerings
+    return bool(part.tuner.lowerings & {"rescaled", "branch"}) and "thin" not in part.tuner.lowerings
 
 
 def _fused(call: Call, y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:

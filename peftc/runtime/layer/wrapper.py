@@ -127,7 +127,9 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
 
         def start(fresh: Mapping[str, Tensor]) -> None:
             init = guarded(tuner.init, self.peft_type, site.path)
-            init(site.config, site.layer, fresh, Initializer(self.pristine, kind.half))
+            filling = Initializer(self.pristine, kind.half)
+            init(site.config, site.layer, fresh, filling)
+            guarded(tuner.settle, self.peft_type, site.path)(site.config, site.layer, fresh, filling)
 
         def derive(slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
             return guarded(tuner.derive, self.peft_type, site.path)(site.config, site.layer, slots)
@@ -137,6 +139,10 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
             value = made[label]
             as_it_is = slot.derived or label in shared
             stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
+        own = dict.fromkeys(s.name for s in named.values() if s.trainable and s.name not in self.adapter_layer_names)
+        if own:  # of a variant of the method
+            keep_entry(self.__dict__, "adapter_layer_names")
+            self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, *own)
         for known in (self.scaling, self._sites, self._parts):
             keep_entry(known, adapter)
         self.scaling[adapter] = kind.scaling

@@ -67,7 +67,7 @@ class Session(Applied):
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
-        method = registry.get(plan.peft_type)
+        method = registry.method_of(plan.config)
         stock = Stock(self.stores)
         tuners = {
             (site.path, site.parameter): tuner_for(method, plan.config, site.node(self.graph)) for site in plan.maps

@@ -177,8 +177,9 @@ def _step_options(session: Session, name: str) -> frozenset[str]:
 
 def _with(plan: AdapterPlan, graph: ModuleGraph, seam: str) -> dict[str, tuple[MapSite, MapTuner[Any]]]:
     """Layers whose mathematics gives a seam."""
-    method = default_registry().get(plan.peft_type)
-    if not method.adapts_layers or (isinstance(method.tuner, MapTuner) and seam not in method.tuner.seams):
+    method = default_registry().method_of(plan.config)
+    only = method.only_tuner
+    if not method.adapts_layers or (only is not None and seam not in only.seams):
         return {}
     tuners = ((site, tuner_for(method, plan.config, site.node(graph))) for site in plan.maps)
     return {site.path: (site, tuner) for site, tuner in tuners if seam in tuner.seams}

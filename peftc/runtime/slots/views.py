@@ -6,9 +6,10 @@ underneath, and a cached tensor would be stale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
+from weakref import ref as weakref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import LayerFacts
+from peftc.ops.lowrank import is_traced
 from peftc.runtime.bases.backend import Backend
 from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.call import Call
@@ -45,7 +47,7 @@ class Owner(Protocol):
 class LayerView:
     """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
 
-    __slots__ = ("_holders", "_mode", "_owner", "_scaling", "_slots", "adapter", "config", "layer")
+    __slots__ = ("_holders", "_known", "_mode", "_owner", "_scaling", "_slots", "adapter", "config", "layer")
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class LayerView:
         self._scaling: float | None = None
         self._owner = owner
         self._mode: bool | None = None
+        self._known: dict[str, tuple[tuple[object, ...], Tensor]] = {}
 
     def fixed(self, training: bool) -> LayerView:
         """The same in training or not, whatever the layer's mode is or becomes, and with the scaling of now."""
@@ -76,6 +79,7 @@ class LayerView:
         view = self._copy()
         view._slots = {name: (tensors, name) for name in tensors}
         view._holders = {}
+        view._known = {}
         return view
 
     def of_expert(self, tensors: dict[str, Tensor]) -> LayerView:
@@ -129,6 +133,34 @@ class LayerView:
 
     def up(self, B: Tensor, h: Tensor) -> Tensor:
         return self._owner.backend.up(self._owner.get_base_layer(), B, h)
+
+    def kept(
+        self, name: str, make: Callable[[], Tensor], slots: Sequence[str] = (), base: Sequence[str] = ()
+    ) -> Tensor:
+        key = None if is_traced() else self._state(slots, base)
+        if key is None:
+            self._known.pop(name, None)
+            with torch.no_grad():
+                return make()
+        known = self._known.get(name)
+        if known is None or known[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept may serve a training later
+                known = self._known[name] = (key, make())
+        return known[1]
+
+    def _state(self, slots: Sequence[str], base: Sequence[str]) -> tuple[object, ...] | None:
+        """What tells these tensors, as they are now, from what they were; None where nothing can be kept."""
+        parameters = self._owner.get_base_layer()._parameters
+        stored = [self._slots[label][0].get(self._slots[label][1]) for label in slots]
+        stored += [parameters.get(each) for each in base]
+        found: list[object] = [self.scaling] if slots else []
+        for tensor in stored:
+            if type(tensor) is not nn.Parameter or tensor.is_meta or tensor.is_inference():
+                return None
+            if tensor.requires_grad and self.training:
+                return None
+            found += [weakref(tensor), tensor.data_ptr(), tensor._version, tensor.dtype]
+        return None if isinstance(self.scaling, Tensor) and slots else tuple(found)
 
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""

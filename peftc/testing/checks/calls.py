@@ -23,6 +23,9 @@ from peftc.testing.subjects import Subject, calls_of, layers_of, quiet
 _RETURNS = {
     "thin's A": "`(r, in · kernel)`",
     "thin's B": "`(out, r)`",
+    "rescaled's A": "`(r, in · kernel)`",
+    "rescaled's B": "`(out, r)`",
+    "rescaled's g": "`(out,)`",
     "branch": "the shape of the layer's output",
     "input": "the shape of the input, which only linear maps of its last dimension keep",
     "output": "the shape of the output",
@@ -50,6 +53,11 @@ def _shapes(layer: TunerLayer, args: tuple[Tensor, ...]) -> Iterator[tuple[str, 
         A, B, _ = part.lowering("thin")(view)
         yield "thin's A", tuple(A.flatten(1).shape), (A.shape[0], _fan_in(facts))
         yield "thin's B", tuple(B.flatten(1).shape), (facts.out_features, A.shape[0])
+    if "rescaled" in given:
+        A, B, _, gain = part.lowering("rescaled")(view)
+        yield "rescaled's A", tuple(A.flatten(1).shape), (A.shape[0], _fan_in(facts))
+        yield "rescaled's B", tuple(B.flatten(1).shape), (facts.out_features, A.shape[0])
+        yield "rescaled's g", tuple(gain.shape), (facts.out_features,)
     if "branch" in given and args:
         y0 = base(*args)
         yield "branch", tuple(part.lowering("branch")(view, args[0], y0).shape), tuple(y0.shape)

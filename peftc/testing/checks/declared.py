@@ -25,7 +25,7 @@ _SETTLED = FOUND_OUT | {"target_modules"}
 
 def record_names_its_slots(s: Subject) -> None:
     """Other libraries find a layer's tensors by `adapter_layer_names`, which come from the record."""
-    declared = set(s.method.layer_names)
+    declared = {*s.method.layer_names, *(n for variant in s.method.variants for n in variant.layer_names)}
     for site in s.wrap().session.plans["default"].sites:
         stray = sorted({slot.name for slot in site.slots if slot.trainable} - declared)
         if stray:

@@ -21,7 +21,7 @@ from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import Former
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
-_WORDINGS = (("thin",), ("branch",), ("vectors",), ("params",), ("input", "output"))
+_WORDINGS = (("thin",), ("rescaled",), ("branch",), ("vectors",), ("params",), ("input", "output"))
 
 
 def starts_as_declared(s: Subject) -> None:

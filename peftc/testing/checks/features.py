@@ -81,7 +81,7 @@ def _thin_type() -> str:
     """A method that makes adapters of thin factors, and whose options may all be left out."""
     registry = default_registry()
     able = (method for method in map(registry.get, registry.names) if method.is_rankable)
-    return next(method.peft_type for method in able if not any(method.check(method.least())))
+    return next(method.peft_type for method in able if not any(method.problems(method.least())))
 
 
 def other_kinds_are_refused(s: Subject) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from peftc import rules
@@ -19,7 +19,7 @@ def what_is_declared_is_used(s: Subject) -> None:
     """What a record lists is there to be used: a choice or an example that never is has passed no check."""
     method = s.method
     found = subjects(method)
-    idle = [*_choices(method, found), *_examples(method, found), *_values(s), *_adapters(method), *_names(method)]
+    idle = [*_choices(method, found), *_examples(method, found), *_values(s, found), *_adapters(method), *_names(method)]
     if idle:
         raise PeftcError(idle)
 
@@ -65,12 +65,12 @@ def _examples(method: TunerMethod, found: Iterable[Subject]) -> Iterator[Diagnos
             yield _idle(what, "Correct its options, or remove it.")
 
 
-def _values(s: Subject) -> Iterator[Diagnostic]:
+def _values(s: Subject, found: Sequence[Subject]) -> Iterator[Diagnostic]:
     """Values for calls that nothing reads, and keywords that get none."""
     tuner = s.method.tuner
     tuners = s.method.map_tuners or ((tuner,) if isinstance(tuner, PromptTuner) else ())
     read = {name for own in tuners for name in own.keywords}
-    given = set(s.method.example_values(s.config(), 2))
+    given = {name for one in found for name in s.method.example_values(one.config(), 2)}
     for name in sorted(given - read):
         hint = did_you_mean(name, read - given) or "Add it to the tuner's `keywords`, or leave it out."
         yield _idle(f"`example_values` gives `{name}`, which nothing reads", hint)

@@ -1,0 +1,259 @@
+"""Variants of LoRA beside the reference: files, outputs, gradients, merging, dropout, several adapters, half precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peftc_plugins.lora import VARIANTS
+from torch import nn
+
+import peftc
+from peftc import LoraConfig, PeftcError, PeftModel, get_peft_model
+from peftc.testing.models import MODELS
+from tests.e2e.test_interop import Case
+from tests.methods.exchange import assert_exchanged, trained_alike
+
+DORA = {"r": 3, "use_dora": True}
+CASES = [
+    Case("LoraConfig", "mlp", {**DORA, "target_modules": ["lin0", "lin1"], "modules_to_save": ["lin2"]}),
+    Case("LoraConfig", "mlp", {**DORA, "target_modules": "lin[012]", "use_rslora": True, "rank_pattern": {"lin1": 2}}),
+    Case("LoraConfig", "conv1d", {**DORA, "target_modules": ["conv0"]}),
+    Case("LoraConfig", "conv2d", {**DORA, "target_modules": ["conv1", "head"]}),
+    Case("LoraConfig", "conv3d", {**DORA, "target_modules": ["conv0", "head"]}),
+    Case("LoraConfig", "embedding", {**DORA, "target_modules": ["emb", "lin0"]}),
+    Case("LoraConfig", "llama", {**DORA}),
+    Case("LoraConfig", "gpt2", {**DORA, "fan_in_fan_out": True}),
+]
+#: One case for each variant and kind of layer with which two adapters, rows and half precision are tried.
+SHORT = [
+    case for case in CASES if case.model in ("mlp", "conv2d", "embedding") and "modules_to_save" not in case.options
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_files_are_the_references(case: Case, tmp_path: Path) -> None:
+    assert_exchanged(case, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_the_references(case: Case, dropout: float) -> None:
+    """From one seed, with what is dropped alike."""
+    theirs, ours = trained_alike(Case(case.config, case.model, {**case.options, "lora_dropout": dropout}))
+    assert theirs.keys() == ours.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def both(case: Case, dtype: torch.dtype, *adapters: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """The model in both libraries with these adapters, moved at random alike; theirs first; and what it is called with."""
+    model = next(model for model in MODELS if model.name == case.model)
+    made = []
+    for library in (peft, peftc):
+        config = getattr(library, case.config)(**case.options)
+        wrapped = library.get_peft_model(model.build(dtype), config, adapters[0])
+        for other in adapters[1:]:
+            wrapped.add_adapter(other, config)
+        made.append(wrapped.eval())
+    theirs, ours = made
+    torch.manual_seed(5)
+    with torch.no_grad():
+        own = dict(ours.named_parameters())
+        for name, parameter in theirs.named_parameters():
+            if any(f".{adapter}" in name for adapter in adapters):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+                own[name].copy_(parameter)
+    return theirs, ours, model.arguments(dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_two_active_at_once(case: Case) -> None:
+    theirs, ours, arguments = both(case, torch.float32, "a", "b")
+    for model in (theirs, ours):
+        model.base_model.set_adapter(["a", "b"])
+    expected = theirs(**arguments)
+    torch.testing.assert_close(ours(**arguments), expected, rtol=1e-4, atol=1e-5)
+    for model in (theirs, ours):
+        model.merge_adapter()
+    torch.testing.assert_close(ours(**arguments), theirs(**arguments), rtol=1e-4, atol=1e-5)
+    ours.unmerge_adapter()
+    torch.testing.assert_close(ours(**arguments), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_a_base_in_half_precision(case: Case) -> None:
+    theirs, ours, arguments = both(case, torch.bfloat16, "a")
+    y = ours(**arguments)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, theirs(**arguments), rtol=2e-2, atol=2e-2)
+    y.float().square().sum().backward()
+    theirs(**arguments).float().square().sum().backward()
+    own = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max()) + 1e-6
+            torch.testing.assert_close(
+                own[name].grad.float() / scale, parameter.grad.float() / scale, rtol=0, atol=3e-2
+            )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_each_row_by_its_own_adapter(case: Case) -> None:
+    """The reference refuses DoRA here; each row is as with its adapter alone."""
+    _, ours, arguments = both(case, torch.float32, "a", "b")
+    rows = len(next(iter(arguments.values())))
+    alone = {}
+    for name in ("a", "b"):
+        ours.set_adapter(name)
+        alone[name] = ours(**arguments)
+    names = [("a", "b")[row % 2] for row in range(rows)]
+    mixed = ours(**arguments, adapter_names=names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
+
+
+# DoRA -----------------------------------------------------------------------------------------------------------------
+
+
+def dora(layer: nn.Module, **options: Any) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], **{**DORA, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def test_the_formula_of_dora() -> None:
+    model = dora(nn.Linear(12, 10), lora_alpha=6)
+    layer = model.get_base_model()[0]
+    A, B, m = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    weight = layer.base_layer.weight + 2 * B @ A
+    x = torch.randn(4, 12)
+    expected = x @ (weight * (m / weight.norm(dim=1)).unsqueeze(1)).T + layer.base_layer.bias
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_magnitudes_begin_as_the_norm(start: bool | str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(12, 10)), LoraConfig(target_modules=["0"], init_lora_weights=start, **DORA)
+    )
+    layer = model.get_base_model()[0]
+    delta = layer.get_delta_weight("default")
+    updated = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight * (8 / 3)
+    torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, updated.norm(dim=1))
+    torch.testing.assert_close(layer.base_layer.weight + delta, updated)
+
+
+def swapped(layer: Any) -> None:
+    layer.lora_B["default"].weight = nn.Parameter(layer.lora_B["default"].weight.detach() * 3)
+
+
+def written(layer: Any) -> None:
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(2)
+
+
+def scaled(layer: Any) -> None:
+    layer.set_scale("default", 0.1)
+
+
+def based(layer: Any) -> None:
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(-0.3)
+
+
+def trained(layer: Any) -> None:
+    """As an optimiser that writes past torch's counters does it, between calls in training."""
+    layer.train()
+    layer(torch.ones(1, 12))
+    layer.lora_B["default"].weight.data.mul_(4)
+    layer.eval()
+
+
+@pytest.mark.parametrize("change", [swapped, written, scaled, based, trained])
+def test_a_kept_norm_is_dropped_when_what_it_is_of_changes(change: Any) -> None:
+    model = dora(nn.Linear(12, 10)).eval()
+    layer, x = model.get_base_model()[0], torch.randn(3, 12)
+    for context in (torch.inference_mode, torch.no_grad):
+        with context():
+            model(x)
+    change(layer)
+    with torch.no_grad():
+        y = model(x)
+    torch.testing.assert_close(y, model.merge_and_unload()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_matrix_of_the_weights_size_is_made_in_a_call() -> None:
+    """Neither in training nor in evaluation, with the base in half precision too, is as much memory used at once."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            made = isinstance(out, torch.Tensor) and "view" not in str(function) and not out._is_view()
+            if made and str(function) not in ("aten.detach.default", "aten.t.default"):
+                self.most = max(self.most, out.numel())
+            return out
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = dora(nn.Linear(2048, 4096).to(dtype))
+        x = torch.randn(2, 2048, dtype=dtype)
+        with Largest() as seen:
+            model(x).sum().backward()
+            model.eval()(x)
+        assert seen.most <= 1024 * 2048  # rows that are widened together
+
+
+def test_second_derivatives() -> None:
+    model = dora(nn.Linear(5, 4).double())
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: model(x), (x,))
+    layer = model.get_base_model()[0]
+    slots = [layer.lora_B["default"].weight, layer.lora_magnitude_vector["default"].weight]
+
+    def penalty(fused: bool) -> list[torch.Tensor]:
+        y = model(x) if fused else nn.functional.linear(x, layer.weight * 0 + folded(layer), layer.bias)
+        first = torch.autograd.grad(y.square().sum(), slots, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), slots))
+
+    for own, plain in zip(penalty(True), penalty(False), strict=True):
+        torch.testing.assert_close(own, plain)
+
+
+def folded(layer: Any) -> torch.Tensor:
+    """The adapted weight with the norm held constant."""
+    A, B, m = (getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    weight = layer.base_layer.weight + layer.scaling["default"] * B @ A
+    return weight * (m / weight.norm(dim=1).detach()).unsqueeze(1)
+
+
+def test_experts_and_groups_are_refused() -> None:
+    with pytest.raises(PeftcError, match=r"(?s)PC401.*groups"):
+        dora(nn.Conv2d(4, 4, 3, groups=2), r=2)
+    model = next(model for model in MODELS if model.parameters)
+    with pytest.raises(PeftcError, match="use_dora"):
+        get_peft_model(model.build(), LoraConfig(target_parameters=list(model.parameters), **DORA))
+    with pytest.raises(PeftcError, match="use_dora"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), LoraConfig(target_modules=["0"], **DORA))
+
+
+def test_every_variant_has_a_case_with_the_reference() -> None:
+    for variant in VARIANTS:
+        assert any(variant.acts(LoraConfig(**case.options)) for case in CASES), variant.name
