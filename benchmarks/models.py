@@ -83,10 +83,10 @@ def frozen_llama() -> Any:
     return model.train()
 
 
-def with_lora(name: str, model: Any) -> Any:
+def with_lora(name: str, model: Any, **options: Any) -> Any:
     """The model with the adapter of the library `name`, no longer at its start."""
     lib = library(name)
-    return lib.get_peft_model(model, lora(lib, init_lora_weights=False)).train()
+    return lib.get_peft_model(model, lora(lib, init_lora_weights=False, **options)).train()
 
 
 def training_step(model: Any) -> Callable[[], None]:

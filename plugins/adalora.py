@@ -62,7 +62,7 @@ class AdaLoraConfig(lora.LoraConfig):
             yield p.rules.CONTRADICTION(
                 f"The supplied schedule values don't allow for a budgeting phase: {steps}", fix=fix, where="tinit"
             )
-        for option in ("use_dora", "loftq_config"):
+        for option in (*lora.OF_VARIANTS, "loftq_config"):
             if getattr(self, option):
                 yield p.rules.OPTION_NOT_AVAILABLE(f"`{option}` is not for this method", fix="Remove it.", where=option)
 

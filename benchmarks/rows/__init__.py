@@ -8,6 +8,7 @@ NAMES = (
     "loaded-adapters",
     "one-token",
     "training-step",
+    "dora-step",
     "training-memory",
     "methods",
 )

@@ -8,37 +8,15 @@ from __future__ import annotations
 
 from peftc import plugin as p
 
-from . import alora
+from . import alora, bdlora, bias, dora, qalora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
-from .dora import DoraTuner
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
+from .nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from .plain import GroupedLoraTuner, LoraTuner
 
 _TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
-VARIANTS = (
-    p.Variant(
-        "LORA",
-        "dora",
-        DoraTuner(),
-        chosen=lambda c: c.use_dora,
-        option="use_dora",
-        layer_names=("lora_magnitude_vector",),
-        summary="Magnitude and direction of each output are trained apart.",
-        paper="arXiv:2402.09353",
-        examples=({"r": 4, "use_dora": True},),
-    ),
-    p.Variant(
-        "LORA",
-        "alora",
-        alora.ALoraTuner(),
-        chosen=lambda c: bool(c.alora_invocation_tokens),
-        option="alora_invocation_tokens",
-        check=alora.check,
-        summary="The update acts from the last invocation on that a row has.",
-        paper="arXiv:2504.12397",
-        examples=({"r": 4, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},),
-    ),
-)
+#: Each in a file of its own.
+VARIANTS = (dora.VARIANT, bias.VARIANT, qalora.VARIANT, bdlora.VARIANT, alora.VARIANT)
 
 
 def tuner_for(c: LoraConfig, node: p.ModuleNode) -> p.MapTuner[LoraConfig]:
@@ -55,7 +33,11 @@ peftc_tuner = p.method(
     layer_names=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
     layer_options=("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
     exports=(
+        BdLoraConfig,
+        KasaConfig,
         LoraRuntimeConfig,
+        MontecloraConfig,
+        VeloraConfig,
         convert_to_lora,
         create_lorafa_optimizer,
         create_loraplus_optimizer,

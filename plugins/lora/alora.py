@@ -58,3 +58,16 @@ def check(c: LoraConfig) -> p.Problems:
 def example_values(c: LoraConfig, rows: int) -> p.Options:
     """That the update acts on all tokens, of any number."""
     return {OFFSETS: [1 << 20] * rows} if c.alora_invocation_tokens else {}
+
+
+VARIANT = p.Variant(
+    "LORA",
+    "alora",
+    ALoraTuner(),
+    chosen=lambda c: bool(c.alora_invocation_tokens),
+    option="alora_invocation_tokens",
+    check=check,
+    summary="The update acts from the last invocation on that a row has.",
+    paper="arXiv:2504.12397",
+    examples=({"r": 4, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},),
+)

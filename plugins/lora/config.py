@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from peftc import plugin as p
 
+from .nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+
 _T = TypeVar("_T")
 #: An option that files of the reference may carry and this version cannot act on; its default means "off".
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
@@ -14,17 +16,16 @@ _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 NOT_YET = (
     "trainable_token_indices",
     "velora_config",
-    "use_qalora",
     "monteclora_config",
     "layer_replication",
-    "lora_bias",
-    "use_bdlora",
     "arrow_config",
     "kasa_config",
     "megatron_config",
     "ensure_weight_tying",
 )
 STARTS_NOT_YET = ("eva_config", "corda_config", "lora_ga_config")
+#: Options that choose a variant of the mathematics, for methods that share this config and have none.
+OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora")
 #: Starts that this version makes, and those of the reference that it cannot make but whose trained adapters mean what the
 #: factors say. All others change the base's weights as well: their adapters belong to a base that is not the original.
 STARTS = (True, False, "gaussian")
@@ -65,20 +66,23 @@ class LoraConfig(
     lora_ga_config: _NotYet[dict[str, Any] | None] = None
     use_dora: bool = False
     """Train magnitude and direction of each output apart (DoRA, arXiv:2402.09353)."""
-    velora_config: _NotYet[dict[str, Any] | None] = None
+    velora_config: _NotYet[VeloraConfig | None] = None
     alora_invocation_tokens: list[int] | None = None
     """The ids of an invocation: the update acts from its last one in each row on (aLoRA)."""
-    use_qalora: _NotYet[bool] = False
-    qalora_group_size: int = 16
-    """Kept for files of the reference."""
-    monteclora_config: _NotYet[dict[str, Any] | None] = None
+    use_qalora: bool = False
+    """Let A read means over groups of inputs (QALoRA, arXiv:2309.14717)."""
+    qalora_group_size: p.Count = 16
+    """Inputs in such a group."""
+    monteclora_config: _NotYet[MontecloraConfig | None] = None
     layer_replication: _NotYet[list[list[int]] | None] = None
     runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
     """How a run goes about it; never written."""
-    lora_bias: _NotYet[bool] = False
-    use_bdlora: _NotYet[dict[str, Any] | None] = None
+    lora_bias: bool = False
+    """Give the update a bias of its own."""
+    use_bdlora: BdLoraConfig | None = None
+    """Make one of the factors block-diagonal (BD-LoRA)."""
     arrow_config: _NotYet[dict[str, Any] | None] = None
-    kasa_config: _NotYet[dict[str, Any] | None] = None
+    kasa_config: _NotYet[KasaConfig | None] = None
     ensure_weight_tying: _NotYet[bool] = False
 
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}

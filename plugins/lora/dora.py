@@ -53,3 +53,16 @@ class DoraTuner(LoraTuner):
 
         kept = a.kept("norm", norm, slots=(first, second), base=("weight",))
         return A, B, scale, a.lora_magnitude_vector.reshape(-1) / kept.detach()
+
+
+VARIANT = p.Variant(
+    "LORA",
+    "dora",
+    DoraTuner(),
+    chosen=lambda c: c.use_dora,
+    option="use_dora",
+    layer_names=("lora_magnitude_vector",),
+    summary="Magnitude and direction of each output are trained apart.",
+    paper="arXiv:2402.09353",
+    examples=({"r": 4, "use_dora": True},),
+)

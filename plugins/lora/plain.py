@@ -58,7 +58,7 @@ class LoraTuner(p.MapTuner[LoraConfig]):
         counts_twice = layer.kind is p.Kind.LINEAR and layer.cls == "MultiheadAttention"
         return 2 * own if counts_twice else own  # of its output layer: what the reference computes, files of it mean
 
-    def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig:
+    def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig | None:
         plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
         return c.model_copy(update=plain)
 

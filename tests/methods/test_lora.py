@@ -18,10 +18,11 @@ WIDTH = 16
 ASKED: dict[str, Any] = {
     "trainable_token_indices": [1],
     "alora_invocation_tokens": [1],
-    "use_qalora": True,
     "layer_replication": [[0, 1]],
-    "lora_bias": True,
     "ensure_weight_tying": True,
+    "velora_config": {},
+    "monteclora_config": {},
+    "kasa_config": {},
 }
 
 
@@ -160,7 +161,7 @@ def test_all_starts_that_are_not_available_are_refused() -> None:
 
 def test_every_unavailable_option_is_told_at_once() -> None:
     with pytest.raises(PeftcError) as caught:
-        wrapped(use_qalora=True, lora_bias=True)
+        wrapped(alora_invocation_tokens=[1], ensure_weight_tying=True)
     assert len(caught.value.diagnostics) == 2
 
 

@@ -33,8 +33,6 @@ LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_qalora": True},
-        {"lora_bias": True},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "eva"},
         {"eva_config": {"rho": 2.0}},

@@ -133,3 +133,113 @@ def test_the_example_and_a_new_plugin_pass_their_tests_at_once(with_example: Pat
         assert "[LORA_XS-" in told and "[NOISY_SCALE-" in told
     finally:
         removed(with_example, "peftc-noisy-scale")
+
+
+# a variant of a method ------------------------------------------------------------------------------------------------
+
+VARIANT = '''"""Gated updates: each output has a gate of its own over the low-rank update."""
+
+from peftc import plugin as p
+
+
+class GateOptions(p.ConfigModel):
+    start: float = p.Field(default=1.0, gt=0)
+    """What gates begin with."""
+
+
+class Gated(p.MapTuner):
+    supports = p.LINEAR_KINDS
+
+    def slots(self, c, layer):
+        yield p.module_slot("lora_A", (c.r, layer.in_features))
+        yield p.module_slot("lora_B", (layer.out_features, c.r))
+        yield p.parameter_slot("lora_gate", (layer.out_features,))
+
+    def init(self, c, layer, slots, init):
+        init.kaiming_uniform(slots["lora_A"])
+        init.zeros(slots["lora_B"])
+        init.fill(slots["lora_gate"], p.variant_options(c, GateOptions).start)
+
+    def scaling(self, c, layer):
+        return c.lora_alpha / c.r
+
+    def thin(self, a):
+        return a.lora_A, a.lora_B * a.lora_gate.unsqueeze(1), a.scaling
+
+
+@p.hookimpl
+def peftc_variant():
+    return p.Variant(
+        "LORA", "gated", Gated(), options=GateOptions, layer_names=("lora_gate",), summary="Gates over the update."
+    )
+'''
+
+PROJECT = """
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "gated-updates"
+version = "0.3.0"
+
+[project.entry-points."peftc.variants"]
+"lora.gated" = "gated_updates"
+
+[tool.setuptools]
+py-modules = ["gated_updates"]
+"""
+
+#: The adapter of the job has the variant's tensors, acts by them, and is merged.
+GATED = """
+import json, sys, torch, transformers
+from safetensors.torch import load_file
+from peftc import PeftModel
+from peftc.registry.manager import default_registry
+
+assert "gated_updates" not in sys.modules
+def base():
+    return transformers.AutoModelForCausalLM.from_pretrained("base").eval()
+
+tensors = load_file("out/adapter_model.safetensors")
+assert any(key.endswith(".lora_gate") for key in tensors), sorted(tensors)
+config = json.load(open("out/adapter_config.json"))
+assert (config["variant"], config["variant_options"], config["peftc_plugin"]) == ("gated", {"start": 0.5}, "gated-updates==0.3.0")
+ids = torch.arange(5)[None]
+model = PeftModel.from_pretrained(base(), "out").eval()
+y = model(input_ids=ids).logits
+assert not torch.equal(y, base()(input_ids=ids).logits)
+merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+assert torch.allclose(merged(input_ids=ids).logits, y, atol=1e-5)
+print("acts")
+"""
+
+UNKNOWN = """
+import transformers
+from peftc import PeftModel
+try:
+    PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("base"), "out")
+except ValueError as error:
+    print("pip install gated-updates==0.3.0" in str(error))
+"""
+
+
+def test_a_variant_of_another_package_is_named_in_a_spec(installed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source of it"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+    (source / "gated_updates.py").write_text(VARIANT, encoding="utf-8")
+    install(built(source, tmp_path / "build"), installed)
+    try:
+        job = write_small_job(tmp_path, "LORA")
+        spec = json.loads(job.read_text(encoding="utf-8"))
+        spec["adapters"]["default"] |= {"r": 2, "variant": "gated", "variant_options": {"start": 0.5}}
+        job.write_text(json.dumps(spec), encoding="utf-8")
+        planned, *_ = peftc_each(
+            installed, tmp_path, "plan spec.json --json", "train spec.json --device cpu", "merge --adapter out --out merged"
+        )  # fmt: skip
+        assert json.loads(planned)["trainable"] == 2 * 2 * (2 * 16 + 2 * 16 + 16)
+        assert ran(installed / "python", "-c", GATED, folder=tmp_path).strip() == "acts"
+    finally:
+        removed(installed, "gated-updates")
+    assert ran(installed / "python", "-c", UNKNOWN, folder=tmp_path).strip() == "True"

@@ -30,17 +30,18 @@ def _idle(what: str, fix: str) -> Diagnostic:
 
 def _choices(method: TunerMethod, found: Iterable[Subject]) -> Iterator[Diagnostic]:
     """Mathematics that is chosen for no layer of any model, though there are layers of its kinds."""
-    listed = method.tuner if isinstance(method.tuner, tuple) else method.choices
+    own = "tuner" if isinstance(method.tuner, tuple) else "choices"
+    listed = [(f"`{own}[{place}]`", tuner) for place, tuner in enumerate(getattr(method, own))]
+    listed += [(f"Mathematics of the variant `{v.name}`", tuner) for v in method.variants for tuner in v.tuners]
     there = frozenset(kind for model in MODELS for kind in kinds_in(model))
-    left = {id(tuner): place for place, tuner in enumerate(listed) if tuner.supports & there}
+    left = {id(tuner): (which, tuner) for which, tuner in listed if tuner.supports & there}
     for subject in found:
         if not left:
             return
         for tuner in _chosen(subject):
             left.pop(id(tuner), None)
-    for place in left.values():
-        which = f"`{'tuner' if isinstance(method.tuner, tuple) else 'choices'}[{place}]`"
-        what = f"{which}, a `{type(listed[place]).__name__}`, is chosen for no layer, with none of the `examples`"
+    for which, tuner in left.values():
+        what = f"{which}, a `{type(tuner).__name__}`, is chosen for no layer, with none of the `examples`"
         yield _idle(what, "Correct the function that chooses, add an example that it is chosen with, or remove it.")
 
 
