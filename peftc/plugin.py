@@ -195,6 +195,20 @@ def linear(a: View | PromptView | CallView, label: str, x: Tensor) -> Tensor:
     return plain.linear(x, a[f"{label}.weight"], a[f"{label}.bias"])
 
 
+def mean_direction(x: Tensor, count: int) -> Tensor:
+    """The mean of all groups of features of inputs `(..., in)`, each divided into `count`; of length one."""
+    from peftc.ops import compressed
+
+    return compressed.mean_direction(x, count)
+
+
+def linear_compressed(x: Tensor, A: Tensor, direction: Tensor, count: int, scale: float) -> Tensor:
+    """`x A^T` whose backward keeps of x one number for each of `count` groups of features: `peftc.ops.compressed`."""
+    from peftc.ops import compressed
+
+    return compressed.linear_compressed(x, A, direction, count, scale)
+
+
 def row_norms(weight: Tensor, like: Tensor) -> Tensor:
     """Norms of the rows of a weight `(out, in · kernel)`, in the dtype of another tensor."""
     from peftc.ops import rescaled
@@ -302,8 +316,10 @@ __all__ = [
     "kept_outputs",
     "labelled",
     "linear",
+    "linear_compressed",
     "linear_slots",
     "matches",
+    "mean_direction",
     "method",
     "model_validator",
     "module_slot",

@@ -30,7 +30,7 @@ from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
 from peftc.tuner.experts import tuner_for
-from peftc.tuner.method import TunerMethod
+from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
 #: Kinds of layer that some method may adapt.
@@ -138,12 +138,33 @@ class Subject:
     @property
     def bent(self) -> bool:
         """Whether the mathematics says that gradients are not the slopes of the output."""
+        return any(tuner.bent_gradients for tuner in self._tuners)
+
+    @property
+    def draws(self) -> bool:
+        """Whether slots act in training alone."""
+        return any(tuner.draws_in_training for tuner in self._tuners)
+
+    @contextmanager
+    def drawing(self, model: nn.Module) -> Iterator[None]:
+        """In training, from one seed, where slots act there alone."""
+        if not self.draws or model.training:
+            yield
+            return
+        model.train()
+        try:
+            with seeded(4):
+                yield
+        finally:
+            model.eval()
+
+    @property
+    def _tuners(self) -> Sequence[MapTuner[Any]]:
+        """All mathematics that these options may lead to."""
         variant = self.method.variant_for(self.config())
-        tuners = self.method.map_tuners if variant is None else variant.tuners
-        own = [
-            t for t in tuners if not any(t in other.tuners for other in self.method.variants if other is not variant)
-        ]
-        return any(tuner.bent_gradients for tuner in own)
+        of_others = {id(tuner) for other in self.method.variants for tuner in other.tuners}
+        plain = [tuner for tuner in self.method.map_tuners if id(tuner) not in of_others]
+        return plain if variant is None else variant.tuners
 
     def calling(self, model: nn.Module) -> AbstractContextManager[None]:
         """Where layers of the model, or a model adapted in place, can be called by themselves."""
@@ -169,7 +190,8 @@ class Subject:
     def grown(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Gradients by parameter name after a backward pass of a fixed random functional of the output."""
         model.zero_grad(set_to_none=True)
-        y = self.run(model, dtype)
+        with self.drawing(model):
+            y = self.run(model, dtype)
         with seeded(3):
             seed = torch.randn(y.shape, dtype=torch.float32).to(y.dtype)
         (y * seed).sum().backward()

@@ -84,6 +84,8 @@ class MapTuner(ABC, Generic[C]):
     keywords: ClassVar[tuple[str, ...]] = ()
     #: why gradients are not the slopes of the output, where the method means them to be others; the kit does not compare them
     bent_gradients: ClassVar[str] = ""
+    #: whether slots act in training alone, by numbers that are drawn there; the kit looks at gradients in training then
+    draws_in_training: ClassVar[bool] = False
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
     #: names of the further seams that it gives, likewise

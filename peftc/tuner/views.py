@@ -79,6 +79,10 @@ class View(Protocol[Config]):
         Raises `PeftcError` if the call gives none and there is no default, or another number of them.
         """
 
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What the method notes in a call in training, for its `loss` afterwards; copies and files have none of it."""
+
     def kept(
         self, name: str, make: Callable[[], Tensor], slots: Sequence[str] = (), base: Sequence[str] = ()
     ) -> Tensor:

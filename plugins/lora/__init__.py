@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peftc import plugin as p
 
-from . import alora, bdlora, bias, dora, qalora
+from . import alora, bdlora, bias, dora, monteclora, qalora, velora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
 from .nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
@@ -16,7 +16,15 @@ from .plain import GroupedLoraTuner, LoraTuner
 
 _TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
 #: Each in a file of its own.
-VARIANTS = (dora.VARIANT, bias.VARIANT, qalora.VARIANT, bdlora.VARIANT, alora.VARIANT)
+VARIANTS = (
+    dora.VARIANT,
+    bias.VARIANT,
+    qalora.VARIANT,
+    bdlora.VARIANT,
+    velora.VARIANT,
+    monteclora.VARIANT,
+    alora.VARIANT,
+)
 
 
 def tuner_for(c: LoraConfig, node: p.ModuleNode) -> p.MapTuner[LoraConfig]:
@@ -43,6 +51,7 @@ peftc_tuner = p.method(
         create_loraplus_optimizer,
         save_as_lora,
     ),
+    model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss},
     tags=("lora",),
     examples=(
         {"r": 4, "lora_alpha": 8},

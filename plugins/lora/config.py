@@ -15,8 +15,6 @@ _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 #: All of these, and those that only say how a fresh adapter begins.
 NOT_YET = (
     "trainable_token_indices",
-    "velora_config",
-    "monteclora_config",
     "layer_replication",
     "arrow_config",
     "kasa_config",
@@ -25,7 +23,7 @@ NOT_YET = (
 )
 STARTS_NOT_YET = ("eva_config", "corda_config", "lora_ga_config")
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
-OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora")
+OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config", "monteclora_config")
 #: Starts that this version makes, and those of the reference that it cannot make but whose trained adapters mean what the
 #: factors say. All others change the base's weights as well: their adapters belong to a base that is not the original.
 STARTS = (True, False, "gaussian")
@@ -66,14 +64,16 @@ class LoraConfig(
     lora_ga_config: _NotYet[dict[str, Any] | None] = None
     use_dora: bool = False
     """Train magnitude and direction of each output apart (DoRA, arXiv:2402.09353)."""
-    velora_config: _NotYet[VeloraConfig | None] = None
+    velora_config: VeloraConfig | None = None
+    """Keep compressed inputs for backward (VeLoRA, arXiv:2405.17991)."""
     alora_invocation_tokens: list[int] | None = None
     """The ids of an invocation: the update acts from its last one in each row on (aLoRA)."""
     use_qalora: bool = False
     """Let A read means over groups of inputs (QALoRA, arXiv:2309.14717)."""
     qalora_group_size: p.Count = 16
     """Inputs in such a group."""
-    monteclora_config: _NotYet[MontecloraConfig | None] = None
+    monteclora_config: MontecloraConfig | None = None
+    """Sample A in training (MonteCLoRA, arXiv:2411.04358)."""
     layer_replication: _NotYet[list[list[int]] | None] = None
     runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
     """How a run goes about it; never written."""

@@ -46,6 +46,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.model.functions.conversion"): "and turn adapters of a model into others",
     ("peftc.plugin", "peftc.ops.dropping"): "what methods drop in training is drawn by tensors",
     ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
+    ("peftc.plugin", "peftc.ops.compressed"): "products that keep less for backward are, too",
     ("peftc.plugin", "peftc.ops.rescaled"): "norms of updated weights too",
 }
 

@@ -20,8 +20,6 @@ ASKED: dict[str, Any] = {
     "alora_invocation_tokens": [1],
     "layer_replication": [[0, 1]],
     "ensure_weight_tying": True,
-    "velora_config": {},
-    "monteclora_config": {},
     "kasa_config": {},
 }
 

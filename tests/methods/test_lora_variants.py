@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora import monteclora
 from peft.tuners.lora import variants as reference
 from peftc_plugins.lora import VARIANTS
 from torch import nn
@@ -21,6 +23,14 @@ from tests.methods.exchange import assert_exchanged, trained_alike
 DORA = {"r": 3, "use_dora": True}
 BIAS = {"r": 3, "lora_bias": True}
 QUANT = {"r": 3, "use_qalora": True, "qalora_group_size": 4}
+
+
+#: The reference draws all that it buffers when it starts, and fills its memory with it.
+MONTE = {"r": 3, "monteclora_config": {"num_samples": 4, "sample_scaler": 0.2, "use_entropy": True, "buffer_size": 2}}
+
+
+def velora(**options: Any) -> dict[str, Any]:
+    return {"r": 3, "velora_config": {"num_groups": 4, **options}}
 
 
 def blocks(of_a: list[str], of_b: list[str], strict: bool = True) -> dict[str, Any]:
@@ -46,6 +56,15 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         return OnLinear() if config.use_qalora else resolve(layer, config=config, **kwargs)
 
     monkeypatch.setattr(cls, "resolve_lora_variant", resolved)
+    monkeypatch.setattr(monteclora.BufferedMontecloraSampler, "get", drawn)
+
+
+def drawn(sampler: Any) -> dict[str, Any]:
+    """What a sampler of the reference gives: drawn when it is needed, as here."""
+    of = sampler.model
+    normal = torch.randn(of.num_samples, of.in_features, of.out_features)
+    wishart = torch.randn(of.out_features, of.out_features).square().sum(0).diag()
+    return {"z_mvn": normal, "z_wishart": wishart, "z_dirichlet": torch.randn(of.num_samples)}
 
 
 CASES = [
@@ -70,6 +89,15 @@ CASES = [
         {**blocks(["o_proj", "down_proj"], ["q_proj", "up_proj"], False), "target_modules": "all-linear"},
     ),
     Case("LoraConfig", "mlp", {**QUANT, "target_modules": ["lin0", "lin1"]}),
+    Case("LoraConfig", "mlp", {**velora(), "target_modules": ["lin0", "lin1"]}),
+    Case(
+        "LoraConfig",
+        "mlp",
+        {**velora(num_groups=5, scale=0.5, init_type="batch_average_once"), "target_modules": "lin[012]"},
+    ),
+    Case("LoraConfig", "llama", {**velora(num_groups=3), "target_modules": "all-linear"}),
+    Case("LoraConfig", "mlp", {**MONTE, "target_modules": ["lin0", "lin1"]}),
+    Case("LoraConfig", "llama", {**MONTE}),
 ]
 #: One case for each variant and kind of layer with which two adapters, rows and half precision are tried.
 SHORT = [
@@ -303,3 +331,124 @@ def test_experts_and_groups_are_refused() -> None:
 def test_every_variant_has_a_case_with_the_reference() -> None:
     for variant in VARIANTS:
         assert any(variant.acts(LoraConfig(**case.options)) for case in CASES), variant.name
+
+
+# VeLoRA ---------------------------------------------------------------------------------------------------------------
+
+
+def one(**options: Any) -> tuple[PeftModel, Any]:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(10, 6))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False, **options))
+    return model, model.get_base_model()[0]
+
+
+def test_backward_keeps_no_input() -> None:
+    model, _ = one(**velora(num_groups=2))
+    kept: list[int] = []
+    x = torch.randn(64, 10)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(x)
+    assert x.numel() not in kept
+
+
+@pytest.mark.parametrize("kind", ["batch_average", "batch_average_once", "random"])
+def test_when_the_direction_moves(kind: str) -> None:
+    model, layer = one(**velora(num_groups=2, init_type=kind))
+    seen = [layer.lora_velora_embed["default"].clone()]
+    for step in range(3):
+        torch.manual_seed(step)
+        model.train(step != 1)(torch.randn(8, 10) + step)
+        seen.append(layer.lora_velora_embed["default"].clone())
+    moved = [not torch.equal(one, other) for one, other in pairwise(seen)]
+    assert moved == {"random": [False] * 3, "batch_average_once": [True, False, False]}.get(kind, [True, False, True])
+    assert all(torch.isclose(direction.norm(), torch.tensor(1.0)) for direction in seen[1:])
+
+
+def test_an_input_of_zeros_has_a_direction() -> None:
+    model, layer = one(**velora(num_groups=2))
+    model.train()(torch.zeros(2, 10)).sum().backward()
+    torch.testing.assert_close(layer.lora_velora_embed["default"], torch.full((5,), 5**-0.5))
+
+
+def test_a_model_that_calls_a_layer_twice_before_backward() -> None:
+    model, _ = one(**velora(num_groups=2))
+    model.train()
+    (model(torch.randn(4, 10)).sum() + model(torch.randn(4, 10)).sum()).backward()
+
+
+# MonteCLoRA -----------------------------------------------------------------------------------------------------------
+
+
+class Losing(nn.Module):
+    """A model that computes its loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        from types import SimpleNamespace
+
+        y = self.lin(x)
+        return SimpleNamespace(logits=y, loss=None if labels is None else (y - labels).square().mean())
+
+
+def sampled() -> list[Any]:
+    """The model in both libraries, theirs first, in training and moved alike."""
+    found = []
+    for library in (peft, peftc):
+        torch.manual_seed(0)
+        model = library.get_peft_model(Losing(), library.LoraConfig(target_modules=["lin"], **MONTE)).train()
+        torch.manual_seed(1)
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        found.append(model)
+    return found
+
+
+def test_the_term_of_the_loss_is_added_once() -> None:
+    """By the model's loss where it has one, else when it is asked for. The reference's divergence of Dirichlet weights has a
+    sign wrong, and is compared by what remains."""
+    theirs, ours = sampled()
+    x = torch.randn(4, 8)
+    torch.manual_seed(2)
+    whole = ours(x, labels=x)
+    plain = (whole.logits - x).square().mean()
+    assert ours._get_monteclora_loss() == 0.0
+    torch.manual_seed(2)
+    ours(x)
+    term = ours._get_monteclora_loss()
+    torch.testing.assert_close(whole.loss - plain, term)
+    assert ours._get_monteclora_loss() == 0.0
+    torch.manual_seed(2)
+    theirs(x)
+    (sampler,) = (m for m in theirs.modules() if isinstance(m, monteclora.MontecloraSampler))
+    alpha = sampler.expert_weights_prior.exp()
+    prior = torch.distributions.Dirichlet(torch.full_like(alpha, sampler.dirichlet_prior))
+    right = torch.distributions.kl_divergence(torch.distributions.Dirichlet(alpha), prior)
+    expected = theirs._get_monteclora_loss() + sampler.kl_loss_weight * (right - sampler.dirichlet_kl(alpha))
+    torch.testing.assert_close(term, expected)
+    for loss in (term, expected):
+        loss.backward()
+    own = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if "sampler" in name:
+            torch.testing.assert_close(own[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_sampled_outside_of_training() -> None:
+    _, ours = sampled()
+    ours.eval()
+    x = torch.randn(4, 8)
+    state = torch.get_rng_state()
+    y = ours(x, labels=x)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(y.loss, (y.logits - x).square().mean())
+    torch.testing.assert_close(ours.merge_and_unload()(x).logits, y.logits)

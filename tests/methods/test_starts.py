@@ -25,7 +25,10 @@ REGISTRY = default_registry()
 DIFFERS: Mapping[str, Mapping[str, str]] = {
     "HRA": {"apply_GS=True": "the reference starts from pairs of which Gram-Schmidt leaves nothing: NaN"},
     "HIRA": {"init_weights=gaussian-conv": "the reference leaves the option out on convolutions"},
-    "LORA": {"use_qalora=True": "the reference leaves the option out on layers that are not GPTQ's"},
+    "LORA": {
+        "use_qalora=True": "the reference leaves the option out on layers that are not GPTQ's",
+        "monteclora_config": "the reference draws what it will sample, too, when it starts",
+    },
     "BOFT": {"boft_n_butterfly_factor=2": "the reference trains one factor where its extension cannot be built"},
 }
 #: Layers of the models that the reference cannot adapt, or takes for others: groups, and windows that are no squares.

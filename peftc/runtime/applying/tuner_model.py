@@ -25,7 +25,7 @@ from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
-from peftc.runtime.session.steps import finished, take
+from peftc.runtime.session.steps import added, finished, take
 from peftc.runtime.session.stored import take_saved_form
 from peftc.runtime.session.succession import delete
 from peftc.runtime.session.ties import part
@@ -112,6 +112,12 @@ class TunerModel(nn.Module):
         if there is none, no gradient, or one is merged.
         """
         return take(self.session, step)
+
+    def added_loss(self, adapter_names: str | Sequence[str] | None = None) -> Any:
+        """What the methods of adapters, the active ones if none are named, would add to a loss after a call in training: for
+        who computes the loss. Zero where there is nothing, or the model's own loss has it."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else adapter_names
+        return added(self.session, self.session.active if names is None else names)
 
     def take_saved_form(self, adapter_name: str, **options: Any) -> None:
         """Give an adapter the tensors that a checkpoint would hold of it, with options that training comes to changed.

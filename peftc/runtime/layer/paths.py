@@ -106,13 +106,19 @@ def _fused(path: Path, base: nn.Module, part: Part, alone: bool) -> Path:
     linear = base if alone and type(base) is nn.Linear and dropout is None else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        A, B, scale = thin(view)
-        if linear is not None and torch.is_grad_enabled() and type(scale) is float and is_bare(linear, x, A.dtype):
-            return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
+        factors = thin(view) if dropout is None else None
+        if linear is not None and factors is not None and torch.is_grad_enabled():
+            A, B, scale = factors
+            if type(scale) is float and is_bare(linear, x, A.dtype):
+                return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
         y = path(x, *args, **kwargs)
         if forward or backward or backward_pre or GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1] or GLOBAL_HOOKS[2]:
             y = y.clone()
-        return add_low_rank(y, x if dropout is None else dropout(x), A, B, scale)
+        if factors is None:
+            x = x if dropout is None else dropout(x)  # before the method draws what it draws, as the reference does
+            factors = thin(view)
+        A, B, scale = factors
+        return add_low_rank(y, x, A, B, scale)
 
     return run
 

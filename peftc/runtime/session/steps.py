@@ -6,7 +6,7 @@ recorded here, for all adapters or for none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -181,6 +181,18 @@ def finished(session: Session | None, outputs: Any) -> Any:
                 if more is not None:
                     outputs.loss = own = own + more.to(own.device, own.dtype)
     return outputs
+
+
+def added(session: Session, names: Iterable[str]) -> Tensor | float:
+    """What methods of adapters would add to a loss that nobody has computed yet, after a call in training."""
+    total: Tensor | float = 0.0
+    for name in names:
+        for tuner, layers in _by_tuner(session, name) if name in session.plans else ():
+            if "loss" in tuner.seams:
+                with boundary(session.plans[name].peft_type, "loss"):
+                    more = tuner.loss(session.plans[name].config, _views(layers, name), None)
+                total = total if more is None else total + more
+    return total
 
 
 def _watch(session: Session, name: str) -> None:

@@ -47,7 +47,7 @@ class Owner(Protocol):
 class LayerView:
     """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
 
-    __slots__ = ("_holders", "_known", "_mode", "_owner", "_scaling", "_slots", "adapter", "config", "layer")
+    __slots__ = ("_holders", "_known", "_mode", "_owner", "_scaling", "_slots", "adapter", "config", "layer", "noted")
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class LayerView:
         self._owner = owner
         self._mode: bool | None = None
         self._known: dict[str, tuple[tuple[object, ...], Tensor]] = {}
+        self.noted: dict[str, Any] = {}
 
     def fixed(self, training: bool) -> LayerView:
         """The same in training or not, whatever the layer's mode is or becomes, and with the scaling of now."""

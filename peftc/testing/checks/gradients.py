@@ -53,7 +53,8 @@ def _slope(s: Subject, model: PeftModel, slot: torch.nn.Parameter, way: Tensor, 
     for sign in (1.0, -1.0):
         with torch.no_grad():
             slot.add_(sign * step * way)
-            y = s.run(model, torch.float64)
+            with s.drawing(model):
+                y = s.run(model, torch.float64)
             with seeded(3):
                 seed = torch.randn(y.shape, dtype=torch.float32).to(y.dtype)
             values.append(float((y * seed).sum()))
@@ -71,13 +72,19 @@ def a_step_changes_slots_only(s: Subject) -> None:
         s.grown(model)
         optimiser.step()
     shared = (alias for p in model.session.plans["default"].parameters() for alias in p.aliases)
-    own = {*slots_of(model, "default"), *shared}
+    own = {*slots_of(model, "default"), *shared, *(_noted(model) if s.draws else ())}
     for name, tensor in model.state_dict().items():
         if name not in own:
             same(tensor, before[name], f"`{name}` after two steps", "Train slots only.", name)
         elif torch.equal(tensor, before[name]) or not tensor.isfinite().all():
             what = f"Two steps leave `{name}` where it was, or without a finite value"
             raise broken(what, "Start where the gradient is finite and not zero.", name)
+
+
+def _noted(model: PeftModel) -> set[str]:
+    """Names of buffers of the adapter's own, in which training notes what it drew."""
+    plan = model.session.plans["default"]
+    return {site.key(slot, "default").memory(plan.root) for site, slot in plan.slots() if slot.derived}
 
 
 def checkpointing_reaches_every_slot(s: Subject) -> None:

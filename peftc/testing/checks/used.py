@@ -19,7 +19,13 @@ def what_is_declared_is_used(s: Subject) -> None:
     """What a record lists is there to be used: a choice or an example that never is has passed no check."""
     method = s.method
     found = subjects(method)
-    idle = [*_choices(method, found), *_examples(method, found), *_values(s, found), *_adapters(method), *_names(method)]
+    idle = [
+        *_choices(method, found),
+        *_examples(method, found),
+        *_values(s, found),
+        *_adapters(method),
+        *_names(method),
+    ]
     if idle:
         raise PeftcError(idle)
 
