@@ -173,6 +173,13 @@ def method_page(method: TunerMethod) -> str:
         f"{method.summary} {method.paper}".strip(),
         f"{', '.join(facts)}. Acts {_place(method)}.",
     ]
+    if method.variants:
+        rows = [f"| `{v.option}` | {_cell(v.summary)} | {v.paper} |" for v in method.variants]
+        blocks += [
+            "## Variants",
+            "Other mathematics over the same options; at most one acts. Other packages bring more (`variant`).",
+            "\n".join(["| option | what it does | paper |", "| --- | --- | --- |", *rows]),
+        ]
     for title, group in groups.items():
         if group:
             head = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]

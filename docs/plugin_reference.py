@@ -32,7 +32,8 @@ SECTIONS: Mapping[str, str] = {
     "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
     "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",
     "What the mathematics is handed": "View SlotInit ModuleView PromptView PromptContext CallView Run Place Changes Former",
-    "What it can call": "columns linear drop_outputs kept_outputs widened weighted_sum to_logical to_stored",
+    "What it can call": "columns linear linear_compressed mean_direction row_norms norms_of_sum drop_outputs kept_outputs "
+    "widened weighted_sum to_logical to_stored",
     "Annotations": "Tensors TensorLists Slots Problems Factors Weights LabelledSlots Shapes Dims Options",
     "Configs": "LayersConfig PeftConfig PromptLearningConfig PeftConfigMixin ConfigModel TargetsMixin TargetNamesMixin"
     " OwnExclusionsMixin LayersMixin ModulesToSaveMixin RankMixin RankPatternMixin AlphaMixin InitWeightsMixin BiasMixin"

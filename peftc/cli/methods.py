@@ -103,6 +103,9 @@ def _print_one(method: TunerMethod, as_json: bool) -> None:
     room = console.width() - max(len(head) for head, _ in facts) - 2
     told = [row for head, text in facts for row in zip_longest([head], textwrap.wrap(text, room), fillvalue="")]
     console.out(f"{textwrap.fill(method.summary, console.width())}\n\n{console.table(told)}\n")
+    if method.variants:
+        own = [(v.option, v.summary, v.paper) for v in method.variants]
+        console.out(f"{console.table(own, ('VARIANT BY', 'WHAT IT DOES', 'PAPER'))}\n")
     definitions = schema.get("$defs", {})
     rows = [HEADS]
     for name in _own_first(method):

@@ -13,7 +13,7 @@ from peftc.cli import console
 from peftc.diagnostics import Diagnostic, PeftcError
 
 if TYPE_CHECKING:
-    from peftc.registry.manager import Claim, Registry
+    from peftc.registry.door import Claim, Door
     from peftc.testing.report import Report
 
 HELP = "List installed plugins, begin a new one, or check one"
@@ -54,10 +54,11 @@ def _list(args: argparse.Namespace) -> int:
     registry = default_registry()
     problems: list[Diagnostic] = []
     rows = []
-    for claim in registry.claims:
-        state, found = _state(registry, claim, args.check)
+    doors: tuple[Door[Any], ...] = (registry, registry.variants)
+    for door, claim in ((each, claim) for each in doors for claim in each.claims):
+        state, found = _state(door, claim, args.check)
         problems.extend(found)
-        rows.append((claim.peft_type, claim.module, f"{claim.distribution} {claim.version}", state))
+        rows.append((door.key(claim.name), claim.module, f"{claim.distribution} {claim.version}", state))
     told = list(dict.fromkeys(problems))
     if args.json:
         keys = ("peft_type", "module", "distribution", "state")
@@ -69,16 +70,17 @@ def _list(args: argparse.Namespace) -> int:
     return int(bool(told))
 
 
-def _state(registry: Registry, claim: Claim, load: bool) -> tuple[str, tuple[Diagnostic, ...]]:
+def _state(door: Door[Any], claim: Claim, load: bool) -> tuple[str, tuple[Diagnostic, ...]]:
     """`blocked`, `conflict`, `broken`, `loads`, or `installed` if it was not tried."""
-    if claim.name in registry.blocked:
+    key = door.key(claim.name)
+    if claim.name in door.blocked:
         return "blocked", ()
-    if not load and len(registry.claims_for(claim.peft_type)) == 1:
+    if not load and len(door.claims_for(key)) == 1:
         return "installed", ()
     try:
-        registry.get(claim.peft_type)
+        door.get(key)
     except PeftcError as error:
-        conflict = len(registry.claims_for(claim.peft_type)) > 1
+        conflict = len(door.claims_for(key)) > 1
         return "conflict" if conflict else "broken", error.diagnostics
     return "loads", ()
 

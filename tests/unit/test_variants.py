@@ -15,6 +15,7 @@ from torch import nn
 
 from peftc import plugin as p
 from peftc import rules
+from peftc.cli.main import main
 from peftc.config.spec import load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, Rule
 from peftc.model.mapping import get_peft_model
@@ -265,3 +266,28 @@ def test_methods_without_variants_are_as_before() -> None:
     assert isinstance(method.only_tuner, FakeTuner)
     assert method.map_tuners == (method.tuner,)
     assert manager.Registry((), frozenset()).variants.names == ()
+
+
+def test_they_are_listed_with_what_is_wrong(
+    known: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Registry((), frozenset())
+    registry.__dict__["variants"] = Variants([of("one"), of("two"), Claim("varied.y", "nowhere", "one", "1.0")], None)
+    monkeypatch.setattr(manager, "default_registry", lambda: registry)
+    assert main(["plugins", "--check", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [(row["peft_type"], row["state"]) for row in told["plugins"]] == [
+        ("varied.x", "conflict"),
+        ("varied.x", "conflict"),
+        ("varied.y", "broken"),
+    ]
+    assert {problem["code"] for problem in told["diagnostics"]} == {
+        rules.PLUGIN_CONFLICT.code,
+        rules.PLUGIN_BROKEN.code,
+    }
+
+
+def test_a_methods_own_are_shown_with_their_options(known: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "VARIED"]) == 0
+    shown = capsys.readouterr().out
+    assert "VARIANT BY" in shown and "halve" in shown
