@@ -22,7 +22,7 @@ from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
 from peftc.tuner.steps import Changes
-from peftc.tuner.variant import Variant, of_node, several
+from peftc.tuner.variant import Variant, no_problems, of_node, several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -300,11 +300,6 @@ class MapTuner(ABC, Generic[C]):
         """The layer's parameters `w` (running) and `w0` (pristine) -> the adapted ones; weight is `(out, in · kernel)`. All are
         in the wider of the base's dtype and that of the adapter's first slot. Names that are not in `w` are an error."""
         raise NotImplementedError
-
-
-def no_problems(config: Any) -> Iterable[Diagnostic]:
-    """The default `check` of a method."""
-    return ()
 
 
 def nothing_left_out(config: Any, graph: ModuleGraph) -> Mapping[str, Any]:

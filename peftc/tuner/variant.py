@@ -46,7 +46,7 @@ def variant_options(config: PeftConfig, model: type[Options]) -> Options:
     return model(**(config.variant_options if isinstance(config, VariantMixin) else {}))
 
 
-def nothing_wrong(config: Any) -> Iterable[Diagnostic]:
+def no_problems(config: Any) -> Iterable[Diagnostic]:
     """The default `check`."""
     return ()
 
@@ -71,7 +71,7 @@ class Variant(Generic[T]):
     #: the model of `variant_options`, for variants that are chosen by name
     options: type[ConfigModel] | None = None
     #: problems of the options, where it acts, that need no model
-    check: Callable[[Any], Iterable[Diagnostic]] = nothing_wrong
+    check: Callable[[Any], Iterable[Diagnostic]] = no_problems
     #: slots of its own that hold trainable tensors; their names begin with the method's prefix
     layer_names: tuple[str, ...] = ()
     #: what it does, in one sentence
