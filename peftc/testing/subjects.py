@@ -148,15 +148,17 @@ class Subject:
     @contextmanager
     def drawing(self, model: nn.Module) -> Iterator[None]:
         """In training, from one seed, where slots act there alone."""
-        if not self.draws or model.training:
+        if not self.draws:
             yield
             return
+        modes = [(module, module.training) for module in model.modules()]
         model.train()
         try:
             with seeded(4):
                 yield
         finally:
-            model.eval()
+            for module, mode in modes:
+                module.training = mode
 
     @property
     def _tuners(self) -> Sequence[MapTuner[Any]]:

@@ -352,7 +352,7 @@ CASES = {
     ),
     "an adapter that cannot be weighed": Case(
         rules.CANNOT_GATE, Net, lambda m: get_peft_model(m, mix(narrow(), stretch())),
-        (compiler_calls, 'if not given & {"thin", "branch"} or', "if"), "cannot be weighed by token",
+        (compiler_calls, 'if not given & {"thin", "rescaled", "branch"} or', "if"), "cannot be weighed by token",
     ),
     "names that are none": Case(
         rules.ROWS_DIFFER, adapted, lambda m: m(x(), adapter_names="defau"),
