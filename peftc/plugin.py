@@ -37,6 +37,7 @@ from peftc.config.mixins import (
     TargetNamesMixin,
     TargetParametersMixin,
     TargetsMixin,
+    TokensMixin,
     UpdateDropoutMixin,
     VariantMixin,
 )
@@ -54,6 +55,7 @@ from peftc.tuner.limits import RankLimit
 from peftc.tuner.method import Former, MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
+from peftc.tuner.rows import RowsTuner, wrong_rows
 from peftc.tuner.slots import (
     Container,
     Share,
@@ -272,6 +274,7 @@ __all__ = [
     "RankMixin",
     "RankPatternMixin",
     "Rescaled",
+    "RowsTuner",
     "Rule",
     "Run",
     "Severity",
@@ -286,6 +289,7 @@ __all__ = [
     "TaskType",
     "TensorLists",
     "Tensors",
+    "TokensMixin",
     "TunerMethod",
     "UpdateDropoutMixin",
     "Variant",
@@ -324,4 +328,5 @@ __all__ = [
     "weighted_sum",
     "widened",
     "write_adapter",
+    "wrong_rows",
 ]

@@ -211,6 +211,8 @@ BLOCKS_ADJUSTED = Rule(
 PART_OF_FUSED = Rule(
     "PC447", "Part of a fused weight", "Layers that became one tensor can be adapted together only, at one scale."
 )
+NO_ROWS = Rule("PC455", "No embedding of that name", "Its rows would be neither trained nor saved.")
+NO_TOKENS = Rule("PC456", "No token to train", "The option names embeddings, and none of their rows.", WARNING)
 
 # PC5xx: running models ----------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")

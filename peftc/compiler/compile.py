@@ -19,7 +19,6 @@ from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, 
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
-from peftc.tuner.experts import tuner_for
 
 
 def compile_plan(
@@ -63,11 +62,10 @@ def compile_plan(
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
     chosen += tuple(plan.name for plan in plans if plan.needed_by in chosen and plan.needed_by)
-    nodes = graph.by_path
     found.add(
         *together(
             [plan for plan in plans if plan.name in chosen],
-            lambda plan, path: tuner_for(registry.method_of(plan.config), plan.config, nodes[path]),
+            lambda plan, site: site.tuner(registry.method_of(plan.config), plan.config, graph),
         )
     )
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
@@ -108,7 +106,7 @@ def begin(
 def frozen(name: str, draft: Draft) -> AdapterPlan:
     """The adapter's part of the plan."""
     config = draft.config
-    sites = (draft.maps, draft.saves, draft.trains, draft.prompt, draft.modules, draft.call)
+    sites = ((*draft.maps, *draft.rows), draft.saves, draft.trains, draft.prompt, draft.modules, draft.call)
     return AdapterPlan(name, str(config.peft_type), config, *sites, rewrites=draft.rewrites, notes=draft.notes)
 
 

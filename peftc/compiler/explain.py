@@ -120,7 +120,7 @@ def _rewritten(draft: Draft, node: ModuleNode) -> Iterator[str]:
 
 
 def _sites(draft: Draft, path: str) -> list[MapSite]:
-    return [site for site in draft.maps if site.path == path]
+    return [site for site in (*draft.maps, *draft.rows) if site.path == path]
 
 
 def _wrapped(draft: Draft, path: str) -> ModuleSite | None:

@@ -136,6 +136,18 @@ class ModulesToSaveMixin(ConfigModel):
     """Names (or suffixes at a dot) of modules that are copied, trained whole and saved along, e.g. a new head."""
 
 
+#: Ids of tokens, as the tokenizer gives them.
+_Ids = list[Annotated[int, Field(ge=0)]]
+
+
+class TokensMixin(ConfigModel):
+    """Single rows of embeddings, trained beside what the method does. The core has their mathematics."""
+
+    trainable_token_indices: _Ids | dict[str, _Ids] | None = None
+    """Ids of tokens whose rows of the input embedding are trained, of those tied to it as well; or a table: name (or suffix)
+    of an embedding, or of another layer with a row for each token -> ids."""
+
+
 class LayersConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):
     """What configs of methods on layers have, nearly all."""
 

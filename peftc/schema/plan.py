@@ -28,7 +28,12 @@ from peftc.tuner.prompt import Place
 
 _PLACE = (("module", TEXT), ("index in `kinds`", SIZE))
 _UNDER = ("path in memory, under wrappers of the adapter", TEXT)
-_PARAMETER = (("parameter", TEXT), ("wrappers outside", SIZE), _UNDER)
+_PARAMETER = (
+    ("parameter", TEXT),
+    ("wrappers outside", SIZE),
+    _UNDER,
+    ("module in the wrapper that has the slots", TEXT),
+)
 
 
 def plan_schema() -> Schema:
@@ -88,7 +93,12 @@ def _definitions() -> dict[str, Schema]:
             config={"type": "object", "description": "Its options, as in adapter_config.json, defaults resolved."},
             kinds=list_of(ref("kind")),
             maps=list_of(
-                row("A module, or a parameter of it.", *_PLACE, *_PARAMETER, optional=len(_PARAMETER)),
+                row(
+                    "A module, or a parameter of it, or rows that train beside the method.",
+                    *_PLACE,
+                    *_PARAMETER,
+                    optional=len(_PARAMETER),
+                ),
                 "Adapted modules, in order.",
             ),
             saves=list_of(ref("save")),

@@ -14,7 +14,6 @@ _T = TypeVar("_T")
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 #: All of these, and those that only say how a fresh adapter begins.
 NOT_YET = (
-    "trainable_token_indices",
     "velora_config",
     "monteclora_config",
     "layer_replication",
@@ -40,7 +39,13 @@ class LoraRuntimeConfig(p.ConfigModel):
 
 
 class LoraConfig(
-    p.VariantMixin, p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin, p.BiasMixin, p.LayersConfig
+    p.VariantMixin,
+    p.TargetParametersMixin,
+    p.RankPatternMixin,
+    p.OrientationMixin,
+    p.BiasMixin,
+    p.TokensMixin,
+    p.LayersConfig,
 ):
     """Options of a LoRA adapter, named as in the reference."""
 
@@ -58,7 +63,6 @@ class LoraConfig(
     megatron_config: _NotYet[dict[str, Any] | None] = None
     megatron_core: str | None = "megatron.core"
     """Kept for files of the reference."""
-    trainable_token_indices: _NotYet[list[int] | dict[str, list[int]] | None] = None
     loftq_config: dict[str, Any] = p.Field(default_factory=dict)
     """Kept for files of the reference."""
     eva_config: _NotYet[dict[str, Any] | None] = None

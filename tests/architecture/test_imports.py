@@ -47,6 +47,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.ops.dropping"): "what methods drop in training is drawn by tensors",
     ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
     ("peftc.plugin", "peftc.ops.rescaled"): "norms of updated weights too",
+    ("peftc.tuner.rows", "peftc.ops.plain"): "indices in options become a tensor",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.

@@ -64,6 +64,7 @@ class Draft:
     what was decided that no option says.
     `parameters` are single parameters that are meant, by module and name, with their entries.
     `former` are parameters that targets mean by the names of what those were, by path; `rewrites` what was made of them.
+    `rows` are sites of rows that train beside what the method does.
     `overrides` has the pattern keys in force per module, or parameter, as `(pattern option, key)`.
     """
 
@@ -76,6 +77,7 @@ class Draft:
     former: Mapping[str, FormerTarget] = field(default_factory=dict)
     rewrites: tuple[Rewrite, ...] = ()
     maps: tuple[MapSite, ...] = ()
+    rows: tuple[MapSite, ...] = ()
     saves: tuple[SaveSite, ...] = ()
     trains: tuple[TrainSite, ...] = ()
     prompt: PromptSite | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftc.compiler.match import Names, is_all_linear, matches, shortened
-from peftc.compiler.passes import checks, defaults, former, modules, prompts, select, sites
+from peftc.compiler.passes import checks, defaults, former, modules, prompts, rows, select, sites
 from peftc.compiler.passes.draft import Context, Draft, option
 from peftc.config.mixins import LayersMixin
 
@@ -64,6 +64,7 @@ PASSES: tuple[Pass, ...] = (
     sites.declare_slots,
     modules.wrap_modules,
     sites.copy_modules,
+    rows.train_rows,
     sites.train_biases,
     prompts.add_prompt,
     checks.check_ties,

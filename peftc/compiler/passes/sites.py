@@ -450,6 +450,7 @@ def train_biases(draft: Draft, context: Context) -> Draft:
     if not isinstance(mode, str) or mode == "none":
         return draft
     adapted, wrappers = {site.path for site in draft.maps}, attention.wrappers_of(draft.maps)
+    rows = {site.path for site in draft.rows}
     copied = tuple(f"{save.path}." for save in draft.saves)
     aliases = context.graph.alias_of
     trains = []
@@ -460,7 +461,10 @@ def train_biases(draft: Draft, context: Context) -> Draft:
             continue
         tensor = node.facts.params["bias"]
         place = attention.place_of(node.path, wrappers)
-        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}", place))
+        if node.path in adapted and node.path in rows:
+            place = f"{place or node.path}.base_layer"  # there are two wrappers
+        wrapped = node.path in adapted or node.path in rows
+        trains.append(TrainSite(node.path, "bias", tensor, wrapped, f"bias: {mode}", place))
     if not trains:
         owner = "no layer of the model" if mode == "all" else "no adapted layer"
         what = f"`bias: {mode}` trains nothing: {owner} has a bias"

@@ -114,6 +114,7 @@ class AdapterPlan:
         `depth` counts wrappers of other methods round its own, by path.
         """
         root = self.root
+        depth = nesting([self]).get(self.name, {}) if depth is None else depth
         yield from self._of_slots(False, trainable, active, depth)
         for save in self.saves:
             for tail, tensor in save.copied():
@@ -136,20 +137,21 @@ class AdapterPlan:
 
     def buffers(self, depth: Mapping[str, int] | None = None) -> Iterator[PlannedParameter]:
         """Every derived tensor that this adapter adds, once, as `parameters` lists those that are parameters."""
+        depth = nesting([self]).get(self.name, {}) if depth is None else depth
         return self._of_slots(True, False, True, depth)
 
     def _of_slots(
-        self, derived: bool, trainable: bool, active: bool, depth: Mapping[str, int] | None
+        self, derived: bool, trainable: bool, active: bool, depth: Mapping[str, int]
     ) -> Iterator[PlannedParameter]:
-        aliases = self._aliases(depth or {})
+        aliases = self._aliases(depth)
         for site, slot in self.slots():
             if slot.derived is not derived or not (slot.named or active):
                 continue
             key = site.key(slot, self.name)
             disk = key.disk(WRAPPED_ROOT) if slot.saved else None
             others = () if slot.home is None else tuple(aliases[slot.label][1:])
-            around = _wrapped_owner(site.path, depth or {}).removeprefix(site.path)
-            name = replace(key, owner=key.owner + around).memory(self.root)
+            owner = site.under(depth.get(_seat(site), 0)) if isinstance(site, MapSite) else key.owner
+            name = replace(key, owner=owner).memory(self.root)
             dtype = slot.dtype or site.dtype
             yield PlannedParameter(
                 name, disk, slot.shape, dtype, slot.trainable and trainable, self.name, aliases=others
@@ -172,8 +174,7 @@ class AdapterPlan:
         for site in self.maps:
             for slot in site.slots:
                 if slot.home is not None:
-                    around = _wrapped_owner(site.path, depth).removeprefix(site.path)
-                    key = replace(site.key(slot, self.name), owner=site.owner + around)
+                    key = replace(site.key(slot, self.name), owner=site.under(depth.get(_seat(site), 0)))
                     names.setdefault(slot.label, []).append(key.memory(self.root))
         for (slot_name, tail, home), found in names.items():
             if home == "":
@@ -253,9 +254,9 @@ class AdapterPlan:
                     yield f"{self.root}{layer.path}.base_layer.{name}", facts
 
 
-def _wrapped_owner(path: str, depth: Mapping[str, int]) -> str:
-    """Where a slot's layer is, under wrappers of other methods."""
-    return path + ".base_layer" * depth.get(path, 0)
+def _seat(site: MapSite) -> str:
+    """What the number of wrappers round a site's own is found by."""
+    return f"{site.path}.{site.inside}" if site.inside else site.path
 
 
 def _base_name(train: TrainSite, root: str) -> str:
@@ -266,18 +267,23 @@ def _base_name(train: TrainSite, root: str) -> str:
 
 
 def nesting(adapters: Sequence[AdapterPlan]) -> dict[str, dict[str, int]]:
-    """Adapter -> path -> how many wrappers of other methods are round its own, where there are any.
+    """Adapter -> path -> how many other wrappers are round its own, where there are any: of other methods, and round rows
+    that train beside a method all that are there, which go by their path and where they are in the wrapper.
 
     Adapters are added in this order: one of the method that was last at a path joins its wrapper, another goes round it.
     """
-    if len({adapter.peft_type for adapter in adapters}) < 2:
+    rows = [(adapter.name, site) for adapter in adapters for site in adapter.maps if site.inside]
+    if len({adapter.peft_type for adapter in adapters}) < 2 and not rows:
         return {}
     levels: dict[str, list[str]] = {}
     level_of: dict[str, dict[str, int]] = {adapter.name: {} for adapter in adapters}
     for adapter in adapters:
-        for site in adapter.maps:
+        for site in (site for site in adapter.maps if not site.inside):
             types = levels.setdefault(site.path, [])
             if types[-1:] != [adapter.peft_type]:
                 types.append(adapter.peft_type)
             level_of[adapter.name][site.path] = len(types)
-    return {name: {path: len(levels[path]) - level for path, level in own.items()} for name, own in level_of.items()}
+    around = {name: {path: len(levels[path]) - level for path, level in own.items()} for name, own in level_of.items()}
+    for name, site in rows:
+        around[name][_seat(site)] = len(levels.get(site.path, ()))
+    return around

@@ -218,6 +218,8 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
 
 def _beside_kind(site: MapSite) -> list[str | int]:
     """What tells a site from others of its kind: nothing, for most."""
+    if site.inside:
+        return [site.parameter, site.outside, site.place, site.inside]
     if site.place:
         return [site.parameter, site.outside, site.place]
     return [site.parameter, site.outside] if site.parameter else []

@@ -8,7 +8,10 @@ from typing import Any
 
 from peftc.config.base import PeftConfig
 from peftc.graph.nodes import HALF, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
+from peftc.tuner.experts import tuner_for
+from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.prompt import Place
+from peftc.tuner.rows import ROWS_BESIDE
 from peftc.tuner.slots import Key, Slot
 
 #: What stands before a module path in a wrapped model, in memory and in every checkpoint.
@@ -49,6 +52,9 @@ class MapSite:
     A site may be on a single `parameter` of its module. Then there are `outside` wrappers of the same adapter round its own,
     for parameters that the module has after it. `place` is where the module is under wrappers of the adapter that are round
     modules around it; empty if there are none.
+
+    Rows that train beside the method's mathematics are a site of their own, whose slots are `inside` a module of that name
+    in a wrapper directly round the layer.
     """
 
     path: str
@@ -62,11 +68,26 @@ class MapSite:
     parameter: str = ""
     outside: int = 0
     place: str = ""
+    inside: str = ""
 
     @property
     def owner(self) -> str:
-        """The wrapper that has the slots, in terms of the base model: what tells sites on parameters of one module apart."""
-        return (self.place or self.path) + ".base_layer" * self.outside
+        """The module that has the slots, in terms of the base model: what tells sites on parameters of one module apart."""
+        return self.under(0)
+
+    def under(self, wrappers: int) -> str:
+        """The same below so many wrappers of others."""
+        outermost = (self.place or self.path) + ".base_layer" * (self.outside + wrappers)
+        return f"{outermost}.{self.inside}" if self.inside else outermost
+
+    @property
+    def spot(self) -> str:
+        """What tells the adapter's sites at one path apart: the parameter, or where the slots are; empty for the layer."""
+        return self.parameter or self.inside
+
+    def tuner(self, method: TunerMethod, config: PeftConfig, graph: ModuleGraph) -> MapTuner[Any]:
+        """The mathematics here, of an adapter with these options."""
+        return ROWS_BESIDE if self.inside else tuner_for(method, config, self.node(graph))
 
     def node(self, graph: ModuleGraph) -> ModuleNode:
         """What the mathematics is chosen by: the module, or the parameter as a module of its own."""

@@ -26,13 +26,13 @@ from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.bases.places import device_of
 from peftc.runtime.bases.shards import note_adding, refuse_sharded
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
+from peftc.runtime.layer.beside import slip_under
 from peftc.runtime.layer.wrapper import Source, TunerLayer
 from peftc.runtime.session.applied import Applied, Wrapper
 from peftc.runtime.session.base_tensors import BaseTensors
 from peftc.runtime.session.drift import drift, home_of
 from peftc.runtime.session.together import gained, keep_ties, merged_already, refuse_around, refuse_clashes
 from peftc.runtime.slots.stores import Stock
-from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -69,17 +69,14 @@ class Session(Applied):
             raise PeftcError(problems)
         method = registry.method_of(plan.config)
         stock = Stock(self.stores)
-        tuners = {
-            (site.path, site.parameter): tuner_for(method, plan.config, site.node(self.graph)) for site in plan.maps
-        }
+        tuners = {(site.path, site.spot): site.tuner(method, plan.config, self.graph) for site in plan.maps}
         with torch.no_grad():
             for site in plan.maps:
                 layer = home_of(self.layers.get(site.path), site)
                 if layer is None:
-                    layer = self._wrap(site.path, partial(make, plan.peft_type, site))
-                    self._remember(self.layers, site.path, layer)
+                    layer = self._layer(site, partial(make, plan.peft_type, site))
                     layer.join(self.shared)
-                layer.add(plan.name, site, tuners[site.path, site.parameter], source, stock)
+                layer.add(plan.name, site, tuners[site.path, site.spot], source, stock)
             self.stores.show()
             self._add_around(plan, method, source)
             self._add_call(plan, method, source)
@@ -99,6 +96,15 @@ class Session(Applied):
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
             self.base.act(self.active if self.enabled else ())
+
+    def _layer(self, site: MapSite, wrap: Callable[[nn.Module], TunerLayer]) -> TunerLayer:
+        """A new wrapper round what is at a site's path; of rows that train beside a method, under all that is there."""
+        outermost = self.layers.get(site.path)
+        if site.inside and outermost is not None:
+            return slip_under(outermost, wrap)
+        layer = self._wrap(site.path, wrap)
+        self._remember(self.layers, site.path, layer)
+        return layer
 
     def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around modules."""
@@ -174,8 +180,8 @@ class Session(Applied):
         """Raise `PeftcError` if these adapters cannot act at the same time."""
         refuse_clashes([self.plans[name] for name in dict.fromkeys(names)], self._tuner)
 
-    def _tuner(self, plan: AdapterPlan, path: str) -> MapTuner[Any] | None:
-        layer = self.layer_of(plan.name, path)
+    def _tuner(self, plan: AdapterPlan, site: MapSite) -> MapTuner[Any] | None:
+        layer = self.layer_of(plan.name, site.path, site.spot)
         return None if layer is None else layer.part(plan.name).tuner
 
     def activate(self, names: Sequence[str]) -> None:
@@ -350,9 +356,7 @@ class Session(Applied):
         plan = self.plans[name]
         tensors: dict[str, Tensor] = {}
         for site in plan.sites:
-            layer = (
-                self.layer_of(name, site.path, site.parameter) if isinstance(site, MapSite) else self.modules[site.path]
-            )
+            layer = self.layer_of(name, site.path, site.spot) if isinstance(site, MapSite) else self.modules[site.path]
             if layer is None:
                 continue
             for slot, (_, tensor) in zip(site.slots, layer.parameters_of(name), strict=True):
