@@ -16,7 +16,6 @@ _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 NOT_YET = (
     "velora_config",
     "monteclora_config",
-    "layer_replication",
     "arrow_config",
     "kasa_config",
     "megatron_config",
@@ -45,6 +44,7 @@ class LoraConfig(
     p.OrientationMixin,
     p.BiasMixin,
     p.TokensMixin,
+    p.ReplicationMixin,
     p.LayersConfig,
 ):
     """Options of a LoRA adapter, named as in the reference."""
@@ -78,7 +78,6 @@ class LoraConfig(
     qalora_group_size: p.Count = 16
     """Inputs in such a group."""
     monteclora_config: _NotYet[MontecloraConfig | None] = None
-    layer_replication: _NotYet[list[list[int]] | None] = None
     runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
     """How a run goes about it; never written."""
     lora_bias: bool = False

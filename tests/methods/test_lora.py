@@ -17,7 +17,6 @@ WIDTH = 16
 #: A value of each option that is not available, other than "off".
 ASKED: dict[str, Any] = {
     "alora_invocation_tokens": [1],
-    "layer_replication": [[0, 1]],
     "ensure_weight_tying": True,
     "velora_config": {},
     "monteclora_config": {},

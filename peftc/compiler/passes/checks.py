@@ -13,6 +13,7 @@ from peftc.compiler.passes.draft import BY_ROLE, DEFAULT, Context, Draft, listed
 from peftc.compiler.plan.sites import MapSite
 from peftc.config.mixins import LayersMixin
 from peftc.graph.nodes import LINEAR_KINDS, ModuleNode, Role
+from peftc.graph.replicas import own_ties
 from peftc.tuner.slots import Share
 
 #: Model types whose fused kernels take these weights past the module, as the reference's list says.
@@ -25,7 +26,7 @@ _FEED_FORWARD = frozenset({Role.GATE, Role.UP, Role.DOWN, Role.EXPERT})
 
 def check_ties(draft: Draft, context: Context) -> Draft:
     """Adapted or copied modules whose parameters another module uses as well."""
-    partners = {name: group for group in context.graph.ties for name in group}
+    partners = {name: group for group in own_ties(context.graph) for name in group}
     if not partners:
         return draft
     problems = []

@@ -31,6 +31,7 @@ from peftc.runtime.layer.wrapper import Source, TunerLayer
 from peftc.runtime.session.applied import Applied, Wrapper
 from peftc.runtime.session.base_tensors import BaseTensors
 from peftc.runtime.session.drift import drift, home_of
+from peftc.runtime.session.replicas import Stack, replicate
 from peftc.runtime.session.together import gained, keep_ties, merged_already, refuse_around, refuse_clashes
 from peftc.runtime.slots.stores import Stock
 from peftc.tuner.method import MapTuner, TunerMethod
@@ -48,12 +49,20 @@ class Session(Applied):
         super().__init__(model, graph)
         #: base tensors that adapters train, or carry in their checkpoints
         self.base = BaseTensors(self)
+        #: the model's own layers, where some are replicated
+        self.stack: Stack | None = None
 
     @property
     def is_apart(self) -> bool:
         """Whether nothing of its adapters is in the model itself: they are prompts alone."""
         inside = self.layers or self.modules or self.copies or self.holders or self.base.is_changed
         return not inside and all(plan.prompt is not None for plan in self.plans.values())
+
+    def lay_out(self, graph: ModuleGraph) -> None:
+        """Give the model, which has no adapter yet, the layers that a graph has, once."""
+        if graph.replication is not None and self.stack is None:
+            keep(self)
+            self.graph, self.stack = graph, replicate(self.model, graph.replication)
 
     # adding -------------------------------------------------------------------------------------------------------
 
@@ -328,6 +337,9 @@ class Session(Applied):
             self._put_back(path, copy.original_module)
         self.base.restore(self.plans)
         self.stores.clear()
+        if self.stack is not None:
+            self.stack.put_back()
+            self.stack = None
         self.layers, self.modules, self.copies, self.plans = {}, {}, {}, {}
         self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
         for holder in self.holders.values():
@@ -336,6 +348,8 @@ class Session(Applied):
 
     def keep_trained(self, names: Iterable[str]) -> None:
         """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
+        keep(self)
+        self.stack = None  # the replicas as well
         merged = (*names, *self.merged)
         self.base.act(merged)
         self.base.keep_changes()
