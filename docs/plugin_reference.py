@@ -36,7 +36,7 @@ SECTIONS: Mapping[str, str] = {
     "Annotations": "Tensors TensorLists Slots Problems Factors Weights LabelledSlots Shapes Dims Options",
     "Configs": "LayersConfig PeftConfig PromptLearningConfig PeftConfigMixin ConfigModel TargetsMixin TargetNamesMixin"
     " OwnExclusionsMixin LayersMixin ModulesToSaveMixin RankMixin RankPatternMixin AlphaMixin InitWeightsMixin BiasMixin"
-    " UpdateDropoutMixin TokensMixin ReplicationMixin OrientationMixin TargetParametersMixin ExpertsMixin PeftType TaskType Count Dropout Names NameList"
+    " UpdateDropoutMixin TokensMixin TiesMixin ReplicationMixin OrientationMixin TargetParametersMixin ExpertsMixin PeftType TaskType Count Dropout Names NameList"
     " Field model_validator matches",
     "What is wrong": "rules Rule Severity Diagnostic PeftcError did_you_mean warn",
     "Files": "read_adapter read_weights write_adapter convert_adapter",

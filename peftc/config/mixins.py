@@ -149,6 +149,14 @@ class TokensMixin(ConfigModel):
     of an embedding, or of another layer with a row for each token -> ids."""
 
 
+class TiesMixin(ConfigModel):
+    """Whether uses of one weight stay one when they are trained."""
+
+    ensure_weight_tying: bool = False
+    """Train the input embedding and what is tied to it as one: of each that is in `modules_to_save`, `target_modules` or
+    `trainable_token_indices` all uses get the same copy, adapter or rows."""
+
+
 def _not_empty(span: list[int]) -> list[int]:
     if span[0] >= span[1]:
         raise ValueError("the range is empty: it ends before its second number, which has to be larger than the first")

@@ -33,6 +33,8 @@ _PARAMETER = (
     ("wrappers outside", SIZE),
     _UNDER,
     ("module in the wrapper that has the slots", TEXT),
+    ("embedding that it is tied to", TEXT),
+    ("names in a checkpoint, and of what they are the transpose", {"type": "array"}),
 )
 
 
@@ -145,7 +147,11 @@ def _save() -> Schema:
             "const": True,
             "description": "What of it is in half precision is copied as float32; missing for a copy as it is.",
         },
-        optional=("lifted",),
+        tied=list_of(
+            row("A tensor that is another copy's.", ("tensor", TEXT), ("parameter of the base", TEXT)),
+            "Tensors that are one with those of another copy; missing if there are none.",
+        ),
+        optional=("lifted", "tied"),
     )
 
 

@@ -19,7 +19,6 @@ NOT_YET = (
     "arrow_config",
     "kasa_config",
     "megatron_config",
-    "ensure_weight_tying",
 )
 STARTS_NOT_YET = ("eva_config", "corda_config", "lora_ga_config")
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
@@ -44,6 +43,7 @@ class LoraConfig(
     p.OrientationMixin,
     p.BiasMixin,
     p.TokensMixin,
+    p.TiesMixin,
     p.ReplicationMixin,
     p.LayersConfig,
 ):
@@ -86,7 +86,6 @@ class LoraConfig(
     """Make one of the factors block-diagonal (BD-LoRA)."""
     arrow_config: _NotYet[dict[str, Any] | None] = None
     kasa_config: _NotYet[KasaConfig | None] = None
-    ensure_weight_tying: _NotYet[bool] = False
 
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 

@@ -36,7 +36,6 @@ LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "eva"},
         {"eva_config": {"rho": 2.0}},
-        {"ensure_weight_tying": True},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -32,6 +32,7 @@ PROVOKED = {
     "OPTION_NOT_AVAILABLE": (
         "tests/methods/test_refused_options.py::test_an_option_of_the_reference_that_is_not_there_yet[eva_config]"
     ),
+    "NOTHING_TIED": "tests/methods/test_weight_tying.py::test_nothing_tied_is_no_effect[False-rows-no tied modules were found in the model]",
     "NO_REPLICATION": "tests/methods/test_layer_replication.py::test_what_cannot_be_is_refused_with_nothing_changed[beyond]",
     "NO_ROWS": "tests/methods/test_rows_beside.py::test_what_cannot_be_is_refused_with_nothing_changed[2-PC455]",
     "NO_TOKENS": "tests/methods/test_rows_beside.py::test_no_token_is_no_effect[[]]",

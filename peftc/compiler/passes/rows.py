@@ -12,6 +12,7 @@ from peftc import rules
 from peftc.compiler.passes.draft import Context, Draft, listed
 from peftc.compiler.passes.homes import Homes
 from peftc.compiler.passes.sites import slot_dtype
+from peftc.compiler.passes.ties import asks, refuse_apart
 from peftc.compiler.plan.sites import MapSite
 from peftc.config.mixins import TokensMixin
 from peftc.diagnostics import Collector, Diagnostic, did_you_mean
@@ -49,6 +50,10 @@ def train_rows(draft: Draft, context: Context) -> Draft:
         found.add(rules.NO_TOKENS(what, fix="Name tokens by their ids, or leave the option out.", where=where))
     layers = dict(_named(named, context, found))
     found.add(*_copied(layers, draft, context))
+    apart = (
+        refuse_apart({path: list(r.ids) for path, r in layers.items()}, context.graph, where) if asks(draft) else None
+    )
+    found.add(*(() if apart is None else apart.diagnostics))
     if found.errors:
         return draft.told(*found)
     homes = Homes(context)

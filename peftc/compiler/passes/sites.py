@@ -383,7 +383,7 @@ def copy_modules(draft: Draft, context: Context) -> Draft:
         if node.facts.cls in _CONTAINERS:
             problems.append(_container(node, context))
         name = next(name for name in names if node.path.endswith(name))
-        saves.append(_save_site(context.graph, position, name, context.options.autocast_adapter_dtype))
+        saves.append(save_site(context.graph, position, name, context.options.autocast_adapter_dtype))
     task = draft.config.task_type
     heads = TASK_HEADS.get(task, ()) if task else ()
     if heads and not saves:
@@ -416,7 +416,8 @@ def _container(node: ModuleNode, context: Context) -> Diagnostic:
     return rules.CANNOT_SAVE(what, fix="Name the modules in it.", where=context.where("modules_to_save"))
 
 
-def _save_site(graph: ModuleGraph, position: int, name: str, autocast: bool) -> SaveSite:
+def save_site(graph: ModuleGraph, position: int, name: str, autocast: bool) -> SaveSite:
+    """The site of the module at a position of the graph, that `name` means."""
     root = graph.nodes[position].path
     inside = list(below(graph, position))
     own = {f"{root}.{tail}" for tail, _ in _tensors(root, inside, "params")}

@@ -183,13 +183,24 @@ class AdapterPlan:
 
     def copies(self) -> dict[str, str]:
         """Keys under which a checkpoint holds a tensor once more, each with the tensor's own key: layers with tied weights
-        that have the tensor together."""
-        return {
+        that have the tensor together, and copies of modules that have it."""
+        of_saves = {
+            f"{self.root}{save.path}.{tail}": f"{self.root}{home}" for save in self.saves for tail, home in save.tied
+        }
+        return of_saves | {
             replace(key, home=None).disk(WRAPPED_ROOT): key.disk(WRAPPED_ROOT)
             for site in self.maps
             for slot in site.slots
             if slot.share == Share.WEIGHT and slot.saved and slot.home not in (None, site.path)
             for key in (site.key(slot, self.name),)
+        }
+
+    def mirrors(self) -> dict[str, str]:
+        """Keys under which a checkpoint holds the transpose of a tensor, each with the tensor's own key."""
+        return {
+            f"{WRAPPED_ROOT}{site.path}.{name}": f"{WRAPPED_ROOT}{site.tied}.{own}"
+            for site in self.maps
+            for name, own in site.mirrors
         }
 
     def tally(self, active: bool = True) -> Tally:
@@ -234,7 +245,7 @@ class AdapterPlan:
                         continue
                     shared[key] = facts
                 yield key, facts
-        for save in self.saves:
+        for save in self.saves:  # with those that are tied
             for tail, facts in (*save.tensors, *save.buffers):
                 yield f"{self.root}{save.path}.{tail}", facts
         for train in self.trains:
@@ -245,7 +256,9 @@ class AdapterPlan:
             assert self.call is not None
             if slot.saved:
                 yield self.call.disk(slot.dotted), TensorFacts(slot.shape, slot.dtype or self.call.dtype)
-        yield from ((copy, shared[key]) for copy, key in self.copies().items())
+        yield from ((copy, shared[key]) for copy, key in self.copies().items() if key in shared)
+        for copy, key in self.mirrors().items():
+            yield copy, replace(shared[key], shape=shared[key].shape[::-1])
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
         by_name = any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary)
         if by_name and not trains_rows(self.config):

@@ -167,6 +167,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
                 "tensors": _tensors(s.tensors),
                 "buffers": _tensors(s.buffers),
                 **({"lifted": True} if s.lifted else {}),
+                **({"tied": [list(pair) for pair in s.tied]} if s.tied else {}),
             }
             for s in adapter.saves
         ],
@@ -191,7 +192,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         name=data["name"],
         peft_type=data["peft_type"],
         config=config,
-        maps=tuple(MapSite(path, *kinds[index], *parameter) for path, index, *parameter in data["maps"]),
+        maps=tuple(MapSite(path, *kinds[index], *_beside(rest)) for path, index, *rest in data["maps"]),
         saves=tuple(
             SaveSite(
                 s["path"],
@@ -199,6 +200,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
                 tensors_from_json(s["buffers"]),
                 s["reason"],
                 s.get("lifted", False),
+                tuple((tail, home) for tail, home in s.get("tied", ())),
             )
             for s in data["saves"]
         ),
@@ -216,13 +218,21 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
     )
 
 
-def _beside_kind(site: MapSite) -> list[str | int]:
+def _beside_kind(site: MapSite) -> list[Any]:
     """What tells a site from others of its kind: nothing, for most."""
+    if site.tied:
+        mirrors = [list(pair) for pair in site.mirrors]
+        return [site.parameter, site.outside, site.place, site.inside, site.tied, mirrors]
     if site.inside:
         return [site.parameter, site.outside, site.place, site.inside]
     if site.place:
         return [site.parameter, site.outside, site.place]
     return [site.parameter, site.outside] if site.parameter else []
+
+
+def _beside(row: list[Any]) -> list[Any]:
+    """The way back, for the fields of a site that follow those of its kind."""
+    return row if len(row) < 6 else [*row[:5], tuple((name, own) for name, own in row[5])]
 
 
 def _rewrite_to_json(rewrite: Rewrite) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc.config.base import PeftConfig
-from peftc.graph.nodes import HALF, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
+from peftc.graph.nodes import HALF, Kind, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
 from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.prompt import Place
 from peftc.tuner.rows import ROWS_BESIDE
 from peftc.tuner.slots import Key, Slot
+from peftc.tuner.transposed import transposed
 
 #: What stands before a module path in a wrapped model, in memory and in every checkpoint.
 WRAPPED_ROOT = "base_model.model."
@@ -55,6 +56,9 @@ class MapSite:
 
     Rows that train beside the method's mathematics are a site of their own, whose slots are `inside` a module of that name
     in a wrapper directly round the layer.
+
+    A layer `tied` to an embedding has the slots of the adapter on that. `mirrors` are the names of the slots that it would have
+    of its own, each with that of which it is the transpose: checkpoints have both.
     """
 
     path: str
@@ -69,6 +73,8 @@ class MapSite:
     outside: int = 0
     place: str = ""
     inside: str = ""
+    tied: str = ""
+    mirrors: tuple[tuple[str, str], ...] = ()
 
     @property
     def owner(self) -> str:
@@ -87,7 +93,12 @@ class MapSite:
 
     def tuner(self, method: TunerMethod, config: PeftConfig, graph: ModuleGraph) -> MapTuner[Any]:
         """The mathematics here, of an adapter with these options."""
-        return ROWS_BESIDE if self.inside else tuner_for(method, config, self.node(graph))
+        if self.inside:
+            return ROWS_BESIDE
+        if not self.tied:
+            return tuner_for(method, config, self.node(graph))
+        tuner = tuner_for(method, config, graph.by_path[self.tied])
+        return tuner if self.layer.kind is Kind.EMBEDDING else transposed(tuner)
 
     def node(self, graph: ModuleGraph) -> ModuleNode:
         """What the mathematics is chosen by: the module, or the parameter as a module of its own."""
@@ -121,17 +132,22 @@ class ModuleSite:
 @dataclass(frozen=True, slots=True)
 class SaveSite:
     """A module that is copied and trained whole. `tensors` are all parameters below it by their path from it, as they are
-    in the module and in a checkpoint; in a `lifted` copy what is in half precision is in float32."""
+    in the module and in a checkpoint; in a `lifted` copy what is in half precision is in float32. `tied` are those that are one
+    with a parameter of another copy, by the base model's name of that."""
 
     path: str
     tensors: tuple[tuple[str, TensorFacts], ...]
     buffers: tuple[tuple[str, TensorFacts], ...]
     reason: str
     lifted: bool = False
+    tied: tuple[tuple[str, str], ...] = ()
 
     def copied(self) -> Iterator[tuple[str, TensorFacts]]:
-        """Parameters of the copy."""
+        """Parameters that are the copy's own."""
+        tied = {tail for tail, _ in self.tied}
         for tail, facts in self.tensors:
+            if tail in tied:
+                continue
             yield tail, replace(facts, dtype="float32") if self.lifted and facts.dtype in HALF else facts
 
     def key(self, tail: str, adapter: str) -> Key:

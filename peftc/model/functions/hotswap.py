@@ -162,7 +162,7 @@ def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterP
 def _strangers(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     own = session.tensors(plan.name)
     copies = plan.copies()
-    strange = [key for key in given if key not in own and key not in copies]
+    strange = [key for key in given if key not in own and key not in {*copies, *plan.mirrors()}]
     if strange:
         what = f"{len(strange)} tensors are on modules that the adapter has not: {listed(strange)}"
         fix = did_you_mean(strange[0], own) or "Load it beside, with `load_adapter`."

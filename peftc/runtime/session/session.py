@@ -96,6 +96,9 @@ class Session(Applied):
                     self._remember(self.copies, save.path, copy)
                     copy.join(self.shared)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source, save.lifted)
+            for save in plan.saves:
+                for tail, home in save.tied:
+                    self._tie(plan.name, save.path, tail, home)
             self.base.change(plan, source)
             for known in (self.readers, self.seams, self.plans):
                 keep_entry(known, plan.name)
@@ -105,6 +108,13 @@ class Session(Applied):
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
             self.base.act(self.active if self.enabled else ())
+
+    def _tie(self, name: str, path: str, tail: str, home: str) -> None:
+        """Let a parameter of an adapter's copy be one with that of another copy, which the base calls `home`."""
+        at, _, own = home.rpartition(".")
+        first = self.copies[at].modules_to_save[name].get_parameter(own)
+        twin = self.copies[path].modules_to_save[name]
+        twin.get_submodule(tail.rpartition(".")[0])._parameters[tail.rpartition(".")[2]] = first
 
     def _layer(self, site: MapSite, wrap: Callable[[nn.Module], TunerLayer]) -> TunerLayer:
         """A new wrapper round what is at a site's path; of rows that train beside a method, under all that is there."""
@@ -378,7 +388,9 @@ class Session(Applied):
                     tensors[site.key(slot, name).disk()] = tensor
         for save in plan.saves:
             twin = self.copies[save.path].modules_to_save[name]
-            for key, tensor in twin.state_dict(keep_vars=True).items():
+            tied = {tail for tail, _ in save.tied}
+            own = {k: t for k, t in twin.state_dict(keep_vars=True).items() if k not in tied}
+            for key, tensor in own.items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
         tensors |= self.base.values(plan)
         caller = self.caller(name)

@@ -65,7 +65,9 @@ def exported(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict
             with boundary(session.plans[name].peft_type, "export", site.path), torch.no_grad():
                 made = tuner.export(site.config, site.path, site.layer, own)
             result |= {key: made[slot] for slot, key in keys.items()}
-    return result | {copy: result[key] for copy, key in session.plans[name].copies().items() if key in result}
+    plan = session.plans[name]
+    result |= {copy: result[key] for copy, key in plan.copies().items() if key in result}
+    return result | {copy: result[key].t().contiguous() for copy, key in plan.mirrors().items() if key in result}
 
 
 def in_base_formats(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

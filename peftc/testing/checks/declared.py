@@ -119,7 +119,7 @@ def keys_follow_the_rule(s: Subject) -> None:
         same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")
     same_names(
         model.adapter_tensors(name),
-        disk | {*plan.copies()} | _base_keys(model, name),
+        disk | {*plan.copies(), *plan.mirrors()} | _base_keys(model, name),
         "The checkpoint",
         "Save the declared slots.",
     )
