@@ -176,7 +176,8 @@ def _trained() -> Schema:
         ("in an adapted module", FLAG),
         ("reason", TEXT),
         _UNDER,
-        optional=1,
+        ("further names in the adapted base model", list_of(TEXT)),
+        optional=2,
     )
 
 

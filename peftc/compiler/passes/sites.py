@@ -454,20 +454,24 @@ def train_biases(draft: Draft, context: Context) -> Draft:
     rows = {site.path for site in draft.rows}
     copied = tuple(f"{save.path}." for save in draft.saves)
     aliases = context.graph.alias_of
-    trains = []
+    trains: dict[str, TrainSite] = {}
     for node in context.graph.nodes:
         if not node.facts.has_bias or f"{node.path}.".startswith(copied):
             continue
-        if (mode != "all" and node.path not in adapted) or f"{node.path}.bias" in aliases:
+        if mode != "all" and node.path not in adapted:
             continue
-        tensor = node.facts.params["bias"]
         place = attention.place_of(node.path, wrappers)
         if node.path in adapted and node.path in rows:
             place = f"{place or node.path}.base_layer"  # there are two wrappers
-        wrapped = node.path in adapted or node.path in rows
-        trains.append(TrainSite(node.path, "bias", tensor, wrapped, f"bias: {mode}", place))
+        wrapped, name = node.path in adapted or node.path in rows, f"{node.path}.bias"
+        site = TrainSite(node.path, "bias", node.facts.params["bias"], wrapped, f"bias: {mode}", place)
+        main = trains.get(aliases.get(name, ""))
+        if main is not None:
+            trains[aliases[name]] = replace(main, copies=(*main.copies, site.base_name))
+        elif name not in aliases:
+            trains[name] = site
     if not trains:
         owner = "no layer of the model" if mode == "all" else "no adapted layer"
         what = f"`bias: {mode}` trains nothing: {owner} has a bias"
         draft = draft.told(rules.NO_BIAS(what, fix="Set `bias: none`.", where=context.where("bias")))
-    return draft.but(trains=tuple(trains))
+    return draft.but(trains=tuple(trains.values()))

@@ -121,7 +121,7 @@ class AdapterPlan:
                 name, disk = save.key(tail, self.name).memory(root), f"{root}{save.path}.{tail}"
                 yield PlannedParameter(name, disk, tensor.shape, tensor.dtype, trainable, self.name)
         for train in self.trains:
-            name = _base_name(train, root)
+            name = f"{root}{train.base_name}"
             yield PlannedParameter(name, name, train.tensor.shape, train.tensor.dtype, trainable, self.name, base=True)
         if self.prompt is not None:
             for slot in self.prompt.slots:
@@ -187,6 +187,9 @@ class AdapterPlan:
         of_saves = {
             f"{self.root}{save.path}.{tail}": f"{self.root}{home}" for save in self.saves for tail, home in save.tied
         }
+        of_saves |= {
+            f"{self.root}{copy}": f"{self.root}{train.base_name}" for train in self.trains for copy in train.copies
+        }
         return of_saves | {
             replace(key, home=None).disk(WRAPPED_ROOT): key.disk(WRAPPED_ROOT)
             for site in self.maps
@@ -249,7 +252,7 @@ class AdapterPlan:
             for tail, facts in (*save.tensors, *save.buffers):
                 yield f"{self.root}{save.path}.{tail}", facts
         for train in self.trains:
-            yield _base_name(train, self.root), train.tensor
+            yield from ((f"{self.root}{name}", train.tensor) for name in (train.base_name, *train.copies))
         if self.prompt is not None:
             yield from self.prompt.stored.items()
         for slot in () if self.call is None else self.call.slots:
@@ -270,13 +273,6 @@ class AdapterPlan:
 def _seat(site: MapSite) -> str:
     """What the number of wrappers round a site's own is found by."""
     return f"{site.path}.{site.inside}" if site.inside else site.path
-
-
-def _base_name(train: TrainSite, root: str) -> str:
-    """Name of a base parameter that trains: a wrapper puts `base_layer` before it."""
-    place = train.place or train.path
-    owner = f"{place}.base_layer" if train.wrapped else place
-    return f"{root}{owner}.{train.name}" if owner else f"{root}{train.name}"
 
 
 def nesting(adapters: Sequence[AdapterPlan]) -> dict[str, dict[str, int]]:

@@ -172,7 +172,7 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
             for s in adapter.saves
         ],
         "trains": [
-            [t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason, *([t.place] if t.place else [])]
+            [t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason, *_beside_bias(t)]
             for t in adapter.trains
         ],
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
@@ -204,10 +204,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
             )
             for s in data["saves"]
         ),
-        trains=tuple(
-            TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), *rest)
-            for path, name, shape, dtype, *rest in data["trains"]
-        ),
+        trains=tuple(_train_from_json(row) for row in data["trains"]),
         prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
         modules=tuple(site for item in data.get("modules", ()) for site in _modules_from_json(item, config)),
         call=None if "call" not in data else _call_from_json(data["call"]),
@@ -228,6 +225,19 @@ def _beside_kind(site: MapSite) -> list[Any]:
     if site.place:
         return [site.parameter, site.outside, site.place]
     return [site.parameter, site.outside] if site.parameter else []
+
+
+def _beside_bias(train: TrainSite) -> list[Any]:
+    """What only some have."""
+    if train.copies:
+        return [train.place, list(train.copies)]
+    return [train.place] if train.place else []
+
+
+def _train_from_json(row: list[Any]) -> TrainSite:
+    path, name, shape, dtype, wrapped, reason, *rest = row
+    place, copies = (*rest, "", [])[:2] if len(rest) < 2 else rest
+    return TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), wrapped, reason, place, tuple(copies))
 
 
 def _beside(row: list[Any]) -> list[Any]:

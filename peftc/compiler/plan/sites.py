@@ -157,7 +157,7 @@ class SaveSite:
 @dataclass(frozen=True, slots=True)
 class TrainSite:
     """A base parameter that becomes trainable and is saved. `wrapped` if its module is also a map site; `place` as a map
-    site's."""
+    site's. `copies` are the further names under which the base has it, as `base_name`: a checkpoint has it under all."""
 
     path: str
     name: str
@@ -165,6 +165,14 @@ class TrainSite:
     wrapped: bool
     reason: str
     place: str = ""
+    copies: tuple[str, ...] = ()
+
+    @property
+    def base_name(self) -> str:
+        """Its name in the adapted base model: a wrapper puts `base_layer` before it."""
+        place = self.place or self.path
+        owner = f"{place}.base_layer" if self.wrapped else place
+        return f"{owner}.{self.name}" if owner else self.name
 
 
 @dataclass(frozen=True, slots=True)
