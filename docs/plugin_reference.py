@@ -28,16 +28,16 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 #: Sections of the page, and the names in each; what stands in none comes last.
 SECTIONS: Mapping[str, str] = {
     "The record": "method TunerMethod hookimpl register_plugin unregister_plugin",
-    "Kinds of method": "MapTuner ModuleTuner PromptTuner CallTuner",
+    "Kinds of method": "MapTuner RowsTuner ModuleTuner PromptTuner CallTuner",
     "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
     "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",
     "What the mathematics is handed": "View SlotInit ModuleView PromptView PromptContext CallView Run Place Changes Former",
-    "What it can call": "columns linear linear_compressed mean_direction row_norms norms_of_sum drop_outputs kept_outputs "
+    "What it can call": "columns linear wrong_rows linear_compressed mean_direction row_norms norms_of_sum drop_outputs kept_outputs "
     "widened weighted_sum to_logical to_stored",
     "Annotations": "Tensors TensorLists Slots Problems Factors Weights LabelledSlots Shapes Dims Options",
     "Configs": "LayersConfig PeftConfig PromptLearningConfig PeftConfigMixin ConfigModel TargetsMixin TargetNamesMixin"
     " OwnExclusionsMixin LayersMixin ModulesToSaveMixin RankMixin RankPatternMixin AlphaMixin InitWeightsMixin BiasMixin"
-    " UpdateDropoutMixin OrientationMixin TargetParametersMixin ExpertsMixin PeftType TaskType Count Dropout Names NameList"
+    " UpdateDropoutMixin TokensMixin TiesMixin ReplicationMixin OrientationMixin TargetParametersMixin ExpertsMixin PeftType TaskType Count Dropout Names NameList"
     " Field model_validator matches",
     "What is wrong": "rules Rule Severity Diagnostic PeftcError did_you_mean warn",
     "Files": "read_adapter read_weights write_adapter convert_adapter",

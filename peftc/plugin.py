@@ -34,9 +34,12 @@ from peftc.config.mixins import (
     OwnExclusionsMixin,
     RankMixin,
     RankPatternMixin,
+    ReplicationMixin,
     TargetNamesMixin,
     TargetParametersMixin,
     TargetsMixin,
+    TiesMixin,
+    TokensMixin,
     UpdateDropoutMixin,
     VariantMixin,
 )
@@ -54,6 +57,7 @@ from peftc.tuner.limits import RankLimit
 from peftc.tuner.method import Former, MapTuner, TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
+from peftc.tuner.rows import RowsTuner, wrong_rows
 from peftc.tuner.slots import (
     Container,
     Share,
@@ -285,7 +289,9 @@ __all__ = [
     "RankLimit",
     "RankMixin",
     "RankPatternMixin",
+    "ReplicationMixin",
     "Rescaled",
+    "RowsTuner",
     "Rule",
     "Run",
     "Severity",
@@ -300,6 +306,8 @@ __all__ = [
     "TaskType",
     "TensorLists",
     "Tensors",
+    "TiesMixin",
+    "TokensMixin",
     "TunerMethod",
     "UpdateDropoutMixin",
     "Variant",
@@ -340,4 +348,5 @@ __all__ = [
     "weighted_sum",
     "widened",
     "write_adapter",
+    "wrong_rows",
 ]

@@ -211,6 +211,12 @@ BLOCKS_ADJUSTED = Rule(
 PART_OF_FUSED = Rule(
     "PC447", "Part of a fused weight", "Layers that became one tensor can be adapted together only, at one scale."
 )
+NO_ROWS = Rule("PC455", "No embedding of that name", "Its rows would be neither trained nor saved.")
+NO_TOKENS = Rule("PC456", "No token to train", "The option names embeddings, and none of their rows.", WARNING)
+NO_REPLICATION = Rule("PC457", "Layers cannot be replicated", "The model would be another than the option says.")
+NOTHING_TIED = Rule(
+    "PC458", "Nothing to keep tied", "The option is about weights that are used in two places.", WARNING
+)
 
 # PC5xx: running models ----------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")

@@ -6,7 +6,7 @@ embedding, it has the same rows; nothing is saved twice. No copy of the whole ma
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 
 from peftc import plugin as p
 
@@ -21,44 +21,17 @@ class TrainableTokensConfig(p.InitWeightsMixin, p.TargetNamesMixin, p.PeftConfig
     """Start as the tokens are, which changes nothing; otherwise at random."""
 
 
-class TokensTuner(p.MapTuner[TrainableTokensConfig]):
-    """`y = W'[x]` of an embedding, or `y = W' x + b` of a layer with one row per token; `W'` is W with rows exchanged."""
+class TokensTuner(p.RowsTuner[TrainableTokensConfig]):
+    """Rows of the layer, and the same ones of layers whose weights are tied to it."""
 
-    supports = p.LINEAR_KINDS | {p.Kind.EMBEDDING}
+    rows_option = "token_indices"
+    rows_share = p.Share.WEIGHT
 
-    def slots(self, c: TrainableTokensConfig, layer: p.LayerFacts) -> p.Slots:
-        count = len(c.token_indices)
-        size = layer.out_features if layer.kind is p.Kind.EMBEDDING else layer.in_features
-        yield p.parameter_slot("trainable_tokens_delta", (count, size), share=p.Share.WEIGHT)
-        yield p.derived_slot("trainable_tokens_indices", (count,), dtype="int64", share=p.Share.WEIGHT)
+    def rows(self, c: TrainableTokensConfig) -> Sequence[int]:
+        return c.token_indices
 
-    def init(self, c: TrainableTokensConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
-        if not c.init_weights:
-            init.normal(slots["trainable_tokens_delta"])
-            return
-        weight = init.base["weight"]
-        rows = weight.t() if layer.kind is p.Kind.EMBEDDING else weight
-        slots["trainable_tokens_delta"].copy_(rows[c.token_indices])
-
-    def derive(self, c: TrainableTokensConfig, layer: p.LayerFacts, slots: p.LabelledSlots) -> p.Tensors:
-        import torch
-
-        return {"trainable_tokens_indices": torch.tensor(c.token_indices)}
-
-    def check(self, c: TrainableTokensConfig, layer: p.LayerFacts, path: str) -> p.Problems:
-        rows = layer.in_features if layer.kind is p.Kind.EMBEDDING else layer.out_features
-        beyond = [i for i in c.token_indices if i >= rows]
-        if beyond:
-            what = f"`{path}` has {rows:,} rows, but `token_indices` names {', '.join(map(str, beyond[:3]))}"
-            fix = "Add the tokens to the model first (`model.resize_token_embeddings`), or correct the ids."
-            yield p.rules.BAD_TARGET(what, fix=fix, where=path)
-
-    def clash(self, c: TrainableTokensConfig, other: TrainableTokensConfig) -> str:
-        both = sorted({*c.token_indices} & {*other.token_indices})
-        return f"both train the token {both[0]}" if both else ""
-
-    def vectors(self, a: p.View[TrainableTokensConfig]) -> tuple[p.Tensor, p.Tensor]:
-        return a.trainable_tokens_indices, a.trainable_tokens_delta
+    def starts_as_base(self, c: TrainableTokensConfig) -> bool:
+        return c.init_weights
 
 
 def resolve(c: TrainableTokensConfig, graph: p.ModuleGraph) -> p.Options:
@@ -74,17 +47,12 @@ def resolve(c: TrainableTokensConfig, graph: p.ModuleGraph) -> p.Options:
 
 def check(c: TrainableTokensConfig) -> p.Problems:
     """Ids that no row can have, ids given twice, and none at all."""
-    twice = [str(i) for i, count in Counter(c.token_indices).items() if count > 1]
-    below = [str(i) for i in c.token_indices if i < 0]
-    problems = {
-        "`token_indices` is empty, so that nothing would be trained": not c.token_indices,
-        f"`token_indices` names {', '.join(twice[:3])} twice": bool(twice),
-        f"`token_indices` names {', '.join(below[:3])}, which no token can be": bool(below),
-    }
-    for what, is_wrong in problems.items():
-        if is_wrong:
-            fix = "Give every id of a token to train once, as the tokenizer gives it."
-            yield p.rules.BAD_VALUE(what, fix=fix, where="token_indices")
+    problems = list(p.wrong_rows(c.token_indices, "token_indices"))
+    if not c.token_indices:
+        problems.append("`token_indices` is empty, so that nothing would be trained")
+    for what in problems:
+        fix = "Give every id of a token to train once, as the tokenizer gives it."
+        yield p.rules.BAD_VALUE(what, fix=fix, where="token_indices")
 
 
 peftc_tuner = p.method(

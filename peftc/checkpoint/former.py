@@ -271,7 +271,7 @@ class FormerReader:
     def _joint(self, site: MapSite, keys: Mapping[str, str], found: Mapping[str, TensorFacts | None]) -> Joint | None:
         """The site made of what the file has of its layers; None if that cannot be, with problems noted."""
         former = next(former for former in self._names.of(site.path) if former.parameter == site.parameter)
-        tuner = tuner_for(self._method, self._plan.config, site.node(self._graph))
+        tuner = site.tuner(self._method, self._plan.config, self._graph)
         if not can_join(tuner, len(former.layers)):
             names = ", ".join(f"`{name}`" for name in former.names)
             what = f"{self._plan.peft_type} on {names} cannot become one of `{site.path}.{site.parameter}`"
@@ -353,7 +353,7 @@ class FormerReader:
             facts = part_of(site.layer, parts)
             tuner = tuner_for(self._method, config, ModuleNode("", facts))
             slots = {label: slot for label, slot in labelled(tuner.slots(config, facts)).items() if slot.saved}
-            stack = tuner_for(self._method, self._plan.config, site.node(self._graph))
+            stack = site.tuner(self._method, self._plan.config, self._graph)
             now = stack.scaling(site.config, site.layer)
             ratio = tuner.scaling(config, facts) / now if now else 1.0
             ratio = 1.0 if self._given is None or math.isclose(ratio, 1.0, rel_tol=1e-9) else ratio

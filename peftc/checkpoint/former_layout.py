@@ -103,7 +103,7 @@ class _Writer:
         if former is None or any(key not in tensors for key in keys.values()):
             return
         self.taken |= set(keys.values())
-        tuner = tuner_for(default_registry().method_of(self.plan.config), self.plan.config, site.node(self.graph))
+        tuner = site.tuner(default_registry().method_of(self.plan.config), self.plan.config, self.graph)
         slots = {label: tensors[key] for label, key in keys.items()}
         dotted = {label: slot.dotted for label, slot in labelled(site.slots).items()}
         if not site.parameter:
@@ -129,7 +129,7 @@ class _Writer:
                 rules.CANNOT_JOIN(what, why="There are no former names to write.", fix=fix, where=where)
             )
             return None
-        tuner = tuner_for(default_registry().method_of(self.plan.config), self.plan.config, site.node(self.graph))
+        tuner = site.tuner(default_registry().method_of(self.plan.config), self.plan.config, self.graph)
         if site.parameter and not can_join(tuner, len(former.layers)):
             what = f"{self.plan.peft_type} on `{where}` is no update of each of {', '.join(former.names)}"
             fix = "Keep the adapter as it is."

@@ -135,7 +135,7 @@ def match(
     assigned = assign_planned(plan, expected, found)
     copies = _copies(plan, found, assigned)
     missing = tuple(key for key in expected if key not in assigned)
-    used = {*assigned.values(), *copies}
+    used = {*assigned.values(), *copies, *assign(plan.mirrors(), found, plan.root).values()}
     left = [key for key in found if key not in used]
     base = {**base_tensors(plan), **vocabulary} if left else {}
     carried = assign(base, left, plan.root)

@@ -86,7 +86,7 @@ def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) 
 
     if is_all_linear(option(peft_config, "target_modules")):
         plan = plan_for(model, {"default": peft_config}, task_heads=False, loading=True, mixed=True)
-        peft_config.target_modules = {site.path for site in plan.adapters[0].maps}
+        peft_config.target_modules = {site.path for site in plan.adapters[0].maps if not site.inside}
     return peft_config
 
 

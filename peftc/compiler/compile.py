@@ -14,12 +14,14 @@ from peftc.compiler.passes.order import run_passes
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
+from peftc.config.mixins import ReplicationMixin
 from peftc.config.places import json_path
 from peftc.diagnostics import Collector, Diagnostic, NoMatchingPeftModuleError, PeftcError, did_you_mean
 from peftc.graph.nodes import ModuleGraph
+from peftc.graph.replicas import replicated
+from peftc.graph.replication import REPLICATION_OPTION, Ranges
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
-from peftc.tuner.experts import tuner_for
 
 
 def compile_plan(
@@ -50,6 +52,8 @@ def compile_plan(
     """
     found = Collector()
     registry = registry or default_registry()
+    graph, problems = laid_out(graph, adapters)
+    found.add(*problems, *_without_layers(adapters))
     exactly = None if given is None else frozenset(given)
     options = Options(strict, frozenset(allow_dead), autocast_adapter_dtype, task_heads, exactly, loading)
     plans = []
@@ -63,16 +67,46 @@ def compile_plan(
     chosen = tuple(adapters)[:1] if active is None else tuple(active)
     found.add(*(_unknown_active(name, adapters) for name in chosen if name not in adapters))
     chosen += tuple(plan.name for plan in plans if plan.needed_by in chosen and plan.needed_by)
-    nodes = graph.by_path
     found.add(
         *together(
             [plan for plan in plans if plan.name in chosen],
-            lambda plan, path: tuner_for(registry.method_of(plan.config), plan.config, nodes[path]),
+            lambda plan, site: site.tuner(registry.method_of(plan.config), plan.config, graph),
         )
     )
     nothing = any(problem.code == rules.NO_MATCH.code for problem in found.errors)
     found.raise_errors(NoMatchingPeftModuleError if nothing else PeftcError)
     return InjectionPlan(graph.model, tuple(plans), chosen, graph.numel, found.warnings, graph)
+
+
+def laid_out(graph: ModuleGraph, adapters: Mapping[str, PeftConfig]) -> tuple[ModuleGraph, tuple[Diagnostic, ...]]:
+    """The graph of the model with the layers that adapters ask for, and what keeps it from having them. One that has been
+    given other layers already stays as it is."""
+    for name, config in adapters.items():
+        ranges = replication_of(config)
+        have = graph.replication
+        try:
+            if have is not None and [*have.sources] != [i for start, end in ranges for i in range(start, end)]:
+                what = f"The model's layers are replicated, and not as `{name}` says in `{REPLICATION_OPTION}`"
+                fix = f"Give all adapters on a model the same `{REPLICATION_OPTION}`, or take those that are on it off first."
+                return graph, (rules.ADAPTERS_CONFLICT(what, fix=fix, where=f"$.adapters.{name}.{REPLICATION_OPTION}"),)
+            if ranges and have is None:
+                return replicated(graph, ranges), ()
+        except PeftcError as error:
+            return graph, tuple(placed(problem, name, config) for problem in error.diagnostics)
+    return graph, ()
+
+
+def _without_layers(adapters: Mapping[str, PeftConfig]) -> Iterator[Diagnostic]:
+    for name, config in adapters.items():
+        if isinstance(config, ReplicationMixin) and config.layer_replication == []:
+            what = f"`{REPLICATION_OPTION}` is empty, so that the layers stay as they are"
+            where = f"$.adapters.{name}.{REPLICATION_OPTION}"
+            yield rules.WITHOUT_EFFECT(what, fix="Name ranges of layers, or leave the option out.", where=where)
+
+
+def replication_of(config: PeftConfig) -> Ranges:
+    """The layers that an adapter asks for; empty if it takes them as they are."""
+    return config.layer_replication or () if isinstance(config, ReplicationMixin) else ()
 
 
 def draft_adapter(graph: ModuleGraph, name: str, config: PeftConfig, registry: Registry, options: Options) -> Draft:
@@ -108,7 +142,7 @@ def begin(
 def frozen(name: str, draft: Draft) -> AdapterPlan:
     """The adapter's part of the plan."""
     config = draft.config
-    sites = (draft.maps, draft.saves, draft.trains, draft.prompt, draft.modules, draft.call)
+    sites = ((*draft.maps, *draft.rows), draft.saves, draft.trains, draft.prompt, draft.modules, draft.call)
     return AdapterPlan(name, str(config.peft_type), config, *sites, rewrites=draft.rewrites, notes=draft.notes)
 
 
@@ -124,6 +158,7 @@ def conflicts(
         what = f"The adapters are of several methods: {', '.join(types)}"
         problems.append(rules.MIXED_TYPES(what, fix="Give each method a model, and a spec, of its own."))
     problems += _unlike(plans, registry or default_registry())
+    problems += _laid_out_apart(plans)
     training = [plan.name for plan in plans if plan.trains]
     if training and len(plans) > 1:
         what = f"{listed(training)} trains biases of the base model, which all {len(plans)} adapters would see"
@@ -152,6 +187,17 @@ def _unlike(plans: Sequence[AdapterPlan], registry: Registry) -> Iterator[Diagno
                 why = f"All adapters of {plan.peft_type} on a model have it alike, here and in other libraries."
                 fix = f"Give both the same `{name}`, or each a model of its own."
                 yield rules.ADAPTERS_CONFLICT(what, why=why, fix=fix, where=f"$.adapters.{plan.name}.{name}")
+
+
+def _laid_out_apart(plans: Sequence[AdapterPlan]) -> Iterator[Diagnostic]:
+    """Adapters for models of different layers."""
+    asked = {plan.name: replication_of(plan.config) for plan in plans if not plan.needed_by}
+    first = next(iter(asked), "")
+    for name, ranges in asked.items():
+        if ranges != asked[first]:
+            what = f"`{name}` and `{first}` are for models of different layers: `{REPLICATION_OPTION}` is not the same"
+            fix = f"Give both the same `{REPLICATION_OPTION}`, or each a model of its own."
+            yield rules.ADAPTERS_CONFLICT(what, fix=fix, where=f"$.adapters.{name}.{REPLICATION_OPTION}")
 
 
 def cannot_mix(peft_type: str) -> Diagnostic:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peftc import rules
-from peftc.compiler.compile import begin
+from peftc.compiler.compile import begin, laid_out
 from peftc.compiler.match import Names, is_all_linear
 from peftc.compiler.passes.draft import Draft, Options, listed
 from peftc.compiler.passes.former_targets import former_paths
@@ -45,6 +45,7 @@ def explain(
     graph: ModuleGraph, name: str, config: PeftConfig, path: str, registry: Registry | None = None
 ) -> Explanation:
     """Follow the module at `path` through the passes of one adapter. Raises `PeftcError` if there is no such module."""
+    graph, _ = laid_out(graph, {name: config})
     node, now = graph.by_path.get(path), graph.former_names.find(path)
     if node is None and now is not None:
         node = graph.by_path.get(now.module)
@@ -120,7 +121,7 @@ def _rewritten(draft: Draft, node: ModuleNode) -> Iterator[str]:
 
 
 def _sites(draft: Draft, path: str) -> list[MapSite]:
-    return [site for site in draft.maps if site.path == path]
+    return [site for site in (*draft.maps, *draft.rows) if site.path == path]
 
 
 def _wrapped(draft: Draft, path: str) -> ModuleSite | None:

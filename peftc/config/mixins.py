@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -134,6 +135,44 @@ class ModulesToSaveMixin(ConfigModel):
 
     modules_to_save: NameList = None
     """Names (or suffixes at a dot) of modules that are copied, trained whole and saved along, e.g. a new head."""
+
+
+#: Ids of tokens, as the tokenizer gives them.
+_Ids = list[Annotated[int, Field(ge=0)]]
+
+
+class TokensMixin(ConfigModel):
+    """Single rows of embeddings, trained beside what the method does. The core has their mathematics."""
+
+    trainable_token_indices: _Ids | dict[str, _Ids] | None = None
+    """Ids of tokens whose rows of the input embedding are trained, of those tied to it as well; or a table: name (or suffix)
+    of an embedding, or of another layer with a row for each token -> ids."""
+
+
+class TiesMixin(ConfigModel):
+    """Whether uses of one weight stay one when they are trained."""
+
+    ensure_weight_tying: bool = False
+    """Train the input embedding and what is tied to it as one: of each that is in `modules_to_save`, `target_modules` or
+    `trainable_token_indices` all uses get the same copy, adapter or rows."""
+
+
+def _not_empty(span: list[int]) -> list[int]:
+    if span[0] >= span[1]:
+        raise ValueError("the range is empty: it ends before its second number, which has to be larger than the first")
+    return span
+
+
+#: The first of some layers, and the one after the last.
+_Span = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2), AfterValidator(_not_empty)]
+
+
+class ReplicationMixin(ConfigModel):
+    """A deeper model made of the layers of the base, some of which come several times and share their weights."""
+
+    layer_replication: list[_Span] | None = None
+    """Ranges of layers that the model is to have, one after the other, each without its end: `[[0, 4], [2, 5]]` makes layers
+    0, 1, 2, 3, 2, 3, 4 of five. Replicas share weights and have adapters of their own."""
 
 
 class LayersConfig(TargetsMixin, LayersMixin, ModulesToSaveMixin, PeftConfig):

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from peftc.graph.former import FormerLayers, FormerNames
+from peftc.graph.replication import Replication
 from peftc.limits import MAX_INTEGER, misshapen
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ class LayerFacts:
     `in_features` and `out_features` are those of the logical map whatever the storage: an embedding maps from
     `num_embeddings` to `embedding_dim`, a convolution from `in_channels` to `out_channels` with `kernel` and `groups`.
     `params` and `buffers` (persistent ones) are the module's own by name, in registration order, given as pairs or as a
-    mapping. `note` says why a layer
-    that looks like one of the kinds is none of them, e.g. a linear layer with a forward of its own. `transposed` says that
-    a module stores the weights of experts as (experts, in, out).
+    mapping. `note` says why a layer that looks like one of the kinds is none of them, e.g. a linear layer with a forward of
+    its own. `transposed` says that a module stores the weights of experts as (experts, in, out).
 
     Facts of a single parameter (`of_parameter`) have that alone in `params`, and how many `experts` it holds.
     """
@@ -283,6 +283,8 @@ class ModuleGraph:
     ties: tuple[tuple[str, ...], ...] = ()
     #: what weights were in checkpoints, where the model has them fused or under other names
     former: tuple[FormerLayers, ...] = ()
+    #: which layers are replicas of others; their parameters are in `ties`
+    replication: Replication | None = field(default=None, compare=False)
 
     @cached_property
     def by_path(self) -> Mapping[str, ModuleNode]:
@@ -344,7 +346,7 @@ class ModuleGraph:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only; layer facts are listed once and referred to by index."""
+        """JSON types only; layer facts once, referred to by index."""
         table: dict[LayerFacts, int] = {}
         nodes: list[list[Any]] = []
         for node in self.nodes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,3 +17,8 @@ def columns(A: Tensor, ids: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`W x + b` for rows x `(..., in)`, W `(out, in)`."""
     return F.linear(x, weight, bias)
+
+
+def indices(given: Sequence[int]) -> Tensor:
+    """Whole numbers `(n,)` on the CPU."""
+    return torch.tensor(list(given), dtype=torch.int64)

@@ -28,7 +28,14 @@ from peftc.tuner.prompt import Place
 
 _PLACE = (("module", TEXT), ("index in `kinds`", SIZE))
 _UNDER = ("path in memory, under wrappers of the adapter", TEXT)
-_PARAMETER = (("parameter", TEXT), ("wrappers outside", SIZE), _UNDER)
+_PARAMETER = (
+    ("parameter", TEXT),
+    ("wrappers outside", SIZE),
+    _UNDER,
+    ("module in the wrapper that has the slots", TEXT),
+    ("embedding that it is tied to", TEXT),
+    ("names in a checkpoint, and of what they are the transpose", {"type": "array"}),
+)
 
 
 def plan_schema() -> Schema:
@@ -88,7 +95,12 @@ def _definitions() -> dict[str, Schema]:
             config={"type": "object", "description": "Its options, as in adapter_config.json, defaults resolved."},
             kinds=list_of(ref("kind")),
             maps=list_of(
-                row("A module, or a parameter of it.", *_PLACE, *_PARAMETER, optional=len(_PARAMETER)),
+                row(
+                    "A module, or a parameter of it, or rows that train beside the method.",
+                    *_PLACE,
+                    *_PARAMETER,
+                    optional=len(_PARAMETER),
+                ),
                 "Adapted modules, in order.",
             ),
             saves=list_of(ref("save")),
@@ -135,7 +147,11 @@ def _save() -> Schema:
             "const": True,
             "description": "What of it is in half precision is copied as float32; missing for a copy as it is.",
         },
-        optional=("lifted",),
+        tied=list_of(
+            row("A tensor that is another copy's.", ("tensor", TEXT), ("parameter of the base", TEXT)),
+            "Tensors that are one with those of another copy; missing if there are none.",
+        ),
+        optional=("lifted", "tied"),
     )
 
 
@@ -160,7 +176,8 @@ def _trained() -> Schema:
         ("in an adapted module", FLAG),
         ("reason", TEXT),
         _UNDER,
-        optional=1,
+        ("further names in the adapted base model", list_of(TEXT)),
+        optional=2,
     )
 
 

@@ -90,10 +90,15 @@ class GoldenCase:
             yield f"trainable and total parameters are {counts}, not {self.info['trainable'], self.info['total']}"
         yield from self._saved(model)
         with torch.no_grad():
-            # switched off, the base acts, whatever of the adapter the writer leaves in `out.y_disabled`
+            # switched off, the base acts, whatever of the adapter the writer leaves in `out.y_disabled`; with the layers
+            # that the adapter gave it
+            is_deeper = model.session.graph.replication is not None
+            disabled = self.tensors["out.y_disabled" if is_deeper else "out.y_base"]
             with model.disable_adapter():
-                yield from _apart("the output while disabled", self._call(model), self.tensors["out.y_base"])
-            if "out.y_merged" in self.tensors:
+                yield from _apart("the output while disabled", self._call(model), disabled)
+            if is_deeper:  # the writer adds the updates of all replicas to the one weight that they share
+                yield from _apart("the output after merging", self._call(model.merge_and_unload()), y)
+            elif "out.y_merged" in self.tensors:
                 yield from self._merged(model)
 
     def _fresh(self, base: nn.Module) -> InjectionPlan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from peftc import plugin as p
@@ -14,12 +15,8 @@ _T = TypeVar("_T")
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 #: All of these, and those that only say how a fresh adapter begins.
 NOT_YET = (
-    "trainable_token_indices",
-    "layer_replication",
     "arrow_config",
     "kasa_config",
-    "megatron_config",
-    "ensure_weight_tying",
 )
 STARTS_NOT_YET = ("eva_config", "corda_config", "lora_ga_config")
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
@@ -34,11 +31,20 @@ class LoraRuntimeConfig(p.ConfigModel):
     """What describes a run and not the adapter."""
 
     ephemeral_gpu_offload: bool = False
-    """Move weights from main memory to the accelerator where a start is computed from them; no start here is."""
+    """Taken as in the reference, which computes with weights in main memory on the accelerator while an adapter is made. What
+    comes out is the same; here they stay where they are."""
 
 
 class LoraConfig(
-    p.VariantMixin, p.TargetParametersMixin, p.RankPatternMixin, p.OrientationMixin, p.BiasMixin, p.LayersConfig
+    p.VariantMixin,
+    p.TargetParametersMixin,
+    p.RankPatternMixin,
+    p.OrientationMixin,
+    p.BiasMixin,
+    p.TokensMixin,
+    p.TiesMixin,
+    p.ReplicationMixin,
+    p.LayersConfig,
 ):
     """Options of a LoRA adapter, named as in the reference."""
 
@@ -53,10 +59,10 @@ class LoraConfig(
     """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random."""
     alpha_pattern: dict[str, int | float] = p.Field(default_factory=dict)
     """Other numerators for some modules: pattern over the end of the path -> `lora_alpha`."""
-    megatron_config: _NotYet[dict[str, Any] | None] = None
+    megatron_config: dict[str, Any] | None = None
+    """Options of Megatron's layers, which need the package `megatron-core`. All other layers are adapted as ever."""
     megatron_core: str | None = "megatron.core"
     """Kept for files of the reference."""
-    trainable_token_indices: _NotYet[list[int] | dict[str, list[int]] | None] = None
     loftq_config: dict[str, Any] = p.Field(default_factory=dict)
     """Kept for files of the reference."""
     eva_config: _NotYet[dict[str, Any] | None] = None
@@ -74,7 +80,6 @@ class LoraConfig(
     """Inputs in such a group."""
     monteclora_config: MontecloraConfig | None = None
     """Sample A in training (MonteCLoRA, arXiv:2411.04358)."""
-    layer_replication: _NotYet[list[list[int]] | None] = None
     runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
     """How a run goes about it; never written."""
     lora_bias: bool = False
@@ -83,7 +88,6 @@ class LoraConfig(
     """Make one of the factors block-diagonal (BD-LoRA)."""
     arrow_config: _NotYet[dict[str, Any] | None] = None
     kasa_config: _NotYet[KasaConfig | None] = None
-    ensure_weight_tying: _NotYet[bool] = False
 
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
@@ -91,6 +95,7 @@ class LoraConfig(
 def check(c: LoraConfig) -> p.Problems:
     """Options without effect in this version are refused, not ignored: they would change the mathematics."""
     yield from _given(c, NOT_YET)
+    yield from check_megatron(c)
     if c.init_lora_weights not in (*STARTS, *STARTS_OF_FACTORS):
         yield p.rules.OPTION_NOT_AVAILABLE(
             f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
@@ -98,6 +103,17 @@ def check(c: LoraConfig) -> p.Problems:
             fix="Use `true`, `false` or `gaussian`. For a trained adapter: set it to `true` if the changed base was saved and is "
             "what you load; otherwise convert it where it was trained (`path_initial_model_for_weight_conversion`).",
             where="init_lora_weights",
+        )
+
+
+def check_megatron(c: LoraConfig) -> p.Problems:
+    """Options of layers that come with a package which is not there."""
+    if c.megatron_config and find_spec("megatron") is None:  # looked for, and not imported
+        yield p.rules.DEPENDENCY_MISSING(
+            "`megatron_config` is about layers of Megatron, which is not installed",
+            why="The adapter belongs to layers that only this package has.",
+            fix="Install it, `pip install megatron-core`; or leave the option out where no layer is Megatron's.",
+            where="megatron_config",
         )
 
 

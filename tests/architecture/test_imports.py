@@ -48,6 +48,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
     ("peftc.plugin", "peftc.ops.compressed"): "products that keep less for backward are, too",
     ("peftc.plugin", "peftc.ops.rescaled"): "norms of updated weights too",
+    ("peftc.tuner.rows", "peftc.ops.plain"): "indices in options become a tensor",
 }
 
 # Third parties of each package. Where a package is not named here it uses the standard library alone.

@@ -16,10 +16,7 @@ WIDTH = 16
 
 #: A value of each option that is not available, other than "off".
 ASKED: dict[str, Any] = {
-    "trainable_token_indices": [1],
     "alora_invocation_tokens": [1],
-    "layer_replication": [[0, 1]],
-    "ensure_weight_tying": True,
     "kasa_config": {},
 }
 
@@ -159,8 +156,9 @@ def test_all_starts_that_are_not_available_are_refused() -> None:
 
 def test_every_unavailable_option_is_told_at_once() -> None:
     with pytest.raises(PeftcError) as caught:
-        wrapped(alora_invocation_tokens=[1], ensure_weight_tying=True)
-    assert len(caught.value.diagnostics) == 2
+        wrapped(arrow_config={"a": 1}, eva_config={"a": 1})
+    told = [d.where.path for d in caught.value.diagnostics if d.code == "PC103"]
+    assert told == ["$.adapters.default.arrow_config", "$.adapters.default.eva_config"]
 
 
 def test_public_names() -> None:

@@ -36,9 +36,6 @@ LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "eva"},
         {"eva_config": {"rho": 2.0}},
-        {"trainable_token_indices": [0, 1]},
-        {"layer_replication": [[0, 2], [1, 3]]},
-        {"ensure_weight_tying": True},
     ],
     ids=lambda options: next(iter(options)),
 )

@@ -30,8 +30,12 @@ PROVOKED = {
     "PICKLE_CONTENT": "tests/unit/test_checkpoint_pickled.py::test_what_is_no_plain_adapter_is_refused[a list]",
     "CANNOT_JOIN": "tests/e2e/test_former_layers.py::test_methods_that_cannot_join_layers_say_so[method0]",
     "OPTION_NOT_AVAILABLE": (
-        "tests/methods/test_refused_options.py::test_an_option_of_the_reference_that_is_not_there_yet[layer_replication]"
+        "tests/methods/test_refused_options.py::test_an_option_of_the_reference_that_is_not_there_yet[eva_config]"
     ),
+    "NOTHING_TIED": "tests/methods/test_weight_tying.py::test_nothing_tied_is_no_effect[False-rows-no tied modules were found in the model]",
+    "NO_REPLICATION": "tests/methods/test_layer_replication.py::test_what_cannot_be_is_refused_with_nothing_changed[beyond]",
+    "NO_ROWS": "tests/methods/test_rows_beside.py::test_what_cannot_be_is_refused_with_nothing_changed[2-PC455]",
+    "NO_TOKENS": "tests/methods/test_rows_beside.py::test_no_token_is_no_effect[[]]",
     "NOT_IDENTITY": "tests/methods/test_hra.py::test_a_start_that_is_not_the_identity_is_warned_of[options0]",
     "CANNOT_CONVERT": f"{_CONVERSION}test_a_changed_bias_is_not_lost",
     "BIAS_GAINED": "tests/runtime/test_affine.py::test_a_bias_that_was_not_there_is_told",

@@ -143,7 +143,7 @@ class Living(Pair):
         some = st.lists(st.sampled_from(sorted(self.plain.adapters)), min_size=1, max_size=2, unique=True)
         names = data.draw(st.one_of(st.none(), some), "names")
         wanted = self.plain.active if names is None else names
-        may = [rules.MERGE_ORDER.code] if self.world.mixed else []
+        may = [rules.MERGE_ORDER.code] if self.plain.orders else []
         if self.attempt(lambda: self.model.merge_adapter(names, safe_merge=safe), self.unmergeable(wanted), may):
             self.plain.merge(wanted)
 

@@ -43,7 +43,7 @@ class Machine(Living, Given):
         names = data.draw(st.one_of(st.none(), some), "names")
         wanted = self.plain.active if names is None else names
         must = self.unmergeable(wanted)
-        may = [rules.MERGE_ORDER.code] if self.world.mixed else []
+        may = [rules.MERGE_ORDER.code] if self.plain.orders else []
         found: list[nn.Module] = []
         if self.attempt(lambda: found.append(self.model.merge_and_unload(adapter_names=names)), must, may):
             self._begin_again(found[0], self.plain.in_effect(wanted, for_good=True), data, name)

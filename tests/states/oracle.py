@@ -19,6 +19,8 @@ from peftc.testing.subjects import quiet
 from tests.states.alone import BASE, Adapter, output_of, plain_name, set_scale
 from tests.states.worlds import DTYPE, World
 
+#: What stands for a method where rows train beside one.
+ROWS = "rows"
 #: What rounding explains, by dtype.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.2}
 
@@ -61,8 +63,14 @@ class Plain:
                     chain.pop()
         self.has_copied = bool(adapter.copies) or any(other.copies for other in self.adapters.values())
         self.adapters[adapter.name] = adapter
+        rows = {site.path for site in adapter.plan.maps if site.inside}
         for path in adapter.layers:
             chain = self.chains.setdefault(path, [])
+            if path in rows:  # those of all methods are directly round the layer
+                if not chain or chain[0][0] != ROWS:
+                    chain.insert(0, (ROWS, set()))
+                chain[0][1].add(adapter.name)
+                continue
             if not chain or chain[-1][0] != adapter.peft_type:
                 chain.append((adapter.peft_type, set()))
             chain[-1][1].add(adapter.name)
@@ -185,6 +193,11 @@ class Plain:
         tensors = [t for own in (self.shown(()), *(a.tensors for a in self.adapters.values())) for t in own.values()]
         floats = {t.dtype for t in tensors if t.is_floating_point()} | self.coarse
         return max(self.world.model.tolerance, *(ROUNDING[dtype] for dtype in floats))
+
+    @property
+    def orders(self) -> bool:
+        """Whether adapters may be on one layer that cannot change places."""
+        return self.world.mixed or any(chain[0][0] == ROWS for chain in self.chains.values() if chain)
 
     def order(self, path: str, names: Sequence[str]) -> list[str]:
         """Of these adapters, those on a layer, in the order in which they act."""

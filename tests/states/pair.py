@@ -140,7 +140,8 @@ class Pair(RuleBasedStateMachine):
             return True
         if one.peft_type != two.peft_type:
             return False
-        parts = [(own[path].part(one.name), other[path].part(two.name)) for path in own.keys() & other.keys()]
+        both = [path for path in own.keys() & other.keys() if own[path].spot == other[path].spot]
+        parts = [(own[path].part(one.name), other[path].part(two.name)) for path in both]
         return any(p.tuner.clash(p.view.config, q.view.config) for p, q in parts)
 
     def cannot_join(self, adapter: Adapter, beside: Sequence[Adapter]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.passes.draft import Draft, placed
+from peftc.compiler.passes.draft import Draft, option, placed
 from peftc.compiler.passes.sites import all_of, check_form, slot_dtype
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.sites import CallSite
@@ -15,10 +15,10 @@ from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import LINEAR_KINDS, Kind, ModuleGraph
+from peftc.graph.replication import REPLICATION_OPTION
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry
 from peftc.tuner.calls import CallTuner
-from peftc.tuner.experts import tuner_for
 
 #: Layers whose output has a row for every token.
 GATED_KINDS = LINEAR_KINDS | {Kind.EMBEDDING}
@@ -87,7 +87,7 @@ def _ungateable(part: Draft, registry: Registry, graph: ModuleGraph, origin: str
         yield rules.CANNOT_GATE(what, fix=f"{own}: only updates of layers can be weighed by token.", where=origin)
     method = registry.method_of(part.config)
     for site in part.maps:
-        given = tuner_for(method, part.config, site.node(graph)).lowerings
+        given = site.tuner(method, part.config, graph).lowerings
         if not given & {"thin", "rescaled", "branch"} or site.layer.kind not in GATED_KINDS:
             what = f"What the adapter of `{origin}` does to `{site.path}` cannot be weighed by token"
             yield rules.CANNOT_GATE(what, fix=fix, where=site.path)
@@ -99,6 +99,8 @@ def _beside_layers(part: Draft) -> list[str]:
     task = f" (`task_type: {part.config.task_type}` may bring that)" if part.config.task_type else ""
     found = [f"trains `{save.path}` whole{task}" for save in part.saves]
     found += [f"trains `{train.path}.{train.name}` of the base" for train in part.trains[:1]]
+    found += ["replicates layers"] if option(part.config, REPLICATION_OPTION) else []
+    found += [f"trains rows of `{site.path}`" for site in part.rows[:1]]
     found += [f"wraps `{site.path}`" for site in part.modules[:1]]
     found += ["goes before the input"] if part.prompt is not None else []
     return [*found, *(["weighs adapters itself"] if part.call is not None else [])]

@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from peftc import rules
 from peftc.compiler.match import ALL_LINEAR
 from peftc.compiler.passes.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
+from peftc.compiler.passes.ties import is_tied
 from peftc.compiler.plan.sites import MapSite
 from peftc.config.mixins import LayersMixin
 from peftc.graph.nodes import LINEAR_KINDS, ModuleNode, Role
+from peftc.graph.replicas import own_ties
 from peftc.tuner.slots import Share
 
 #: Model types whose fused kernels take these weights past the module, as the reference's list says.
@@ -25,11 +27,13 @@ _FEED_FORWARD = frozenset({Role.GATE, Role.UP, Role.DOWN, Role.EXPERT})
 
 def check_ties(draft: Draft, context: Context) -> Draft:
     """Adapted or copied modules whose parameters another module uses as well."""
-    partners = {name: group for group in context.graph.ties for name in group}
+    partners = {name: group for group in own_ties(context.graph) for name in group}
     if not partners:
         return draft
     problems = []
-    as_one = {f"{s.path}.weight" for s in draft.maps if all(slot.share == Share.WEIGHT for slot in s.slots)}
+    as_one = {
+        f"{s.path}.weight" for s in draft.maps if is_tied(s, draft) or all(o.share == Share.WEIGHT for o in s.slots)
+    }
     apart = {name: group for name, group in partners.items() if not as_one.issuperset(group)}
     tied = {site.path: apart[f"{site.path}.weight"] for site in draft.maps if f"{site.path}.weight" in apart}
     if tied:
@@ -39,7 +43,7 @@ def check_ties(draft: Draft, context: Context) -> Draft:
         what = f"`{path}` shares its weight with {others}{more}; an adapter acts on its own module alone"
         fix = "Leave it out, or untie the model before merging."
         problems.append(rules.TIED_TARGET(what, fix=fix, where=path))
-    for save in draft.saves:
+    for save in (save for save in draft.saves if not is_tied(save, draft)):
         inside = {f"{save.path}.{tail}" for tail, _ in save.tensors}
         shared = [other for name in inside for other in partners.get(name, ()) if other not in inside]
         if shared:

@@ -64,6 +64,8 @@ class Draft:
     what was decided that no option says.
     `parameters` are single parameters that are meant, by module and name, with their entries.
     `former` are parameters that targets mean by the names of what those were, by path; `rewrites` what was made of them.
+    `tied` are modules that get the adapter of another one, whose weight they have, by path.
+    `rows` are sites of rows that train beside what the method does.
     `overrides` has the pattern keys in force per module, or parameter, as `(pattern option, key)`.
     """
 
@@ -71,11 +73,13 @@ class Draft:
     source: str = "target_modules"
     targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     parameters: Mapping[tuple[str, str], str] = field(default_factory=dict)
     former: Mapping[str, FormerTarget] = field(default_factory=dict)
     rewrites: tuple[Rewrite, ...] = ()
     maps: tuple[MapSite, ...] = ()
+    rows: tuple[MapSite, ...] = ()
     saves: tuple[SaveSite, ...] = ()
     trains: tuple[TrainSite, ...] = ()
     prompt: PromptSite | None = None

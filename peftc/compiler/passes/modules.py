@@ -13,7 +13,7 @@ from peftc import rules
 from peftc.compiler.passes.draft import Context, Draft, listed, placed
 from peftc.compiler.passes.sites import all_of, below, check_slots, slot_dtype
 from peftc.compiler.plan.adapter import AdapterPlan
-from peftc.compiler.plan.sites import ModuleSite
+from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
@@ -69,16 +69,15 @@ def _weight_dtype(graph: ModuleGraph, position: int) -> str:
     return next((tensor.dtype for node in below(graph, position) for tensor in node.facts.params.values()), "float32")
 
 
-#: the mathematics of an adapter on the layer of a path; None where it was taken off
-TunerOf = Callable[[AdapterPlan, str], MapTuner[Any] | None]
+#: the mathematics of an adapter at one of its sites; None where it was taken off
+TunerOf = Callable[[AdapterPlan, MapSite], MapTuner[Any] | None]
 
 
 def together(active: Sequence[AdapterPlan], tuner_of: TunerOf) -> Iterable[Diagnostic]:
     """What keeps these adapters from acting at the same time: modules that more than one of them wraps or trains whole, and
     what their method says of two on one layer."""
     for first, second in combinations(active, 2):
-        if first.peft_type == second.peft_type:
-            yield from _clashes(first, second, tuner_of)
+        yield from _clashes(first, second, tuner_of)
     wraps: dict[str, list[str]] = {}
     for plan in active:
         for site in plan.modules:
@@ -111,14 +110,16 @@ def _trained_twice(active: Sequence[AdapterPlan]) -> Iterator[Diagnostic]:
 
 
 def _clashes(first: AdapterPlan, second: AdapterPlan, tuner_of: TunerOf) -> Iterator[Diagnostic]:
-    """Layers on which the method does not let two adapters act, by the reason."""
+    """Layers on which their mathematics does not let two adapters act, by the reason."""
     found: dict[str, list[str]] = {}
-    others = {site.path: site.config for site in second.maps}
+    others = {(site.path, site.spot): site.config for site in second.maps}
     for site in first.maps:
-        tuner = tuner_of(first, site.path) if site.path in others else None
-        if tuner is not None:
+        other = others.get((site.path, site.spot))
+        alike = first.peft_type == second.peft_type or site.inside
+        tuner = tuner_of(first, site) if other is not None and alike else None
+        if tuner is not None and other is not None:
             with boundary(first.peft_type, "clash", site.path):
-                reason = tuner.clash(site.config, others[site.path])
+                reason = tuner.clash(site.config, other)
             found.setdefault(reason, []).append(site.path)
     for reason, paths in found.items():
         if reason:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftc.compiler.match import Names, is_all_linear, matches, shortened
-from peftc.compiler.passes import checks, defaults, former, modules, prompts, select, sites
+from peftc.compiler.passes import checks, defaults, former, modules, prompts, rows, select, sites, ties
 from peftc.compiler.passes.draft import Context, Draft, option
 from peftc.config.mixins import LayersMixin
 
@@ -49,23 +49,30 @@ def _spelled_out(draft: Draft, context: Context, names: set[str]) -> Mapping[str
 PASSES: tuple[Pass, ...] = (
     defaults.resolve_defaults,
     select.add_task_heads,
+    ties.name_saves,
     select.match_targets,
     former.match_former,
     select.spare_saved,
+    ties.spare_tied,
     select.exclude,
     select.filter_layers,
     former.settle_former,
     select.match_parameters,
     select.apply_patterns,
     select.find_dead_targets,
+    ties.tie_targets,
     record_targets,
     select.follow_ties,
     sites.resolve_orientation,
     sites.declare_slots,
+    ties.tie_maps,
     modules.wrap_modules,
     sites.copy_modules,
+    ties.tie_copies,
+    rows.train_rows,
     sites.train_biases,
     prompts.add_prompt,
+    ties.check_kept,
     checks.check_ties,
     checks.check_router,
     checks.check_experts,

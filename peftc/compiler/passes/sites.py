@@ -383,7 +383,7 @@ def copy_modules(draft: Draft, context: Context) -> Draft:
         if node.facts.cls in _CONTAINERS:
             problems.append(_container(node, context))
         name = next(name for name in names if node.path.endswith(name))
-        saves.append(_save_site(context.graph, position, name, context.options.autocast_adapter_dtype))
+        saves.append(save_site(context.graph, position, name, context.options.autocast_adapter_dtype))
     task = draft.config.task_type
     heads = TASK_HEADS.get(task, ()) if task else ()
     if heads and not saves:
@@ -416,7 +416,8 @@ def _container(node: ModuleNode, context: Context) -> Diagnostic:
     return rules.CANNOT_SAVE(what, fix="Name the modules in it.", where=context.where("modules_to_save"))
 
 
-def _save_site(graph: ModuleGraph, position: int, name: str, autocast: bool) -> SaveSite:
+def save_site(graph: ModuleGraph, position: int, name: str, autocast: bool) -> SaveSite:
+    """The site of the module at a position of the graph, that `name` means."""
     root = graph.nodes[position].path
     inside = list(below(graph, position))
     own = {f"{root}.{tail}" for tail, _ in _tensors(root, inside, "params")}
@@ -450,19 +451,27 @@ def train_biases(draft: Draft, context: Context) -> Draft:
     if not isinstance(mode, str) or mode == "none":
         return draft
     adapted, wrappers = {site.path for site in draft.maps}, attention.wrappers_of(draft.maps)
+    rows = {site.path for site in draft.rows}
     copied = tuple(f"{save.path}." for save in draft.saves)
     aliases = context.graph.alias_of
-    trains = []
+    trains: dict[str, TrainSite] = {}
     for node in context.graph.nodes:
         if not node.facts.has_bias or f"{node.path}.".startswith(copied):
             continue
-        if (mode != "all" and node.path not in adapted) or f"{node.path}.bias" in aliases:
+        if mode != "all" and node.path not in adapted:
             continue
-        tensor = node.facts.params["bias"]
         place = attention.place_of(node.path, wrappers)
-        trains.append(TrainSite(node.path, "bias", tensor, node.path in adapted, f"bias: {mode}", place))
+        if node.path in adapted and node.path in rows:
+            place = f"{place or node.path}.base_layer"  # there are two wrappers
+        wrapped, name = node.path in adapted or node.path in rows, f"{node.path}.bias"
+        site = TrainSite(node.path, "bias", node.facts.params["bias"], wrapped, f"bias: {mode}", place)
+        main = trains.get(aliases.get(name, ""))
+        if main is not None:
+            trains[aliases[name]] = replace(main, copies=(*main.copies, site.base_name))
+        elif name not in aliases:
+            trains[name] = site
     if not trains:
         owner = "no layer of the model" if mode == "all" else "no adapted layer"
         what = f"`bias: {mode}` trains nothing: {owner} has a bias"
         draft = draft.told(rules.NO_BIAS(what, fix="Set `bias: none`.", where=context.where("bias")))
-    return draft.but(trains=tuple(trains))
+    return draft.but(trains=tuple(trains.values()))

@@ -114,13 +114,14 @@ class AdapterPlan:
         `depth` counts wrappers of other methods round its own, by path.
         """
         root = self.root
+        depth = nesting([self]).get(self.name, {}) if depth is None else depth
         yield from self._of_slots(False, trainable, active, depth)
         for save in self.saves:
             for tail, tensor in save.copied():
                 name, disk = save.key(tail, self.name).memory(root), f"{root}{save.path}.{tail}"
                 yield PlannedParameter(name, disk, tensor.shape, tensor.dtype, trainable, self.name)
         for train in self.trains:
-            name = _base_name(train, root)
+            name = f"{root}{train.base_name}"
             yield PlannedParameter(name, name, train.tensor.shape, train.tensor.dtype, trainable, self.name, base=True)
         if self.prompt is not None:
             for slot in self.prompt.slots:
@@ -136,20 +137,21 @@ class AdapterPlan:
 
     def buffers(self, depth: Mapping[str, int] | None = None) -> Iterator[PlannedParameter]:
         """Every derived tensor that this adapter adds, once, as `parameters` lists those that are parameters."""
+        depth = nesting([self]).get(self.name, {}) if depth is None else depth
         return self._of_slots(True, False, True, depth)
 
     def _of_slots(
-        self, derived: bool, trainable: bool, active: bool, depth: Mapping[str, int] | None
+        self, derived: bool, trainable: bool, active: bool, depth: Mapping[str, int]
     ) -> Iterator[PlannedParameter]:
-        aliases = self._aliases(depth or {})
+        aliases = self._aliases(depth)
         for site, slot in self.slots():
             if slot.derived is not derived or not (slot.named or active):
                 continue
             key = site.key(slot, self.name)
             disk = key.disk(WRAPPED_ROOT) if slot.saved else None
             others = () if slot.home is None else tuple(aliases[slot.label][1:])
-            around = _wrapped_owner(site.path, depth or {}).removeprefix(site.path)
-            name = replace(key, owner=key.owner + around).memory(self.root)
+            owner = site.under(depth.get(_seat(site), 0)) if isinstance(site, MapSite) else key.owner
+            name = replace(key, owner=owner).memory(self.root)
             dtype = slot.dtype or site.dtype
             yield PlannedParameter(
                 name, disk, slot.shape, dtype, slot.trainable and trainable, self.name, aliases=others
@@ -172,8 +174,7 @@ class AdapterPlan:
         for site in self.maps:
             for slot in site.slots:
                 if slot.home is not None:
-                    around = _wrapped_owner(site.path, depth).removeprefix(site.path)
-                    key = replace(site.key(slot, self.name), owner=site.owner + around)
+                    key = replace(site.key(slot, self.name), owner=site.under(depth.get(_seat(site), 0)))
                     names.setdefault(slot.label, []).append(key.memory(self.root))
         for (slot_name, tail, home), found in names.items():
             if home == "":
@@ -182,13 +183,27 @@ class AdapterPlan:
 
     def copies(self) -> dict[str, str]:
         """Keys under which a checkpoint holds a tensor once more, each with the tensor's own key: layers with tied weights
-        that have the tensor together."""
-        return {
+        that have the tensor together, and copies of modules that have it."""
+        of_saves = {
+            f"{self.root}{save.path}.{tail}": f"{self.root}{home}" for save in self.saves for tail, home in save.tied
+        }
+        of_saves |= {
+            f"{self.root}{copy}": f"{self.root}{train.base_name}" for train in self.trains for copy in train.copies
+        }
+        return of_saves | {
             replace(key, home=None).disk(WRAPPED_ROOT): key.disk(WRAPPED_ROOT)
             for site in self.maps
             for slot in site.slots
             if slot.share == Share.WEIGHT and slot.saved and slot.home not in (None, site.path)
             for key in (site.key(slot, self.name),)
+        }
+
+    def mirrors(self) -> dict[str, str]:
+        """Keys under which a checkpoint holds the transpose of a tensor, each with the tensor's own key."""
+        return {
+            f"{WRAPPED_ROOT}{site.path}.{name}": f"{WRAPPED_ROOT}{site.tied}.{own}"
+            for site in self.maps
+            for name, own in site.mirrors
         }
 
     def tally(self, active: bool = True) -> Tally:
@@ -233,18 +248,20 @@ class AdapterPlan:
                         continue
                     shared[key] = facts
                 yield key, facts
-        for save in self.saves:
+        for save in self.saves:  # with those that are tied
             for tail, facts in (*save.tensors, *save.buffers):
                 yield f"{self.root}{save.path}.{tail}", facts
         for train in self.trains:
-            yield _base_name(train, self.root), train.tensor
+            yield from ((f"{self.root}{name}", train.tensor) for name in (train.base_name, *train.copies))
         if self.prompt is not None:
             yield from self.prompt.stored.items()
         for slot in () if self.call is None else self.call.slots:
             assert self.call is not None
             if slot.saved:
                 yield self.call.disk(slot.dotted), TensorFacts(slot.shape, slot.dtype or self.call.dtype)
-        yield from ((copy, shared[key]) for copy, key in self.copies().items())
+        yield from ((copy, shared[key]) for copy, key in self.copies().items() if key in shared)
+        for copy, key in self.mirrors().items():
+            yield copy, replace(shared[key], shape=shared[key].shape[::-1])
         vocabulary = [s for s in self.maps if s.path in (model.input_embeddings, model.output_embeddings)]
         by_name = any(layer.path.rpartition(".")[2] in VOCABULARY_NAMES for layer in vocabulary)
         if by_name and not trains_rows(self.config):
@@ -253,31 +270,29 @@ class AdapterPlan:
                     yield f"{self.root}{layer.path}.base_layer.{name}", facts
 
 
-def _wrapped_owner(path: str, depth: Mapping[str, int]) -> str:
-    """Where a slot's layer is, under wrappers of other methods."""
-    return path + ".base_layer" * depth.get(path, 0)
-
-
-def _base_name(train: TrainSite, root: str) -> str:
-    """Name of a base parameter that trains: a wrapper puts `base_layer` before it."""
-    place = train.place or train.path
-    owner = f"{place}.base_layer" if train.wrapped else place
-    return f"{root}{owner}.{train.name}" if owner else f"{root}{train.name}"
+def _seat(site: MapSite) -> str:
+    """What the number of wrappers round a site's own is found by."""
+    return f"{site.path}.{site.inside}" if site.inside else site.path
 
 
 def nesting(adapters: Sequence[AdapterPlan]) -> dict[str, dict[str, int]]:
-    """Adapter -> path -> how many wrappers of other methods are round its own, where there are any.
+    """Adapter -> path -> how many other wrappers are round its own, where there are any: of other methods, and round rows
+    that train beside a method all that are there, which go by their path and where they are in the wrapper.
 
     Adapters are added in this order: one of the method that was last at a path joins its wrapper, another goes round it.
     """
-    if len({adapter.peft_type for adapter in adapters}) < 2:
+    rows = [(adapter.name, site) for adapter in adapters for site in adapter.maps if site.inside]
+    if len({adapter.peft_type for adapter in adapters}) < 2 and not rows:
         return {}
     levels: dict[str, list[str]] = {}
     level_of: dict[str, dict[str, int]] = {adapter.name: {} for adapter in adapters}
     for adapter in adapters:
-        for site in adapter.maps:
+        for site in (site for site in adapter.maps if not site.inside):
             types = levels.setdefault(site.path, [])
             if types[-1:] != [adapter.peft_type]:
                 types.append(adapter.peft_type)
             level_of[adapter.name][site.path] = len(types)
-    return {name: {path: len(levels[path]) - level for path, level in own.items()} for name, own in level_of.items()}
+    around = {name: {path: len(levels[path]) - level for path, level in own.items()} for name, own in level_of.items()}
+    for name, site in rows:
+        around[name][_seat(site)] = len(levels.get(site.path, ()))
+    return around

@@ -167,11 +167,12 @@ def _adapter_to_json(adapter: AdapterPlan) -> dict[str, Any]:
                 "tensors": _tensors(s.tensors),
                 "buffers": _tensors(s.buffers),
                 **({"lifted": True} if s.lifted else {}),
+                **({"tied": [list(pair) for pair in s.tied]} if s.tied else {}),
             }
             for s in adapter.saves
         ],
         "trains": [
-            [t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason, *([t.place] if t.place else [])]
+            [t.path, t.name, list(t.tensor.shape), t.tensor.dtype, t.wrapped, t.reason, *_beside_bias(t)]
             for t in adapter.trains
         ],
         "prompt": None if adapter.prompt is None else _prompt_to_json(adapter.prompt),
@@ -191,7 +192,7 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
         name=data["name"],
         peft_type=data["peft_type"],
         config=config,
-        maps=tuple(MapSite(path, *kinds[index], *parameter) for path, index, *parameter in data["maps"]),
+        maps=tuple(MapSite(path, *kinds[index], *_beside(rest)) for path, index, *rest in data["maps"]),
         saves=tuple(
             SaveSite(
                 s["path"],
@@ -199,13 +200,11 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
                 tensors_from_json(s["buffers"]),
                 s["reason"],
                 s.get("lifted", False),
+                tuple((tail, home) for tail, home in s.get("tied", ())),
             )
             for s in data["saves"]
         ),
-        trains=tuple(
-            TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), *rest)
-            for path, name, shape, dtype, *rest in data["trains"]
-        ),
+        trains=tuple(_train_from_json(row) for row in data["trains"]),
         prompt=None if data["prompt"] is None else _prompt_from_json(data["prompt"]),
         modules=tuple(site for item in data.get("modules", ()) for site in _modules_from_json(item, config)),
         call=None if "call" not in data else _call_from_json(data["call"]),
@@ -216,11 +215,34 @@ def _adapter_from_json(data: Mapping[str, Any], registry: Registry) -> AdapterPl
     )
 
 
-def _beside_kind(site: MapSite) -> list[str | int]:
+def _beside_kind(site: MapSite) -> list[Any]:
     """What tells a site from others of its kind: nothing, for most."""
+    if site.tied:
+        mirrors = [list(pair) for pair in site.mirrors]
+        return [site.parameter, site.outside, site.place, site.inside, site.tied, mirrors]
+    if site.inside:
+        return [site.parameter, site.outside, site.place, site.inside]
     if site.place:
         return [site.parameter, site.outside, site.place]
     return [site.parameter, site.outside] if site.parameter else []
+
+
+def _beside_bias(train: TrainSite) -> list[Any]:
+    """What only some have."""
+    if train.copies:
+        return [train.place, list(train.copies)]
+    return [train.place] if train.place else []
+
+
+def _train_from_json(row: list[Any]) -> TrainSite:
+    path, name, shape, dtype, wrapped, reason, *rest = row
+    place, copies = (*rest, "", [])[:2] if len(rest) < 2 else rest
+    return TrainSite(path, name, TensorFacts(shape_from_json(shape), dtype), wrapped, reason, place, tuple(copies))
+
+
+def _beside(row: list[Any]) -> list[Any]:
+    """The way back, for the fields of a site that follow those of its kind."""
+    return row if len(row) < 6 else [*row[:5], tuple((name, own) for name, own in row[5])]
 
 
 def _rewrite_to_json(rewrite: Rewrite) -> dict[str, Any]:

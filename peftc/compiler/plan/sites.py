@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc.config.base import PeftConfig
-from peftc.graph.nodes import HALF, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
+from peftc.graph.nodes import HALF, Kind, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
+from peftc.tuner.experts import tuner_for
+from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.prompt import Place
+from peftc.tuner.rows import ROWS_BESIDE
 from peftc.tuner.slots import Key, Slot
+from peftc.tuner.transposed import transposed
 
 #: What stands before a module path in a wrapped model, in memory and in every checkpoint.
 WRAPPED_ROOT = "base_model.model."
@@ -49,6 +53,12 @@ class MapSite:
     A site may be on a single `parameter` of its module. Then there are `outside` wrappers of the same adapter round its own,
     for parameters that the module has after it. `place` is where the module is under wrappers of the adapter that are round
     modules around it; empty if there are none.
+
+    Rows that train beside the method's mathematics are a site of their own, whose slots are `inside` a module of that name
+    in a wrapper directly round the layer.
+
+    A layer `tied` to an embedding has the slots of the adapter on that. `mirrors` are the names of the slots that it would have
+    of its own, each with that of which it is the transpose: checkpoints have both.
     """
 
     path: str
@@ -62,11 +72,33 @@ class MapSite:
     parameter: str = ""
     outside: int = 0
     place: str = ""
+    inside: str = ""
+    tied: str = ""
+    mirrors: tuple[tuple[str, str], ...] = ()
 
     @property
     def owner(self) -> str:
-        """The wrapper that has the slots, in terms of the base model: what tells sites on parameters of one module apart."""
-        return (self.place or self.path) + ".base_layer" * self.outside
+        """The module that has the slots, in terms of the base model: what tells sites on parameters of one module apart."""
+        return self.under(0)
+
+    def under(self, wrappers: int) -> str:
+        """The same below so many wrappers of others."""
+        outermost = (self.place or self.path) + ".base_layer" * (self.outside + wrappers)
+        return f"{outermost}.{self.inside}" if self.inside else outermost
+
+    @property
+    def spot(self) -> str:
+        """What tells the adapter's sites at one path apart: the parameter, or where the slots are; empty for the layer."""
+        return self.parameter or self.inside
+
+    def tuner(self, method: TunerMethod, config: PeftConfig, graph: ModuleGraph) -> MapTuner[Any]:
+        """The mathematics here, of an adapter with these options."""
+        if self.inside:
+            return ROWS_BESIDE
+        if not self.tied:
+            return tuner_for(method, config, self.node(graph))
+        tuner = tuner_for(method, config, graph.by_path[self.tied])
+        return tuner if self.layer.kind is Kind.EMBEDDING else transposed(tuner)
 
     def node(self, graph: ModuleGraph) -> ModuleNode:
         """What the mathematics is chosen by: the module, or the parameter as a module of its own."""
@@ -100,17 +132,22 @@ class ModuleSite:
 @dataclass(frozen=True, slots=True)
 class SaveSite:
     """A module that is copied and trained whole. `tensors` are all parameters below it by their path from it, as they are
-    in the module and in a checkpoint; in a `lifted` copy what is in half precision is in float32."""
+    in the module and in a checkpoint; in a `lifted` copy what is in half precision is in float32. `tied` are those that are one
+    with a parameter of another copy, by the base model's name of that."""
 
     path: str
     tensors: tuple[tuple[str, TensorFacts], ...]
     buffers: tuple[tuple[str, TensorFacts], ...]
     reason: str
     lifted: bool = False
+    tied: tuple[tuple[str, str], ...] = ()
 
     def copied(self) -> Iterator[tuple[str, TensorFacts]]:
-        """Parameters of the copy."""
+        """Parameters that are the copy's own."""
+        tied = {tail for tail, _ in self.tied}
         for tail, facts in self.tensors:
+            if tail in tied:
+                continue
             yield tail, replace(facts, dtype="float32") if self.lifted and facts.dtype in HALF else facts
 
     def key(self, tail: str, adapter: str) -> Key:
@@ -120,7 +157,7 @@ class SaveSite:
 @dataclass(frozen=True, slots=True)
 class TrainSite:
     """A base parameter that becomes trainable and is saved. `wrapped` if its module is also a map site; `place` as a map
-    site's."""
+    site's. `copies` are the further names under which the base has it, as `base_name`: a checkpoint has it under all."""
 
     path: str
     name: str
@@ -128,6 +165,14 @@ class TrainSite:
     wrapped: bool
     reason: str
     place: str = ""
+    copies: tuple[str, ...] = ()
+
+    @property
+    def base_name(self) -> str:
+        """Its name in the adapted base model: a wrapper puts `base_layer` before it."""
+        place = self.place or self.path
+        owner = f"{place}.base_layer" if self.wrapped else place
+        return f"{owner}.{self.name}" if owner else self.name
 
 
 @dataclass(frozen=True, slots=True)

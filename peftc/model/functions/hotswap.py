@@ -36,8 +36,6 @@ from peftc.runtime.bases.places import fill, refuse_offloaded
 from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, whole
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
-from peftc.runtime.slots.containers import find
-from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.slots import Slot
 
@@ -145,26 +143,26 @@ def hotswap_adapter_from_state_dict(
 def _plan_of(session: Session, old: AdapterPlan, config: PeftConfig) -> AdapterPlan:
     """What the new config means on the modules that are adapted."""
     of_attention = {node.path for node in session.graph.nodes if node.facts.kind is Kind.ATTENTION}
-    paths = {site.path for site in old.maps if not site.parameter or site.path in of_attention}
+    paths = {site.path for site in old.maps if not site.spot or site.path in of_attention}
     compiled = compile_plan(
         session.graph, {old.name: targeted(config, paths)}, active=[], task_heads=False, given=paths
     )
-    site_of = {(site.path, site.parameter): site for site in compiled.adapters[0].maps}
-    lacking = [site for site in old.maps if (site.path, site.parameter) not in site_of]
+    site_of = {(site.path, site.spot): site for site in compiled.adapters[0].maps}
+    lacking = [site for site in old.maps if (site.path, site.spot) not in site_of]
     if lacking:
-        what = f"By the new config `{lacking[0].path}.{lacking[0].parameter}` is not adapted"
+        what = f"By the new config `{lacking[0].path}.{lacking[0].spot}` is not adapted"
         fix = "Swap in an adapter with the same `target_parameters`."
         raise PeftcError(rules.CANNOT_SWAP(what, fix=fix, where=lacking[0].path))
     kept = {name: getattr(old.config, name) for name in ("inference_mode", "task_type", "auto_mapping")}
     kept["base_model_name_or_path"] = old.config.base_model_name_or_path
-    maps = tuple(replace(site_of[site.path, site.parameter], dtype=site.dtype) for site in old.maps)
+    maps = tuple(replace(site_of[site.path, site.spot], dtype=site.dtype) for site in old.maps)
     return replace(old, config=compiled.adapters[0].config.model_copy(update=kept), maps=maps)
 
 
 def _strangers(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     own = session.tensors(plan.name)
     copies = plan.copies()
-    strange = [key for key in given if key not in own and key not in copies]
+    strange = [key for key in given if key not in own and key not in {*copies, *plan.mirrors()}]
     if strange:
         what = f"{len(strange)} tensors are on modules that the adapter has not: {listed(strange)}"
         fix = did_you_mean(strange[0], own) or "Load it beside, with `load_adapter`."
@@ -183,7 +181,7 @@ def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -
     method = default_registry().get(plan.peft_type)
     for site, layer in zip(plan.maps, session.layers_of(plan.name), strict=True):
         tuner = layer.part(plan.name).tuner
-        if tuner_for(method, plan.config, site.node(session.graph)) is not tuner:
+        if site.tuner(method, plan.config, session.graph) is not tuner:
             what = f"By the new config `{site.path}` is computed in another way"
             yield rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`.", where=site.path)
             continue
@@ -215,7 +213,7 @@ def _swap(
     """Give a layer the new values. `swapped` are keys of shared tensors that another layer has brought already."""
     part = layer.part(adapter)
     for slot in site.slots:
-        container, name = find(layer, slot, adapter)
+        container, name = layer.where(adapter, slot)
         own: Tensor = container[name]
         key = site.key(slot, adapter).disk()
         if key in swapped:
@@ -308,7 +306,7 @@ def _shapes(layers: Iterable[TunerLayer], rank: int) -> Iterator[tuple[Tensor, S
                 raise PeftcError(misfits)
             for slot in tuner.slots(wider, site.layer) if wider is not None else ():
                 found = True
-                container, key = find(layer, slot, name)
+                container, key = layer.where(name, slot)
                 own: Tensor = container[key]
                 larger = [old for old, new in zip(own.shape, slot.shape, strict=True) if old > new]
                 if larger:

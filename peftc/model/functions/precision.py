@@ -16,7 +16,7 @@ from peftc.model.injected import adapters_of, followed
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.around.lifted import lift
 from peftc.runtime.journal import keep_memory, whole
-from peftc.runtime.slots.containers import find, put
+from peftc.runtime.slots.containers import put
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -110,13 +110,13 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         return
     lifted: dict[Tensor, Tensor] = {}  # what layers share stays one tensor
     for _, layer, slot in slots_of(session, adapter_name):
-        container, key = find(layer, slot, adapter_name)
+        container, key = layer.where(adapter_name, slot)
         own: Tensor = container[key]
         if own.is_floating_point() and own.dtype.itemsize < 4:
             if own not in lifted:
                 wide = own.detach().float()
                 lifted[own] = wide if slot.derived else nn.Parameter(wide, requires_grad=own.requires_grad)
-            put(layer, slot, adapter_name, lifted[own])
+            put(layer.room, slot, adapter_name, lifted[own])
     for copy in session.copies_of(adapter_name):
         for tensor in (*copy.parameters_of(adapter_name), *copy.modules_to_save[adapter_name].buffers()):
             keep_memory(tensor)

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from peftc import rules
+from peftc.compiler.compile import laid_out
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.drift import differences
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.graph.nodes import ModuleGraph
 from peftc.limits import MAX_NAME
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.applying.layer_classes import layer_factory
@@ -50,7 +52,7 @@ def apply_plan(
     """
     registry = registry or default_registry()
     session = session_of(model)
-    graph = plan.graph or snapshot(model)
+    graph = plan.graph or _live_graph(model, plan, session)
     drifted = differences(plan, graph) if plan.graph is None else ()
     if drifted:
         raise PeftcError(drifted)
@@ -59,6 +61,7 @@ def apply_plan(
         freeze(model)
         keep(model)
         model.__dict__[SESSION] = session
+    session.lay_out(graph)
     make = layer_factory(registry)
     for adapter in plan.adapters:
         _refuse_taken(session, adapter, mixed)
@@ -67,6 +70,17 @@ def apply_plan(
         trains = not all(a.config.inference_mode for a in plan.adapters) if trains is None else trains
         session.set_active(plan.active, trains)
     return session
+
+
+def _live_graph(model: nn.Module, plan: InjectionPlan, session: Session | None) -> ModuleGraph:
+    """The graph of the model as it is to be adapted: with the layers that a plan asks for. Raises `PeftcError`."""
+    graph = snapshot(model)
+    if session is not None and session.stack is not None:
+        return graph
+    graph, problems = laid_out(graph, {adapter.name: adapter.config for adapter in plan.adapters})
+    if problems:
+        raise PeftcError(problems)
+    return graph
 
 
 @whole

@@ -27,7 +27,6 @@ from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.stored import in_base_formats
-from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import TunerMethod
 
 #: options of the old adapter that say which modules it is about, and of what model; the new one gets them where it has them
@@ -118,6 +117,10 @@ def _of_adapter(session: Session, plan: AdapterPlan) -> Iterable[Diagnostic]:
     if plan.adapts_parameters:
         what = f"`{plan.name}` adapts single parameters (`target_parameters`), which are not converted"
         yield rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.")
+    rows = next((site.path for site in plan.maps if site.inside), None)
+    if rows is not None:
+        what = f"`{plan.name}` trains rows of `{rows}`, which are no change of low rank"
+        yield rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.", where=rows)
     if plan.trains:
         paths = listed(f"{train.path}.{train.name}" for train in plan.trains)
         what = f"`{plan.name}` trains tensors of the base model itself: {paths}"
@@ -186,7 +189,7 @@ def _slots(
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for site in made.maps:
-        found, tuner = factors[site.path], tuner_for(target, made.config, site.node(session.graph))
+        found, tuner = factors[site.path], site.tuner(target, made.config, session.graph)
         if not tuner.is_rankable:
             what = f"{target.peft_type} makes no slots of thin factors on a {site.layer.cls} such as `{site.path}`"
             raise PeftcError(rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.", where=site.path))

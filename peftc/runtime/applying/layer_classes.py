@@ -10,6 +10,7 @@ from torch import nn
 from peftc.compiler.plan.sites import MapSite
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.around.modules import ModuleWrapper, wrapper_class
+from peftc.runtime.layer.beside import RowsLayer
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import LayerFactory
 from peftc.tuner.method import TunerMethod
@@ -81,6 +82,8 @@ def layer_factory(registry: Registry) -> LayerFactory:
     classes: dict[str, type[TunerLayer]] = {}
 
     def make(peft_type: str, site: MapSite, base: nn.Module) -> TunerLayer:
+        if site.inside:
+            return RowsLayer(base, site)
         if peft_type not in classes:
             classes[peft_type] = _layer_class(registry.get(peft_type))
         return classes[peft_type](base, site)

@@ -353,7 +353,7 @@ class TunerModel(nn.Module):
 
 def _parameter(site: MapSite | ModuleSite) -> str:
     """The single parameter of its module that a site adapts, if it does not adapt the module."""
-    return site.parameter if isinstance(site, MapSite) else ""
+    return site.spot if isinstance(site, MapSite) else ""
 
 
 class MixedModel(TunerModel):

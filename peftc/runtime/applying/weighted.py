@@ -178,6 +178,12 @@ def _beside_layers(plans: Sequence[AdapterPlan]) -> list[Diagnostic]:
         if plan.adapts_parameters:
             what = f"add_weighted_adapter does not support targeting nn.Parameter, as `{plan.name}` does: factors of experts are stacked"
             problems.append(rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`."))
+        rows = next((site.path for site in plan.maps if site.inside), None)
+        if rows is not None:
+            what = f"`{plan.name}` trains rows of `{rows}`, which take the place of others and do not add up"
+            problems.append(
+                rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`.", where=rows)
+            )
         if plan.modules:
             what = f"`{plan.name}` acts around modules, not on layers"
             problems.append(rules.CANNOT_COMBINE(what, fix="Keep the adapters beside each other."))

@@ -64,8 +64,9 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
     cast_input_dtype_enabled: bool = True
     #: whether what is around the layer reads its parameters, and does not call it
     read_past: bool = False
-    #: the parameter that is adapted, where it is a single one of the module's
+    #: the parameter that is adapted, where it is a single one of the module's; that, or the place, tells sites at a path apart
     parameter: str = ""
+    spot: str = ""
 
     #: what the container of dropouts is called in the model
     dropout_name: ClassVar[str] = "adapter_dropout"
@@ -92,6 +93,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
             merged_adapters=[],
             held={},
             parameter=site.parameter,
+            spot=site.spot,
             _sites={},
             _parts={},
             _kind=site.layer.kind,
@@ -105,6 +107,11 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         )
         self._nest()
         self._choose_path()
+
+    @property
+    def room(self) -> nn.Module:
+        """The module that has the slots."""
+        return self
 
     # adapters -----------------------------------------------------------------------------------------------------
 
@@ -138,7 +145,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         for label, slot in named.items():
             value = made[label]
             as_it_is = slot.derived or label in shared
-            stock.put(self, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
+            stock.put(self.room, slot, adapter, value if as_it_is else nn.Parameter(value, requires_grad=False))
         own = dict.fromkeys(s.name for s in named.values() if s.trainable and s.name not in self.adapter_layer_names)
         if own:  # of a variant of the method
             keep_entry(self.__dict__, "adapter_layer_names")
@@ -159,11 +166,10 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
 
     def _view(self, adapter: str, p: float, named: Mapping[str, Slot]) -> None:
         site, tuner = self._sites[adapter]
-        holders = {label: holder_of(self, slot, adapter) for label, slot in named.items()}
+        holders = {label: holder_of(self.room, slot, adapter) for label, slot in named.items()}
         slots = {label: find_in(holders[label], slot, adapter) for label, slot in named.items()}
-        dropout = (
-            None if site.parameter else dropout_of(self, self.dropout_name, adapter, p)
-        )  # parameters see no inputs
+        sees = not site.parameter  # its inputs
+        dropout = dropout_of(self, self.dropout_name, adapter, p) if sees else None
         self._parts[adapter] = Part(
             tuner,
             view_class(tuple(slots))(adapter, site, slots, holders, self),
@@ -200,7 +206,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         keep_entries(self._sites, self._parts, self.scaling, self.held)
         site, _ = self._sites.pop(adapter_name)
         for slot in site.slots:
-            drop(self, slot, adapter_name)
+            drop(self.room, slot, adapter_name)
         drop_dropout(self, self.dropout_name, adapter_name)
         self._parts.pop(adapter_name)
         self.scaling.pop(adapter_name)
@@ -226,7 +232,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         if adapter in self._sites:
             held = self.held.get(adapter, ())
             for label, slot in labelled(self._sites[adapter][0].slots).items():
-                container, key = find(self, slot, adapter)
+                container, key = find(self.room, slot, adapter)
                 tensor = container.get(key)
                 if tensor is None:  # computed from others
                     tensor = self._parts[adapter].view[label]
@@ -251,7 +257,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
 
     def where(self, adapter: str, slot: Slot) -> tuple[dict[str, Any], str]:
         """Where a tensor is looked up. Raises `KeyError` if the adapter is not here."""
-        return find(self, slot, adapter)
+        return find(self.room, slot, adapter)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -326,7 +332,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
         under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._brought_aside)
         rows = self._parts if self._shared.by_rows else None
-        state["_composed"] = noticing(self, self._shared, under, self._pending(), rows)
+        state["_composed"] = noticing(self.room, self._shared, under, self._pending(), rows)
         self._take_path()
 
     def _pending(self) -> list[Part]:

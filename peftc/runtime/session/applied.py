@@ -146,14 +146,14 @@ class Applied:
     def layers_of(self, adapter: str) -> Iterator[TunerLayer]:
         """The wrappers that hold an adapter, in the order of its plan."""
         for site in self.plans[adapter].maps:
-            layer = self.layer_of(adapter, site.path, site.parameter)
+            layer = self.layer_of(adapter, site.path, site.spot)
             if layer is not None:
                 yield layer
 
-    def layer_of(self, adapter: str, path: str, parameter: str = "") -> TunerLayer | None:
-        """The wrapper at a path, for a parameter, that holds an adapter; None where the adapter was deleted from the layer itself."""
+    def layer_of(self, adapter: str, path: str, spot: str = "") -> TunerLayer | None:
+        """The wrapper at a path, for one of its sites there, that holds an adapter; None where the adapter was deleted from the layer itself."""
         module: nn.Module | None = self.layers.get(path)
-        while isinstance(module, TunerLayer) and not (module.holds(adapter) and module.parameter == parameter):
+        while isinstance(module, TunerLayer) and not (module.holds(adapter) and module.spot == spot):
             module = module.base_layer
         return module if isinstance(module, TunerLayer) else None
 
@@ -207,7 +207,8 @@ class Applied:
 
 def _holding(wrapper: Wrapper, names: Sequence[str]) -> Iterator[nn.Module]:
     """A wrapper's modules that hold tensors of these adapters."""
-    for container in wrapper._modules.values() if names else ():
+    home = wrapper.room if isinstance(wrapper, TunerLayer) else wrapper
+    for container in home._modules.values() if names else ():
         if container is not None and not isinstance(container, TunerLayer):
             yield container
             own = (container._modules.get(name) for name in names)

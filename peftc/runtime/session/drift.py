@@ -41,7 +41,11 @@ def _other_parameters(session: Applied, plan: AdapterPlan) -> Iterator[Diagnosti
     for site in plan.maps if plan.adapts_parameters else ():
         wanted.setdefault(site.path, set()).add(site.parameter)
     for path, names in wanted.items():
-        have = {layer.parameter for layer in session.layers[path].chain()} if path in session.layers else names
+        have = (
+            {layer.parameter for layer in session.layers[path].chain() if layer.parameter == layer.spot}
+            if path in session.layers
+            else names
+        )
         if have != names:
             what = f"Of `{path}` other adapters have {', '.join(sorted(have))}, not {', '.join(sorted(names))}"
             fix = "Give all adapters the same `target_parameters`."
@@ -49,10 +53,14 @@ def _other_parameters(session: Applied, plan: AdapterPlan) -> Iterator[Diagnosti
 
 
 def home_of(outermost: TunerLayer | None, site: MapSite) -> TunerLayer | None:
-    """The wrapper that a site's adapter joins: of its method, for its parameter, under no other method's."""
+    """The wrapper that a site's adapter joins: of its method, for its parameter, under no other method's. Rows that train
+    beside a method have one of their own, the innermost."""
+    if site.inside:
+        innermost = None if outermost is None else outermost.chain()[0]
+        return innermost if innermost is not None and innermost.spot == site.inside else None
     module: nn.Module | None = outermost
     while isinstance(module, TunerLayer) and module.peft_type == str(site.config.peft_type):
-        if module.parameter == site.parameter:
+        if module.spot == site.spot:
             return module
         module = module.base_layer
     return None

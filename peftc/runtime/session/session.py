@@ -26,13 +26,14 @@ from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.bases.places import device_of
 from peftc.runtime.bases.shards import note_adding, refuse_sharded
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
+from peftc.runtime.layer.beside import slip_under
 from peftc.runtime.layer.wrapper import Source, TunerLayer
 from peftc.runtime.session.applied import Applied, Wrapper
 from peftc.runtime.session.base_tensors import BaseTensors
 from peftc.runtime.session.drift import drift, home_of
+from peftc.runtime.session.replicas import Stack, replicate
 from peftc.runtime.session.together import gained, keep_ties, merged_already, refuse_around, refuse_clashes
 from peftc.runtime.slots.stores import Stock
-from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner, TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
@@ -48,12 +49,20 @@ class Session(Applied):
         super().__init__(model, graph)
         #: base tensors that adapters train, or carry in their checkpoints
         self.base = BaseTensors(self)
+        #: the model's own layers, where some are replicated
+        self.stack: Stack | None = None
 
     @property
     def is_apart(self) -> bool:
         """Whether nothing of its adapters is in the model itself: they are prompts alone."""
         inside = self.layers or self.modules or self.copies or self.holders or self.base.is_changed
         return not inside and all(plan.prompt is not None for plan in self.plans.values())
+
+    def lay_out(self, graph: ModuleGraph) -> None:
+        """Give the model, which has no adapter yet, the layers that a graph has, once."""
+        if graph.replication is not None and self.stack is None:
+            keep(self)
+            self.graph, self.stack = graph, replicate(self.model, graph.replication)
 
     # adding -------------------------------------------------------------------------------------------------------
 
@@ -69,17 +78,14 @@ class Session(Applied):
             raise PeftcError(problems)
         method = registry.method_of(plan.config)
         stock = Stock(self.stores)
-        tuners = {
-            (site.path, site.parameter): tuner_for(method, plan.config, site.node(self.graph)) for site in plan.maps
-        }
+        tuners = {(site.path, site.spot): site.tuner(method, plan.config, self.graph) for site in plan.maps}
         with torch.no_grad():
             for site in plan.maps:
                 layer = home_of(self.layers.get(site.path), site)
                 if layer is None:
-                    layer = self._wrap(site.path, partial(make, plan.peft_type, site))
-                    self._remember(self.layers, site.path, layer)
+                    layer = self._layer(site, partial(make, plan.peft_type, site))
                     layer.join(self.shared)
-                layer.add(plan.name, site, tuners[site.path, site.parameter], source, stock)
+                layer.add(plan.name, site, tuners[site.path, site.spot], source, stock)
             self.stores.show()
             self._add_around(plan, method, source)
             self._add_call(plan, method, source)
@@ -90,6 +96,9 @@ class Session(Applied):
                     self._remember(self.copies, save.path, copy)
                     copy.join(self.shared)
                 copy.add(plan.name, f"{plan.root}{save.path}.", source, save.lifted)
+            for save in plan.saves:
+                for tail, home in save.tied:
+                    self._tie(plan.name, save.path, tail, home)
             self.base.change(plan, source)
             for known in (self.readers, self.seams, self.plans):
                 keep_entry(known, plan.name)
@@ -99,6 +108,22 @@ class Session(Applied):
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
             self.base.act(self.active if self.enabled else ())
+
+    def _tie(self, name: str, path: str, tail: str, home: str) -> None:
+        """Let a parameter of an adapter's copy be one with that of another copy, which the base calls `home`."""
+        at, _, own = home.rpartition(".")
+        first = self.copies[at].modules_to_save[name].get_parameter(own)
+        twin = self.copies[path].modules_to_save[name]
+        twin.get_submodule(tail.rpartition(".")[0])._parameters[tail.rpartition(".")[2]] = first
+
+    def _layer(self, site: MapSite, wrap: Callable[[nn.Module], TunerLayer]) -> TunerLayer:
+        """A new wrapper round what is at a site's path; of rows that train beside a method, under all that is there."""
+        outermost = self.layers.get(site.path)
+        if site.inside and outermost is not None:
+            return slip_under(outermost, wrap)
+        layer = self._wrap(site.path, wrap)
+        self._remember(self.layers, site.path, layer)
+        return layer
 
     def _add_around(self, plan: AdapterPlan, method: TunerMethod, source: Source | None) -> None:
         """The part of an adapter that acts around modules."""
@@ -174,8 +199,8 @@ class Session(Applied):
         """Raise `PeftcError` if these adapters cannot act at the same time."""
         refuse_clashes([self.plans[name] for name in dict.fromkeys(names)], self._tuner)
 
-    def _tuner(self, plan: AdapterPlan, path: str) -> MapTuner[Any] | None:
-        layer = self.layer_of(plan.name, path)
+    def _tuner(self, plan: AdapterPlan, site: MapSite) -> MapTuner[Any] | None:
+        layer = self.layer_of(plan.name, site.path, site.spot)
         return None if layer is None else layer.part(plan.name).tuner
 
     def activate(self, names: Sequence[str]) -> None:
@@ -322,6 +347,9 @@ class Session(Applied):
             self._put_back(path, copy.original_module)
         self.base.restore(self.plans)
         self.stores.clear()
+        if self.stack is not None:
+            self.stack.put_back()
+            self.stack = None
         self.layers, self.modules, self.copies, self.plans = {}, {}, {}, {}
         self.seams, self.steps, self.readers, self.requiring, self.active = {}, {}, {}, set(), ()
         for holder in self.holders.values():
@@ -330,6 +358,8 @@ class Session(Applied):
 
     def keep_trained(self, names: Iterable[str]) -> None:
         """Before unloading: what these adapters, or others that are merged, trained whole becomes the model's, active or not."""
+        keep(self)
+        self.stack = None  # the replicas as well
         merged = (*names, *self.merged)
         self.base.act(merged)
         self.base.keep_changes()
@@ -350,9 +380,7 @@ class Session(Applied):
         plan = self.plans[name]
         tensors: dict[str, Tensor] = {}
         for site in plan.sites:
-            layer = (
-                self.layer_of(name, site.path, site.parameter) if isinstance(site, MapSite) else self.modules[site.path]
-            )
+            layer = self.layer_of(name, site.path, site.spot) if isinstance(site, MapSite) else self.modules[site.path]
             if layer is None:
                 continue
             for slot, (_, tensor) in zip(site.slots, layer.parameters_of(name), strict=True):
@@ -360,7 +388,9 @@ class Session(Applied):
                     tensors[site.key(slot, name).disk()] = tensor
         for save in plan.saves:
             twin = self.copies[save.path].modules_to_save[name]
-            for key, tensor in twin.state_dict(keep_vars=True).items():
+            tied = {tail for tail, _ in save.tied}
+            own = {k: t for k, t in twin.state_dict(keep_vars=True).items() if k not in tied}
+            for key, tensor in own.items():
                 tensors[f"{plan.root}{save.path}.{key}"] = tensor
         tensors |= self.base.values(plan)
         caller = self.caller(name)

@@ -24,7 +24,6 @@ from peftc.runtime.around.lifted import narrowed
 from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.steps import patch
-from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
@@ -44,7 +43,7 @@ def fitted(plan: AdapterPlan, graph: ModuleGraph, found: Mapping[str, TensorFact
     for site in plan.maps:
         keys_of = _keys(site, plan.name)
         of = {label: shapes[key] for label, key in keys_of.items() if key in shapes}
-        if site.path in sites and of:
+        if site.path in sites and of and not site.inside:
             tuner = sites[site.path][1]
             kind = (id(tuner), id(site.layer), id(site.config), tuple(of.items()))
             if kind not in known:
@@ -66,7 +65,9 @@ def exported(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict
             with boundary(session.plans[name].peft_type, "export", site.path), torch.no_grad():
                 made = tuner.export(site.config, site.path, site.layer, own)
             result |= {key: made[slot] for slot, key in keys.items()}
-    return result | {copy: result[key] for copy, key in session.plans[name].copies().items() if key in result}
+    plan = session.plans[name]
+    result |= {copy: result[key] for copy, key in plan.copies().items() if key in result}
+    return result | {copy: result[key].t().contiguous() for copy, key in plan.mirrors().items() if key in result}
 
 
 def in_base_formats(session: Session, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +94,11 @@ def restored(session: Session, source: AdapterPlan, values: Mapping[str, Any]) -
     if "restore" not in session.seams[source.name]:
         return result
     for site, tuner in _with(source, session.graph, "restore").values():
-        own = next(other for other in live.maps if other.path == site.path) if site not in live.maps else site
+        own = (
+            next(other for other in live.maps if (other.path, other.spot) == (site.path, site.spot))
+            if site not in live.maps
+            else site
+        )
         keys = _keys(site, source.name)
         if own.slots == site.slots or any(result.get(key) is None for key in keys.values()):
             continue
@@ -123,7 +128,9 @@ def take_saved_form(session: Session, name: str, options: Mapping[str, Any]) -> 
         made = exported(session, name, session.tensors(name))
         facts = {key: TensorFacts.of(tensor) for key, tensor in made.items()}
         new = fitted(plan, session.graph, facts)
-        layers = [(site, layer) for site in new.maps if (layer := session.layer_of(name, site.path)) is not None]
+        layers = [
+            (site, layer) for site in new.maps if (layer := session.layer_of(name, site.path, site.spot)) is not None
+        ]
         for site, layer in layers:
             for slot in site.slots:
                 container, key = layer.where(name, slot)
@@ -181,5 +188,5 @@ def _with(plan: AdapterPlan, graph: ModuleGraph, seam: str) -> dict[str, tuple[M
     only = method.only_tuner
     if not method.adapts_layers or (only is not None and seam not in only.seams):
         return {}
-    tuners = ((site, tuner_for(method, plan.config, site.node(graph))) for site in plan.maps)
+    tuners = ((site, site.tuner(method, plan.config, graph)) for site in plan.maps if not site.inside)
     return {site.path: (site, tuner) for site, tuner in tuners if seam in tuner.seams}

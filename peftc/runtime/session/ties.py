@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, Severity, warn
+from peftc.graph.replicas import own_ties
 from peftc.runtime.around.lifted import narrowed
 from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.journal import note
@@ -29,9 +30,8 @@ def part(session: Session, names: Sequence[str] | None) -> None:
     names = session.active if names is None else names
     session.require(names)
     tying = [config for config in _configs(session.model) if getattr(config, "tie_word_embeddings", False)]
-    if not session.graph.ties or not tying:
-        return
-    parted = [group for group in session.graph.ties if _differ([_merged(session, name, names) for name in group])]
+    ties = own_ties(session.graph) if tying else ()
+    parted = [group for group in ties if _differ([_merged(session, name, names) for name in group])]
     if not parted:
         return
     weights = ", ".join(" and ".join(f"`{name}`" for name in group) for group in parted)

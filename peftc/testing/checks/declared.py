@@ -14,7 +14,6 @@ from peftc.runtime.session.session import Session
 from peftc.testing.compare import same_names
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, quiet
-from peftc.tuner.experts import tuner_for
 from peftc.tuner.method import MapTuner
 from peftc.tuner.modules import ModuleTuner
 
@@ -86,7 +85,7 @@ def _tuners(s: Subject) -> list[object]:
     with quiet():
         config = s.config()
     sites = s.wrap().session.plans["default"].maps
-    return [tuner_for(s.method, config, site.node(s.model.graph)) for site in sites]
+    return [site.tuner(s.method, config, s.model.graph) for site in sites]
 
 
 def _state(tuner: object) -> dict[str, int]:
@@ -120,7 +119,7 @@ def keys_follow_the_rule(s: Subject) -> None:
         same_names(new, memory, "The applied model", "Declare in `slots` what is stored, under the names it has.")
     same_names(
         model.adapter_tensors(name),
-        disk | {*plan.copies()} | _base_keys(model, name),
+        disk | {*plan.copies(), *plan.mirrors()} | _base_keys(model, name),
         "The checkpoint",
         "Save the declared slots.",
     )

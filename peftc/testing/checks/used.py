@@ -10,7 +10,7 @@ from peftc.compiler.compile import compile_plan
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.testing.models import MODELS
 from peftc.testing.subjects import Subject, kinds_in, quiet, subjects
-from peftc.tuner.experts import PerExpert, tuner_for
+from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import MapTuner, TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
@@ -59,7 +59,7 @@ def _chosen(s: Subject) -> Iterator[MapTuner[Any]]:
     except PeftcError:
         return
     for site in plan.adapters[0].maps:
-        tuner = tuner_for(s.method, site.config, site.node(s.model.graph))
+        tuner = site.tuner(s.method, site.config, s.model.graph)
         yield tuner.one if isinstance(tuner, PerExpert) else tuner
 
 

@@ -1,0 +1,30 @@
+"""Which layers of a stack are repeated, and what they were before. Replicas share the weights of the layer that they are copies
+of; everything after this sees them as layers of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: The option that asks for it.
+REPLICATION_OPTION = "layer_replication"
+#: Ranges of layers, `[start, end)`, one after the other.
+Ranges = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Replication:
+    """The list of layers at the path `stack` had `count` of them; now it has one for each of `sources`, in this order."""
+
+    stack: str
+    count: int
+    sources: tuple[int, ...]
+
+    def origin(self, name: str) -> str:
+        """The name that a module or parameter had before."""
+        start = f"{self.stack}."
+        if not name.startswith(start):
+            return name
+        index, dot, rest = name.removeprefix(start).partition(".")
+        return f"{start}{self.sources[int(index)]}{dot}{rest}" if index.isdigit() else name
