@@ -251,6 +251,14 @@ def based(layer: Any) -> None:
         layer.base_layer.weight.mul_(-0.3)
 
 
+def merged_beside(layer: Any) -> None:
+    """Another parameter is in the base's place then, as large as the first."""
+    layer.merge()
+    layer.forward(torch.ones(1, 12))
+    layer.unmerge()
+    layer.scaling["default"] = 0.5
+
+
 def trained(layer: Any) -> None:
     """As an optimiser that writes past torch's counters does it, between calls in training."""
     layer.train()
@@ -259,7 +267,7 @@ def trained(layer: Any) -> None:
     layer.eval()
 
 
-@pytest.mark.parametrize("change", [swapped, written, scaled, based, trained])
+@pytest.mark.parametrize("change", [swapped, written, scaled, based, trained, merged_beside])
 def test_a_kept_norm_is_dropped_when_what_it_is_of_changes(change: Any) -> None:
     model = dora(nn.Linear(12, 10)).eval()
     layer, x = model.get_base_model()[0], torch.randn(3, 12)
@@ -333,6 +341,17 @@ def test_every_variant_has_a_case_with_the_reference() -> None:
         if variant.name == "alora":  # acts from a place in each row on, which the inputs of these cases do not have
             continue
         assert any(variant.acts(LoraConfig(**case.options)) for case in CASES), variant.name
+
+
+def test_a_second_adapter_with_another_merged_into_the_base() -> None:
+    model, x = dora(nn.Linear(12, 10)).eval(), torch.randn(3, 12)
+    model.add_adapter("other", LoraConfig(target_modules=["0"], init_lora_weights=False, r=2))
+    with torch.no_grad():
+        before = model(x)
+        model.base_model.merge_adapter(adapter_names=["other"])
+        model(x)
+        model.base_model.unmerge_adapter()
+        torch.testing.assert_close(model(x), before)
 
 
 # VeLoRA ---------------------------------------------------------------------------------------------------------------

@@ -97,12 +97,24 @@ def _can_be(kind: Kind) -> bool:
     return True
 
 
+def _depends_on_calls(subject: Subject) -> bool:
+    """Whether an example of a variant acts by chance, by what a call gives, or by buffers that calls in training move: the
+    oracle knows tensors and options alone."""
+    if subject.method.variant_for(subject.config()) is None:
+        return False
+    with quiet():
+        plan = compile_plan(subject.model.graph, {"default": subject.config()}).adapters[0]
+    return subject.draws or bool(subject.values) or any(slot.derived for _, slot in plan.slots())
+
+
 def _of_method(method: TunerMethod) -> Iterator[World]:
     by_model: dict[str, list[Kind]] = {}
     found = [s for s in subjects(method) if s.model.name in ("mlp", "embedding", "conv2d")] or [
         s for s in subjects(method) if s.model.name == "llama"
     ]
     for subject in found:
+        if _depends_on_calls(subject):
+            continue
         more = kinds_of(subject) if subject.first else [Kind(subject)]
         by_model.setdefault(subject.model.name, []).extend(kind for kind in more if _can_be(kind))
     for name, kinds in by_model.items():

@@ -44,6 +44,19 @@ class Owner(Protocol):
     def call(self) -> Call | None: ...
 
 
+class _This:
+    """One tensor, equal to itself alone: by its object while that lives, not by what is in it."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, at: weakref[Tensor]) -> None:
+        self._at = at
+
+    def __eq__(self, other: object) -> bool:
+        own = self._at()
+        return own is not None and isinstance(other, _This) and other._at() is own
+
+
 class LayerView:
     """One adapter on one layer, as the method's mathematics sees it (`peftc.tuner.views.View`)."""
 
@@ -160,7 +173,7 @@ class LayerView:
                 return None
             if tensor.requires_grad and self.training:
                 return None
-            found += [weakref(tensor), tensor.data_ptr(), tensor._version, tensor.dtype]
+            found += [_This(weakref(tensor)), tensor.data_ptr(), tensor._version, tensor.dtype]
         return None if isinstance(self.scaling, Tensor) and slots else tuple(found)
 
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
