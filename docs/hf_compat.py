@@ -49,7 +49,7 @@ REASONS: dict[str, str] = {
     "AdaptionPromptModel.add_adapter": "`PeftModel.add_adapter`, or `inject_adapter` as of every other model class",
     "*.layers_mapping": "which kinds of layer a method adapts is declared by its mathematics (`peftc methods --matrix`)",
     "*.generate": "`PeftModel.generate`, which takes the same arguments",
-    "*.subtract_mutated_init": "belongs to starts that change the base weights, which are to come",
+    "*.subtract_mutated_init": "`save_pretrained(path_initial_model_for_weight_conversion=…)` does it",
     "NoMatchingPeftModuleError": "an error carries its diagnostics",
     "PeftMixedModel.load_adapter": "the arguments are those of `PeftModel`, by name",
     "PeftMixedModel.merge_and_unload": "the arguments are those of `PeftModel`, by name",
@@ -279,7 +279,8 @@ def _other_default(theirs: Parameter, mine: inspect.Parameter) -> str:
         wanted = ast.literal_eval(theirs.default)
     except ValueError:
         return ""  # a name, which cannot be compared
-    return "" if mine.default == wanted else f"`{theirs.name}` is {mine.default!r} by default, there {wanted!r}"
+    own = None if callable(mine.default) else mine.default  # what is recorded of the reference has no functions
+    return "" if own == wanted else f"`{theirs.name}` is {mine.default!r} by default, there {wanted!r}"
 
 
 def _demanded(theirs: list[Parameter], own: Mapping[str, inspect.Parameter]) -> str:

@@ -28,7 +28,8 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 #: Sections of the page, and the names in each; what stands in none comes last.
 SECTIONS: Mapping[str, str] = {
     "The record": "method TunerMethod hookimpl register_plugin unregister_plugin",
-    "Kinds of method": "MapTuner RowsTuner ModuleTuner PromptTuner CallTuner",
+    "Starts": "starting Start Begun StartView Reads start_targets begin_anew register_start unregister_start",
+    "Kinds of method": "MapTuner ModuleTuner PromptTuner CallTuner",
     "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
     "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",
     "What the mathematics is handed": "View SlotInit ModuleView PromptView PromptContext CallView Run Place Changes Former",
@@ -46,8 +47,8 @@ SECTIONS: Mapping[str, str] = {
 FOREIGN = {
     "Field": "Pydantic's: an option with a default and bounds, `alpha: float = p.Field(default=8.0, gt=0)`.",
     "model_validator": "Pydantic's: marks a method of a config that looks at several options together.",
-    "hookimpl": "Pluggy's: marks the function `peftc_tuner()`, which takes nothing and returns the record. A plugin has one;"
-    " `method` makes it.",
+    "hookimpl": "Pluggy's: marks the function `peftc_tuner()`, which takes nothing and returns the record, or `peftc_start()`. A plugin has one;"
+    " `method`, or `starting`, makes it.",
 }
 WIDTH, WIDE = 110, 1000
 

@@ -49,7 +49,8 @@ from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_me
 from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
 from peftc.registry.hookspecs import hookimpl
 from peftc.registry.manager import default_registry
-from peftc.registry.record import method
+from peftc.registry.record import method, starting
+from peftc.registry.starts import default_starts
 from peftc.registry.variants import variant_key
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
@@ -69,6 +70,7 @@ from peftc.tuner.slots import (
     module_slot,
     parameter_slot,
 )
+from peftc.tuner.start import Begun, Reads, Start, StartView
 from peftc.tuner.steps import Changes
 from peftc.tuner.variant import Variant, variant_options
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, TensorLists, Tensors, View
@@ -76,6 +78,8 @@ from peftc.tuner.views import PromptContext, PromptView, SlotInit, TensorLists, 
 if TYPE_CHECKING:
     from torch import Tensor as Tensor
     from torch import nn as nn
+
+    from peftc.model.functions.gathering import Target
 
 #: What `slots` gives.
 Slots = Iterable[Slot]
@@ -131,6 +135,19 @@ def unregister_variant(variant: Variant[Any]) -> None:
     default_registry().variants.unregister(variant_key(variant.peft_type, variant.name))
 
 
+def register_start(record: Start) -> Start:
+    """Make a start known to this process without installing it, as in a notebook, and return it. From then on options name it.
+
+    Raises `PeftcError` if it breaks the contract, or its name is that of an installed one.
+    """
+    return default_starts().register(record, over=False)
+
+
+def unregister_start(record: str | Start) -> None:
+    """Undo `register_start`. Raises `PeftcError` if it was not registered so."""
+    default_starts().unregister(record if isinstance(record, str) else record.name)
+
+
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
     """Config and tensors of an adapter's folder, for functions that a method brings. Raises `PeftcError`."""
     from peftc.checkpoint.load import load_adapter_tensors
@@ -163,6 +180,22 @@ def convert_adapter(
 
     made = convert(model, to, rank, adapter_name, progressbar)
     return made.config, made.tensors
+
+
+def start_targets(model: nn.Module, config: PeftConfig) -> Mapping[str, Target]:
+    """The layers of a base model on which an adapter with these options begins by the start that they name, by path: for helpers
+    that gather what a start reads. Each has its `module`, `weight` and `rank`, and `gather(name=tensor)` keeps tensors that the
+    start then finds as `s.data`. Raises `PeftcError`."""
+    from peftc.model.functions.gathering import start_targets as find
+
+    return find(model, config)
+
+
+def begin_anew(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Let an adapter of a model begin again with other options, as a start does that chooses ranks. Raises `PeftcError`."""
+    from peftc.model.functions.gathering import begin_anew as begin
+
+    begin(model, config, adapter_name)
 
 
 def kept_outputs(count: int, features: float, whole: float, rescale: bool, like: Tensor) -> Tensor | None:
@@ -245,6 +278,7 @@ __all__ = [
     "EXPERT_KINDS",
     "LINEAR_KINDS",
     "AlphaMixin",
+    "Begun",
     "BiasMixin",
     "CallTuner",
     "CallView",
@@ -289,6 +323,7 @@ __all__ = [
     "RankLimit",
     "RankMixin",
     "RankPatternMixin",
+    "Reads",
     "ReplicationMixin",
     "Rescaled",
     "RowsTuner",
@@ -300,6 +335,8 @@ __all__ = [
     "Slot",
     "SlotInit",
     "Slots",
+    "Start",
+    "StartView",
     "TargetNamesMixin",
     "TargetParametersMixin",
     "TargetsMixin",
@@ -314,6 +351,7 @@ __all__ = [
     "VariantMixin",
     "View",
     "Weights",
+    "begin_anew",
     "columns",
     "constant_slot",
     "convert_adapter",
@@ -336,12 +374,16 @@ __all__ = [
     "read_adapter",
     "read_weights",
     "register_plugin",
+    "register_start",
     "register_variant",
     "row_norms",
     "rules",
+    "start_targets",
+    "starting",
     "to_logical",
     "to_stored",
     "unregister_plugin",
+    "unregister_start",
     "unregister_variant",
     "variant_options",
     "warn",

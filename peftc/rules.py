@@ -160,12 +160,8 @@ UNEVEN_COVERAGE = Rule(
     "Blocks of another kind name their layers otherwise, so names miss them.",
     WARNING,
 )
-TOWER_ADAPTED = Rule(
-    "PC417", "Another tower is adapted too", "The names also occur outside the language model.", WARNING
-)
-ORIENTATION = Rule(
-    "PC418", "Storage order does not apply", "None of the adapted layers stores its weight as (in, out).", WARNING
-)
+TOWER_ADAPTED = Rule("PC417", "Another tower is adapted too", "Names also occur outside the language model.", WARNING)
+ORIENTATION = Rule("PC418", "Storage order does not apply", "No adapted layer stores its weight as (in, out).", WARNING)
 PROMPT_SIZE = Rule("PC419", "Size of the prompt does not fit", "The virtual tokens' table needs the model's shape.")
 NO_EMBEDDINGS = Rule("PC420", "No input embeddings", "Virtual tokens go before embeddings of the input.")
 CANNOT_SAVE = TypeRule(
@@ -214,9 +210,10 @@ PART_OF_FUSED = Rule(
 NO_ROWS = Rule("PC455", "No embedding of that name", "Its rows would be neither trained nor saved.")
 NO_TOKENS = Rule("PC456", "No token to train", "The option names embeddings, and none of their rows.", WARNING)
 NO_REPLICATION = Rule("PC457", "Layers cannot be replicated", "The model would be another than the option says.")
-NOTHING_TIED = Rule(
-    "PC458", "Nothing to keep tied", "The option is about weights that are used in two places.", WARNING
-)
+NOTHING_TIED = Rule("PC458", "Nothing to keep tied", "The option is about weights used in two places.", WARNING)
+START_UNKNOWN = UnableRule("PC460", "No such start", "It may be one that changes the base model's weights.")
+START_UNFIT = Rule("PC461", "Start does not fit", "A layer would begin as something else than the option says.")
+START_SPARED = Rule("PC462", "Layer begins without the start", "It is not defined on layers of this kind.", WARNING)
 
 # PC5xx: running models ----------------------------------------------------------------------------------------------
 ADAPTER_EXISTS = Rule("PC501", "Adapter name is taken", "Two adapters of one name cannot be told apart.")
@@ -241,9 +238,7 @@ CALL_NOT_POSSIBLE = Rule(
 TOKENIZER_MISSING = SystemRule(
     "PC512", "Tokenizer cannot be loaded", "The virtual tokens are to start as the tokens of a text."
 )
-POSITIONS_IGNORED = Rule(
-    "PC513", "Positions are ignored", "They were made without the virtual tokens.", Severity.WARNING
-)
+POSITIONS_IGNORED = Rule("PC513", "Positions are ignored", "They were made without the virtual tokens.", WARNING)
 NOT_MERGED = Rule("PC514", "Nothing is merged", "Taking nothing out of the base weights has no effect.", WARNING)
 NOT_A_MODEL = TypeRule("PC515", "Not a model", "Adapters are put on the layers of a `torch.nn.Module`.")
 STEPS_MISSED = Rule(
@@ -355,6 +350,7 @@ BIAS_GAINED = Rule(
     "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
     WARNING,
 )
+START_DATA = StateRule("PC570", "Start without its data", "The factors follow from what the model does with data.")
 
 # PC6xx: checkpoints -------------------------------------------------------------------------------------------------
 CHECKPOINT_MISSING = Rule("PC601", "No adapter weights", "An adapter is read from `adapter_model.safetensors`.")
@@ -442,6 +438,9 @@ PLUGIN_OUTDATED = Rule(
     "What the tensors mean, and which options there are, may have changed.",
     WARNING,
 )
+START_NOT_REPEATED = Rule("PC657", "Start cannot be repeated", "Chance or data decided what the base weights became.")
+START_KEPT_UNFIT = Rule("PC658", "Kept start does not fit", "It says which base weights the adapter belongs to.")
+OTHER_WEIGHTS = Rule("PC659", "Base of the adapter is another", "It is trained beside weights that its start changed.")
 
 # PC7xx: commands and training ---------------------------------------------------------------------------------------
 SYSTEM_REFUSED = SystemRule(

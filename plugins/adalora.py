@@ -62,6 +62,9 @@ class AdaLoraConfig(lora.LoraConfig):
             yield p.rules.CONTRADICTION(
                 f"The supplied schedule values don't allow for a budgeting phase: {steps}", fix=fix, where="tinit"
             )
+        if str(self.init_lora_weights).lower() == "loftq":
+            what = "`init_lora_weights` cannot be `loftq` for this method"
+            yield p.rules.OPTION_NOT_AVAILABLE(what, fix="Choose another start.", where="init_lora_weights")
         for option in (*lora.OF_VARIANTS, "loftq_config"):
             if getattr(self, option):
                 yield p.rules.OPTION_NOT_AVAILABLE(f"`{option}` is not for this method", fix="Remove it.", where=option)
@@ -110,6 +113,12 @@ class AdaLoraTuner(p.MapTuner[AdaLoraConfig]):
         plain = {"init_r": rank, "target_r": min(c.target_r, rank), "lora_alpha": 1, "rank_pattern": None}
         steps = {} if c.total_step else {"total_step": 1, "tinit": 0, "tfinal": 0}  # nothing is left to allocate
         return c.model_copy(update=plain | steps)
+
+    def of_twice(self, c: AdaLoraConfig) -> AdaLoraConfig:
+        changes = {"init_r": 2 * c.init_r, "target_r": 2 * c.target_r, "rank_pattern": None, "init_lora_weights": True}
+        if c.lora_alpha <= 0:  # the scaling is the rank
+            changes["lora_alpha"] = c.init_r
+        return c.model_copy(update=changes)
 
     def of_thin(self, c: AdaLoraConfig, layer: p.LayerFacts, A: p.Tensor, B: p.Tensor) -> p.Tensors:
         rank = A.shape[0]
@@ -334,5 +343,7 @@ peftc_tuner = p.method(
     ),
     check=check,
     check_start=lora.check_start,
+    start_option="init_lora_weights",
+    own_starts=("gaussian",),
     identity_at_start=lambda c: bool(c.init_lora_weights),
 )

@@ -7,8 +7,6 @@ convolutions, which then run once; backward folds again. Embeddings are changed 
 
 from __future__ import annotations
 
-from typing import Literal
-
 from peftc import plugin as p
 
 
@@ -20,8 +18,9 @@ class HiraConfig(p.ExpertsMixin, p.RankPatternMixin, p.OrientationMixin, p.Layer
     """Rank of the factors; the update itself can have any rank."""
     hira_dropout: p.Dropout = 0.0
     """Probability of dropping inputs of the update in training; embeddings have none to drop."""
-    init_weights: bool | Literal["gaussian"] | None = True
-    """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random."""
+    init_weights: bool | str | None = True
+    """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random; or the name of a start that leaves
+    the base as it is, such as `orthogonal`."""
 
 
 class Folded(p.MapTuner[HiraConfig]):
@@ -45,6 +44,10 @@ class Folded(p.MapTuner[HiraConfig]):
             init.kaiming_uniform(first)
         if c.init_weights:
             init.zeros(second)
+
+    def of_thin(self, c: HiraConfig, layer: p.LayerFacts, A: p.Tensor, B: p.Tensor) -> p.Tensors:
+        first, second = self.slots(c, layer)
+        return {first.name: A.reshape(first.shape), second.name: B.reshape(second.shape)}
 
     def params(self, a: p.View[HiraConfig], w: p.Tensors, w0: p.Tensors) -> p.Tensors:
         A, B = self.factors(a)
@@ -72,6 +75,9 @@ class Lookup(Folded):
             init.zeros(first)
             init.normal(second)
 
+    def of_thin(self, c: HiraConfig, layer: p.LayerFacts, A: p.Tensor, B: p.Tensor) -> p.Tensors:
+        return {"hira_embedding_A": A, "hira_embedding_B": B}
+
     def factors(self, a: p.View[HiraConfig]) -> tuple[p.Tensor, p.Tensor]:
         return a.hira_embedding_A, a.hira_embedding_B
 
@@ -88,5 +94,7 @@ peftc_tuner = p.method(
     layer_options=("r",),
     tags=("hira",),
     examples=({"r": 4}, {"r": 3, "init_weights": False}, {"r": 4, "init_weights": "gaussian"}),
+    start_option="init_weights",
+    own_starts=("gaussian",),
     identity_at_start=lambda c: bool(c.init_weights),
 )

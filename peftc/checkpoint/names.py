@@ -8,3 +8,5 @@ PICKLE_NAME = "adapter_model.bin"
 PLAN_NAME = "peftc_plan.json"
 #: The print of the base model that the adapter was saved on.
 BASE_NAME = "peftc_base.json"
+#: What the base weights follow from that an adapter's start changed.
+START_NAME = "peftc_start.safetensors"

@@ -17,7 +17,7 @@ from peftc import rules
 from peftc._version import FILE_VERSION
 from peftc.checkpoint.atomic import Part, replace_folders
 from peftc.checkpoint.format import write_file
-from peftc.checkpoint.names import BASE_NAME, PICKLE_NAME, PLAN_NAME, WEIGHTS_NAME
+from peftc.checkpoint.names import BASE_NAME, PICKLE_NAME, PLAN_NAME, START_NAME, WEIGHTS_NAME
 from peftc.checkpoint.values import content_problems
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.compiler.plan.serial import plan_to_text
@@ -65,6 +65,8 @@ class Saved:
     plan: InjectionPlan | None = None
     base: str | None = None
     pickled: bool = False
+    #: what its start's change of the base weights follows from
+    start: Mapping[str, Tensor] = field(default_factory=dict)
     texts: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,12 +87,14 @@ class Saved:
             write_pickle(staged / PICKLE_NAME, self.tensors)
         else:
             write_tensors(staged / WEIGHTS_NAME, self.tensors)
+        if self.start:
+            write_tensors(staged / START_NAME, self.start)
         _write_texts(staged, self.texts)
 
     @property
     def obsolete(self) -> tuple[str, ...]:
         """Files of an earlier save that go unless they are made anew."""
-        own = (PLAN_NAME, BASE_NAME)
+        own = (PLAN_NAME, BASE_NAME, START_NAME)
         return (*own, WEIGHTS_NAME) if self.pickled else own
 
 

@@ -50,24 +50,38 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from peftc.registry.manager import default_registry
+    from peftc.registry.starts import default_starts
 
-    registry = default_registry()
     problems: list[Diagnostic] = []
-    rows = []
-    doors: tuple[Door[Any], ...] = (registry, registry.variants)
-    for door, claim in ((each, claim) for each in doors for claim in each.claims):
-        state, found = _state(door, claim, args.check)
-        problems.extend(found)
-        rows.append((door.key(claim.name), claim.module, f"{claim.distribution} {claim.version}", state))
+    registry = default_registry()
+    rows, variants, starts = (
+        _rows(door, args.check, problems) for door in (registry, registry.variants, default_starts())
+    )
+    rows += variants
     told = list(dict.fromkeys(problems))
     if args.json:
-        keys = ("peft_type", "module", "distribution", "state")
-        plugins = [dict(zip(keys, row, strict=True)) for row in rows]
-        console.out_json({"ok": not told, "plugins": plugins, "diagnostics": [d.to_dict() for d in told]})
+        keys = ("module", "distribution", "state")
+        of_methods, of_starts = (
+            [dict(zip((name, *keys), row, strict=True)) for row in found]
+            for name, found in (("peft_type", rows), ("start", starts))
+        )
+        facts = {"plugins": of_methods, "starts": of_starts}
+        console.out_json({"ok": not told, **facts, "diagnostics": [d.to_dict() for d in told]})
     else:
         console.out(console.table(rows, ("TYPE", "MODULE", "DISTRIBUTION", "STATE")))
+        console.out(console.table(starts, ("START", "MODULE", "DISTRIBUTION", "STATE")))
         console.show(told)
     return int(bool(told))
+
+
+def _rows(door: Door[Any], load: bool, problems: list[Diagnostic]) -> list[tuple[str, str, str, str]]:
+    """What claims to come in by a door; what is wrong with it is added to the problems."""
+    rows = []
+    for claim in door.claims:
+        state, found = _state(door, claim, load)
+        problems.extend(found)
+        rows.append((door.key(claim.name), claim.module, f"{claim.distribution} {claim.version}", state))
+    return rows
 
 
 def _state(door: Door[Any], claim: Claim, load: bool) -> tuple[str, tuple[Diagnostic, ...]]:

@@ -22,6 +22,7 @@ from peftc.graph.replicas import replicated
 from peftc.graph.replication import REPLICATION_OPTION, Ranges
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
+from peftc.registry.starts import start_problems
 
 
 def compile_plan(
@@ -136,6 +137,7 @@ def begin(
         said = tuple(method.problems(copy))
     with boundary(method.peft_type, "check_start", place):
         said += () if options.loading else tuple(method.check_start(copy))
+    said += tuple(start_problems(method, copy))
     return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), Context(graph, method, name, options)
 
 

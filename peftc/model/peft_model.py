@@ -25,6 +25,7 @@ from peftc.model.parts.card import facts_of, push, write_card
 from peftc.model.parts.embeddings import AUTO
 from peftc.model.parts.loading import LoadOptions, loadable, opened
 from peftc.model.parts.rows import ADAPTER_NAMES, expansion, rows_named
+from peftc.model.parts.starts import Beginning
 from peftc.model.parts.status import TunerLayerStatus, TunerModelStatus, counted, get_layer_status, get_model_status
 from peftc.runtime.applying.apply import let_go, strip
 from peftc.runtime.applying.handed import with_handed
@@ -271,7 +272,7 @@ class PeftModel(AdaptedModel):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = AUTO,
         is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
+        path_initial_model_for_weight_conversion: Beginning = None,
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -279,6 +280,8 @@ class PeftModel(AdaptedModel):
         can exchange folders, else each in one.
 
         `state_dict` is the wrapped model's, gathered by a sharded run. `save_embedding_layers` see `peftc.model.parts.embeddings`.
+        `path_initial_model_for_weight_conversion` saves adapters whose start changed the base as ones beside the original base,
+        of twice the rank: it is the folder of the adapter as it began, or true, as what it began with is kept.
         The weights are safetensors, and without `safe_serialization` what `torch.save` writes; further keywords are accepted.
         Raises `PeftcError` with the folder as it was.
         """
@@ -286,9 +289,9 @@ class PeftModel(AdaptedModel):
         self.session.require(names)
         if not names:
             raise PeftcError(rules.NOT_ADAPTED("There is no adapter to save", fix="Add or load one first."))
-        files.check_start(path_initial_model_for_weight_conversion)
         if is_main_process:
-            files.save(self, save_directory, names, save_embedding_layers, state_dict, not safe_serialization)
+            beginning, pickled = path_initial_model_for_weight_conversion, not safe_serialization
+            files.save(self, save_directory, names, save_embedding_layers, state_dict, pickled, beginning)
 
     def adapter_tensors(
         self,

@@ -69,6 +69,8 @@ _FIELDS: Mapping[str, tuple[str, Fits]] = {
     "example_values": ("a function", _FUNCTION),
     "check": ("a function", _FUNCTION),
     "check_start": ("a function", _FUNCTION),
+    "start_option": ("a text", _TEXT),
+    "own_starts": ("a tuple of texts", _TEXTS),
     "resolve": ("a function", _FUNCTION),
     "follows_ties": ("true or false", _a(bool)),
     "identity_at_start": ("a function", _FUNCTION),

@@ -1,5 +1,5 @@
 """The hooks of plugins. Entry-point group `peftc.tuners`: the entry's name is the PEFT type in lower case; `peftc.variants`:
-`<peft type>.<name of the variant>`."""
+`<peft type>.<name of the variant>`; `peftc.starts`: the name of the start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import pluggy
 
 if TYPE_CHECKING:
     from peftc.tuner.method import TunerMethod
+    from peftc.tuner.start import Start
     from peftc.tuner.variant import Variant
 
 PROJECT = "peftc"
 GROUP = "peftc.tuners"
 VARIANTS = "peftc.variants"
+STARTS_GROUP = "peftc.starts"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -27,3 +29,8 @@ def peftc_tuner() -> TunerMethod:  # type: ignore[empty-body]  # a specification
 @hookspec(firstresult=True)
 def peftc_variant() -> Variant[Any]:  # type: ignore[empty-body]
     """Return the record of the one variant of a method that this module brings."""
+
+
+@hookspec(firstresult=True)
+def peftc_start() -> Start:  # type: ignore[empty-body]  # a specification has no body
+    """Return the one start that this module brings."""

@@ -19,6 +19,7 @@ from peftc.graph.nodes import ModuleGraph
 from peftc.graph.targets import has_table
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.method import MapTuner, Mathematics, TunerMethod
+from peftc.tuner.start import Start
 from peftc.tuner.variant import Variant
 
 #: A first sentence such as `Name: what it does (who, where).`, of which the middle is taken.
@@ -54,6 +55,8 @@ class Fields(TypedDict, total=False):
     example_values: Callable[[Any, int], Mapping[str, Sequence[int]]]
     check: Callable[[Any], Iterable[Diagnostic]]
     check_start: Callable[[Any], Iterable[Diagnostic]]
+    start_option: str
+    own_starts: tuple[str, ...]
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]]
     follows_ties: bool
     identity_at_start: Callable[[Any], bool]
@@ -83,6 +86,16 @@ def method(
         return record
 
     return peftc_tuner
+
+
+def starting(record: Start) -> Callable[[], Start]:
+    """The hook `peftc_start` of a module that brings a start: `peftc_start = starting(MyStart())`."""
+
+    @hookimpl
+    def peftc_start() -> Start:
+        return record
+
+    return peftc_start
 
 
 def _told(config: type[PeftConfig]) -> dict[str, str]:

@@ -113,6 +113,8 @@ class Shared:
         self.by_rows = False
         #: whether any layer has merged since all were unmerged
         self.merges = False
+        #: whether any adapter has been added whose start changes base weights
+        self.rebases = False
         #: active adapters whose updates calls multiply: those that another weighs, and those that wait for a token
         self.gated: frozenset[str] = frozenset()
         #: the open call while a graph is traced, which is done in one thread and cannot look at context variables

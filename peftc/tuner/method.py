@@ -1,8 +1,7 @@
 """What a method is: a record that names its config, its mathematics and its public names.
 
-Methods subclass `MapTuner` (they change the map of one layer), `ModuleTuner` (they act around whole modules) or
-`PromptTuner` (they add virtual tokens) and give a `TunerMethod` to the registry. They never see how a layer stores its
-weight, and the core never asks which method it is.
+Methods subclass `MapTuner` (they change the map of one layer), `ModuleTuner` (they act around whole modules) or `PromptTuner`
+(they add virtual tokens) and give a `TunerMethod` to the registry. They never see how a layer stores its weight.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from peftc.tuner.limits import RankLimit, grouped
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.slots import Slot
+from peftc.tuner.startable import Startable
 from peftc.tuner.steps import Changes
 from peftc.tuner.variant import Variant, no_problems, of_node, several
 
@@ -47,7 +47,7 @@ class Former(Generic[V]):
     ratio: float = 1.0
 
 
-class MapTuner(ABC, Generic[C]):
+class MapTuner(Startable[C], ABC):
     """The mathematics of a method on one layer, stateless. Give `slots`, and at least one lowering.
 
     A lowering is one way to say what the adapter does to the layer's map `y = W x + b`, in logical order (`W` is
@@ -168,10 +168,6 @@ class MapTuner(ABC, Generic[C]):
         """The options of an adapter with thin factors of this rank on every layer and a scaling of 1; None if there are
         none. With `of_thin`, adapters can be combined in every way, padded, and exchanged with others of another rank."""
         return None
-
-    def of_thin(self, c: C, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
-        """The inverse of `thin` at a scaling of 1: slots, by label, from A `(r, in · kernel)` and B `(out, r)`."""
-        raise NotImplementedError
 
     def combine(self, c: C, slots: Mapping[str, Sequence[Tensor]], weights: Sequence[float]) -> Mapping[str, Tensor]:
         """One adapter's slots from those of several, `(label -> one tensor per adapter)`, with their weights."""
@@ -385,9 +381,12 @@ class TunerMethod:
     example_values: Callable[[Any, int], Mapping[str, Sequence[int]]] = no_values
     #: problems of the options that need no model: contradictions, options this version does not have
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
-    #: problems of the options that say how a fresh adapter begins, and nothing else: not asked where all that was trained is
-    #: loaded
+    #: problems of the options that say how a fresh adapter begins, and nothing else: not asked where all is loaded
     check_start: Callable[[Any], Iterable[Diagnostic]] = no_problems
+    #: the option that may name a start, for methods that make slots of thin factors (`of_thin`)
+    start_option: str = ""
+    #: texts among its values that are the method's own
+    own_starts: tuple[str, ...] = ()
     #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises
     #: `PeftcError` where the model does not tell
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from peftc import plugin as p
 
+from ..starts.corda import CordaConfig, preprocess_corda
+from ..starts.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
+from ..starts.loftq import LoftQConfig
+from ..starts.lora_ga import LoraGAConfig, preprocess_loraga
 from . import alora, bdlora, bias, dora, monteclora, qalora, velora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
@@ -43,12 +47,20 @@ peftc_tuner = p.method(
     exports=(
         BdLoraConfig,
         KasaConfig,
+        CordaConfig,
+        EvaConfig,
+        LoftQConfig,
+        LoraGAConfig,
         LoraRuntimeConfig,
         MontecloraConfig,
         VeloraConfig,
         convert_to_lora,
         create_lorafa_optimizer,
         create_loraplus_optimizer,
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
         save_as_lora,
     ),
     model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss},
@@ -62,5 +74,7 @@ peftc_tuner = p.method(
     example_values=alora.example_values,
     check=check,
     check_start=check_start,
+    start_option="init_lora_weights",
+    own_starts=("gaussian",),
     identity_at_start=lambda c: c.init_lora_weights is not False,
 )

@@ -8,23 +8,24 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from peftc import plugin as p
 
+from ..starts.corda import CordaConfig
+from ..starts.eva import EvaConfig
+from ..starts.loftq import LoftQConfig
+from ..starts.lora_ga import LoraGAConfig
 from .nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 _T = TypeVar("_T")
 #: An option that files of the reference may carry and this version cannot act on; its default means "off".
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
-#: All of these, and those that only say how a fresh adapter begins.
+#: All of these.
 NOT_YET = (
     "arrow_config",
     "kasa_config",
 )
-STARTS_NOT_YET = ("eva_config", "corda_config", "lora_ga_config")
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
 OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config", "monteclora_config")
-#: Starts that this version makes, and those of the reference that it cannot make but whose trained adapters mean what the
-#: factors say. All others change the base's weights as well: their adapters belong to a base that is not the original.
-STARTS = (True, False, "gaussian")
-STARTS_OF_FACTORS = ("eva", "orthogonal", "mica")
+#: Options that say how a start goes about it -> the start that reads them.
+OF_STARTS = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
 
 
 class LoraRuntimeConfig(p.ConfigModel):
@@ -56,7 +57,8 @@ class LoraConfig(
     use_rslora: bool = False
     """Scale by `alpha / sqrt(r)` instead of `alpha / r`."""
     init_lora_weights: bool | str = True
-    """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random."""
+    """How A starts (B is zero): `true` uniform, `gaussian` normal; `false` starts both at random; or the name of a start, such
+    as `pissa`, which begins both in a way of its own (`peftc plugins` lists them)."""
     alpha_pattern: dict[str, int | float] = p.Field(default_factory=dict)
     """Other numerators for some modules: pattern over the end of the path -> `lora_alpha`."""
     megatron_config: dict[str, Any] | None = None
@@ -64,10 +66,13 @@ class LoraConfig(
     megatron_core: str | None = "megatron.core"
     """Kept for files of the reference."""
     loftq_config: dict[str, Any] = p.Field(default_factory=dict)
-    """Kept for files of the reference."""
-    eva_config: _NotYet[dict[str, Any] | None] = None
-    corda_config: _NotYet[dict[str, Any] | None] = None
-    lora_ga_config: _NotYet[dict[str, Any] | None] = None
+    """How `init_lora_weights: loftq` quantises the base: `loftq_bits`, `loftq_iter`."""
+    eva_config: EvaConfig | None = None
+    """How `init_lora_weights: eva` finds directions and ranks."""
+    corda_config: CordaConfig | None = None
+    """How `init_lora_weights: corda` finds the components of weights."""
+    lora_ga_config: LoraGAConfig | None = None
+    """How `init_lora_weights: lora_ga` uses gradients."""
     use_dora: bool = False
     """Train magnitude and direction of each output apart (DoRA, arXiv:2402.09353)."""
     velora_config: VeloraConfig | None = None
@@ -89,6 +94,13 @@ class LoraConfig(
     arrow_config: _NotYet[dict[str, Any] | None] = None
     kasa_config: _NotYet[KasaConfig | None] = None
 
+    @p.model_validator(mode="before")
+    @classmethod
+    def _as_it_is_written(cls, given: Any) -> Any:
+        """`LoftQConfig` is given as an object, and kept as its options, as in the reference."""
+        how = given.get("loftq_config") if isinstance(given, dict) else None
+        return {**given, "loftq_config": how.model_dump()} if isinstance(how, LoftQConfig) else given
+
     pattern_options: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
@@ -96,14 +108,6 @@ def check(c: LoraConfig) -> p.Problems:
     """Options without effect in this version are refused, not ignored: they would change the mathematics."""
     yield from _given(c, NOT_YET)
     yield from check_megatron(c)
-    if c.init_lora_weights not in (*STARTS, *STARTS_OF_FACTORS):
-        yield p.rules.OPTION_NOT_AVAILABLE(
-            f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version",
-            why="This start changes the base model's weights, and an adapter trained from it belongs to the changed ones.",
-            fix="Use `true`, `false` or `gaussian`. For a trained adapter: set it to `true` if the changed base was saved and is "
-            "what you load; otherwise convert it where it was trained (`path_initial_model_for_weight_conversion`).",
-            where="init_lora_weights",
-        )
 
 
 def check_megatron(c: LoraConfig) -> p.Problems:
@@ -118,11 +122,12 @@ def check_megatron(c: LoraConfig) -> p.Problems:
 
 
 def check_start(c: LoraConfig) -> p.Problems:
-    """The same of options that matter to a fresh adapter alone."""
-    yield from _given(c, STARTS_NOT_YET)
-    if c.init_lora_weights in STARTS_OF_FACTORS:
-        what = f"`init_lora_weights` cannot be `{c.init_lora_weights}` in this version"
-        yield p.rules.OPTION_NOT_AVAILABLE(what, fix="Use `true`, `false` or `gaussian`.", where="init_lora_weights")
+    """Options of starts that the adapter does not begin by."""
+    named = str(c.init_lora_weights).lower()
+    for option, start in OF_STARTS.items():
+        if getattr(c, option) and named != start:
+            what = f"`{option}` will be ignored when `init_lora_weights` is not '{start}'"
+            yield p.rules.WITHOUT_EFFECT(what, fix=f"Remove it, or set `init_lora_weights: {start}`.", where=option)
 
 
 def _given(c: LoraConfig, options: tuple[str, ...]) -> p.Problems:

@@ -6,7 +6,7 @@ Hu et al., arXiv:2106.09685, equation 3. Every variant begins from this.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from peftc import plugin as p
@@ -41,8 +41,7 @@ class LoraTuner(p.MapTuner[LoraConfig]):
             for factor in (first, second):
                 init.normal(factor) if embeds else init.kaiming_uniform(factor)
             return
-        for factor in (first, second):  # the reference's modules draw once when they are made, and A again
-            init.skip_normal(factor) if embeds else init.skip_uniform(factor)
+        self._skip(layer, (first, second), init)
         if embeds:
             init.zeros(first)
             init.normal(second)
@@ -53,6 +52,20 @@ class LoraTuner(p.MapTuner[LoraConfig]):
             init.kaiming_uniform(first)
         init.zeros(second)
 
+    @staticmethod
+    def _skip(layer: p.LayerFacts, factors: Iterable[p.Tensor], init: p.SlotInit) -> None:
+        """The reference's modules draw once when they are made, and A again."""
+        for factor in factors:
+            init.skip_normal(factor) if layer.kind is p.Kind.EMBEDDING else init.skip_uniform(factor)
+
+    def before_start(self, c: LoraConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
+        first, second, *_ = slots.values()
+        if layer.kind is p.Kind.EMBEDDING:
+            self._skip(layer, (first, second), init)
+            return
+        init.kaiming_uniform(first)  # which starts keep that give no A
+        init.skip_uniform(second)
+
     def scaling(self, c: LoraConfig, layer: p.LayerFacts) -> float:
         own = c.lora_alpha / (math.sqrt(c.r) if c.use_rslora else c.r)
         counts_twice = layer.kind is p.Kind.LINEAR and layer.cls == "MultiheadAttention"
@@ -61,6 +74,16 @@ class LoraTuner(p.MapTuner[LoraConfig]):
     def of_rank(self, c: LoraConfig, rank: int) -> LoraConfig | None:
         plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
         return c.model_copy(update=plain)
+
+    def of_twice(self, c: LoraConfig) -> LoraConfig:
+        wider = math.sqrt(2) if c.use_rslora else 2
+        changes = {
+            "r": 2 * c.r,
+            "lora_alpha": wider * c.lora_alpha,
+            "rank_pattern": {key: 2 * rank for key, rank in c.rank_pattern.items()},
+            "alpha_pattern": {key: wider * alpha for key, alpha in c.alpha_pattern.items()},
+        }
+        return c.model_copy(update={**changes, "init_lora_weights": True})
 
     def of_thin(self, c: LoraConfig, layer: p.LayerFacts, A: p.Tensor, B: p.Tensor) -> p.Tensors:
         first, second, *_ = self.slots(c, layer)

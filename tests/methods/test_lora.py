@@ -10,7 +10,7 @@ import torch
 from peftc_plugins.lora.config import NOT_YET
 from torch import Tensor, nn
 
-from peftc import LoraConfig, LoraModel, PeftcError, PeftcWarning, PeftModel, get_peft_model
+from peftc import KasaConfig, LoraConfig, LoraModel, PeftcError, PeftcWarning, PeftModel, get_peft_model
 
 WIDTH = 16
 
@@ -149,16 +149,11 @@ def test_an_option_that_is_not_available_is_refused(option: str) -> None:
         wrapped(**{option: ASKED.get(option, {"a": 1})})
 
 
-def test_all_starts_that_are_not_available_are_refused() -> None:
-    with pytest.raises(PeftcError, match="PC103"):
-        wrapped(init_lora_weights="pissa")
-
-
 def test_every_unavailable_option_is_told_at_once() -> None:
     with pytest.raises(PeftcError) as caught:
-        wrapped(arrow_config={"a": 1}, eva_config={"a": 1})
+        wrapped(arrow_config={"a": 1}, kasa_config=KasaConfig())
     told = [d.where.path for d in caught.value.diagnostics if d.code == "PC103"]
-    assert told == ["$.adapters.default.arrow_config", "$.adapters.default.eva_config"]
+    assert told == ["$.adapters.default.arrow_config", "$.adapters.default.kasa_config"]
 
 
 def test_public_names() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peftc import (
@@ -32,11 +31,7 @@ LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "eva"},
-        {"eva_config": {"rho": 2.0}},
-    ],
+    [],
     ids=lambda options: next(iter(options)),
 )
 def test_an_option_of_the_reference_that_is_not_there_yet(options: dict[str, Any]) -> None:
@@ -47,10 +42,10 @@ def test_an_option_of_the_reference_that_is_not_there_yet(options: dict[str, Any
 
 
 def test_every_option_that_is_not_available_says_so() -> None:
-    from peftc_plugins.lora.config import NOT_YET, STARTS_NOT_YET
+    from peftc_plugins.lora.config import NOT_YET
 
     told = {name for name in LoraConfig.model_fields if describe(LoraConfig, name) == "Not available yet."}
-    assert told == {*NOT_YET, *STARTS_NOT_YET}
+    assert told == set(NOT_YET)
 
 
 def stacked() -> nn.Sequential:
@@ -77,27 +72,27 @@ def test_how_a_trained_adapter_started_is_kept_and_does_not_matter(tmp_path: Pat
     torch.testing.assert_close(model(torch.ones(1, 4)), expected, rtol=0, atol=0)
     model.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
-    assert {name: again[name] for name in options} == options
+    assert again["init_lora_weights"] == options["init_lora_weights"]
+    assert (again["eva_config"] or {}).get("rho") == options.get("eva_config", {}).get("rho")
     injected = inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path), stacked())
     set_peft_model_state_dict(injected, load_peft_weights(tmp_path))
     torch.testing.assert_close(injected(torch.ones(1, 4)), expected, rtol=0, atol=0)
 
 
-def test_a_start_that_is_not_there_yet_is_refused_where_part_of_the_adapter_would_start(tmp_path: Path) -> None:
-    trained(tmp_path, init_lora_weights="eva")
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({key: tensor for key, tensor in load_file(file).items() if ".1." not in key}, file)
+def test_a_start_is_judged_where_part_of_the_adapter_would_start(tmp_path: Path) -> None:
+    trained(tmp_path, init_lora_weights="from next year")
     base = stacked()
-    with pytest.raises(PeftcError, match=rules.KEYS_MISSING.code) as caught:
+    with pytest.raises(PeftcError, match=rules.START_UNKNOWN.code):
         PeftModel.from_pretrained(base, tmp_path)
-    assert rules.OPTION_NOT_AVAILABLE.code in [d.code for d in caught.value.diagnostics]
     assert type(base[0]) is nn.Linear
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "from next year"])
-def test_a_start_that_changes_the_base_is_refused_of_trained_adapters_too(tmp_path: Path, start: str) -> None:
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga"])
+def test_a_start_that_changed_the_base_is_refused_of_trained_adapters_where_it_cannot_be_repeated(
+    tmp_path: Path, start: str
+) -> None:
     trained(tmp_path, init_lora_weights=start)
-    with pytest.raises(PeftcError, match="changes the base model's weights"):
+    with pytest.raises(PeftcError):
         PeftModel.from_pretrained(stacked(), tmp_path)
 
 

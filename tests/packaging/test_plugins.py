@@ -243,3 +243,86 @@ def test_a_variant_of_another_package_is_named_in_a_spec(installed: Path, tmp_pa
     finally:
         removed(installed, "gated-updates")
     assert ran(installed / "python", "-c", UNKNOWN, folder=tmp_path).strip() == "True"
+
+
+#: A start of a stranger's: the columns of the weight that have the largest numbers, taken out of the base.
+MY_START = {
+    "pyproject.toml": """[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "peftc-my-start"
+version = "0.3.0"
+dependencies = ["peftc"]
+[project.entry-points."peftc.starts"]
+my-start = "peftc_my_start"
+[tool.setuptools]
+py-modules = ["peftc_my_start"]
+""",
+    "peftc_my_start.py": '''"""My start: the strongest columns of the weight."""
+from peftc import plugin as p
+
+
+class MyStart(p.Start):
+    name = "my-start"
+    changes_base = True
+    within_rank = True
+
+    def factors(self, s):
+        import torch
+        chosen = s.weight.norm(dim=0).topk(s.rank).indices
+        rows = torch.eye(s.weight.shape[1], dtype=s.weight.dtype)[chosen]
+        return p.Begun(rows, s.weight[:, chosen] / s.scaling)
+
+
+peftc_start = p.starting(MyStart())
+''',
+}
+#: The base as it was, and the trained adapter on it, which is loaded by its type alone.
+STARTED = """
+import torch, transformers
+from peftc import LoraConfig, PeftModel, get_peft_model
+base = lambda: transformers.AutoModelForCausalLM.from_pretrained("base").eval()
+ids = torch.arange(5)[None]
+y = base()(input_ids=ids).logits
+fresh = get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="my-start")).eval()
+layer = fresh.get_base_model().model.layers[0].self_attn.q_proj
+print(torch.allclose(fresh(input_ids=ids).logits, y, atol=1e-5), bool(layer.lora_B["default"].weight.any()))
+model = PeftModel.from_pretrained(base(), "out").eval()
+print(torch.equal(model(input_ids=ids).logits, y))
+merged = transformers.AutoModelForCausalLM.from_pretrained("merged").eval()
+print(torch.allclose(merged(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5))
+with model.disable_adapter():
+    print(torch.equal(model(input_ids=ids).logits, y))
+"""
+
+
+def test_a_start_of_a_stranger_serves_every_method_that_it_is_named_in(installed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "my_start"
+    source.mkdir()
+    for name, text in MY_START.items():
+        (source / name).write_text(text, encoding="utf-8")
+    install(built(source, tmp_path / "wheel"), installed)
+    try:
+        for peft_type, more in (("LORA", {"r": 2}), ("ADALORA", {"init_r": 2, "target_r": 1, "total_step": 2})):
+            folder = tmp_path / peft_type
+            folder.mkdir()
+            spec_file = write_small_job(folder, peft_type)
+            spec = json.loads(spec_file.read_text(encoding="utf-8"))
+            spec["adapters"]["default"] |= {"init_lora_weights": "my-start", **more}
+            spec_file.write_text(json.dumps(spec), encoding="utf-8")
+            listed, planned, *_ = peftc_each(
+                installed,
+                folder,
+                "plugins --check --json",
+                "plan spec.json",
+                "train spec.json --device cpu",
+                "merge --adapter out --out merged",
+            )
+            (ours,) = [row for row in json.loads(listed)["starts"] if row["start"] == "my-start"]
+            assert (ours["distribution"], ours["state"]) == ("peftc-my-start 0.3.0", "loads")
+            assert "The start my-start changes the base weights of 4 layers" in " ".join(planned.split())
+            told = ran(installed / "python", "-c", STARTED, folder=folder).split()
+            assert told == ["True", "True", "False", "True", "True"], peft_type
+    finally:
+        removed(installed, "peftc-my-start")

@@ -12,14 +12,20 @@ import pytest
 
 from peftc import PeftcError, rules
 from peftc.model.parts import embeddings
-from tests.runtime.methods import METHODS
+from peftc.registry.starts import default_starts
+from tests.runtime.methods import METHODS, STARTS
 from tests.unit.fakes import registered
 
 
 @pytest.fixture(autouse=True)
 def _methods() -> Iterator[None]:
+    starts = default_starts()
     with registered(*METHODS):
+        for start in STARTS:
+            starts.register(start)
         yield
+        for start in STARTS:
+            starts.forget(start.name)
 
 
 @pytest.fixture

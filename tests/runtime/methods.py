@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftc import PeftModel, get_peft_model
 from peftc.plugin import (
     LINEAR_KINDS,
+    Begun,
     CallTuner,
     CallView,
     Diagnostic,
@@ -29,9 +30,12 @@ from peftc.plugin import (
     PromptTuner,
     PromptView,
     RankMixin,
+    Reads,
     Run,
     Slot,
     SlotInit,
+    Start,
+    StartView,
     TargetsMixin,
     TunerMethod,
     View,
@@ -49,6 +53,7 @@ class NarrowConfig(TargetsMixin, RankMixin, ModulesToSaveMixin, PeftConfig):
     r: int = 2
     factor: float = 0.5
     bias: str = "none"
+    begin: bool | str = True
 
 
 class NarrowTuner(MapTuner[NarrowConfig]):
@@ -73,8 +78,34 @@ class NarrowTuner(MapTuner[NarrowConfig]):
     def of_thin(self, c: NarrowConfig, layer: LayerFacts, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
         return {"narrow_A": A, "narrow_B": B}
 
+    def of_twice(self, c: NarrowConfig) -> NarrowConfig:
+        return c.model_copy(update={"r": 2 * c.r, "begin": True})
+
     def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
         return a.narrow_A, a.narrow_B, a.scaling
+
+
+class Late(Start):
+    """A start of the narrow update that changes the base: A is a part of the weight, B the identity's."""
+
+    name = "late"
+    changes_base = True
+
+    def factors(self, s: StartView) -> Begun:
+        return Begun(s.weight[: s.rank].clone(), torch.eye(s.weight.shape[0])[:, : s.rank])
+
+
+class Told(Late):
+    """The same after it was told."""
+
+    name = "told"
+    reads = Reads.INPUTS
+
+    def prepare(self, model: nn.Module, c: Any, batches: Any) -> Any:
+        return c
+
+
+STARTS = (Late(), Told())
 
 
 class StretchConfig(TargetsMixin, PeftConfig):
@@ -239,7 +270,14 @@ class MadeTuner(PrefaceTuner):
 
 
 METHODS = (
-    TunerMethod("NARROW", NarrowConfig, NarrowTuner(), prefix="narrow_", layer_names=("narrow_A", "narrow_B")),
+    TunerMethod(
+        "NARROW",
+        NarrowConfig,
+        NarrowTuner(),
+        prefix="narrow_",
+        layer_names=("narrow_A", "narrow_B"),
+        start_option="begin",
+    ),
     TunerMethod("STRETCH", StretchConfig, StretchTuner(), prefix="stretch_", layer_names=("stretch_l",)),
     TunerMethod("TINT", TintConfig, TintTuner(), prefix="tint_", layer_names=("tint_t",)),
     TunerMethod("MIX", MixConfig, MixTuner(), prefix=""),

@@ -21,7 +21,7 @@ from peftc.checkpoint import keys, report
 from peftc.checkpoint import weights as weights_file
 from peftc.config import hub
 from peftc.diagnostics import Rule
-from peftc.model.parts import card, embeddings, files, loading
+from peftc.model.parts import card, embeddings, files, loading, starts
 from peftc.runtime.session import ties
 from peftc.testing.models import seeded
 from tests.defects import put_defect
@@ -144,9 +144,9 @@ CASES = {
         rules.VOCABULARY_UNKNOWN, broken_config, lambda m, p: m.save_pretrained(p / "new"),
         (embeddings, "except PeftcError as error:\n        what", "except ZeroDivisionError as error:\n        what"), "The config is not JSON",
     ),
-    "a conversion that is not there": Case(
-        rules.OPTION_NOT_AVAILABLE, net, lambda m, p: m.save_pretrained(p / "new", path_initial_model_for_weight_conversion="x"),
-        (files, "if path_of_start is not None:", "if False:"), "is not available",
+    "a beginning that cannot be put beside": Case(
+        rules.OTHER_WEIGHTS, lambda folder: adapted(stretch()), lambda m, p: m.save_pretrained(p / "new", path_initial_model_for_weight_conversion=True),
+        (starts, "if wide is None or own is None:", "if False:"), "is no product of two factors",
     ),
     "a state dict of something else": Case(
         rules.SAVE_INCOMPLETE, net, lambda m, p: m.save_pretrained(p / "new", state_dict={"a": torch.ones(1)}),

@@ -45,7 +45,7 @@ from peftc.runtime.call import Call
 from peftc.runtime.layer import merged as merged_weights
 from peftc.runtime.layer import merging
 from peftc.runtime.layer import wrapper as layer
-from peftc.runtime.session import applied, drift, session, succession, values
+from peftc.runtime.session import applied, drift, session, starts, succession, values
 from peftc.runtime.slots import views
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
@@ -169,6 +169,10 @@ CASES = {
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
         (merged_weights, "if check else []", "if False else []"), "The adapter default seems to be broken",
+    ),
+    "a start without its data": Case(
+        rules.START_DATA, adapted, lambda m: m.add_adapter("other", narrow(begin="told")),
+        (starts, "    if lacking:", "    if False:"), "nothing was gathered for `first`",
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),

@@ -23,6 +23,8 @@ from peftc.checkpoint.former_layout import _Writer
 from peftc.diagnostics import Diagnostic
 from peftc.graph.files import graph_from_text
 from peftc.graph.former import FormerLayers
+from peftc.integrations.transformers.data import Encoded
+from peftc.integrations.transformers.jobs import _prepared
 from peftc.plugin import (
     TunerMethod,
     derived_slot,
@@ -264,7 +266,33 @@ def assert_of_core(problem: Diagnostic, name: str) -> None:
     assert "plugin's authors" not in problem.fix
 
 
-EACH = pytest.mark.parametrize("seam", (*LAYERS, *MODULES, *PROMPTS, *CALLS), ids=str)
+STARTS = (
+    *(
+        Seam(name, owner, lambda given: adapted(narrow(begin="late")))
+        for name, owner in (
+            ("factors", methods.Late),
+            ("changed", methods.Late),
+            ("check", methods.Late),
+            ("check_layer", methods.Late),
+            ("before_start", NarrowTuner),
+        )
+    ),
+    Seam("prepare", methods.Told, lambda given: prepared(narrow(begin="told"))),
+    Seam(
+        "of_twice",
+        NarrowTuner,
+        lambda m: m.save_pretrained("nowhere", path_initial_model_for_weight_conversion=True),
+        lambda: adapted(narrow(begin="late")),
+    ),
+)
+
+
+def prepared(config: NarrowConfig) -> object:
+    rows = [Encoded((1, 2), (1, 2))]
+    return _prepared(SimpleNamespace(model=LANGUAGE_MODEL.build(), pad=0), config, rows, 1)  # type: ignore[arg-type]
+
+
+EACH = pytest.mark.parametrize("seam", (*LAYERS, *MODULES, *PROMPTS, *CALLS, *STARTS), ids=str)
 
 
 @EACH
@@ -370,7 +398,7 @@ def seams_in_source() -> set[str]:
 
 
 def test_every_seam_is_held() -> None:
-    held = {seam.name for seam in (*LAYERS, *MODULES, *PROMPTS, *CALLS)} | set(OTHERS)
+    held = {seam.name for seam in (*LAYERS, *MODULES, *PROMPTS, *CALLS, *STARTS)} | set(OTHERS)
     assert seams_in_source() <= held
     assert {*LOWERINGS, *SEAMS, "combine", "encoded"} <= held
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftc.compiler.match import Names, is_all_linear, matches, shortened
-from peftc.compiler.passes import checks, defaults, former, modules, prompts, rows, select, sites, ties
+from peftc.compiler.passes import checks, defaults, former, modules, prompts, rows, select, sites, starts, ties
 from peftc.compiler.passes.draft import Context, Draft, option
 from peftc.config.mixins import LayersMixin
 
@@ -65,6 +65,7 @@ PASSES: tuple[Pass, ...] = (
     select.follow_ties,
     sites.resolve_orientation,
     sites.declare_slots,
+    starts.settle_start,
     ties.tie_maps,
     modules.wrap_modules,
     sites.copy_modules,

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from peftc import rules
-from peftc.compiler.passes import attention
+from peftc.compiler.passes import attention, starts
 from peftc.compiler.passes.draft import BY_ROLE, DEFAULT, Context, Draft, listed, option
 from peftc.compiler.passes.homes import Homes
 from peftc.compiler.passes.select import TASK_HEADS
@@ -22,6 +22,7 @@ from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
 from peftc.graph.nodes import HALF, OPAQUE_KINDS, TRAINABLE, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
 from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
+from peftc.registry.starts import known_start
 from peftc.tuner.experts import PerExpert, tuner_for
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot
@@ -142,6 +143,7 @@ class _Declarer:
     def __init__(self, draft: Draft, context: Context) -> None:
         self._draft, self._context = draft, context
         self._only = context.method.only_tuner
+        self._start = known_start(context.method, draft.config)
         self._configs: dict[str, PeftConfig] = {}
         self._kinds: dict[tuple[int, int, str], _Kind] = {}
 
@@ -218,10 +220,16 @@ class _Declarer:
             check_slots(
                 kind.slots, self._context, node.path, empty=0 in (node.facts.in_features, node.facts.out_features)
             )
+            if self._start is not None and kind.tuner.is_startable:
+                kind.slots = starts.settled(self._start, kind.tuner, kind.config, node.facts, kind.slots)
             kind.shares = any(slot.share for slot in kind.slots)
             with boundary(method, "check", node.path):
                 kind.problems = tuple(kind.tuner.declared_problems(kind.config, node.facts, node.path))
                 kind.problems += tuple(kind.tuner.check(kind.config, node.facts, node.path))
+            if self._start is not None:
+                kind.problems += tuple(
+                    starts.problems(self._start, kind.tuner, kind.config, node.facts, node.path, self._context)
+                )
             if node.facts.experts:
                 kind.problems += tuple(_dropping(kind.tuner, kind.config, node, self._context))
         except PeftcError as error:

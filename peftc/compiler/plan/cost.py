@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.graph.nodes import ModelFacts, TensorFacts
+from peftc.registry.manager import default_registry
+from peftc.registry.starts import known_start
 
 #: States that AdamW keeps for each trainable parameter: the means of its gradient and of the gradient's square.
 OPTIMISER_STATES = 2
+
+#: Bytes of a number that a change of a base weight follows from.
+FLOAT = 4
 
 #: dtypes as safetensors calls them
 _CODES = {
@@ -34,11 +39,13 @@ class Cost:
     adapters: int
     gradients: int
     optimiser: int
+    #: base weights that starts change, kept as they were, with what the change follows from
+    originals: int = 0
 
     @property
     def training(self) -> int:
         """All of it: the memory of a training step without activations."""
-        return self.base + self.adapters + self.gradients + self.optimiser
+        return self.base + self.adapters + self.gradients + self.optimiser + self.originals
 
 
 def cost_of(plan: InjectionPlan) -> Cost:
@@ -48,7 +55,19 @@ def cost_of(plan: InjectionPlan) -> Cost:
         tally = adapter.tally()
         added += _bytes(tally.added) + sum(TensorFacts(b.shape, b.dtype).nbytes for b in adapter.buffers())
         trained += _bytes(tally.trained) if plan.is_trained(adapter) else 0
-    return Cost(plan.base_bytes, added, trained, OPTIMISER_STATES * trained)
+    originals = sum(_originals(adapter) for adapter in plan.adapters)
+    return Cost(plan.base_bytes, added, trained, OPTIMISER_STATES * trained, originals)
+
+
+def _originals(adapter: AdapterPlan) -> int:
+    """What an adapter whose start changes base weights keeps of them, and beside them."""
+    chosen = known_start(default_registry().get(adapter.peft_type), adapter.config)
+    if chosen is None or not chosen.start.changes_base:
+        return 0
+    sites = [site for site in adapter.maps if chosen.acts_on(site.layer)]
+    weights = sum(site.layer.weight.nbytes for site in sites if site.layer.weight is not None)
+    sizes = ((site.slots[0].shape[0], site.layer) for site in sites)
+    return weights + sum(FLOAT * rank * (layer.fan_in + layer.out_features) for rank, layer in sizes)
 
 
 def _bytes(numbers: Mapping[str, int]) -> int:

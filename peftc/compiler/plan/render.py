@@ -147,6 +147,7 @@ def _totals(plan: InjectionPlan, paint: Paint) -> str:
     files = [file_bytes(adapter, plan.model) for adapter in plan.adapters]
     rows.append(("on disk", f"{size(sum(files))} ({sum(files):,} bytes)"))
     parts = {"base": cost.base, "adapter": cost.adapters, "gradients": cost.gradients, "AdamW": cost.optimiser}
+    parts |= {"original weights": cost.originals} if cost.originals else {}
     told = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
     rows.append(("memory", f"{size(cost.training)} + activations: {told}"))
     return "\n".join(f"{paint(label.ljust(10), 'dim')}{paint(_wrapped(text))}" for label, text in rows)

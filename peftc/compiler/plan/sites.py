@@ -108,6 +108,10 @@ class MapSite:
     def key(self, slot: Slot, adapter: str) -> Key:
         return Key(self.owner, slot.name, adapter, slot.tail, slot.home, slot.stored_tail)
 
+    def kept_key(self, name: str) -> str:
+        """The key of a tensor that a change of the base weight follows from; no slot's has a colon."""
+        return f"{self.owner}:{name}"
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleSite:

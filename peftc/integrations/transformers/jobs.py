@@ -5,7 +5,7 @@ Each function is one step that a script can take as well; what a person sees of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,19 +17,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftc import rules
 from peftc.checkpoint.atomic import replace_files
 from peftc.checkpoint.load import open_adapter
+from peftc.compiler.compile import compile_plan
 from peftc.compiler.of_spec import compile_spec
+from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
 from peftc.config.sections import TrainSection, section_of_word
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, Severity, Where, did_you_mean, warn
 from peftc.graph.base_ref import BaseRef
 from peftc.integrations.transformers.base import fit_vocabulary, load_base, without_bars
-from peftc.integrations.transformers.data import Encoded, Encoder, pad_id, read_examples, stop_ids
+from peftc.integrations.transformers.data import Collator, Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
 from peftc.model.parts import identity
 from peftc.model.peft_model import PeftModel
+from peftc.registry.boundary import boundary
+from peftc.registry.manager import default_registry
+from peftc.registry.starts import start_of
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.session.session import Session
+from peftc.tuner.start import Reads
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,30 @@ def base_of_adapter(folder: str | Path) -> BaseRef:
     return BaseRef(**section, revision=config.revision if "model" in section else None, task_type=config.task_type)
 
 
-def fresh_adapter(base: Base, spec: AdapterSpec, seed: int) -> PeftModel:
-    """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Raises `PeftcError`."""
-    plan = compile_spec(spec, snapshot(base.model))
+def fresh_adapter(base: Base, spec: AdapterSpec, seed: int, rows: Sequence[Encoded] = (), batch: int = 1) -> PeftModel:
+    """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Starts that read data read these rows,
+    so many at a time. Raises `PeftcError`."""
+    graph = snapshot(base.model)
+    plan = compile_spec(spec, graph)
     warn(plan.warnings)
     transformers.set_seed(seed)
+    prepared = {name: _prepared(base, config, rows, batch) for name, config in spec.adapters.items()}
+    if any(config is not spec.adapters[name] for name, config in prepared.items()):
+        plan = replace(compile_plan(graph, prepared, active=spec.active_names), base=plan.base)
     return PeftModel.from_plan(base.model, plan)
+
+
+def _prepared(base: Base, config: PeftConfig, rows: Sequence[Encoded], batch: int) -> PeftConfig:
+    """The options that an adapter begins with, once its start has read what it reads."""
+    chosen = start_of(default_registry().method_of(config), config)
+    if chosen is None or chosen.start.reads is Reads.NOTHING or not rows:
+        return config
+    collate = Collator(base.pad)
+    parts = [collate(rows[at : at + batch]) for at in range(0, len(rows), batch)]
+    batches = [{name: tensor.to(base.model.device) for name, tensor in part.items()} for part in parts]
+    with boundary(f"the start `{chosen.start.name}`", "prepare"):
+        made: PeftConfig = chosen.start.prepare(base.model, config, batches)
+    return made
 
 
 def with_adapter(model: PreTrainedModel, folder: str | Path, any_base: bool = True) -> PeftModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from peftc.model.injected import adapters_of, unwrapped
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session.switched import disabled
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -24,8 +26,9 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     `PeftcError` if the model has no adapter.
     """
     base = _base_of(model)
-    named = ((_own_name(base, key), tensor) for key, tensor in base.state_dict().items())
-    return {name: tensor for name, tensor in named if name is not None}
+    with disabled(adapters_of(model)) if _rebases(model) else nullcontext():
+        named = ((_own_name(base, key), tensor) for key, tensor in base.state_dict().items())
+        return {name: tensor for name, tensor in named if name is not None}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
@@ -52,9 +55,15 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         problems.append(rules.BASE_STATE(what, fix="Load weights of the same architecture and size."))
     if problems:
         raise PeftcError(problems)
-    with torch.no_grad():
+    with torch.no_grad(), disabled(session) if _rebases(model) else nullcontext():
         base.load_state_dict({key_of[n]: t for n, t in state_dict.items() if n in key_of}, strict=False)
     return LoadResult(missing, unexpected)
+
+
+def _rebases(model: nn.Module) -> bool:
+    """Whether weights of adapters may be in place of the base's own, which are not merged."""
+    session = adapters_of(model)
+    return session.shared.rebases and not session.merged
 
 
 def _unfit(missing: list[str], unexpected: list[str]) -> list[Diagnostic]:

@@ -28,6 +28,7 @@ from peftc.graph.nodes import Kind
 from peftc.model.functions.state import origin_of
 from peftc.model.injected import adapters_of, show, unwrapped
 from peftc.model.parts.files import live_names
+from peftc.model.parts.starts import chosen_by
 from peftc.model.peft_model import PeftModel
 from peftc.ops.combine import padded
 from peftc.registry.manager import default_registry
@@ -36,6 +37,7 @@ from peftc.runtime.bases.places import fill, refuse_offloaded
 from peftc.runtime.journal import keep_entries, keep_entry, keep_memory, whole
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
+from peftc.runtime.session.starts import changes_base
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.slots import Slot
 
@@ -122,6 +124,9 @@ def hotswap_adapter_from_state_dict(
     session.refuse_merged(adapter_name)
     old = session.plans[adapter_name]
     _on_layers(old.config)
+    if changes_base(session, adapter_name) or chosen_by(config) is not None:
+        what = "The start of one of the adapters changed the base weights, which are not swapped"
+        raise PeftcError(rules.CANNOT_SWAP(what, fix="Load it beside, with `load_adapter`."))
     origin = origin_of(state_dict, live_names(old), old.root)
     given = {key: state_dict[source] for key, source in origin.items()}
     plan = _plan_of(session, old, config)

@@ -27,6 +27,7 @@ from peftc.model.parts.adapted import DEFAULT, AdaptedModel
 from peftc.model.parts.card import facts_of, new_card
 from peftc.model.parts.embeddings import AUTO, embeddings_to_save
 from peftc.model.parts.loading import BESIDE, Loadable, LoadOptions, loadable, opened
+from peftc.model.parts.starts import Beginning, kept_beside, take_kept, turned
 from peftc.registry.manager import default_registry
 from peftc.runtime.bases.places import entire, fill
 from peftc.runtime.bases.shards import refuse_distributed, refuse_parts
@@ -54,9 +55,10 @@ def save(
     save_embedding_layers: str | bool = AUTO,
     state_dict: Mapping[str, Tensor] | None = None,
     pickled: bool = False,
+    beginning: Beginning = None,
 ) -> None:
     """Save adapters and the model card below a folder, all in one step where the file system can exchange folders, else each
-    adapter in one. Raises `PeftcError`, with what would have been a step as it was."""
+    adapter in one; turned to the original base by what they began with, if that is given. Raises `PeftcError`, with what would have been a step as it was."""
     root = Path(folder)
     of_base = identity.print_of(model.session)
     saved: dict[str, Saved] = {}
@@ -64,10 +66,15 @@ def save(
         place = "" if name == DEFAULT else name
         tensors = adapter_tensors(model, name, save_embedding_layers, state_dict)
         refuse_distributed(tensors)
-        plan = _saved_as(_plan_of(model, name), tensors)
         config, needed = _with_needed(model.session, name, root / place, _with_mapping(model, model.peft_config[name]))
         saved |= {str(Path(place, path)): replace(other, pickled=pickled) for path, other in needed.items()}
-        saved[place] = Saved(tensors, config, plan, of_base, pickled)
+        if beginning:
+            config, tensors = turned(model.session, name, config, tensors, beginning)
+            saved[place] = Saved(tensors, config, None, of_base, pickled)
+            continue
+        plan = _saved_as(_plan_of(model, name), tensors)
+        kept = kept_beside(model.session, name, config)
+        saved[place] = Saved(tensors, config, plan, of_base, pickled, kept)
     card = new_card(facts_of(model, DEFAULT), root)
     save_adapters(root, saved, {CARD: card} if card is not None else None)
 
@@ -84,15 +91,6 @@ def _with_needed(session: Session, name: str, place: Path, config: PeftConfig) -
         saved[f"{BESIDE}/{key}"] = Saved(exported(session, other.name, tensors), other.config)
     folders = {key: str(place / BESIDE / key) for key in tuner.needs(config)}
     return config.model_copy(update={tuner.option: folders}), saved
-
-
-def check_start(path_of_start: str | None) -> None:
-    """Raise `PeftcError` for a conversion that does not exist here."""
-    if path_of_start is not None:
-        what = (
-            "`path_initial_model_for_weight_conversion` is not available: no method here changes the base at its start"
-        )
-        raise PeftcError(rules.OPTION_NOT_AVAILABLE(what, fix="Leave it out."))
 
 
 def adapter_tensors(
@@ -270,6 +268,7 @@ def _overwrite(model: AdaptedModel, found: Loadable) -> None:
             if stored is not None:
                 fill(model, tensor, stored, parts)
         session.base.carry(plan, found.source)
+        take_kept(session, plan, found.source)
         patch(session, plan.name, differing(session, plan))
 
 

@@ -88,7 +88,9 @@ def _readable(session: Session, name: str) -> Tensor | None:
     """A base parameter as it was before anything was merged into it, None if it has no numbers here."""
     path, _, own = name.rpartition(".")
     module, layer = session.find(path), session.layers.get(path)
-    kept = layer.aside().get(own) if layer is not None else None
+    kept: Tensor | None = None
+    if layer is not None:
+        kept = layer.memory_of(own)
     tensor = kept if kept is not None or module is None else module._parameters.get(own)
     if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return None

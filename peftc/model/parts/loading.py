@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike, fspath
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.checkpoint.former import as_of_now, with_ranks
 from peftc.checkpoint.load import AdapterFile, open_adapter
+from peftc.checkpoint.names import START_NAME
 from peftc.checkpoint.report import LoadReport, match_file
 from peftc.checkpoint.weights import device_of
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import read_config
-from peftc.diagnostics import ConfigError, warn
+from peftc.config.hub import fetch
+from peftc.diagnostics import ConfigError, PeftcError, warn
 from peftc.graph.nodes import TensorFacts
 from peftc.limits import MAX_NAME
 from peftc.model.parts import identity
+from peftc.model.parts.starts import chosen_by, with_kept
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import session_of
 from peftc.runtime.applying.planning import plan_for
@@ -98,6 +102,9 @@ def opened(
             rules.BAD_VALUE(what, fix="Leave it out, or make one, e.g. with `PeftConfig.from_pretrained`.")
         )
     file = open_adapter(fspath(model_id), **options.hub)
+    if chosen_by(config) is not None and not Path(model_id).is_dir():
+        with suppress(PeftcError):  # of the hub, where it may not be
+            fetch(fspath(model_id), START_NAME, options.hub.get("subfolder"), options.hub)
     config = _found_beside(config, file.folder)
     config.inference_mode = not options.is_trainable
     return config, file
@@ -148,7 +155,7 @@ def loadable(
         tensor = None if stored is None else file.tensor(stored)
         return tensor if tensor is None or device is None else tensor.to(device)
 
-    return Loadable(plan, find, report, unfitted)
+    return Loadable(plan, with_kept(plan.adapters[0], read.folder, find), report, unfitted)
 
 
 def needed_sources(plan: InjectionPlan, options: LoadOptions) -> dict[str, Source]:

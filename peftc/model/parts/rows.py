@@ -15,6 +15,7 @@ from peftc.runtime.call import BASE, Call, rows_differ
 from peftc.runtime.gates import FromToken
 from peftc.runtime.session.beginnings import beginnings
 from peftc.runtime.session.session import Session
+from peftc.runtime.session.starts import changes_base, turning
 from peftc.runtime.session.switched import disabled
 from peftc.runtime.session.values import problems as of_values
 from peftc.runtime.session.values import rows_of
@@ -75,6 +76,9 @@ def _problems(
         if plan.trains and set(names) != {BASE} and (set(names) != {name} or name not in session.active):
             what, why = f"`{name}` trains biases of the base model", "Every row is computed with them, or none."
             yield rules.CALL_NOT_POSSIBLE(what, why=why, fix="Call the model without row names.")
+        if set(names) != {BASE} and (name in names or name in session.active) and changes_base(session, name):
+            what, why = f"The start of `{name}` changed the base weights", "Every row is computed with them, or none."
+            yield rules.CALL_NOT_POSSIBLE(what, why=why, fix=turning([name]))
         acts = name in names or (
             name in session.active and bool(plan.modules)
         )  # a wrapped module sees all rows at once

@@ -136,7 +136,8 @@ def _factored(layer: TunerLayer, name: str, rank: int | float) -> Factors | None
     with torch.no_grad():
         if "thin" in part.tuner.lowerings:
             A, B, scale = part.lowering("thin")(part.view)
-            return of_thin(A.flatten(1) * float(scale), B.flatten(1), rank)
+            A, B = layer.beside_original(name, A.flatten(1) * float(scale), B.flatten(1))
+            return of_thin(A, B, rank)
         changes = layer.changes(name)
         if any(change.any() for parameter, change in changes.items() if parameter != "weight"):
             return None

@@ -28,6 +28,7 @@ from peftc.runtime.applying.apply import name_taken
 from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
+from peftc.runtime.session.starts import changes_base, turning
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import labelled
 
@@ -116,6 +117,10 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     plans = [session.plans[name] for name in how.weights]
     found = Collector()
     found.add(*_beside_layers(plans))
+    apart = [plan.name for plan in plans if changes_base(session, plan.name)]
+    if apart:
+        what = f"The starts of {listed(apart)} changed the base weights, each in its own way"
+        found.add(rules.CANNOT_COMBINE(what, fix=turning(apart)))
     found.raise_errors()
     members = _members(session, plans)
     found.add(*_wrong_way(members, how))

@@ -18,9 +18,10 @@ from peftc.runtime.bases import places
 from peftc.runtime.call import Shared
 from peftc.runtime.journal import keep, keep_entries, whole
 from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.rebasing import Rebasing
 
 
-class Merging(KeepsAside):
+class Merging(Rebasing, KeepsAside):
     """The part of a layer's wrapper that is about merging."""
 
     merged_adapters: list[str]
@@ -76,8 +77,15 @@ class Merging(KeepsAside):
         off = [layer for layer in chain if layer.disable_adapters]
         for layer in off:
             layer.enable_adapters(True)
-        again = [layer._take_out() for layer in reversed(chain[first + 1 :])]  # what lies over it is folded in anew
-        for layer, names, new in zip(chain[first:], [[], *reversed(again)], wanted[first:], strict=True):
+        based = self.wanted([name for names in wanted for name in names]) if self._shared.rebases else None
+        moves = based is not None and self.rebased is not None and self.rebased.placed != based
+        low = 0 if moves else first
+        # what lies over it is folded in anew; all is, if it is to be merged into another weight
+        again = [layer._take_out() for layer in reversed(chain[low if moves else low + 1 :])]
+        if moves:
+            self.rebase(based)
+        merged = [*reversed(again)] if moves else [[], *reversed(again)]
+        for layer, names, new in zip(chain[low:], merged, wanted[low:], strict=True):
             layer._merge_own(safe_merge, [*names, *new])
         for layer in off:
             layer.enable_adapters(False)
@@ -102,6 +110,9 @@ class Merging(KeepsAside):
         places.change(base, parameters)
         self.merged_adapters.extend(names)
         self._shared.merges = True
+        if (rebased := self.rebased) is not None:
+            keep(rebased)
+            rebased.folded = rebased.placed
         self._choose_path()
 
     def _refuse_order(self, names: Sequence[str]) -> None:
@@ -120,9 +131,22 @@ class Merging(KeepsAside):
         """Put the base's own parameters back; wrappers below unmerge as well, since what they merged lies beneath. What
         others merged over it is folded in anew."""
         chain, own = self._outermost().chain(), len(self.chain())
-        again = [layer._take_out() for layer in reversed(chain)]
-        for layer, names in zip(chain[own:], again[::-1][own:], strict=True):
+        again = self.take_out_merged()
+        if self._shared.rebases:
+            self.rebase(self.wanted([name for names in again[own:] for name in names]))
+        for layer, names in zip(chain[own:], again[own:], strict=True):
             layer._merge_own(False, names)
+        self.settle()
+
+    def whole_chain(self) -> Sequence[Merging]:
+        return self._outermost().chain()
+
+    def take_out_merged(self) -> list[list[str]]:
+        return [layer._take_out() for layer in reversed(self.whole_chain())][::-1]
+
+    def fold_in(self, names: Sequence[Sequence[str]]) -> None:
+        for layer, own in zip(self.whole_chain(), names, strict=True):
+            layer._merge_own(False, own)
         self.settle()
 
     def _found(self) -> dict[str, Tensor | None]:

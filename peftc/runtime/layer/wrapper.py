@@ -36,12 +36,14 @@ from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.paths import Path
 from peftc.runtime.layer.reading import as_read
 from peftc.runtime.layer.scaling import Scaling
+from peftc.runtime.layer.starting import Beginning
 from peftc.runtime.slots.containers import drop, find, find_in, holder_of
-from peftc.runtime.slots.filling import Initializer, derived, filled
+from peftc.runtime.slots.filling import derived, filled
 from peftc.runtime.slots.stores import Stock
 from peftc.runtime.slots.views import view_class
 from peftc.tuner.method import MapTuner
 from peftc.tuner.slots import Slot, labelled
+from peftc.tuner.start import Chosen
 
 #: finds a slot's tensor by its disk key, or says None: then the method initialises it
 Source = Callable[[str], Tensor | None]
@@ -52,10 +54,8 @@ class BaseTunerLayer:
 
 
 class TunerLayer(Merging, Scaling, BaseTunerLayer):
-    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
-
-    The base layer may itself be one, of another method: then the adapters of that come first.
-    """
+    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets. The base layer
+    may itself be one, of another method: then the adapters of that come first."""
 
     #: slots that hold trainable tensors, and other attributes keyed by adapter; other libraries read them
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
@@ -102,6 +102,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
             _disabled=False,
             _shared=Shared(),
             _is_aside=False,
+            _rebased=None,
             _found_at={},
             _folded_at={},
         )
@@ -122,21 +123,16 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         tuner: MapTuner[Any],
         source: Source | None = None,
         stock: Stock | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
-        """Give the layer an adapter: slots from `source` where it has them, else initialised or derived by the method.
-
-        To be called under `no_grad`. `stock` has what layers of the adapter share.
-        """
+        """Give the layer an adapter: slots from `source` where it has them, else initialised or derived by the method, or as
+        the start does that was `chosen`. To be called under `no_grad`. `stock` has what layers of the adapter share."""
         stock = stock or Stock()
         kind = stock.kind(site, tuner)
         named = kind.storage.slots
         shared = stock.found(named)
 
-        def start(fresh: Mapping[str, Tensor]) -> None:
-            init = guarded(tuner.init, self.peft_type, site.path)
-            filling = Initializer(self.pristine, kind.half)
-            init(site.config, site.layer, fresh, filling)
-            guarded(tuner.settle, self.peft_type, site.path)(site.config, site.layer, fresh, filling)
+        start = Beginning(site, tuner, kind, self, chosen, source)
 
         def derive(slots: Mapping[str, Slot]) -> Mapping[str, Tensor]:
             return guarded(tuner.derive, self.peft_type, site.path)(site.config, site.layer, slots)
@@ -155,6 +151,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         self.scaling[adapter] = kind.scaling
         self._sites[adapter] = (site, tuner)
         self._view(adapter, kind.dropout, named)
+        self.hold(adapter, start.held(), site.path)
         if self._shared.by_rows:
             keep(self)
             self._choose_path()
@@ -182,8 +179,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
     @whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
-        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did.
-        """
+        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did."""
         acted = adapter_name in self._active
         trained = any(tensor.requires_grad for _, tensor in self.parameters_of(adapter_name))
         self.remove(adapter_name)
@@ -214,6 +210,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         self._active = tuple(name for name in self._active if name != adapter_name)
         self._shared.active = tuple(name for name in self._shared.active if name != adapter_name)
         self._choose_path()
+        self.forget(adapter_name)
 
     def join(self, shared: Shared) -> None:
         """Have in common with other layers what a model's layers share."""
@@ -305,6 +302,8 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         keep(self)
         self.__dict__["_active"] = tuple(name for name in names if name in self._sites)
         self._choose_path()
+        if self._shared.rebases:
+            self.rebase()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters act, or not, merged ones too. Trainability stays as it is."""
@@ -314,6 +313,8 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         state["_disabled"] = not enabled
         if self._shared.merges:
             self.settle()
+        if self._shared.rebases:
+            self.rebase()
         self._take_path()
 
     def _take_path(self) -> None:
@@ -436,8 +437,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
 
     def chain(self) -> list[TunerLayer]:
         """This wrapper and those below, the innermost first."""
-        base = self._modules["base_layer"]
-        return [*base.chain(), self] if isinstance(base, TunerLayer) else [self]
+        return [*base.chain(), self] if isinstance(base := self._modules["base_layer"], TunerLayer) else [self]
 
     def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
         """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""

@@ -20,6 +20,7 @@ from peftc.diagnostics import PeftcError, Severity, warn
 from peftc.graph.nodes import ModuleGraph
 from peftc.host.attention import is_read_past
 from peftc.registry.manager import Registry
+from peftc.registry.starts import start_of
 from peftc.runtime.around.calls import CallModule
 from peftc.runtime.around.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
@@ -28,6 +29,7 @@ from peftc.runtime.bases.shards import note_adding, refuse_sharded
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
 from peftc.runtime.layer.beside import slip_under
 from peftc.runtime.layer.wrapper import Source, TunerLayer
+from peftc.runtime.session import starts
 from peftc.runtime.session.applied import Applied, Wrapper
 from peftc.runtime.session.base_tensors import BaseTensors
 from peftc.runtime.session.drift import drift, home_of
@@ -77,7 +79,8 @@ class Session(Applied):
         if problems:
             raise PeftcError(problems)
         method = registry.method_of(plan.config)
-        stock = Stock(self.stores)
+        stock, chosen = Stock(self.stores), start_of(method, plan.config)
+        starts.refuse_unready(self, plan, chosen, source)
         tuners = {(site.path, site.spot): site.tuner(method, plan.config, self.graph) for site in plan.maps}
         with torch.no_grad():
             for site in plan.maps:
@@ -85,7 +88,8 @@ class Session(Applied):
                 if layer is None:
                     layer = self._layer(site, partial(make, plan.peft_type, site))
                     layer.join(self.shared)
-                layer.add(plan.name, site, tuners[site.path, site.spot], source, stock)
+                layer.add(plan.name, site, tuners[site.path, site.spot], source, stock, chosen)
+            starts.let_go(self, plan, chosen)
             self.stores.show()
             self._add_around(plan, method, source)
             self._add_call(plan, method, source)
@@ -340,6 +344,7 @@ class Session(Applied):
             for parameter in self.base.trained(self.plans[name]).values():
                 keep_trained(parameter, False)
         for path, layer in self.layers.items():
+            layer.rest()
             self._put_back(path, layer.get_base_layer())
         for wrapper in self.modules.values():
             wrapper.take_out()

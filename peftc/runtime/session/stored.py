@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.checkpoint.named import assign_planned
+from peftc.compiler.passes.starts import settled
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModuleGraph, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
+from peftc.registry.starts import known_start
 from peftc.runtime.around.lifted import narrowed
 from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.session.session import Session
@@ -35,6 +37,7 @@ def fitted(plan: AdapterPlan, graph: ModuleGraph, found: Mapping[str, TensorFact
     sites = _with(plan, graph, "fitted")
     if not sites:
         return plan
+    chosen = known_start(default_registry().get(plan.peft_type), plan.config)
     keys = [site.key(slot, plan.name).disk() for site, _ in sites.values() for slot in site.slots if slot.saved]
     assigned = assign_planned(plan, keys, found)
     shapes = {key: found[stored].shape for key, stored in assigned.items()}
@@ -48,7 +51,8 @@ def fitted(plan: AdapterPlan, graph: ModuleGraph, found: Mapping[str, TensorFact
             kind = (id(tuner), id(site.layer), id(site.config), tuple(of.items()))
             if kind not in known:
                 with boundary(plan.peft_type, "fitted", site.path):
-                    known[kind] = tuple(tuner.fitted(site.config, site.layer, of))
+                    slots = tuple(tuner.fitted(site.config, site.layer, of))
+                known[kind] = slots if chosen is None else settled(chosen, tuner, site.config, site.layer, slots)
             site = site if known[kind] == site.slots else replace(site, slots=known[kind])
         maps.append(site)
     return replace(plan, maps=tuple(maps))
