@@ -55,7 +55,8 @@ from peftc.registry.variants import variant_key
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
 from peftc.tuner.limits import RankLimit
-from peftc.tuner.method import Former, MapTuner, TunerMethod
+from peftc.tuner.maps import Former, MapTuner
+from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.rows import RowsTuner, wrong_rows

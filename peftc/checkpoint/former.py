@@ -28,7 +28,7 @@ from peftc.graph.nodes import FactsByName, Kind, LayerFacts, ModuleGraph, Module
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.tuner.experts import PerExpert, tuner_for
-from peftc.tuner.method import Former, MapTuner
+from peftc.tuner.maps import Former, MapTuner
 from peftc.tuner.slots import Slot, labelled
 
 if TYPE_CHECKING:

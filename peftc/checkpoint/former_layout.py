@@ -33,7 +33,7 @@ from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.runtime.session.stored import fitted
 from peftc.tuner.experts import tuner_for
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import labelled
 
 #: What a layer without former names was: itself.

@@ -11,7 +11,8 @@ from typing import Any
 from peftc.config.base import ConfigModel, PeftConfig
 from peftc.graph.nodes import Kind
 from peftc.tuner.calls import CallTuner
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.variant import Variant

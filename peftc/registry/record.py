@@ -18,7 +18,8 @@ from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import ModuleGraph
 from peftc.graph.targets import has_table
 from peftc.registry.hookspecs import hookimpl
-from peftc.tuner.method import MapTuner, Mathematics, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import Mathematics, TunerMethod
 from peftc.tuner.start import Start
 from peftc.tuner.variant import Variant
 

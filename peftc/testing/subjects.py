@@ -30,7 +30,8 @@ from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
 from peftc.testing.report import broken
 from peftc.tuner.experts import tuner_for
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
 #: Kinds of layer that some method may adapt.

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peftc.graph.nodes import EXPERT_KINDS, Kind
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import LINEAR_KINDS, Kind, LayerFacts
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot, derived_slot, parameter_slot
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.config.base import PeftConfig
 from peftc.graph.nodes import Kind, LayerFacts
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot
 
 if TYPE_CHECKING:

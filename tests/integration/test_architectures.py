@@ -19,7 +19,8 @@ from peftc.integrations.transformers.graph import graph_of, meta_model
 from peftc.model.mapping import get_peft_model
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.snapshot import snapshot
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 from tests.integration import architectures
 from tests.integration.architectures import MODEL_TYPES, PAGE
 

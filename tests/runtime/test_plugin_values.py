@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peftc import PeftcError, rules
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from tests.runtime.methods import StretchTuner, adapted, stretch, x
 
 

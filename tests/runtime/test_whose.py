@@ -37,7 +37,7 @@ from peftc.registry.boundary import guarded
 from peftc.runtime.applying.planning import plan_for
 from peftc.runtime.session.steps import schedule_problems
 from peftc.runtime.session.stored import restored
-from peftc.tuner.method import LOWERINGS, SEAMS
+from peftc.tuner.maps import LOWERINGS, SEAMS
 from tests.architecture.tree import sources
 from tests.defects import put_defect
 from tests.mutation.sound import SOUND_AROUND

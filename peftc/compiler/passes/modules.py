@@ -17,7 +17,7 @@ from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.diagnostics import Diagnostic, PeftcError, Severity
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.boundary import boundary
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot
 
 

@@ -24,7 +24,7 @@ from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
 from peftc.registry.starts import known_start
 from peftc.tuner.experts import PerExpert, tuner_for
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot
 
 #: Options that are facts about the adapted layers, whatever is given for them.

@@ -13,7 +13,7 @@ from peftc.diagnostics import Diagnostic
 from peftc.graph.nodes import LayerFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.starts import known_start
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot, labelled
 from peftc.tuner.start import Chosen, Reads
 

@@ -9,7 +9,8 @@ from typing import Any
 from peftc.config.base import PeftConfig
 from peftc.graph.nodes import HALF, Kind, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
 from peftc.tuner.experts import tuner_for
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import Place
 from peftc.tuner.rows import ROWS_BESIDE
 from peftc.tuner.slots import Key, Slot

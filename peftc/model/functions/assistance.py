@@ -22,7 +22,7 @@ from peftc.runtime.session.beginnings import beginning
 from peftc.runtime.session.steps import take
 from peftc.runtime.session.succession import delete
 from peftc.runtime.session.values import taken, values_given
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 
 # training -------------------------------------------------------------------------------------------------------------
 

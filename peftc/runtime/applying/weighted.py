@@ -29,7 +29,7 @@ from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.starts import changes_base, turning
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import labelled
 
 #: ways to combine: those of thin factors, `cat`, and those of whole updates, whose closest thin factors are taken

@@ -12,7 +12,7 @@ from peftc.registry.boundary import guarded
 from peftc.runtime.bases.backend import Backend
 from peftc.runtime.layer.affine import Form
 from peftc.runtime.slots.views import LayerView
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot
 
 #: What each of a method's functions gives.

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftc.compiler.plan.sites import MapSite
 from peftc.runtime.journal import keep_entries, keep_entry, whole
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 
 
 class Scaling:

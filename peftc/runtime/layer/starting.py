@@ -22,7 +22,7 @@ from peftc.registry.boundary import boundary
 from peftc.runtime.layer.gathered import gathered
 from peftc.runtime.slots.filling import Initializer
 from peftc.runtime.slots.kinds import Kind
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.start import Begun, Chosen
 
 #: The parameter that starts are about.

@@ -41,7 +41,7 @@ from peftc.runtime.slots.containers import drop, find, find_in, holder_of
 from peftc.runtime.slots.filling import derived, filled
 from peftc.runtime.slots.stores import Stock
 from peftc.runtime.slots.views import view_class
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot, labelled
 from peftc.tuner.start import Chosen
 

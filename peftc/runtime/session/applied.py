@@ -19,7 +19,7 @@ from peftc.runtime.call import Shared
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.step_state import StepState
 from peftc.runtime.slots.stores import Stores
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 
 Wrapper = TunerLayer | ModuleWrapper | ModulesToSaveWrapper
 

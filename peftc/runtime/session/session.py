@@ -36,7 +36,8 @@ from peftc.runtime.session.drift import drift, home_of
 from peftc.runtime.session.replicas import Stack, replicate
 from peftc.runtime.session.together import gained, keep_ties, merged_already, refuse_around, refuse_clashes
 from peftc.runtime.slots.stores import Stock
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 
 W = TypeVar("W", TunerLayer, ModuleWrapper, ModulesToSaveWrapper)
 

@@ -24,7 +24,7 @@ from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.step_state import StepState
 from peftc.runtime.slots.views import LayerView
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot, labelled
 from peftc.tuner.steps import Changes
 

@@ -26,7 +26,7 @@ from peftc.runtime.around.lifted import narrowed
 from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.steps import patch
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot, labelled
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]

@@ -10,7 +10,7 @@ import torch
 from peftc.compiler.plan.sites import MapSite
 from peftc.registry.boundary import guarded
 from peftc.runtime.slots.filling import Storage, half_of, storage_of
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from peftc.compiler.plan.sites import MapSite
 from peftc.runtime.journal import keep, keep_entries, keep_entry
 from peftc.runtime.slots.containers import HOLDERS, container_for, put
 from peftc.runtime.slots.kinds import Kind
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot
 
 

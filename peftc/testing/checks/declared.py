@@ -14,7 +14,7 @@ from peftc.runtime.session.session import Session
 from peftc.testing.compare import same_names
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, quiet
-from peftc.tuner.method import MapTuner
+from peftc.tuner.maps import MapTuner
 from peftc.tuner.modules import ModuleTuner
 
 #: Options that planning itself settles by the model, for every method: how long lists of targets are spelled, and how layers

@@ -18,7 +18,7 @@ from peftc.testing.compare import close, different, objects_of, same, same_tenso
 from peftc.testing.report import broken
 from peftc.testing.subjects import Subject, calls_of, layers_of, quiet, slots_of
 from peftc.tuner.experts import PerExpert
-from peftc.tuner.method import Former
+from peftc.tuner.maps import Former
 
 #: Lowerings that say the same in different words; `input` and `output` are two halves of one.
 _WORDINGS = (("thin",), ("rescaled",), ("branch",), ("vectors",), ("params",), ("input", "output"))

@@ -11,7 +11,8 @@ from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.testing.models import MODELS
 from peftc.testing.subjects import Subject, kinds_in, quiet, subjects
 from peftc.tuner.experts import PerExpert
-from peftc.tuner.method import MapTuner, TunerMethod
+from peftc.tuner.maps import MapTuner
+from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
 
 
