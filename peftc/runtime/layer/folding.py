@@ -5,6 +5,7 @@ method can do nothing but change parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,11 @@ def folded(
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
         if part.parameter:
-            p, p0 = ({"weight": tensors[part.parameter].to(dtype)} for tensors in (running, pristine))
-            running = {**running, part.parameter: _changed_parameter(base, backend, part, p, p0)}
+            name = part.parameter
+            p, p0 = _widened({"weight": running[name]}, {"weight": pristine[name]}, dtype)
+            running = {**running, name: _changed_parameter(base, backend, part, p, p0)}
             continue
-        p = {name: tensor.to(dtype) for name, tensor in running.items()}
-        p0 = {name: tensor.to(dtype) for name, tensor in pristine.items()}
+        p, p0 = _widened(running, pristine, dtype)
         running = {**running, **_changed(base, backend, part, p, p0)}
     return running
 
@@ -77,6 +78,14 @@ def refuse_waiting(parts: Sequence[Part]) -> None:
             name = part.view.config.peft_type
             what = f"{name} acts from some token of a call on at `{part.path}`, and a weight acts on all"
             raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model.", where=part.path))
+
+
+def _widened(
+    running: Mapping[str, Tensor], pristine: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Both in a dtype; what is one tensor in both stays one, so that a large weight is not there twice."""
+    p = {name: tensor.to(dtype) for name, tensor in running.items()}
+    return p, {name: p[name] if t is running.get(name) else t.to(dtype) for name, t in pristine.items()}
 
 
 def _changed_parameter(
@@ -107,7 +116,7 @@ def _changed(
         A, B, scale = part.lowering("thin")(view)
         if view.layer.experts:
             return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
-        return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
+        return {**p, "weight": _plus(p["weight"], B.flatten(1) @ A.flatten(1), scale)}
     if "rescaled" in tuner.lowerings:
         A, B, scale, gain = part.lowering("rescaled")(view)
         return {**p, "weight": (p["weight"] + scale * (B.flatten(1) @ A.flatten(1))) * gain.unsqueeze(1)}
@@ -126,6 +135,13 @@ def _changed(
     if "input" in tuner.lowerings:
         changed["weight"] = _weight_after_input(base, backend, part, changed["weight"])
     return changed | _after_output(base, part, changed) if "output" in tuner.lowerings else changed
+
+
+def _plus(weight: Tensor, update: Tensor, scale: Any) -> Tensor:
+    """`W + s · ΔW`, in the memory of the update where nothing else needs that: two tensors of the weight's size, not four."""
+    if torch.is_grad_enabled() or update.dtype is not weight.dtype or isinstance(scale, Tensor):
+        return weight + scale * update
+    return update.mul_(scale).add_(weight)
 
 
 def _after_output(base: nn.Module, part: Part, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
