@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ def _by_files(args: argparse.Namespace, ref: BaseRef) -> dict[str, Any]:
     """Patch the base's files. Raises `NeedsModel` where that cannot be done."""
     from peftc.integrations.transformers import patchable, streaming
 
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, which comes later, then asks for large pages of memory
     job = patchable.job_for(args.adapter, ref, args.untie)
     with progress.stage("Merging", job.nbytes, args.quiet, sizes=True) as stage:
         return asdict(streaming.merge(job, args.out, stage.at, any_base=args.any_base))

@@ -65,9 +65,11 @@ class Folding:
             changed = folder.folded(sites, tensors)
             if not changed.keys() <= tensors.keys():
                 raise NeedsModel(f"`{path}` gets a bias that it had not")
-            for name, tensor in {**tensors, **changed}.items():
-                self._put(_full(path, name), tensor, name in changed)
+            for name in names:
+                was, now = tensors.pop(name), changed.pop(name, None)
+                self._put(_full(path, name), was if now is None else now, now is not None)
                 done.add(_full(path, name))
+                del was, now  # not to be there beside the next layer's
         for name in (*self._job.touched, *self._job.given):
             if name not in done and (name in self._job.given or name in self._job.twins):
                 done.add(name)

@@ -5,7 +5,6 @@ method can do nothing but change parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,9 @@ from peftc.runtime.layer.experts import over_experts
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.slots.views import LayerView
 from peftc.tuner.experts import PerExpert
+
+#: Numbers that are widened at a time: they stay near the processor, and torch sends no second thread for so few.
+_WIDENED = 1 << 15
 
 
 def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -61,6 +63,10 @@ def folded(
     base, backend = under.inner, under.backend
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
+        summed = _summed(part, running["weight"], dtype) if _is_sum(part) else None
+        if summed is not None:
+            running = {**running, "weight": summed}
+            continue
         if part.parameter:
             name = part.parameter
             p, p0 = _widened({"weight": running[name]}, {"weight": pristine[name]}, dtype)
@@ -78,6 +84,26 @@ def refuse_waiting(parts: Sequence[Part]) -> None:
             name = part.view.config.peft_type
             what = f"{name} acts from some token of a call on at `{part.path}`, and a weight acts on all"
             raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model.", where=part.path))
+
+
+def _is_sum(part: Part) -> bool:
+    """Whether a part adds to its layer's whole weight, while nothing is to be differentiated."""
+    own = part.tuner.lowerings
+    return "thin" in own and "params" not in own and not part.parameter and not torch.is_grad_enabled()
+
+
+def _summed(part: Part, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`W + s · B A` to the bits of `_changed`, in the memory of the product, the weight widened a few rows at a time: of a large
+    layer there is one tensor beside its own, and not four. None where the product is of another kind of number."""
+    A, B, scale = part.lowering("thin")(part.view)
+    if isinstance(scale, Tensor) or torch.result_type(A, B) is not dtype:
+        return None
+    update = B.flatten(1) @ A.flatten(1)
+    update.mul_(scale)
+    rows = max(1, _WIDENED // max(weight.shape[1], 1))
+    for first in range(0, weight.shape[0], rows):
+        update[first : first + rows].add_(weight[first : first + rows])
+    return update
 
 
 def _widened(
@@ -116,7 +142,7 @@ def _changed(
         A, B, scale = part.lowering("thin")(view)
         if view.layer.experts:
             return {**p, "weight": torch.baddbmm(p["weight"], B * scale, A)}
-        return {**p, "weight": _plus(p["weight"], B.flatten(1) @ A.flatten(1), scale)}
+        return {**p, "weight": p["weight"] + scale * (B.flatten(1) @ A.flatten(1))}
     if "rescaled" in tuner.lowerings:
         A, B, scale, gain = part.lowering("rescaled")(view)
         return {**p, "weight": (p["weight"] + scale * (B.flatten(1) @ A.flatten(1))) * gain.unsqueeze(1)}
@@ -135,13 +161,6 @@ def _changed(
     if "input" in tuner.lowerings:
         changed["weight"] = _weight_after_input(base, backend, part, changed["weight"])
     return changed | _after_output(base, part, changed) if "output" in tuner.lowerings else changed
-
-
-def _plus(weight: Tensor, update: Tensor, scale: Any) -> Tensor:
-    """`W + s · ΔW`, in the memory of the update where nothing else needs that: two tensors of the weight's size, not four."""
-    if torch.is_grad_enabled() or update.dtype is not weight.dtype or isinstance(scale, Tensor):
-        return weight + scale * update
-    return update.mul_(scale).add_(weight)
 
 
 def _after_output(base: nn.Module, part: Part, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
