@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _by_files(args: argparse.Namespace, ref: BaseRef) -> dict[str, Any]:
     """Patch the base's files. Raises `NeedsModel` where that cannot be done."""
+    from peftc.host.memory import keep_small
     from peftc.integrations.transformers import patchable, streaming
 
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, which comes later, then asks for large pages of memory
+    keep_small()
     job = patchable.job_for(args.adapter, ref, args.untie)
     with progress.stage("Merging", job.nbytes, args.quiet, sizes=True) as stage:
         return asdict(streaming.merge(job, args.out, stage.at, any_base=args.any_base))

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from peftc.checkpoint.shards import open_shards
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import Kind
 from peftc.integrations.transformers import patchable, streaming
+from peftc.integrations.transformers.graph import graph_of
 from peftc.model.parts import identity
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying import bare
@@ -448,3 +451,31 @@ def test_progress_off_a_terminal_tells_bytes_and_time(place: Path, capsys: pytes
     assert code == 0 and out.startswith("Merged into ")
     assert re.search(r"^Merging, [\d.]+ kB in all …$", err, re.MULTILINE)
     assert re.search(r"^  [\d.]+ kB of [\d.]+ kB, [\d.]+ s left$", err, re.MULTILINE)
+
+
+def test_a_graph_that_is_not_kept_is_built_by_a_process_of_its_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFTC_CACHE", str(place / "cache"))
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as in a process that has not loaded it
+    monkeypatch.delitem(sys.modules, "transformers")
+    job = patchable.job_for(place / "adapter", BaseRef(path=str(place / "base")))
+    assert job.graph.model.cls == "LlamaForCausalLM" and len(list(place.glob("cache/graphs/*.json"))) == 1
+    assert "transformers" not in sys.modules
+
+
+def test_a_merge_by_files_needs_no_transformers(place: Path) -> None:
+    """What the command takes of memory is torch, and a few tensors."""
+    code = (
+        "import sys; from peftc.cli.main import main; main(sys.argv[1:]); "
+        "assert 'torch' in sys.modules and 'transformers' not in sys.modules"
+    )
+    words = ["merge", str(place / "adapter"), "-o", str(place / "merged"), "-q"]
+    method = next(m for m in METHODS_OF_ALL if m.is_rankable)
+    model: Any = AutoModelForCausalLM.from_pretrained(place / "base")
+    with quiet():
+        options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        moved(get_peft_model(model, method.least(**options))).save_pretrained(str(place / "adapter"))
+    graph_of(BaseRef(path=str(place / "base"), task_type="CAUSAL_LM"))
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -51,6 +51,16 @@ _KNOWN = frozenset(
 )
 
 
+#: Builds a graph and keeps it. scipy, which transformers imports where there is one, takes 40 MB and is asked for by no graph.
+_BUILD = """
+import json, sys
+sys.modules["scipy"] = None
+from peftc.graph.base_ref import BaseRef
+from peftc.integrations.transformers.graph import graph_of
+graph_of(BaseRef(**json.loads(sys.argv[1])))
+"""
+
+
 class NeedsModel(Exception):
     """The files cannot be patched; the message says why, in a clause."""
 
@@ -150,12 +160,8 @@ def _graph(ref: BaseRef, located: LocatedBase) -> ModuleGraph:
     """The base's graph. One that is not kept yet is made by a process of its own, if this one has not loaded what that takes: it
     would stay in memory for the whole merge."""
     if "transformers" not in sys.modules and GraphCache().get(key_of(located)) is None:
-        words = {name.name: getattr(ref, name.name) for name in fields(ref) if name.init}
-        code = (
-            "import json, sys; from peftc.graph.base_ref import BaseRef; "
-            "from peftc.integrations.transformers.graph import graph_of; graph_of(BaseRef(**json.loads(sys.argv[1])))"
-        )
-        argv = [sys.executable, "-c", code, json.dumps(words)]
+        words = {option.name: getattr(ref, option.name) for option in fields(ref)}
+        argv = [sys.executable, "-c", _BUILD, json.dumps(words)]
         subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     return graph_of(ref)  # which says what went wrong, if anything did
 
