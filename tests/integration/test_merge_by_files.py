@@ -479,3 +479,20 @@ def test_a_merge_by_files_needs_no_transformers(place: Path) -> None:
     graph_of(BaseRef(path=str(place / "base"), task_type="CAUSAL_LM"))
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("layer_replication", [[0, 2], [0, 1]], "replicates layers"), ("trainable_token_indices", [1, 2], "trains rows")],
+)
+def test_what_an_adapter_does_to_more_than_weights_of_layers_needs_the_model(
+    option: str, value: Any, says: str, tmp_path: Path
+) -> None:
+    base = save_model(tmp_path / "base", "llama", torch.float32, tied=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    method = next(m for m in METHODS_OF_ALL if option in m.config.model_fields and m.is_rankable)
+    config = method.least(target_modules=["q_proj"], task_type="CAUSAL_LM", **{option: value})
+    with quiet():
+        moved(get_peft_model(model, config)).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    with pytest.raises(patchable.NeedsModel, match=says):
+        patchable.job_for(tmp_path / "adapter", BaseRef(path=str(base), task_type="CAUSAL_LM"))
