@@ -69,7 +69,8 @@ class Check:
     """One line of the table.
 
     The number of a round is `of` alone, or a ratio with `against`: with a target from below how many times smaller `of`
-    is (`against / of`), otherwise what share of `against` it is (`of / against`). Seconds are compared in CPU time.
+    is (`against / of`), otherwise what share of `against` it is (`of / against`). Seconds are compared in CPU time, or in
+    `wall` time where it is a disk that is waited for.
     """
 
     what: str
@@ -78,6 +79,7 @@ class Check:
     target: Target | None = None
     unit: Unit = Unit.SECONDS
     times: bool = False
+    wall: bool = False
 
     @property
     def is_speedup(self) -> bool:
@@ -85,7 +87,7 @@ class Check:
 
     def numbers(self, samples: Samples) -> tuple[float, ...]:
         """What the verdict is about, one number per round."""
-        suffix = "_cpu" if self.unit is Unit.SECONDS else ""
+        suffix = "" if self.unit is not Unit.SECONDS else "_wall" if self.wall else "_cpu"
         of = self.of.values(samples, suffix)
         if self.against is None:
             return of

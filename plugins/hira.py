@@ -49,6 +49,17 @@ class Folded(p.MapTuner[HiraConfig]):
         first, second = self.slots(c, layer)
         return {first.name: A.reshape(first.shape), second.name: B.reshape(second.shape)}
 
+    def of_rank(self, c: HiraConfig, rank: int) -> HiraConfig:
+        return c.model_copy(update={"r": rank, "rank_pattern": {}})
+
+    def combine(self, c: HiraConfig, slots: p.TensorLists, weights: p.Weights) -> p.Tensors:
+        """Exact: `Σ w_i W0 ∘ (B_i A_i) = W0 ∘ ([B_1 B_2 …] [w_1 A_1; w_2 A_2; …])`."""
+        from torch import cat
+
+        first, second = slots
+        weighted = [A * weight for A, weight in zip(slots[first], weights, strict=True)]
+        return {first: cat(weighted), second: cat(list(slots[second]), dim=1)}
+
     def params(self, a: p.View[HiraConfig], w: p.Tensors, w0: p.Tensors) -> p.Tensors:
         A, B = self.factors(a)
         return {**w, "weight": w["weight"].addcmul(w0["weight"], (B * a.scaling) @ A)}

@@ -10,5 +10,6 @@ NAMES = (
     "training-step",
     "dora-step",
     "training-memory",
+    "merging",
     "methods",
 )

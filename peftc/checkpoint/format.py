@@ -163,22 +163,39 @@ def write_file(
     The bytes are those that the safetensors library writes. Raises `OSError`, and `ValueError` for a dtype that the format
     has no name for or content of the wrong length.
     """
+    laid = laid_out(tensors, metadata)
+    with path.open("wb") as file:
+        file.write(laid.head)
+        for name in laid.starts:
+            for part in content(name):
+                file.write(part)
+        if file.tell() != laid.size:
+            raise ValueError("a tensor gave another number of bytes than its shape needs")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A file before its tensors are written: its first bytes, where each tensor begins, in their order, and its size."""
+
+    head: bytes
+    starts: Mapping[str, int]
+    size: int
+
+
+def laid_out(tensors: Mapping[str, TensorFacts], metadata: Mapping[str, str]) -> Layout:
+    """Where tensors go in a file, as the safetensors library has it. Raises `ValueError` for a dtype that it has no name for."""
     unknown = sorted({facts.dtype for facts in tensors.values()} - set(_BY_TORCH_NAME))
     if unknown:
         raise ValueError(f"safetensors cannot store {', '.join(unknown)}")
     order = sorted(tensors, key=lambda name: (-_RANK[_BY_TORCH_NAME[tensors[name].dtype]], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
+    begins, end = {}, 0
     for name in order:
         code = _BY_TORCH_NAME[tensors[name].dtype]
-        begin, end = end, end + tensors[name].numel * DTYPES[code][1]
-        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+        begins[name], end = end, end + tensors[name].numel * DTYPES[code][1]
+        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [begins[name], end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # tensors then start at a multiple of 8 and can be mapped
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for name in order:
-            for part in content(name):
-                file.write(part)
-        if file.tell() != 8 + len(raw) + end:
-            raise ValueError("a tensor gave another number of bytes than its shape needs")
+    first = 8 + len(raw)
+    head = len(raw).to_bytes(8, "little") + raw
+    return Layout(head, {name: first + begin for name, begin in begins.items()}, first + end)

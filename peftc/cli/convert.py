@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
 def _to_safetensors(args: argparse.Namespace) -> int:
     from peftc.checkpoint.names import WEIGHTS_NAME
     from peftc.checkpoint.pickled import pickle_to_safetensors  # here: below the torch line
-    from peftc.integrations.transformers import jobs
+    from peftc.integrations.transformers.asked import require_new
 
     if args.out is not None:
-        jobs.require_new(args.out)
+        require_new(args.out)
     tensors = pickle_to_safetensors(Path(args.adapter), args.out)
     file = (args.out or Path(args.adapter)) / WEIGHTS_NAME
     if args.json:
@@ -93,14 +93,14 @@ def _to_former(args: argparse.Namespace) -> int:
     from peftc.checkpoint.load import open_adapter
     from peftc.checkpoint.save import save_adapter
     from peftc.config.files import read_config
-    from peftc.integrations.transformers import jobs
+    from peftc.integrations.transformers.asked import base_of_adapter, require_new
     from peftc.integrations.transformers.graph import graph_of
 
     if args.out is None:
         what = f"`--to {FORMER}` needs `--out`"
         raise PeftcError(rules.MISSING_KEY(what, fix="Name a new folder.", where="peftc convert"))
-    jobs.require_new(args.out)
-    ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
+    require_new(args.out)
+    ref = base_named(args.base) if args.base is not None else base_of_adapter(args.adapter)
     made = as_of_then(read_config(args.adapter), open_adapter(args.adapter), graph_of(ref))
     save_adapter(args.out, made.tensors, made.config)
     bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
@@ -115,11 +115,12 @@ def _to_former(args: argparse.Namespace) -> int:
 def _to_method(args: argparse.Namespace) -> int:
     from peftc.checkpoint.save import save_adapter  # here: below the torch line
     from peftc.integrations.transformers import jobs
+    from peftc.integrations.transformers.asked import base_of_adapter, require_new
     from peftc.model.functions.conversion import convert_adapter
     from peftc.model.parts import identity
 
-    jobs.require_new(args.out)
-    ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
+    require_new(args.out)
+    ref = base_named(args.base) if args.base is not None else base_of_adapter(args.adapter)
     with progress.stage("Loading the base model", quiet=args.quiet):
         base, _ = jobs.load_any(ref, jobs.device_named("cpu"))
         model = jobs.with_adapter(base, args.adapter, any_base=args.any_base)

@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
         raise PeftcError(rules.BASE_MISSING("Neither an adapter nor a base model is named", fix=fix))
 
     from peftc.integrations.transformers import generation, jobs  # here: below the torch line
+    from peftc.integrations.transformers.asked import base_of_adapter
 
-    ref = base_named(args.base) if args.base is not None else jobs.base_of_adapter(args.adapter)
+    ref = base_named(args.base) if args.base is not None else base_of_adapter(args.adapter)
     device = jobs.device_named(args.device)
     with progress.stage("Loading the base model", quiet=args.quiet):
         base = jobs.load(ref, device)

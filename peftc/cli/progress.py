@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from peftc.cli import console
+from peftc.compiler.plan.render import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,18 +28,20 @@ class Stage(Protocol):
 
 
 @contextmanager
-def stage(label: str, total: int | None = None, quiet: bool = False) -> Iterator[Stage]:
-    """Show work: `total` pieces of it, or None where it cannot be counted."""
+def stage(label: str, total: int | None = None, quiet: bool = False, sizes: bool = False) -> Iterator[Stage]:
+    """Show work: `total` pieces of it, or None where it cannot be counted. Pieces that are bytes are shown as `sizes`, with the
+    time that is left."""
     sys.stdout.flush()  # in a log that takes both streams, what was said before stands before
     if quiet:
         yield _Silent()
     elif console.is_terminal(sys.stderr):
-        with _bar(total) as bar:
+        with _bar(total, sizes) as bar:
             yield _Drawn(bar, bar.add_task(label, total=total, note=""))
     else:
         start = time.monotonic()
-        print(f"{label} …" if total is None else f"{label}, {total} in all …", file=sys.stderr, flush=True)
-        yield _Lines(total)
+        count = str if not sizes else size
+        print(f"{label} …" if total is None else f"{label}, {count(total)} in all …", file=sys.stderr, flush=True)
+        yield _Sizes(total, start) if sizes and total is not None else _Lines(total)
         print(f"{label}: done in {seconds(time.monotonic() - start)}", file=sys.stderr, flush=True)
 
 
@@ -66,6 +69,19 @@ class _Lines:
             print(f"  {done:>{len(str(self._total))}}/{self._total}  {note}".rstrip(), file=sys.stderr, flush=True)
 
 
+class _Sizes:
+    def __init__(self, total: int, start: float) -> None:
+        self._total, self._start = total, start
+        self._told = 0
+
+    def at(self, done: int, note: str = "") -> None:
+        tenth = done * _LINES // max(self._total, 1)
+        if self._told < tenth < _LINES:
+            self._told = tenth
+            left = (time.monotonic() - self._start) * (self._total - done) / done
+            print(f"  {size(done)} of {size(self._total)}, {seconds(left)} left", file=sys.stderr, flush=True)
+
+
 class _Drawn:
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
@@ -74,13 +90,15 @@ class _Drawn:
         self._bar.update(self._task, completed=done, note=note)
 
 
-def _bar(total: int | None) -> Progress:
+def _bar(total: int | None, sizes: bool = False) -> Progress:
     from rich import progress
 
     label = progress.TextColumn("{task.description}")
     columns: list[progress.ProgressColumn]
     if total is None:
         columns = [label, progress.SpinnerColumn("line"), progress.TimeElapsedColumn()]
+    elif sizes:
+        columns = [label, progress.BarColumn(30), progress.DownloadColumn(), progress.TimeRemainingColumn()]
     else:
         columns = [label, progress.BarColumn(30), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
     return progress.Progress(

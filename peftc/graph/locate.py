@@ -69,6 +69,14 @@ def locate(ref: BaseRef) -> LocatedBase:
     return LocatedBase(ref, _config_fingerprint(data), config=data, source=ref.model)
 
 
+def folder_of(base: LocatedBase) -> Path | None:
+    """The folder with the base's files, a snapshot of the hub's cache among them; None where there is none."""
+    if base.gguf is not None or base.source is None:
+        return None
+    folder = Path(base.source)
+    return folder if folder.is_dir() else _cached_config(base.source, base.ref.revision).parent
+
+
 def read_json_config(path: Path) -> Mapping[str, Any]:
     """A transformers config file as plain data. Raises `PeftcError`."""
     where = Where(file=str(path))

@@ -55,6 +55,20 @@ def former_layers(model: nn.Module, weights: Iterable[tuple[str, str, int]]) -> 
         return ()
 
 
+def is_converted(model: nn.Module, key: str) -> bool:
+    """Whether transformers turns what a checkpoint has under this name of a parameter into another tensor, or makes it of others.
+
+    Relies on what `former_layers` does. What cannot be asked counts as converted.
+    """
+    try:
+        names = _Names(_conversions(model))
+        return names.now(key) != key or names.is_made(key)
+    except _UNFIT as error:
+        if is_out_of_memory(error):  # which is no answer of the model's
+            raise
+        return True
+
+
 def _conversions(model: nn.Module) -> Sequence[Any]:
     """The model's conversions, without changes of a prefix: those depend on the checkpoint, not on the model."""
     from transformers import core_model_loading
@@ -112,6 +126,11 @@ class _Names:
             if matched is not None:
                 break
         return key
+
+    def is_made(self, key: str) -> bool:
+        """Whether a converter makes the tensor of this name, of one of the same name too."""
+        every = (*self._converters, *self._converters_back)
+        return any(converter.rename_source_key(key)[1] is not None for converter in every)
 
     def before(self, key: str) -> tuple[str, ...]:
         """The former path of a layer whose weight has this name now, empty if more than its name was different."""

@@ -38,6 +38,7 @@ from peftc.runtime.journal import keep, keep_entries, whole
 from peftc.runtime.session.beginnings import counting, remember, remember_generated
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.steps import finished
+from peftc.runtime.session.together import refuse_prompts
 from peftc.runtime.session.values import taken, values_given
 
 
@@ -233,8 +234,7 @@ class PeftModel(AdaptedModel):
 
     def _refuse_merge(self) -> None:
         if self.prompt_encoder is not None:
-            fix = "Keep the adapter beside the model."
-            raise PeftcError(rules.CANNOT_MERGE("A prompt changes the input, not the weights", fix=fix))
+            refuse_prompts()
 
     def supports_lora_conversion(self, adapter_name: str = DEFAULT) -> bool:
         """Whether an adapter adds a matrix to each of its layers' weights that does not depend on the weight."""

@@ -164,7 +164,8 @@ class MapTuner(Startable[C], ABC):
         return None
 
     def combine(self, c: C, slots: Mapping[str, Sequence[Tensor]], weights: Sequence[float]) -> Mapping[str, Tensor]:
-        """One adapter's slots from those of several, `(label -> one tensor per adapter)`, with their weights."""
+        """One adapter's slots from those of several, `(label -> one tensor per adapter)`, with their weights. With `of_rank` they
+        may be of other ranks, and what is given of any rank up to the sum of theirs."""
         raise NotImplementedError
 
     @property

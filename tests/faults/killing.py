@@ -30,6 +30,8 @@ from peftc.checkpoint.pickled import pickle_to_safetensors
 from peftc.checkpoint.save import save_adapter
 from peftc.config.base import CONFIG_NAME
 from peftc.config.sections import TrainSection
+from peftc.graph.base_ref import BaseRef
+from peftc.integrations.transformers import patchable, streaming
 from peftc.integrations.transformers.data import Encoded
 from peftc.integrations.transformers.jobs import merge
 from peftc.integrations.transformers.training import fit
@@ -133,6 +135,34 @@ def merges(place: Path, chance: random.Random, times: int) -> Found:
     return {**found, "rest": staging(place)}
 
 
+def patches(place: Path, chance: random.Random, times: int) -> Found:
+    """A base's files are patched into a new folder."""
+    found = Found(kills=0, wrong=[], left=0)
+    config = narrow(target_modules="all-linear", task_type="CAUSAL_LM")
+    base: Any = LANGUAGE_MODEL.build()
+    base.save_pretrained(place / "base", max_shard_size="8KB")
+    get_peft_model(base, config).save_pretrained(place / "adapter")
+    ref = BaseRef(path=str(place / "base"))
+
+    def act(folder: Path) -> None:
+        streaming.merge(patchable.job_for(place / "adapter", ref), folder, lambda done: None, any_base=True)
+
+    longest = timed(lambda: act(place / "first"))
+    whole = _files(place / "first")
+    for number in range(times):
+        folder = place / str(number)
+        found["kills"] += killed(lambda folder=folder: act(folder), chance.uniform(0, longest))
+        if folder.exists() and _files(folder) != whole:
+            found["wrong"].append(f"{number}: {sorted(path.name for path in folder.iterdir())}")
+        found["left"] = max(found["left"], staging(place))
+    act(place / "last")
+    return {**found, "rest": staging(place)}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def _keys(folder: Path) -> set[str]:
     if not (folder / "config.json").exists():
         return set()
@@ -207,6 +237,7 @@ TASKS: dict[str, Callable[..., Found]] = {
     "save": saves,
     "several": lambda place, chance, times: saves(place, chance, times, "other", "third"),
     "merge": merges,
+    "patch": patches,
     "convert": conversions,
     "train": trainings,
 }

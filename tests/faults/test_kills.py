@@ -14,7 +14,7 @@ import pytest
 from tests.faults import killing
 
 #: How often each is killed: over 200 times together.
-TIMES = {"save": 90, "several": 60, "merge": 30, "convert": 30, "train": 8}
+TIMES = {"save": 90, "several": 60, "merge": 30, "patch": 30, "convert": 30, "train": 8}
 
 
 def found(root: Path, task: str, times: int) -> dict[str, Any]:

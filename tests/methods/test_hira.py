@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc import HiraConfig, PeftcWarning, PeftModel, get_peft_model
+from tests.e2e.pairs import TINY
 from tests.e2e.test_interop import Case
 from tests.methods.exchange import assert_exchanged, largest_kept, trained_alike
 
@@ -113,3 +114,35 @@ def test_ranks_of_patterns_are_in_force() -> None:
     case = Case("HiraConfig", "mlp", options)
     shapes = [case.made_by(library).get_base_model().lin1.hira_A["default"].shape for library in ("peft", "peftc")]
     assert shapes == [(4, 20), (2, 20)]
+
+
+@pytest.mark.parametrize("kind", ["svd", "linear", "cat"])
+@pytest.mark.parametrize(
+    ("model", "targets"), [("mlp", ["lin0", "lin1"]), ("conv2d", ["conv1", "head"]), ("embedding", ["emb", "lin0"])]
+)
+def test_a_weighted_sum_is_exact_whatever_the_ranks(kind: str, model: str, targets: list[str], tmp_path: Path) -> None:
+    tiny = TINY[model]
+    adapted = get_peft_model(tiny.build(), config(target_modules=targets, r=2))
+    adapted.add_adapter("second", config(target_modules=targets[:1], r=4))
+    adapted.add_adapter("third", config(target_modules=targets, r=3, rank_pattern={targets[1]: 1}))
+    weights = {"default": 0.7, "second": -0.4, "third": 1.2}
+    adapted.add_weighted_adapter(list(weights), list(weights.values()), "sum", kind)
+    assert adapted.peft_config["sum"].r == 9
+    for path in targets:
+        layer = adapted.get_base_model().get_submodule(path)
+        wanted = sum(weights[name] * layer.get_delta_weight(name) for name in weights if name in layer.adapters)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), wanted)
+    adapted.set_adapter("sum")
+    adapted.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "sum").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**tiny.arguments()), adapted.eval()(**tiny.arguments()))
+
+
+def test_one_is_subtracted_from_another() -> None:
+    model = wrapped()
+    model.add_adapter("other", config(r=5))
+    model.add_weighted_adapter(["default", "other"], [1.0, -1.0], "difference")
+    layer = model.get_base_model()[0]
+    wanted = layer.get_delta_weight("default") - layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.get_delta_weight("difference"), wanted)

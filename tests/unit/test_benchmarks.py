@@ -52,6 +52,12 @@ def test_a_speedup_divides_the_cpu_times_of_the_same_round() -> None:
     assert FASTER.numbers(samples) == (30, 40, 50)
 
 
+def test_where_a_disk_is_waited_for_wall_time_is_compared() -> None:
+    samples: Samples = {OURS: seconds(1, 2), PEER: [{"job_cpu": 9, "job_wall": 4}, {"job_cpu": 9, "job_wall": 16}]}
+    share = Check("job", Reading(OURS, "job"), Reading(PEER, "job"), Target(0.5), wall=True)
+    assert share.numbers(samples) == (0.5, 0.25)
+
+
 def test_a_share_divides_the_other_way() -> None:
     samples: Samples = {OURS: seconds(1, 2), PEER: seconds(2, 8)}
     share = Check("job", Reading(OURS, "job"), Reading(PEER, "job"), Target(0.5))

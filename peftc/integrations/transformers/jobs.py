@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,10 +22,11 @@ from peftc.compiler.compile import compile_plan
 from peftc.compiler.of_spec import compile_spec
 from peftc.config.base import PeftConfig
 from peftc.config.files import read_config
-from peftc.config.sections import TrainSection, section_of_word
+from peftc.config.sections import TrainSection
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, Severity, Where, did_you_mean, warn
 from peftc.graph.base_ref import BaseRef
+from peftc.integrations.transformers.asked import refuse_other_base, require_new
 from peftc.integrations.transformers.base import fit_vocabulary, load_base, without_bars
 from peftc.integrations.transformers.data import Collator, Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
@@ -102,16 +104,6 @@ def load(ref: BaseRef, device: torch.device) -> Base:
     return Base(model, tokenizer)
 
 
-def base_of_adapter(folder: str | Path) -> BaseRef:
-    """The base that an adapter names, in a folder or on the hub. Raises `PeftcError` if it names none."""
-    config = read_config(folder)
-    if not config.base_model_name_or_path:
-        what = f"`{folder}` does not say which base model it belongs to"
-        raise PeftcError(rules.BASE_MISSING(what, fix="Name it with `--base`.", where=Where(file=str(folder))))
-    section = section_of_word(config.base_model_name_or_path)
-    return BaseRef(**section, revision=config.revision if "model" in section else None, task_type=config.task_type)
-
-
 def fresh_adapter(base: Base, spec: AdapterSpec, seed: int, rows: Sequence[Encoded] = (), batch: int = 1) -> PeftModel:
     """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Starts that read data read these rows,
     so many at a time. Raises `PeftcError`."""
@@ -148,9 +140,7 @@ def with_adapter(model: PreTrainedModel, folder: str | Path, any_base: bool = Tr
     if not any_base:
         session = Session(model, snapshot(model))
         name = read_config(folder).base_model_name_or_path
-        found = identity.told(session, file.folder, name, Severity.ERROR)
-        if found:
-            raise PeftcError(replace(one, fix=f"{one.fix} `--any-base` goes on all the same.") for one in found)
+        refuse_other_base(identity.told(session, file.folder, name, Severity.ERROR))
     return PeftModel.from_pretrained(model, folder)
 
 
@@ -191,6 +181,8 @@ def merge(
         model.get_base_model().config.tie_word_embeddings = False  # type: ignore[union-attr]  # transformers' config
     merged = model.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)
+    if untie:
+        _part(merged)
 
     def write(stage: Path) -> None:
         with without_bars():
@@ -207,8 +199,10 @@ def merge(
     return merged
 
 
-def require_new(folder: Path) -> None:
-    """Raise `PeftcError` if the path is taken by anything but an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = f"`{folder}` is there and not empty"
-        raise PeftcError(rules.FOLDER_TAKEN(what, fix="Name a new folder.", where=Where(file=str(folder))))
+def _part(model: PreTrainedModel) -> None:
+    """Have two tensors where input and output embeddings are still one: who saves one of them, and a config that ties nothing,
+    saves a model without a head."""
+    first: Any = model.get_input_embeddings()
+    second: Any = model.get_output_embeddings()
+    if second is not None and second.weight is first.weight:
+        second.weight = torch.nn.Parameter(first.weight.detach().clone(), requires_grad=False)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,24 @@ def print_of(session: Session) -> str | None:
     return json.dumps(samples, separators=(",", ":")) if samples else None
 
 
+#: gives a weight of a base by its name there, None if it has no numbers to compare
+Weights = Callable[[str], Tensor | None]
+
+
 def differing(session: Session, text: str) -> tuple[list[str], int]:
     """Names of base weights that are not those of a print, and of how many that could be compared. A print that cannot be
     read compares with nothing: it is a remark in a file, which anyone may have written."""
-    told = dict(_read(text))
-    live = {name: tensor for name in told if (tensor := _readable(session, name)) is not None}
-    alike = {name: tensor for name, tensor in live.items() if tuple(tensor.shape) == told[name].shape}
-    return [name for name, tensor in alike.items() if not _same(told[name], tensor)], len(alike)
+    return _differing(partial(_readable, session), text)
+
+
+def _differing(weights: Weights, text: str) -> tuple[list[str], int]:
+    others, compared = [], 0
+    for name, sample in _read(text):
+        tensor = weights(name)
+        if tensor is not None and tuple(tensor.shape) == sample.shape:
+            compared += 1
+            others += [] if _same(sample, tensor) else [name]
+    return others, compared
 
 
 def told(session: Session, folder: Path, name: str | None, severity: Severity | None = None) -> tuple[Diagnostic, ...]:
@@ -58,10 +70,17 @@ def told(session: Session, folder: Path, name: str | None, severity: Severity | 
 
     `folder` is the adapter's, `name` is what it calls its base. Without a print there nothing is said.
     """
+    return told_of(partial(_readable, session), folder, name, severity)
+
+
+def told_of(
+    weights: Weights, folder: Path, name: str | None, severity: Severity | None = None
+) -> tuple[Diagnostic, ...]:
+    """The same of a base that is no model: `weights` reads them."""
     file = folder / BASE_NAME
     if not file.is_file():
         return ()
-    others, compared = differing(session, read_text(str(file), MAX_CARD))
+    others, compared = _differing(weights, read_text(str(file), MAX_CARD))
     if not others:
         return ()
     what = f"The adapter was trained on other base weights: {len(others)} of {compared} samples differ, such as `{others[0]}`"

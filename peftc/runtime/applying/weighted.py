@@ -126,12 +126,12 @@ def combined(session: Session, how: Recipe, adapter_name: str) -> Combined:
     found.add(*_wrong_way(members, how))
     found.raise_errors()
     tuner = next(iter(members.values())).tuner
-    rank = _rank(plans, how) if tuner.is_rankable else 0
+    rank = _rank(plans, how) if tuner.is_rankable else _joint_rank(plans) if tuner.has_ranks else 0
     config = plans[0].config.model_copy(update={**_targets(session, plans, members), **_saved(plans)})
     tensors: dict[str, Tensor] = {}
     for member in members.values():
         site = member.site
-        slots = _of_factors(member, how, rank) if rank else _own_way(member, how)
+        slots = _of_factors(member, how, rank) if tuner.is_rankable else _own_way(member, how, rank)
         named = labelled(site.slots).items()
         tensors |= {site.key(slot, adapter_name).disk(): slots[label] for label, slot in named if not slot.derived}
     for plan in plans:
@@ -217,7 +217,7 @@ def _wrong_way(members: Mapping[str, _Member], how: Recipe) -> list[Diagnostic]:
         elif not tuner.is_rankable and not tuner.is_combinable:
             what = f"`{kind}` says no way to combine adapters on a {member.site.layer.cls} such as `{path}`"
             problems[what] = rules.CANNOT_COMBINE(what, fix="Activate several instead: `set_adapter([...])`.")
-        elif not tuner.is_rankable and how.kind not in ("svd", "linear"):
+        elif not tuner.is_rankable and how.kind not in ("svd", "linear", *(("cat",) if tuner.has_ranks else ())):
             what = f"`{kind}` combines adapters in one way of its own, not by `{how.kind}`"
             problems[what] = rules.CANNOT_COMBINE(what, fix="Leave `combination_type` out.")
     return list(problems.values())
@@ -235,6 +235,11 @@ def _rank(plans: Sequence[AdapterPlan], how: Recipe) -> int:
         what = f"`{how.kind}` adds factors entry by entry, and the ranks differ: {have}"
         raise PeftcError(rules.CANNOT_COMBINE(what, fix="Use `cat` or `svd`, which are exact."))
     return max(ranks.values())
+
+
+def _joint_rank(plans: Sequence[AdapterPlan]) -> int:
+    """Of a method that puts slots beside each other in its own way: the rank that holds those of all."""
+    return sum(_largest_rank(plan.config) for plan in plans)
 
 
 def _largest_rank(config: PeftConfig) -> int:
@@ -320,7 +325,8 @@ def _entrywise(parts: Sequence[tuple[Tensor, Tensor, float, float]], how: Recipe
     return A.to(dtype), B.to(dtype)
 
 
-def _own_way(member: _Member, how: Recipe) -> Mapping[str, Tensor]:
+def _own_way(member: _Member, how: Recipe, rank: int) -> Mapping[str, Tensor]:
+    """Slots as the method combines them; of one that has ranks, padded to those of the joint rank."""
     site, part = member.site, member.layer.part(member.names[0])
     views = [member.layer.part(name).view for name in member.names]
     slots = {label: [view[label].detach() for view in views] for label in labelled(site.slots)}
@@ -328,4 +334,8 @@ def _own_way(member: _Member, how: Recipe) -> Mapping[str, Tensor]:
     weights = [how.weights[view.adapter] * float(view.scaling) / own for view in views]
     with torch.no_grad():
         result: Mapping[str, Tensor] = part.lowering("combine")(site.config, slots, weights)
-    return result
+    wider = _of_rank(member.tuner, site.config, rank) if rank else None
+    if wider is None:
+        return result
+    joint = labelled(guarded(member.tuner.slots, str(wider.peft_type), site.path)(wider, site.layer))
+    return {label: padded(tensor, joint[label].shape) for label, tensor in result.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
@@ -24,7 +24,7 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
         logical = adapted(under, parts)
         before = backend.opened(base)
         changed = {name: tensor for name, tensor in logical.items() if tensor is not before.get(name)}
-        broken = [name for name, tensor in changed.items() if not torch.isfinite(tensor).all()] if check else []
+        broken = [name for name, tensor in changed.items() if not _is_finite(tensor)] if check else []
         if broken:
             names = ", ".join(part.view.adapter for part in parts)
             where = "bias" if broken == ["bias"] else "weights"
@@ -45,3 +45,8 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
                     stored = torch.empty_like(own, device=stored.device).copy_(stored)
                 result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
         return result
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or infinity: a sum has one then. Where a sum is too large it is looked at number by number."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.diagnostics import PeftcError, Severity, warn
+from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, warn
 from peftc.graph.replicas import own_ties
 from peftc.runtime.around.lifted import narrowed
 from peftc.runtime.bases.places import tensor_of
@@ -34,20 +35,31 @@ def part(session: Session, names: Sequence[str] | None) -> None:
     parted = [group for group in ties if _differ([_merged(session, name, names) for name in group])]
     if not parted:
         return
-    weights = ", ".join(" and ".join(f"`{name}`" for name in group) for group in parted)
     if all(_is_copied(session, group, names) for group in parted):
         for config in tying:
             note(setattr, config, "tie_word_embeddings", True)
             config.tie_word_embeddings = False
-        what = f"{weights} are no longer one tensor; `tie_word_embeddings` of the model's config is `False` now"
-        why = "One of them was trained whole: a model that ties them again is another than the adapted one."
-        warn([rules.TIE_BROKEN(what, why=why, fix="Save the model with its config.", severity=Severity.WARNING)])
+        warn([parted_for_good(parted)])
         return
-    what = (
-        f"The config says that {weights} are one tensor; merged, they differ, and a saved model keeps only one of them"
-    )
+    raise PeftcError(lost_by_ties(parted))
+
+
+def parted_for_good(groups: Sequence[Sequence[str]]) -> Diagnostic:
+    """That groups of weights are no longer one, and that the config says so now."""
+    what = f"{_named(groups)} are no longer one tensor; `tie_word_embeddings` of the model's config is `False` now"
+    why = "One of them was trained whole: a model that ties them again is another than the adapted one."
+    return rules.TIE_BROKEN(what, why=why, fix="Save the model with its config.", severity=Severity.WARNING)
+
+
+def lost_by_ties(groups: Sequence[Sequence[str]]) -> Diagnostic:
+    """That a merge would part groups of weights that the config says are one."""
+    what = f"The config says that {_named(groups)} are one tensor; merged, they differ, and a saved model keeps only one of them"
     fix = "To keep both, set `model.config.tie_word_embeddings = False` before merging; or keep the adapter beside the model."
-    raise PeftcError(rules.TIE_BROKEN(what, fix=fix))
+    return rules.TIE_BROKEN(what, fix=fix)
+
+
+def _named(groups: Sequence[Sequence[str]]) -> str:
+    return ", ".join(" and ".join(f"`{name}`" for name in group) for group in groups)
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
@@ -60,9 +72,13 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_copied(session: Session, group: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether the weights part because modules were trained whole, and no adapter is on one of them."""
-    adapted = {site.path for name in (*names, *session.merged) for site in session.plans[name].maps}
-    copied = {save.path for name in (*names, *session.merged) for save in session.plans[name].saves}
+    return copied_by([session.plans[name] for name in (*names, *session.merged)], group)
+
+
+def copied_by(plans: Sequence[AdapterPlan], group: Sequence[str]) -> bool:
+    """Whether these weights part because modules were trained whole, and no adapter is on one of them."""
+    adapted = {site.path for plan in plans for site in plan.maps}
+    copied = {save.path for plan in plans for save in plan.saves}
     owners = [name.rpartition(".")[0] for name in group]
     inside = [owner for owner in owners if any(f"{owner}.".startswith(f"{path}.") for path in copied)]
     return bool(inside) and adapted.isdisjoint(owners)

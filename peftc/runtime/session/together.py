@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -26,6 +27,8 @@ def refuse_clashes(plans: Sequence[AdapterPlan], tuner_of: TunerOf) -> None:
 
 def refuse_around(plans: Sequence[AdapterPlan]) -> None:
     """Raise `PeftcError` if one of the adapters is no change of weights."""
+    if any(plan.prompt is not None for plan in plans):
+        refuse_prompts()
     around = next((plan for plan in plans if plan.modules), None)
     if around is not None:
         what = f"`{around.name}` acts around modules, such as `{around.modules[0].path}`"
@@ -34,6 +37,12 @@ def refuse_around(plans: Sequence[AdapterPlan]) -> None:
     if weighs is not None:
         what = f"`{weighs.name}` weighs adapters anew in every call"
         raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model."))
+
+
+def refuse_prompts() -> NoReturn:
+    """Raise the `PeftcError` for virtual tokens that are to be merged."""
+    fix = "Keep the adapter beside the model."
+    raise PeftcError(rules.CANNOT_MERGE("A prompt changes the input, not the weights", fix=fix))
 
 
 def gained(layers: Mapping[str, TunerLayer]) -> Iterator[Diagnostic]:
