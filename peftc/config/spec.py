@@ -42,6 +42,7 @@ from peftc.graph.base_ref import BaseRef
 from peftc.limits import MAX_ADAPTERS, MOST_TOLD
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
+from peftc.registry.starts import start_problems
 
 VERSION = 1
 
@@ -330,7 +331,7 @@ def _of_method(options: Any, location: Location, registry: Registry) -> Iterator
     try:
         method = registry.method_of(config)
         with boundary(method.peft_type, "check"):
-            said = list(method.problems(config))
+            said = [*method.problems(config), *start_problems(method, config)]
     except PeftcError as error:
         said = list(error.diagnostics)
     for diagnostic in said:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftc
 from peftc import LoraConfig, PeftcError, PeftcWarning, plugin, rules
 from peftc.compiler.passes import starts as passes
+from peftc.config import spec as documents
+from peftc.config.spec import load_spec
 from peftc.diagnostics import Rule
 from peftc.registry import starts as registry
 from peftc.runtime.layer import starting
@@ -167,3 +170,20 @@ def test_the_case_fails_under_a_defect(case: Case, monkeypatch: pytest.MonkeyPat
             peftc.plugin.default_starts().forget(name)
         if case.rule is rules.PLUGIN_CONFLICT:
             peftc.plugin.default_starts().forget("pissa")
+
+
+def spec(folder: Path) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(
+        "version: 1\nbase: {path: nowhere}\nadapters:\n  default:\n    peft_type: LORA\n    init_lora_weights: pisa\n"
+    )
+    return path
+
+
+def test_a_document_is_told_of_before_any_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PeftcError) as caught:
+        load_spec(spec(tmp_path))
+    (told,) = caught.value.diagnostics
+    assert (told.code, told.where.line) == (rules.START_UNKNOWN.code, 6)
+    put_defect(monkeypatch, documents, ", *start_problems(method, config)]", "]")
+    load_spec(spec(tmp_path))
