@@ -352,9 +352,6 @@ def test_a_quantised_base_is_not_patched(tmp_path: Path) -> None:
         patchable.job_for(adapter, BaseRef(path=str(base)))
 
 
-# what is refused --------------------------------------------------------------------------------------------------------------
-
-
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: Any) -> list[str]:
     """Codes of what the command says; there is nothing of the merge afterwards."""
     code, told, _ = run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "merged", "--json", "-q", *words)
@@ -483,7 +480,11 @@ def test_a_merge_by_files_needs_no_transformers(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "says"),
-    [("layer_replication", [[0, 2], [0, 1]], "replicates layers"), ("trainable_token_indices", [1, 2], "trains rows")],
+    [
+        ("layer_replication", [[0, 2], [0, 1]], "replicates layers"),
+        ("trainable_token_indices", [1, 2], "trains rows"),
+        ("init_lora_weights", "pissa", "start changed the base"),
+    ],
 )
 def test_what_an_adapter_does_to_more_than_weights_of_layers_needs_the_model(
     option: str, value: Any, says: str, tmp_path: Path
