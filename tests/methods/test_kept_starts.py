@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import peftc
 from peftc import AdaLoraConfig, LoraConfig, PeftcError, PeftcWarning, PeftModel, rules
+from peftc.model.parts import starts
+from tests.defects import put_defect
 
 KEPT = "peftc_start.safetensors"
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
@@ -205,3 +207,15 @@ def test_the_base_models_own_state_is_the_originals() -> None:
     kept = model.get_base_model()[0].rebased.held["default"].kept
     weight = other[0].weight - 6 / 4 * kept["B"] @ kept["A"]
     torch.testing.assert_close(model.get_base_model()[0].get_base_layer().weight, weight)
+
+
+def test_the_tests_of_what_is_kept_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rules.START_KEPT_UNFIT and rules.START_NOT_REPEATED."""
+    with monkeypatch.context() as patch:
+        put_defect(patch, starts, "    problems.raise_errors()\n", "")
+        with pytest.raises((pytest.fail.Exception, KeyError, RuntimeError)):
+            test_a_kept_start_that_does_not_fit_is_refused(tmp_path)
+    with monkeypatch.context() as patch:
+        put_defect(patch, starts, "    if chosen.start.repeats(chosen.argument):", "    if True:")
+        with pytest.raises(pytest.fail.Exception):
+            test_a_start_by_chance_is_repeated_with_a_warning(tmp_path / "again")

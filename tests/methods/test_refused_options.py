@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from peftc import (
+    AdaLoraConfig,
     LoraConfig,
     PeftcError,
     PeftModel,
     PromptTuningConfig,
-    compile_plan,
     get_peft_model,
     inject_adapter_in_model,
     load_peft_weights,
@@ -23,21 +23,15 @@ from peftc import (
     set_peft_model_state_dict,
 )
 from peftc.config.docs import describe
-from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.models import MODELS
 
 LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [],
-    ids=lambda options: next(iter(options)),
-)
-def test_an_option_of_the_reference_that_is_not_there_yet(options: dict[str, Any]) -> None:
-    config = LoraConfig(target_modules=["0"], **options)
+@pytest.mark.parametrize("option", ["use_dora", "use_qalora", "lora_bias"])
+def test_an_option_that_is_for_another_method_is_refused(option: str) -> None:
     with pytest.raises(PeftcError) as caught:
-        compile_plan(snapshot(nn.Sequential(nn.Linear(4, 4))), {"default": config})
+        AdaLoraConfig(target_modules=["0"], total_step=10, **{option: True})
     assert rules.OPTION_NOT_AVAILABLE.code in [d.code for d in caught.value.diagnostics]
 
 

@@ -30,7 +30,7 @@ PROVOKED = {
     "PICKLE_CONTENT": "tests/unit/test_checkpoint_pickled.py::test_what_is_no_plain_adapter_is_refused[a list]",
     "CANNOT_JOIN": "tests/e2e/test_former_layers.py::test_methods_that_cannot_join_layers_say_so[method0]",
     "OPTION_NOT_AVAILABLE": (
-        "tests/methods/test_refused_options.py::test_an_option_of_the_reference_that_is_not_there_yet[eva_config]"
+        "tests/methods/test_refused_options.py::test_an_option_that_is_for_another_method_is_refused[use_dora]"
     ),
     "NOTHING_TIED": "tests/methods/test_weight_tying.py::test_nothing_tied_is_no_effect[False-rows-no tied modules were found in the model]",
     "NO_REPLICATION": "tests/methods/test_layer_replication.py::test_what_cannot_be_is_refused_with_nothing_changed[beyond]",
