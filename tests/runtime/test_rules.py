@@ -45,7 +45,7 @@ from peftc.runtime.call import Call
 from peftc.runtime.layer import merged as merged_weights
 from peftc.runtime.layer import merging
 from peftc.runtime.layer import wrapper as layer
-from peftc.runtime.session import applied, drift, session, starts, succession, values
+from peftc.runtime.session import applied, drift, session, starts, succession, together, values
 from peftc.runtime.slots import views
 from tests.defects import put_defect
 from tests.runtime.methods import LANGUAGE_MODEL, Net, adapted, mix, narrow, preface, prompted, stretch, tint, x
@@ -184,11 +184,11 @@ CASES = {
     ),
     "merging a prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_adapter(),
-        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "repr(rules.CANNOT_MERGE("), "A prompt changes the input",
+        (together, 'raise PeftcError(rules.CANNOT_MERGE("A prompt', 'repr(rules.CANNOT_MERGE("A prompt'), "A prompt changes the input",
     ),
     "unloading a merged prompt": Case(
         rules.CANNOT_MERGE, prompted, lambda m: m.merge_and_unload(),
-        (runtime_model, "raise PeftcError(rules.CANNOT_MERGE(", "repr(rules.CANNOT_MERGE("), "A prompt changes the input",
+        (together, 'raise PeftcError(rules.CANNOT_MERGE("A prompt', 'repr(rules.CANNOT_MERGE("A prompt'), "A prompt changes the input",
     ),
     "deleting what is merged": Case(
         rules.WHILE_MERGED, merged, lambda m: m.delete_adapter("default"),

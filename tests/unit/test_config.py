@@ -70,7 +70,7 @@ def reference(method: TunerMethod) -> Any:
 def theirs_of(method: TunerMethod, options: Mapping[str, Any]) -> Any:
     """The reference's config; a task that follows from the method is said, which the reference asks for."""
     task = method.config(**options).task_type
-    return reference(method)(**({} if task is None else {"task_type": task.value}), **options)
+    return reference(method)(**{**({} if task is None else {"task_type": task.value}), **options})
 
 
 def filled(method: TunerMethod) -> PeftConfig:
