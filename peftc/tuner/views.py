@@ -87,7 +87,8 @@ class View(Protocol[Config]):
     def siblings(self) -> Mapping[str, View]:
         """Views of the other adapters of the method on the layer, active or not, by name, as they are now: they come and go.
 
-        For a `branch` that weighs what others would add, each by its own options and scaling. Never written to.
+        For a `branch` that weighs what others would add, each by its own options and scaling. Never written to. Raises `PeftcError`
+        if one of them has a base weight of its own (`Start.changes_base`), which cannot be there for it alone.
         """
 
     def kept(

@@ -45,6 +45,7 @@ class ArrowTuner(LoraTuner):
     additive = False
     thin = p.MapTuner.thin
     of_rank = p.MapTuner.of_rank
+    of_thin = p.MapTuner.of_thin  # no start, and no change of the base
 
     def branch(self, a: p.View[LoraConfig], x: p.Tensor, y0: p.Tensor) -> p.Tensor:
         import torch

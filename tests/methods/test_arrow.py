@@ -27,6 +27,7 @@ from peftc import (
     get_peft_model,
     rules,
 )
+from peftc.runtime.slots import views
 from peftc.testing.models import MODELS, seeded
 from tests.defects import put_defect
 from tests.e2e.test_interop import config_in
@@ -444,6 +445,7 @@ LATER: dict[str, tuple[Callable[[], PeftModel], str]] = {
     "general": (lambda: without("gks_0", use_gks=True), "PC118.*`use_gks`"),
     "ranks": (lambda: beside(r=1), "PC522.*`late` has a rank mismatch: 1 != 2"),
     "variant": (lambda: beside(use_dora=True), "PC522.*`late` cannot be weighed.*`use_dora`"),
+    "base": (lambda: beside(init_lora_weights="pissa"), "PC522.*`late` has a base weight of its own"),
 }
 
 
@@ -469,6 +471,16 @@ def test_what_cannot_be_weighed_any_more_is_told_by_the_next_call(case: Any) -> 
         model(X)
     with model.disable_adapter():
         model(X)
+
+
+def test_that_of_base_weights_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_defect(monkeypatch, views, "if apart:", "if False:")
+    assert beside(init_lora_weights="pissa")(X).isfinite().all()
+
+
+def test_a_router_changes_no_base_weight() -> None:
+    with pytest.raises(PeftcError, match=r"(?s)PC\d+.*pissa"):
+        get_peft_model(nn.Sequential(nn.Linear(6, 5)), router().model_copy(update={"init_lora_weights": "pissa"}))
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0}, {"router_temperature": 0.0}, {"top_k": "many"}, {"k": 3}], ids=str)

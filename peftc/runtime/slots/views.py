@@ -33,6 +33,13 @@ class Seeing(Protocol):
     view: LayerView
 
 
+class Holding(Protocol):
+    """Adapters that have a base weight of their own."""
+
+    @property
+    def held(self) -> Mapping[str, object]: ...
+
+
 class Owner(Protocol):
     """What a view asks of its layer."""
 
@@ -44,6 +51,9 @@ class Owner(Protocol):
     def get_base_layer(self) -> nn.Module: ...
 
     def part(self, adapter: str) -> Seeing: ...
+
+    @property
+    def rebased(self) -> Holding | None: ...
 
     @property
     def adapters(self) -> tuple[str, ...]: ...
@@ -162,7 +172,15 @@ class LayerView:
     @property
     def siblings(self) -> Mapping[str, LayerView]:
         owner = self._owner
-        return {name: owner.part(name).view for name in owner.adapters if name != self.adapter}
+        found = {name: owner.part(name).view for name in owner.adapters if name != self.adapter}
+        apart = [] if owner.rebased is None else [name for name in found if name in owner.rebased.held]
+        if apart:
+            what = (
+                f"`{apart[0]}` has a base weight of its own, beside which alone its update means what it was trained to"
+            )
+            fix = "Save it with `path_initial_model_for_weight_conversion=True`, and load that in its place."
+            raise PeftcError(rules.CANNOT_GATE(what, fix=fix))
+        return found
 
     def kept(
         self,
