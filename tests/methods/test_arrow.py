@@ -17,16 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftc
-from peftc import (
-    ArrowConfig,
-    IA3Config,
-    LoraConfig,
-    PeftcError,
-    PeftModel,
-    create_arrow_model,
-    get_peft_model,
-    rules,
-)
+from peftc import ArrowConfig, LoraConfig, PeftcError, PeftModel, create_arrow_model, get_peft_model, rules
 from peftc.runtime.slots import views
 from peftc.testing.models import MODELS, seeded
 from tests.defects import put_defect
@@ -403,7 +394,7 @@ REFUSED: dict[str, tuple[Made, type[Exception], str, str, str]] = {
 
 
 def of_ia3(folder: Path) -> str:
-    get_peft_model(base(), IA3Config(target_modules=TARGETS, feedforward_modules=[])).save_pretrained(folder)
+    get_peft_model(base(), peftc.IA3Config(target_modules=TARGETS, feedforward_modules=[])).save_pretrained(folder)
     return str(folder)
 
 
