@@ -80,6 +80,9 @@ class MapTuner(Startable[C], ABC):
     bent_gradients: ClassVar[str] = ""
     #: whether slots act in training alone, by numbers that are drawn there; the kit looks at gradients in training then
     draws_in_training: ClassVar[bool] = False
+    #: whether the mathematics only weighs what the method's other adapters on the layer would add (`a.siblings`): alone it has
+    #: nothing to say, nothing can weigh it in turn, and the kit does not try it. Plans tell of it
+    weighs_siblings: ClassVar[bool] = False
     #: names of the lowerings that the class gives, filled in by the core
     lowerings: ClassVar[frozenset[str]] = frozenset()
     #: names of the further seams that it gives, likewise

@@ -83,12 +83,28 @@ class View(Protocol[Config]):
     def noted(self) -> dict[str, Any]:
         """What the method notes in a call in training, for its `loss` afterwards; copies and files have none of it."""
 
+    @property
+    def siblings(self) -> Mapping[str, View]:
+        """Views of the other adapters of the method on the layer, active or not, by name, as they are now: they come and go.
+
+        For a `branch` that weighs what others would add, each by its own options and scaling. Never written to. Raises `PeftcError`
+        if one of them has a base weight of its own (`Start.changes_base`), which cannot be there for it alone.
+        """
+
     def kept(
-        self, name: str, make: Callable[[], Tensor], slots: Sequence[str] = (), base: Sequence[str] = ()
+        self,
+        name: str,
+        make: Callable[[], Tensor],
+        slots: Sequence[str] = (),
+        base: Sequence[str] = (),
+        of: Sequence[str] = (),
     ) -> Tensor:
         """What `make` computes, without gradients, of these slots, of these of the base's parameters, and of the scaling where
         there are slots. It is computed once, and again when one of them is another tensor or was changed in place; in
-        training at every call, if one of them trains, and wherever a call is traced."""
+        training at every call, if one of them trains, and wherever a call is traced.
+
+        Where siblings are named in `of`, slots and scaling are theirs and not its own; it is computed again for others.
+        """
 
     def __getattr__(self, slot: str) -> Tensor: ...
 

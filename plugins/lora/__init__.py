@@ -12,10 +12,10 @@ from ..starts.corda import CordaConfig, preprocess_corda
 from ..starts.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
 from ..starts.loftq import LoftQConfig
 from ..starts.lora_ga import LoraGAConfig, preprocess_loraga
-from . import alora, bdlora, bias, dora, monteclora, qalora, velora
+from . import alora, arrow, bdlora, bias, dora, monteclora, qalora, velora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
-from .nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from .plain import GroupedLoraTuner, LoraTuner
 
 _TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
@@ -28,6 +28,7 @@ VARIANTS = (
     velora.VARIANT,
     monteclora.VARIANT,
     alora.VARIANT,
+    arrow.VARIANT,
 )
 
 
@@ -45,6 +46,7 @@ peftc_tuner = p.method(
     layer_names=("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
     layer_options=("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
     exports=(
+        ArrowConfig,
         BdLoraConfig,
         KasaConfig,
         CordaConfig,
@@ -55,6 +57,7 @@ peftc_tuner = p.method(
         MontecloraConfig,
         VeloraConfig,
         convert_to_lora,
+        arrow.create_arrow_model,
         create_lorafa_optimizer,
         create_loraplus_optimizer,
         get_eva_state_dict,
@@ -76,5 +79,5 @@ peftc_tuner = p.method(
     check_start=check_start,
     start_option="init_lora_weights",
     own_starts=("gaussian",),
-    identity_at_start=lambda c: c.init_lora_weights is not False,
+    identity_at_start=lambda c: c.init_lora_weights is not False and c.arrow_config is None,
 )

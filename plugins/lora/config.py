@@ -12,18 +12,23 @@ from ..starts.corda import CordaConfig
 from ..starts.eva import EvaConfig
 from ..starts.loftq import LoftQConfig
 from ..starts.lora_ga import LoraGAConfig
-from .nested import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 _T = TypeVar("_T")
 #: An option that files of the reference may carry and this version cannot act on; its default means "off".
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 #: All of these.
-NOT_YET = (
-    "arrow_config",
-    "kasa_config",
-)
+NOT_YET = ("kasa_config",)
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
-OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config", "monteclora_config")
+OF_VARIANTS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+)
 #: Options that say how a start goes about it -> the start that reads them.
 OF_STARTS = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
 
@@ -91,7 +96,8 @@ class LoraConfig(
     """Give the update a bias of its own."""
     use_bdlora: BdLoraConfig | None = None
     """Make one of the factors block-diagonal (BD-LoRA)."""
-    arrow_config: _NotYet[dict[str, Any] | None] = None
+    arrow_config: ArrowConfig | None = None
+    """Weigh the other adapters on each layer, token by token, in place of an update of its own (Arrow, arXiv:2405.11157)."""
     kasa_config: _NotYet[KasaConfig | None] = None
 
     @p.model_validator(mode="before")

@@ -55,6 +55,23 @@ class MontecloraConfig(p.ConfigModel):
     """Kept for files of the reference: random numbers are drawn here when they are needed."""
 
 
+class ArrowConfig(p.ConfigModel):
+    """How a router weighs the other adapters (Arrow)."""
+
+    top_k: p.Count = 3
+    """Adapters that act on a token, those it is most alike."""
+    router_temperature: float = p.Field(default=1.0, gt=0)
+    """Divides likenesses before the softmax: below 1 sharper, above it flatter."""
+    use_gks: bool = False
+    """Weigh the adapters without what the general ones, `gks_0` and so on, have in the mean (GenKnowSub)."""
+    task_adapter_names: p.NameList = None
+    """The adapters that were there first. All that are on a layer are weighed, but for routers and general ones."""
+    gks_adapter_names: p.NameList = None
+    """The general adapters that were there first. All that are called so count."""
+    rng_seed: int | None = None
+    """Seed of the vector from which the search for each adapter's direction starts; left out, any."""
+
+
 class KasaConfig(p.ConfigModel):
     """Weights of the terms that KaSA adds to the loss."""
 

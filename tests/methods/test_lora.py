@@ -151,9 +151,9 @@ def test_an_option_that_is_not_available_is_refused(option: str) -> None:
 
 def test_every_unavailable_option_is_told_at_once() -> None:
     with pytest.raises(PeftcError) as caught:
-        wrapped(arrow_config={"a": 1}, kasa_config=KasaConfig())
+        wrapped(kasa_config=KasaConfig())
     told = [d.where.path for d in caught.value.diagnostics if d.code == "PC103"]
-    assert told == ["$.adapters.default.arrow_config", "$.adapters.default.kasa_config"]
+    assert told == ["$.adapters.default.kasa_config"]
 
 
 def test_public_names() -> None:

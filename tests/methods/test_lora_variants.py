@@ -338,7 +338,7 @@ def test_experts_and_groups_are_refused() -> None:
 
 def test_every_variant_has_a_case_with_the_reference() -> None:
     for variant in VARIANTS:
-        if variant.name == "alora":  # acts from a place in each row on, which the inputs of these cases do not have
+        if variant.name in ("alora", "arrow"):  # need what these cases do not have: places in rows, other adapters
             continue
         assert any(variant.acts(LoraConfig(**case.options)) for case in CASES), variant.name
 

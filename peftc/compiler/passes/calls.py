@@ -87,7 +87,8 @@ def _ungateable(part: Draft, registry: Registry, graph: ModuleGraph, origin: str
         yield rules.CANNOT_GATE(what, fix=f"{own}: only updates of layers can be weighed by token.", where=origin)
     method = registry.method_of(part.config)
     for site in part.maps:
-        given = site.tuner(method, part.config, graph).lowerings
+        tuner = site.tuner(method, part.config, graph)
+        given = frozenset[str]() if tuner.weighs_siblings else tuner.lowerings
         if not given & {"thin", "rescaled", "branch"} or site.layer.kind not in GATED_KINDS:
             what = f"What the adapter of `{origin}` does to `{site.path}` cannot be weighed by token"
             yield rules.CANNOT_GATE(what, fix=fix, where=site.path)

@@ -95,6 +95,9 @@ def declare_slots(draft: Draft, context: Context) -> Draft:
     except PeftcError as error:
         return draft.failed(error)  # it would raise for every other module as well
     problems = [_counted(problem, kind) for kind in declarer.kinds for problem in kind.problems]
+    if any(kind.tuner.weighs_siblings for kind in declarer.kinds if not kind.fails):
+        what = f"`{context.name}` adds what other adapters of the method on these layers add, weighed; alone it cannot act."
+        draft = draft.but(notes=(*draft.notes, what))
     return draft.but(maps=attention.placed(maps)).told(*problems)
 
 

@@ -27,6 +27,19 @@ from peftc.tuner.experts import one_of
 from peftc.tuner.views import no_slot
 
 
+class Seeing(Protocol):
+    """What a layer has of an adapter."""
+
+    view: LayerView
+
+
+class Holding(Protocol):
+    """Adapters that have a base weight of their own."""
+
+    @property
+    def held(self) -> Mapping[str, object]: ...
+
+
 class Owner(Protocol):
     """What a view asks of its layer."""
 
@@ -36,6 +49,14 @@ class Owner(Protocol):
     def pristine(self) -> Mapping[str, Tensor]: ...
 
     def get_base_layer(self) -> nn.Module: ...
+
+    def part(self, adapter: str) -> Seeing: ...
+
+    @property
+    def rebased(self) -> Holding | None: ...
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
 
     @property
     def backend(self) -> Backend: ...
@@ -148,10 +169,29 @@ class LayerView:
     def up(self, B: Tensor, h: Tensor) -> Tensor:
         return self._owner.backend.up(self._owner.get_base_layer(), B, h)
 
+    @property
+    def siblings(self) -> Mapping[str, LayerView]:
+        owner = self._owner
+        found = {name: owner.part(name).view for name in owner.adapters if name != self.adapter}
+        apart = [] if owner.rebased is None else [name for name in found if name in owner.rebased.held]
+        if apart:
+            what = (
+                f"`{apart[0]}` has a base weight of its own, beside which alone its update means what it was trained to"
+            )
+            fix = "Save it with `path_initial_model_for_weight_conversion=True`, and load that in its place."
+            raise PeftcError(rules.CANNOT_GATE(what, fix=fix))
+        return found
+
     def kept(
-        self, name: str, make: Callable[[], Tensor], slots: Sequence[str] = (), base: Sequence[str] = ()
+        self,
+        name: str,
+        make: Callable[[], Tensor],
+        slots: Sequence[str] = (),
+        base: Sequence[str] = (),
+        of: Sequence[str] = (),
     ) -> Tensor:
-        key = None if is_traced() else self._state(slots, base)
+        siblings = self.siblings if of else {}
+        key = None if is_traced() else self._state(slots, base, [siblings[name] for name in of] or [self])
         if key is None:
             self._known.pop(name, None)
             with torch.no_grad():
@@ -162,19 +202,24 @@ class LayerView:
                 known = self._known[name] = (key, make())
         return known[1]
 
-    def _state(self, slots: Sequence[str], base: Sequence[str]) -> tuple[object, ...] | None:
+    def _state(
+        self, slots: Sequence[str], base: Sequence[str], views: Sequence[LayerView]
+    ) -> tuple[object, ...] | None:
         """What tells these tensors, as they are now, from what they were; None where nothing can be kept."""
         parameters = self._owner.get_base_layer()._parameters
-        stored = [self._slots[label][0].get(self._slots[label][1]) for label in slots]
+        places = [view._slots[label] for view in views for label in slots]
+        stored = [container.get(key) for container, key in places]
         stored += [parameters.get(each) for each in base]
-        found: list[object] = [self.scaling] if slots else []
+        found: list[object] = [view.scaling for view in views] if slots else []
+        if any(isinstance(scaling, Tensor) for scaling in found):
+            return None
         for tensor in stored:
             if type(tensor) is not nn.Parameter or tensor.is_meta or tensor.is_inference():
                 return None
             if tensor.requires_grad and self.training:
                 return None
             found += [_This(weakref(tensor)), tensor.data_ptr(), tensor._version, tensor.dtype]
-        return None if isinstance(self.scaling, Tensor) and slots else tuple(found)
+        return tuple(found)
 
     def of_rows(self, name: str, x: Tensor, default: int | None = None) -> Tensor:
         """What the open call gives for each row of `x`, by keyword; without it, the default for every row."""

@@ -41,7 +41,9 @@ def _choices(method: TunerMethod, found: Iterable[Subject]) -> Iterator[Diagnost
     listed = [(f"`{own}[{place}]`", tuner) for place, tuner in enumerate(getattr(method, own))]
     listed += [(f"Mathematics of the variant `{v.name}`", tuner) for v in method.variants for tuner in v.tuners]
     there = frozenset(kind for model in MODELS for kind in kinds_in(model))
-    left = {id(tuner): (which, tuner) for which, tuner in listed if tuner.supports & there}
+    left = {
+        id(tuner): (which, tuner) for which, tuner in listed if tuner.supports & there and not tuner.weighs_siblings
+    }
     for subject in found:
         if not left:
             return
