@@ -18,12 +18,9 @@ _T = TypeVar("_T")
 #: An option that files of the reference may carry and this version cannot act on; its default means "off".
 _NotYet = Annotated[_T, p.Field(description="Not available yet.")]
 #: All of these.
-NOT_YET = (
-    "arrow_config",
-    "kasa_config",
-)
+NOT_YET = ("arrow_config",)
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
-OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config", "monteclora_config")
+OF_VARIANTS = ("use_dora", "use_qalora", "lora_bias", "use_bdlora", "velora_config", "monteclora_config", "kasa_config")
 #: Options that say how a start goes about it -> the start that reads them.
 OF_STARTS = {"loftq_config": "loftq", "eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
 
@@ -85,6 +82,8 @@ class LoraConfig(
     """Inputs in such a group."""
     monteclora_config: MontecloraConfig | None = None
     """Sample A in training (MonteCLoRA, arXiv:2411.04358)."""
+    kasa_config: KasaConfig | None = None
+    """Drop the weakest components of the base, and train singular values (KaSA, arXiv:2412.06071)."""
     runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
     """How a run goes about it; never written."""
     lora_bias: bool = False
@@ -92,7 +91,6 @@ class LoraConfig(
     use_bdlora: BdLoraConfig | None = None
     """Make one of the factors block-diagonal (BD-LoRA)."""
     arrow_config: _NotYet[dict[str, Any] | None] = None
-    kasa_config: _NotYet[KasaConfig | None] = None
 
     @p.model_validator(mode="before")
     @classmethod
