@@ -30,7 +30,6 @@ WAITING = {
     "ArrowConfig": "routing between adapters",
     "BdLoraConfig": "block-diagonal factors",
     "EvaConfig": "starts from data",
-    "KasaConfig": "a variant of the method",
     "LoftQConfig": "starts that quantise",
     "LoraGAConfig": "starts from gradients",
     "MontecloraConfig": "a variant of the method",

@@ -137,7 +137,7 @@ def begin(
         said = tuple(method.problems(copy))
     with boundary(method.peft_type, "check_start", place):
         said += () if options.loading else tuple(method.check_start(copy))
-    said += tuple(start_problems(method, copy))
+    said += tuple(start_problems(method, copy, options.loading))
     return Draft(copy).told(*(placed(problem, name, copy) for problem in said)), Context(graph, method, name, options)
 
 

@@ -15,6 +15,7 @@ from peftc.tuner.maps import MapTuner
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
 from peftc.tuner.prompt import PromptTuner
+from peftc.tuner.start import Start
 from peftc.tuner.variant import Variant
 
 Fits = Callable[[Any], bool]
@@ -88,6 +89,10 @@ _OF_VARIANTS: Mapping[str, tuple[str, Fits]] = {
     "options": (
         "a subclass of `ConfigModel`, or nothing",
         lambda value: value is None or (isinstance(value, type) and issubclass(value, ConfigModel)),
+    ),
+    "start": (
+        "a `Start` that changes base weights, or nothing",
+        lambda value: value is None or (isinstance(value, Start) and value.changes_base),
     ),
     "check": ("a function", _FUNCTION),
     "layer_names": ("a tuple of texts", _TEXTS),

@@ -75,7 +75,15 @@ def default_starts() -> Starts:
 
 
 def start_of(method: TunerMethod, config: PeftConfig) -> Chosen | None:
-    """The start that an adapter's options name; None where the method begins by itself. Raises `PeftcError`."""
+    """The start that an adapter's options name, or that of the variant that they choose; None where the method begins by
+    itself. Raises `PeftcError`."""
+    variant = method.variant_for(config)
+    if variant is not None and variant.start is not None:
+        return Chosen(variant.start, "", along=variant.option)
+    return _named(method, config)
+
+
+def _named(method: TunerMethod, config: PeftConfig) -> Chosen | None:
     if not method.start_option:
         return None
     value = getattr(config, method.start_option)
@@ -84,16 +92,22 @@ def start_of(method: TunerMethod, config: PeftConfig) -> Chosen | None:
     return default_starts().named(value)
 
 
-def start_problems(method: TunerMethod, config: PeftConfig) -> Iterator[Diagnostic]:
-    """What is wrong with the start that options name, before any layer is looked at."""
+def start_problems(method: TunerMethod, config: PeftConfig, loading: bool = False) -> Iterator[Diagnostic]:
+    """What is wrong with the start that options name, before any layer is looked at. Where all is loaded, what factors began
+    with does not matter."""
     try:
         chosen = start_of(method, config)
         if chosen is None:
             return
         with boundary(f"the start `{chosen.start.name}`", "check"):
             yield from chosen.start.check(config, chosen.argument)
+        other = _named(method, config) if chosen.along else None
+        if other is not None and (other.start.changes_base or not loading):
+            what = f"`{chosen.along}` has a start of its own, and {other.said(method.start_option)} names another"
+            fix = f"Set `{method.start_option}: true`, or remove `{chosen.along}`."
+            yield rules.CONTRADICTION(what, fix=fix, where=method.start_option)
         if chosen.start.changes_base and not any(tuner.lowerings & {"thin", "rescaled"} for tuner in method.map_tuners):
-            what = f"`{method.start_option}: {chosen.value}` takes what the factors add out of the base weight"
+            what = f"{chosen.said(method.start_option)} takes what the factors add out of the base weight"
             why = f"What {method.peft_type} adds is not the product of its factors."
             fix = f"Choose another `{method.start_option}`, or a method that adds such a product."
             yield rules.START_UNFIT(what, why=why, fix=fix, where=method.start_option)

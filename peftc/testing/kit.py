@@ -56,6 +56,16 @@ def in_weights(s: Subject) -> bool:
     return s.merges
 
 
+def without_base_weights(s: Subject) -> bool:
+    """Methods that work on a base whose weights have no content."""
+    return not s.rebases
+
+
+def for_each_row(s: Subject) -> bool:
+    """Methods that change layers, and leave the base as it is."""
+    return s.method.adapts_layers and not s.rebases
+
+
 def on_features(s: Subject) -> bool:
     """Methods that act on each token by itself."""
     return s.method.adapts_layers and not s.values
@@ -152,7 +162,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (calls.lowerings_have_their_shapes, on_layers),
     (calls.starting_leaves_the_config_alone, everywhere),
     (planning.plan_survives_json, everywhere),
-    (planning.works_without_storage, everywhere),
+    (planning.works_without_storage, without_base_weights),
     (effect.starts_as_declared, everywhere),
     (effect.acts_when_trained, everywhere),
     (effect.starts_from_the_seed, everywhere),
@@ -175,7 +185,7 @@ CHECKS: tuple[tuple[Callable[[Subject], None], When], ...] = (
     (gradients.checkpointing_reaches_every_slot, on_blocks),
     (lifecycle.saving_and_loading_is_exact, everywhere),
     (lifecycle.adapters_do_not_leak, everywhere),
-    (lifecycle.rows_are_as_alone, on_layers),
+    (lifecycle.rows_are_as_alone, for_each_row),
     (lifecycle.several_active_merge_alike, in_weights),
     (lifecycle.deleting_leaves_nothing, everywhere),
     (states.another_takes_over, once),

@@ -25,6 +25,7 @@ from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
+from peftc.registry.starts import known_start
 from peftc.runtime.applying.apply import session_of
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.testing.models import MODELS, TinyModel, seeded
@@ -135,6 +136,12 @@ class Subject:
         return any(
             tuner_for(self.method, config, node).is_mergeable for node in nodes if _fits(self.method, config, node)
         )
+
+    @property
+    def rebases(self) -> bool:
+        """Whether adapters have base weights of their own: they need these, and all rows of a call are computed with them."""
+        chosen = known_start(self.method, self.config())
+        return chosen is not None and chosen.start.changes_base
 
     @property
     def bent(self) -> bool:

@@ -101,6 +101,8 @@ class Start(ABC):
     kept: ClassVar[tuple[str, ...]] = ("A", "B")
     #: whether the change is `-s · B A` of these two, so that adapters can be converted to others beside the original base
     is_offset: ClassVar[bool] = True
+    #: whether of the changes of several adapters one holds the others, that of the largest rank; else all of them add up
+    nests: ClassVar[bool] = False
     #: what it reads of the model beforehand
     reads: ClassVar[Reads] = Reads.NOTHING
     #: whether it can begin without that, to be filled later
@@ -149,11 +151,21 @@ class Chosen:
 
     start: Start
     argument: str
+    #: the option that chooses the variant which it belongs to (`Variant.start`); empty where an option names it
+    along: str = ""
 
     @property
     def value(self) -> str:
         """The option's value."""
         return f"{self.start.name}_{self.argument}" if self.argument else self.start.name
+
+    def said(self, option: str) -> str:
+        """How the options say it, for diagnostics; `option` is the one that may name a start."""
+        return f"`{self.along}`" if self.along else f"`{option}: {self.value}`"
+
+    def otherwise(self, option: str) -> str:
+        """What to do without it, at the end of a sentence."""
+        return f"remove `{self.along}`" if self.along else f"choose another `{option}`"
 
     def acts_on(self, layer: LayerFacts) -> bool:
         """Whether layers of this kind begin by it."""
@@ -164,12 +176,12 @@ class Chosen:
         start = self.start
         if not self.acts_on(layer):
             able = ", ".join(sorted(kind.value for kind in start.kinds))
-            what = f"`{option}: {self.value}` is not defined on `{path}` ({layer.kind.value}): it is on {able}"
+            what = f"{self.said(option)} is not defined on `{path}` ({layer.kind.value}): it is on {able}"
             if start.spares_others:
                 fix = "Leave such layers out, if that is not meant."
                 yield rules.START_SPARED(f"{what}; the layer begins as without it", fix=fix, where=path)
             else:
-                fix = f"Leave such layers out (`exclude_modules`), or choose another `{option}`."
+                fix = f"Leave such layers out (`exclude_modules`), or {self.otherwise(option)}."
                 yield rules.START_UNFIT(what, fix=fix, where=path)
             return
         if start.within_rank and rank > layer.rank:

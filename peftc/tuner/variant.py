@@ -16,6 +16,7 @@ from peftc.config.base import ConfigModel, PeftConfig, PeftConfigMixin
 from peftc.config.mixins import VariantMixin
 from peftc.diagnostics import ConfigError, Diagnostic
 from peftc.graph.nodes import Kind, ModuleNode
+from peftc.tuner.start import Start
 
 
 class HasKinds(Protocol):
@@ -70,6 +71,9 @@ class Variant(Generic[T]):
     option: str = "variant"
     #: the model of `variant_options`, for variants that are chosen by name
     options: type[ConfigModel] | None = None
+    #: what its adapters do to base weights (`Start.changes_base`): part of what an adapter is, whatever it begins with. The
+    #: factors begin as the mathematics says; no other start can be named beside it
+    start: Start | None = None
     #: problems of the options, where it acts, that need no model
     check: Callable[[Any], Iterable[Diagnostic]] = no_problems
     #: slots of its own that hold trainable tensors; their names begin with the method's prefix

@@ -12,7 +12,7 @@ from ..starts.corda import CordaConfig, preprocess_corda
 from ..starts.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
 from ..starts.loftq import LoftQConfig
 from ..starts.lora_ga import LoraGAConfig, preprocess_loraga
-from . import alora, arrow, bdlora, bias, dora, monteclora, qalora, velora
+from . import alora, arrow, bdlora, bias, dora, kasa, monteclora, qalora, velora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
 from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
 from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
@@ -27,6 +27,7 @@ VARIANTS = (
     bdlora.VARIANT,
     velora.VARIANT,
     monteclora.VARIANT,
+    kasa.VARIANT,
     alora.VARIANT,
     arrow.VARIANT,
 )
@@ -66,7 +67,7 @@ peftc_tuner = p.method(
         preprocess_loraga,
         save_as_lora,
     ),
-    model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss},
+    model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss, "_get_kasa_loss": kasa.get_kasa_loss},
     tags=("lora",),
     examples=(
         {"r": 4, "lora_alpha": 8},
@@ -79,5 +80,5 @@ peftc_tuner = p.method(
     check_start=check_start,
     start_option="init_lora_weights",
     own_starts=("gaussian",),
-    identity_at_start=lambda c: c.init_lora_weights is not False and c.arrow_config is None,
+    identity_at_start=lambda c: c.init_lora_weights is not False and c.arrow_config is None and c.kasa_config is None,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from peftc import plugin as p
 
@@ -14,11 +14,6 @@ from ..starts.loftq import LoftQConfig
 from ..starts.lora_ga import LoraGAConfig
 from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
-_T = TypeVar("_T")
-#: An option that files of the reference may carry and this version cannot act on; its default means "off".
-_NotYet = Annotated[_T, p.Field(description="Not available yet.")]
-#: All of these.
-NOT_YET = ("kasa_config",)
 #: Options that choose a variant of the mathematics, for methods that share this config and have none.
 OF_VARIANTS = (
     "use_dora",
@@ -27,6 +22,7 @@ OF_VARIANTS = (
     "use_bdlora",
     "velora_config",
     "monteclora_config",
+    "kasa_config",
     "arrow_config",
 )
 #: Options that say how a start goes about it -> the start that reads them.
@@ -90,6 +86,8 @@ class LoraConfig(
     """Inputs in such a group."""
     monteclora_config: MontecloraConfig | None = None
     """Sample A in training (MonteCLoRA, arXiv:2411.04358)."""
+    kasa_config: KasaConfig | None = None
+    """Drop the weakest components of the base, and train singular values (KaSA, arXiv:2412.06071)."""
     runtime_config: LoraRuntimeConfig = p.Field(default_factory=LoraRuntimeConfig, exclude=True)
     """How a run goes about it; never written."""
     lora_bias: bool = False
@@ -98,7 +96,6 @@ class LoraConfig(
     """Make one of the factors block-diagonal (BD-LoRA)."""
     arrow_config: ArrowConfig | None = None
     """Weigh the other adapters on each layer, token by token, in place of an update of its own (Arrow, arXiv:2405.11157)."""
-    kasa_config: _NotYet[KasaConfig | None] = None
 
     @p.model_validator(mode="before")
     @classmethod
@@ -111,12 +108,6 @@ class LoraConfig(
 
 
 def check(c: LoraConfig) -> p.Problems:
-    """Options without effect in this version are refused, not ignored: they would change the mathematics."""
-    yield from _given(c, NOT_YET)
-    yield from check_megatron(c)
-
-
-def check_megatron(c: LoraConfig) -> p.Problems:
     """Options of layers that come with a package which is not there."""
     if c.megatron_config and find_spec("megatron") is None:  # looked for, and not imported
         yield p.rules.DEPENDENCY_MISSING(
@@ -134,10 +125,3 @@ def check_start(c: LoraConfig) -> p.Problems:
         if getattr(c, option) and named != start:
             what = f"`{option}` will be ignored when `init_lora_weights` is not '{start}'"
             yield p.rules.WITHOUT_EFFECT(what, fix=f"Remove it, or set `init_lora_weights: {start}`.", where=option)
-
-
-def _given(c: LoraConfig, options: tuple[str, ...]) -> p.Problems:
-    for option in options:
-        if getattr(c, option):
-            what = f"`{option}` is not available in this version"
-            yield p.rules.OPTION_NOT_AVAILABLE(what, fix=f"Remove `{option}`.", where=option)

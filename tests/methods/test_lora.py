@@ -7,18 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peftc_plugins.lora.config import NOT_YET
 from torch import Tensor, nn
 
-from peftc import KasaConfig, LoraConfig, LoraModel, PeftcError, PeftcWarning, PeftModel, get_peft_model
+from peftc import LoraConfig, LoraModel, PeftcError, PeftcWarning, PeftModel, get_peft_model
 
 WIDTH = 16
 
 #: A value of each option that is not available, other than "off".
-ASKED: dict[str, Any] = {
-    "alora_invocation_tokens": [1],
-    "kasa_config": {},
-}
+ASKED: dict[str, Any] = {}
 
 
 def wrapped(seed: int = 0, layer: nn.Module | None = None, **options: Any) -> PeftModel:
@@ -141,19 +137,6 @@ def test_a_rank_beyond_the_layer_is_warned_of() -> None:
 def test_a_rank_that_groups_cannot_share_is_refused() -> None:
     with pytest.raises(PeftcError, match="PC401"):
         wrapped(layer=nn.Conv1d(4, 4, 3, groups=2), r=3)
-
-
-@pytest.mark.parametrize("option", NOT_YET)
-def test_an_option_that_is_not_available_is_refused(option: str) -> None:
-    with pytest.raises(PeftcError, match=f"(?s)PC103.*`{option}`"):
-        wrapped(**{option: ASKED.get(option, {"a": 1})})
-
-
-def test_every_unavailable_option_is_told_at_once() -> None:
-    with pytest.raises(PeftcError) as caught:
-        wrapped(kasa_config=KasaConfig())
-    told = [d.where.path for d in caught.value.diagnostics if d.code == "PC103"]
-    assert told == ["$.adapters.default.kasa_config"]
 
 
 def test_public_names() -> None:

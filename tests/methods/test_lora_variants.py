@@ -98,6 +98,7 @@ CASES = [
     Case("LoraConfig", "llama", {**velora(num_groups=3), "target_modules": "all-linear"}),
     Case("LoraConfig", "mlp", {**MONTE, "target_modules": ["lin0", "lin1"]}),
     Case("LoraConfig", "llama", {**MONTE}),
+    Case("LoraConfig", "llama", {"r": 3, "kasa_config": {"beta": 0.1}, "target_modules": "all-linear"}),
 ]
 #: One case for each variant and kind of layer with which two adapters, rows and half precision are tried.
 SHORT = [

@@ -22,7 +22,6 @@ from peftc import (
     rules,
     set_peft_model_state_dict,
 )
-from peftc.config.docs import describe
 from peftc.testing.models import MODELS
 
 LANGUAGE_MODEL = next(model for model in MODELS if model.is_language_model)
@@ -33,13 +32,6 @@ def test_an_option_that_is_for_another_method_is_refused(option: str) -> None:
     with pytest.raises(PeftcError) as caught:
         AdaLoraConfig(target_modules=["0"], total_step=10, **{option: True})
     assert rules.OPTION_NOT_AVAILABLE.code in [d.code for d in caught.value.diagnostics]
-
-
-def test_every_option_that_is_not_available_says_so() -> None:
-    from peftc_plugins.lora.config import NOT_YET
-
-    told = {name for name in LoraConfig.model_fields if describe(LoraConfig, name) == "Not available yet."}
-    assert told == set(NOT_YET)
 
 
 def stacked() -> nn.Sequential:

@@ -35,14 +35,12 @@ def problems(
     """What is wrong with the start on a layer; where all is loaded, only what it would do there."""
     method, option = context.method, context.method.start_option
     if chosen.start.changes_base and tuner.waits:
-        what = (
-            f"`{option}: {chosen.value}` changes the weight of `{path}`, for all tokens, and the update acts for some"
-        )
-        fix = f"Choose a start that leaves the base as it is, such as `{option}: true`."
+        what = f"{chosen.said(option)} changes the weight of `{path}`, for all tokens, and the update acts for some"
+        fix = f"{chosen.otherwise(option).capitalize()}, so that the base is left as it is."
         yield rules.START_UNFIT(what, fix=fix, where=path)
     if context.options.loading:
         return
-    if not tuner.is_startable and chosen.acts_on(layer):
+    if not (tuner.is_startable or chosen.along) and chosen.acts_on(layer):
         what = f"{method.peft_type} makes no slots of thin factors on `{path}`, which `{option}: {chosen.value}` gives"
         fix = f"Leave such layers out (`exclude_modules`), or choose another `{option}`."
         yield rules.START_UNFIT(what, fix=fix, where=path)
@@ -82,5 +80,5 @@ def _shared(draft: Draft, context: Context, chosen: Chosen) -> Iterator[Diagnost
     found = [site.path for site in draft.maps if site.path in tied | ends and chosen.acts_on(site.layer)]
     if found:
         what = f"`{chosen.value}` changes the weight of {listed(found)}, which other modules, or files of vocabularies, have as well"
-        fix = "Exclude it (`exclude_modules`), or choose a start that leaves the base as it is."
+        fix = f"Exclude it (`exclude_modules`), or {chosen.otherwise(context.method.start_option)}."
         yield rules.START_UNFIT(what, fix=fix, where=found[0])

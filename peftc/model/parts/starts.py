@@ -136,6 +136,8 @@ def turned(
     no product of factors, or its change of the base none.
     """
     plan, result = session.plans[name], dict(tensors)
+    chosen = chosen_by(config)
+    along = chosen is not None and bool(chosen.along)  # then what it began with says nothing of the base
     file = None if beginning is True else open_adapter(fspath(beginning or ""))
     wide: PeftConfig | None = None
     for layer in session.layers_of(name):
@@ -145,7 +147,7 @@ def turned(
             wide, own = (tuner.of_twice(config), tuner.of_twice(site.config)) if able else (None, None)
         if wide is None or own is None:
             raise PeftcError(_no_product(plan, site.path))
-        first = _kept_factors(layer, name) if file is None else _first_factors(plan, layer, file)
+        first = _first_factors(plan, layer, file) if file is not None and not along else _kept_factors(layer, name)
         with torch.no_grad():
             A, B, scale = layer.part(name).lowering("thin")(layer.part(name).view.fixed(training=False))
             A, B, usual = A.flatten(1), B.flatten(1), tuner.scaling(site.config, site.layer)
@@ -154,9 +156,12 @@ def turned(
             A, B = torch.cat([A, first[0].to(A)]), torch.cat([B, -first[1].to(B)], dim=1)
             with boundary(plan.peft_type, "of_thin", site.path):
                 slots = tuner.of_thin(own, site.layer, A, B)
-        saved = [label for label, slot in layer.part(name).slots.items() if slot.saved and label in slots]
-        keys = {label: site.key(layer.part(name).slots[label], name).disk() for label in saved}
-        result |= {key: slots[label].to(tensors[key].dtype).contiguous() for label, key in keys.items()}
+        saved = {label: slot for label, slot in layer.part(name).slots.items() if slot.saved}
+        for label, key in ((label, site.key(slot, name).disk()) for label, slot in saved.items()):
+            if label in slots:
+                result[key] = slots[label].to(tensors[key].dtype).contiguous()
+            else:
+                result.pop(key, None)
     return (wide or config), result
 
 

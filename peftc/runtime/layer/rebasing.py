@@ -74,11 +74,22 @@ class Rebased:
         if made is None or names != self._made_for or made.dtype != parameter.dtype:
             weight = backend.to_logical(WEIGHT, original.to(parameter.device))
             whole = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-            changed = [self.held[name].changed(weight) for name in names]
+            changed = [self.held[name].changed(weight) for name in self._counting(names)]
             total = changed[0] if len(changed) == 1 else whole + sum(each - whole for each in changed)
             made = backend.to_stored(WEIGHT, total.reshape(weight.shape), original).to(parameter.dtype).contiguous()
             self._made, self._made_for = made, names
         return made
+
+    def _counting(self, names: tuple[str, ...]) -> list[str]:
+        """Those whose changes add up: of adapters whose changes hold one another, the largest."""
+        largest: dict[str, str] = {}
+        for name in names:
+            held = self.held[name]
+            key = held.chosen.value if held.chosen.start.nests else f"{name} alone"
+            first = largest.setdefault(key, name)
+            if held.facts.rank > self.held[first].facts.rank:
+                largest[key] = name
+        return list(largest.values())
 
 
 class Rebasing:

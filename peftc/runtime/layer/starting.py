@@ -107,10 +107,10 @@ class Beginning:
         """Fill slots, all of them fresh."""
         site, tuner, type_ = self._site, self._tuner, str(self._site.config.peft_type)
         init = Initializer(self._owner.unchanged, self._kind.half)
-        if self._chosen is None:
+        if self._chosen is None or self._chosen.along:
             with boundary(type_, "init", site.path):
                 tuner.init(site.config, site.layer, fresh, init)
-            self._settle(fresh, init)
+            self._settle(fresh, Initializer(self._base, self._kind.half))
             return
         with boundary(type_, "before_start", site.path):
             tuner.before_start(site.config, site.layer, fresh, init)
