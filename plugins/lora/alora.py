@@ -67,7 +67,7 @@ VARIANT = p.Variant(
     chosen=lambda c: bool(c.alora_invocation_tokens),
     option="alora_invocation_tokens",
     check=check,
-    summary="The update acts from the last invocation on that a row has.",
+    summary="The update acts from a row's last invocation on.",
     paper="arXiv:2504.12397",
     examples=({"r": 4, "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},),
 )

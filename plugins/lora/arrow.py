@@ -259,6 +259,6 @@ VARIANT = p.Variant(
     ArrowTuner(),
     chosen=lambda c: c.arrow_config is not None,
     option="arrow_config",
-    summary="A router weighs the other adapters on a layer, token by token.",
+    summary="A router weighs a layer's other adapters by token.",
     paper="arXiv:2405.11157",
 )

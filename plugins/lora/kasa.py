@@ -108,7 +108,7 @@ VARIANT = p.Variant(
     option="kasa_config",
     start=Truncation(),
     layer_names=("lora_diag",),
-    summary="The base loses its weakest components, and singular values of the update are trained.",
+    summary="The base loses weak components, the update has its own.",
     paper="arXiv:2412.06071",
     examples=({"r": 2, "kasa_config": {"beta": 1e-2, "gamma": 1e-2}},),
 )

@@ -16,7 +16,7 @@ from peftc import LoraConfig, PeftcError, PeftcWarning, get_peft_model, rules
 from peftc.compiler.passes import sites
 from peftc.diagnostics import Rule
 from peftc.testing.models import MODELS
-from peftc.tuner import limits, method, variant
+from peftc.tuner import limits, maps, variant
 from tests.defects import put_defect
 
 BD = {"target_modules_bd_b": ["0"], "nblocks": 2}
@@ -58,7 +58,7 @@ CASES = {
     "DoRA of experts": Refused({"use_dora": True}, *_KIND, layer=EXPERTS),
     "a bias of experts": Refused({"lora_bias": True}, *_KIND, layer=EXPERTS),
     "DoRA of attention": Refused({"use_dora": True}, *_KIND, layer=nn.MultiheadAttention(8, 2)),
-    "DoRA of groups": Refused({"use_dora": True}, rules.BAD_TARGET, "2 groups", method, "if layer.groups > 1 and not self.takes_groups:", layer=nn.Conv2d(4, 4, 3, groups=2)),
+    "DoRA of groups": Refused({"use_dora": True}, rules.BAD_TARGET, "2 groups", maps, "if layer.groups > 1 and not self.takes_groups:", layer=nn.Conv2d(4, 4, 3, groups=2)),
     "a bias of an embedding": Refused({"lora_bias": True}, *_KIND, layer=nn.Embedding(8, 8)),
     "a bias that starts otherwise": Refused({"lora_bias": True, "init_lora_weights": "gaussian"}, rules.CONTRADICTION, "`lora_bias` cannot begin", bias, "if c.init_lora_weights not in (True, False):"),
     "QALoRA of a convolution": Refused({"use_qalora": True}, *_KIND, layer=nn.Conv1d(8, 8, 3)),

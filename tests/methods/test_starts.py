@@ -27,6 +27,7 @@ DIFFERS: Mapping[str, Mapping[str, str]] = {
     "HIRA": {"init_weights=gaussian-conv": "the reference leaves the option out on convolutions"},
     "LORA": {
         "use_qalora=True": "the reference leaves the option out on layers that are not GPTQ's",
+        "kasa_config": "what the base loses is the same but for rounding: here it is taken away, there the rest is put together",
         "monteclora_config": "the reference draws what it will sample, too, when it starts",
     },
     "BOFT": {"boft_n_butterfly_factor=2": "the reference trains one factor where its extension cannot be built"},

@@ -126,6 +126,7 @@ def never_undone(patch: Patch) -> None:
 
 def never_refused(patch: Patch) -> None:
     patch.setattr(PeftModel, "_refuse_merge", lambda model: None)
+    patch.setattr(PeftModel, "merge_and_unload", lambda model, *given: model.get_base_model())
 
 
 def changed_call(patch: Patch, change: Callable[[dict[str, Any]], None]) -> None:

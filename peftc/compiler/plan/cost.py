@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.plan import InjectionPlan
+from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModelFacts, TensorFacts
 from peftc.registry.manager import default_registry
 from peftc.registry.starts import known_start
@@ -61,7 +62,10 @@ def cost_of(plan: InjectionPlan) -> Cost:
 
 def _originals(adapter: AdapterPlan) -> int:
     """What an adapter whose start changes base weights keeps of them, and beside them."""
-    chosen = known_start(default_registry().get(adapter.peft_type), adapter.config)
+    try:
+        chosen = known_start(default_registry().get(adapter.peft_type), adapter.config)
+    except PeftcError:  # a plan is shown where its method is not installed, too
+        return 0
     if chosen is None or not chosen.start.changes_base:
         return 0
     sites = [site for site in adapter.maps if chosen.acts_on(site.layer)]
