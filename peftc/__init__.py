@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         hotswap_adapter_from_state_dict,
         prepare_model_for_compiled_hotswap,
     )
-    from peftc.model.functions.optimizers import projected_optimizer, two_rate_optimizer
+    from peftc.model.functions.optimizers import preconditioned_optimizer, projected_optimizer, two_rate_optimizer
     from peftc.model.functions.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftc.model.functions.sequences import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
@@ -113,6 +113,7 @@ if TYPE_CHECKING:
         "inject_adapter_in_model",
         "load_peft_weights",
         "load_spec",
+        "preconditioned_optimizer",
         "prepare_model_for_compiled_hotswap",
         "prepare_model_for_kbit_training",
         "projected_optimizer",
@@ -170,6 +171,7 @@ _HOMES = {
     "PeftWarning": "peftc.diagnostics",
     "prepare_model_for_compiled_hotswap": "peftc.model.functions.hotswap",
     "prepare_model_for_kbit_training": "peftc.model.functions.precision",
+    "preconditioned_optimizer": "peftc.model.functions.optimizers",
     "projected_optimizer": "peftc.model.functions.optimizers",
     "PromptLearningConfig": "peftc.plugin",
     "set_base_model_state_dict": "peftc.model.functions.base_state",

@@ -15,6 +15,7 @@ from typing import Any
 
 from peftc.compat.kinds import class_of, names_in, parts_of
 from peftc.diagnostics import PeftcError
+from peftc.optimizers import SUFFIX
 from peftc.registry.manager import default_registry
 from peftc.tuner.method import TunerMethod
 
@@ -171,7 +172,12 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 _WITH_METHODS = frozenset({"peft", "peft.tuners"})
 _TUNERS = "peft.tuners"
 #: modules that show functions of methods that make optimisers
-_WITH_OPTIMIZERS = ("peft.optimizers", "peft.optimizers.lorafa", "peft.optimizers.loraplus")
+_WITH_OPTIMIZERS = (
+    "peft.optimizers",
+    "peft.optimizers.lorafa",
+    "peft.optimizers.loraplus",
+    "peft.optimizers.riemannian",
+)
 #: submodules that a method's subpackage may be asked for; each shows the whole method
 _PARTS = ("config", "layer", "model")
 _TARGETS_MAPPING = re.compile(r"TRANSFORMERS_MODELS_TO_([A-Z0-9]+)_([A-Z]+_MODULES)_MAPPING")
@@ -266,7 +272,7 @@ def of_a_method(module: str, name: str) -> Any:
 
 
 def _makes_optimizers(name: str) -> bool:
-    return name.endswith("_optimizer")
+    return name.endswith(SUFFIX)
 
 
 def _of(method: TunerMethod, name: str) -> Any:

@@ -139,4 +139,7 @@ BIAS_GAINED = Rule(
     "A layer without one got it for the constant that the adapter adds; a model made anew has no place for it.",
     WARNING,
 )
+OPTIMIZER_UNFIT = UnableRule(
+    "PC566", "Class of optimiser does not fit", "Gradients are scaled once in a step, before the class moves anything."
+)
 START_DATA = StateRule("PC570", "Start without its data", "The factors follow from what the model does with data.")

@@ -14,7 +14,13 @@ from ..starts.loftq import LoftQConfig
 from ..starts.lora_ga import LoraGAConfig, preprocess_loraga
 from . import alora, arrow, bdlora, bias, dora, kasa, monteclora, qalora, velora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
-from .functions import convert_to_lora, create_lorafa_optimizer, create_loraplus_optimizer, save_as_lora
+from .functions import (
+    convert_to_lora,
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+    save_as_lora,
+)
 from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from .plain import GroupedLoraTuner, LoraTuner
 
@@ -61,6 +67,7 @@ peftc_tuner = p.method(
         arrow.create_arrow_model,
         create_lorafa_optimizer,
         create_loraplus_optimizer,
+        create_riemannian_optimizer,
         get_eva_state_dict,
         initialize_lora_eva_weights,
         preprocess_corda,

@@ -60,6 +60,17 @@ def create_loraplus_optimizer(
     return two_rate_optimizer(model, optimizer_cls, lr, loraplus_lr_ratio, **given)
 
 
+def create_riemannian_optimizer(
+    model: PeftModel, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """Riemannian preconditioning (arXiv:2402.02347): an optimiser of that class, for which the gradient of each factor is scaled
+    by the other, `reg` being added to the diagonal of what is inverted. Further keywords go to the class. Raises `PeftcError`.
+    """
+    from peftc import preconditioned_optimizer
+
+    return preconditioned_optimizer(model, optimizer_cls, lr, reg, **kwargs)
+
+
 def create_lorafa_optimizer(
     model: PeftModel,
     r: int,

@@ -1,4 +1,4 @@
-"""The two optimisers for thin factors take the reference's steps, on its own models with equal weights."""
+"""The three optimisers for thin factors take the reference's steps, on its own models with equal weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 import peftc
-from peftc import create_lorafa_optimizer, create_loraplus_optimizer
+from peftc import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer, rules
 from peftc.diagnostics import PeftcError, PeftcWarning
+from peftc.model.functions import optimizers
 from peftc.registry.manager import default_registry
 from peftc.testing.subjects import subjects
+from tests.defects import put_defect
 
 THEIRS = importlib.import_module("peft.optimizers")
 
@@ -134,3 +136,64 @@ def test_lora_fa_refuses_factors_of_experts() -> None:
     stacked = next(s for s in subjects(default_registry().get("LORA")) if s.parameters)
     with pytest.raises(PeftcError, match=r"PC401.*experts"):
         create_lorafa_optimizer(stacked.wrap(), 8, 8, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "cls", "keywords"),
+    [
+        ({}, torch.optim.SGD, {"momentum": 0.5}),
+        ({"use_dora": True}, torch.optim.AdamW, {"reg": 0.1, "weight_decay": 0.1}),
+        ({"target_modules": ["embed", "lin1"], "bias": "all"}, torch.optim.AdamW, {}),
+    ],
+    ids=["plain", "magnitudes", "embedding"],
+)
+def test_preconditioned_is_the_references(
+    options: dict[str, Any], cls: type[torch.optim.Optimizer], keywords: dict[str, Any]
+) -> None:
+    creates = (peftc, create_riemannian_optimizer), (peft, THEIRS.create_riemannian_optimizer)
+    models = [(made(library, **options), create) for library, create in creates]
+    alike(*(trained(model, create(model, cls, lr=1e-2, **keywords)) for model, create in models))
+
+
+def test_a_preconditioned_step_with_a_closure_is_one_without() -> None:
+    ids, models = torch.arange(20), [made(peftc), made(peftc)]
+    for model, with_closure in zip(models, (True, False), strict=True):
+        optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2)
+
+        def loss(model: Any = model, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            found: torch.Tensor = model(ids).square().sum()
+            found.backward()
+            return found
+
+        wanted = loss().detach()
+        given = optimizer.step(loss) if with_closure else optimizer.step()
+        assert given is None or torch.equal(given, wanted)
+    alike(*({name: p.detach() for name, p in model.named_parameters()} for model in models))
+
+
+def test_what_cannot_be_preconditioned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        for cls in (torch.optim.LBFGS, nn.Linear):
+            with pytest.raises(PeftcError, match=rules.OPTIMIZER_UNFIT.code):
+                create_riemannian_optimizer(made(peftc), cls, lr=1e-2)
+
+    refused()
+    with pytest.raises(PeftcError, match=rules.NOT_ADAPTED.code):
+        create_riemannian_optimizer(made(peftc, target_modules=["embed"]), torch.optim.SGD, lr=1e-2)
+    stacked = next(s for s in subjects(default_registry().get("LORA")) if s.parameters)
+    with pytest.raises(PeftcError, match=r"PC401.*experts"):
+        create_riemannian_optimizer(stacked.wrap(), torch.optim.SGD, lr=1e-2)
+    put_defect(monkeypatch, optimizers, "closure.default is inspect.Parameter.empty:", "False:")
+    with pytest.raises(pytest.fail.Exception):
+        refused()
+
+
+def test_methods_optimisers_are_in_one_module() -> None:
+    from peftc import optimizers as module
+
+    assert module.create_riemannian_optimizer is create_riemannian_optimizer
+    assert set(dir(module)) == set(dir(THEIRS)) & set(dir(module)) >= {"create_lorafa_optimizer"}
+    for name in ("create_riemanian_optimizer", "convert_to_lora"):
+        with pytest.raises(AttributeError, match=r"create_riemannian_optimizer|has no attribute `convert_to_lora`"):
+            getattr(module, name)

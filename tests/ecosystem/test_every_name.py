@@ -21,7 +21,6 @@ import hf_compat  # the page's own code
 
 #: names of the reference that nothing here stands for
 LACKING: dict[str, set[str]] = {
-    "peft.optimizers": {"create_riemannian_optimizer"},
     "peft.tuners": {"MixedModel"},
     "peft.tuners.adalora": {"RankAllocator"},
     "peft.tuners.mixed": {"COMPATIBLE_TUNER_TYPES", "MixedModel"},

@@ -1,13 +1,16 @@
-"""Optimisers for adapters of two thin factors, `B A`: one step size for each factor, or B alone, along the full gradient.
+"""Optimisers for adapters of two thin factors, `B A`: one step size for each factor, both by gradients that do not depend on how
+the product is divided, or B alone, along the full gradient.
 
 Which parameters are factors is seen by the layers' slots, so that they serve every method with such a pair.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch.optim import Optimizer
 
 from peftc import rules
 from peftc.diagnostics import PeftcError, warn
-from peftc.graph.nodes import Kind
+from peftc.graph.nodes import LINEAR_KINDS, Kind
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer.wrapper import TunerLayer
 
@@ -70,7 +73,7 @@ def projected_optimizer(model: PeftModel, lr: float, weight_decay: float = 0.0, 
     `PeftcError` for adapters of stacked experts.
     """
     _tell_ignored(model, told)
-    pairs = list(_pairs(model))
+    pairs = [pair for pair in _pairs(model) if pair.alone]
     for pair in pairs:
         pair.down.requires_grad_(False)
     paired = {id(pair.up): pair for pair in pairs}
@@ -78,13 +81,58 @@ def projected_optimizer(model: PeftModel, lr: float, weight_decay: float = 0.0, 
     return _Projected(trained, paired, lr=lr, weight_decay=weight_decay)
 
 
+def preconditioned_optimizer(
+    model: PeftModel, optimizer_cls: type[Optimizer], lr: float, damping: float = 1e-2, **kwargs: Any
+) -> Optimizer:
+    """An optimiser of that class for which gradients of A and B are scaled in each step: `(BᵀB + δI)⁻¹ g_A` and
+    `g_B (AAᵀ + δI)⁻¹`, δ being the damping (Zhang and Pilanci 2024, arXiv:2402.02347, equation 5). So a step does not depend on
+    how the product is divided into the two.
+
+    Factors of linear layers are scaled; all else that trains moves by the class as it is. A closure is evaluated once in a step.
+    Raises `PeftcError` if no layer has two such factors, for adapters of stacked experts, and for a class that has to evaluate
+    its closure several times.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        what = f"`optimizer_cls` is {optimizer_cls!r:.60}, not a class of `torch.optim.Optimizer`"
+        raise PeftcError(rules.OPTIMIZER_UNFIT(what, fix="Give a class such as `torch.optim.AdamW`."))
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        what = f"{optimizer_cls.__name__} requires a closure, which it evaluates several times in a step"
+        fix = "Use a class that needs none, such as `torch.optim.AdamW`."
+        raise PeftcError(rules.OPTIMIZER_UNFIT(what, fix=fix))
+    pairs = [pair for pair in _pairs(model) if pair.kind in LINEAR_KINDS]
+    if not pairs:
+        what = "The model has no layer with two trainable factors, whose gradients could be scaled"
+        raise PeftcError(
+            rules.NOT_ADAPTED(what, fix="Use it on a model with an adapter that trains, or use the class itself.")
+        )
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **{**kwargs, "lr": lr})
+
+    def scale(own: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        evaluate = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimiser itself
+        if evaluate is not None:  # now, as what it leaves as gradients is to be scaled
+            with torch.enable_grad():
+                loss = evaluate()
+            args, kwargs = (own, lambda: loss), {}
+        with torch.no_grad():
+            for pair in pairs:
+                pair.scale_gradients(damping)
+        return args, kwargs
+
+    optimizer.register_step_pre_hook(scale)
+    return optimizer
+
+
 @dataclass(frozen=True)
 class _Pair:
-    """A layer's two factors, A `(r, in, ...)` and B `(out, r, ...)`, and what their product is scaled by."""
+    """A layer's two factors, A `(r, in, ...)` and B `(out, r, ...)`, and what their product is scaled by; `alone` if the adapter has
+    nothing else there."""
 
     down: nn.Parameter
     up: nn.Parameter
     scaling: Callable[[], float]
+    alone: bool
+    kind: Kind
 
     def along(self, gradient: Tensor) -> Tensor:
         """The gradient of B that moves `s B A` nearest to the gradient of the full weight: `g (A Aᵀ)⁻¹ / s²`."""
@@ -92,6 +140,17 @@ class _Pair:
         inverse = torch.linalg.pinv(A @ A.T + 1e-8 * torch.eye(A.shape[0], device=A.device))
         found = gradient.flatten(1).float() @ inverse / self.scaling() ** 2
         return found.view(gradient.shape).to(gradient.dtype)
+
+    def scale_gradients(self, damping: float) -> None:
+        """Both gradients, in place, each by the other factor."""
+        dtype = torch.promote_types(self.down.dtype, torch.float32)
+        A, B = (factor.detach().to(dtype) for factor in (self.down, self.up))
+        eye = damping * torch.eye(A.shape[0], device=A.device, dtype=dtype)
+        of_A, of_B = self.down.grad, self.up.grad
+        if of_A is not None:
+            of_A.copy_(torch.linalg.pinv(B.T @ B + eye) @ of_A.to(dtype))
+        if of_B is not None:
+            of_B.copy_(of_B.to(dtype) @ torch.linalg.pinv(A @ A.T + eye))
 
 
 class _Projected(Optimizer):
@@ -137,18 +196,25 @@ def _layers(model: nn.Module, kind: Kind | None = None) -> Iterator[TunerLayer]:
 
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
-    """The two factors of every adapter on every layer, where it has two and no more."""
+    """The two factors of every adapter on every layer, where it has them and they train."""
     for layer in _layers(model):
         for adapter in layer.adapters:
             site = layer.site(adapter)
-            slots = {slot.name[-2:]: slot for slot in site.slots if slot.trainable}
-            if set(slots) != {_DOWN, _UP} or len(site.slots) != len(slots):
+            ends = [slot for slot in site.slots if slot.name.endswith((_DOWN, _UP)) and slot.tail in ("", "weight")]
+            slots = {slot.name[-2:]: slot for slot in ends if slot.trainable}
+            if set(slots) != {_DOWN, _UP} or len(ends) != len(slots):
                 continue
             if site.layer.experts:
                 what = f"`{site.path}` has factors of {site.layer.experts} experts, whose gradients cannot be projected together"
                 raise PeftcError(rules.BAD_TARGET(what, fix="Use another optimiser.", where=site.path))
             found = [container[key] for container, key in (layer.where(adapter, slots[end]) for end in (_DOWN, _UP))]
-            yield _Pair(*found, scaling=lambda layer=layer, adapter=adapter: layer.scaling[adapter])  # type: ignore[misc]
+            scaling = partial(_scaling, layer, adapter)
+            first, second = found
+            yield _Pair(first, second, scaling, len(site.slots) == len(slots), site.layer.kind)
+
+
+def _scaling(layer: TunerLayer, adapter: str) -> float:
+    return layer.scaling[adapter]
 
 
 def _tell_ignored(model: PeftModel, given: Mapping[str, Any]) -> None:
