@@ -221,7 +221,7 @@ CASES = {
     "steps and epochs": Case(rules.CONTRADICTION, checked(("version: 1\n", "version: 1\ntrain: {data: d, steps: 1, epochs: 2}\n")), "how long to train", "doc.yaml:2:18", spec, 'train.get("steps") is not None', "False"),
     "tasks that differ": Case(rules.CONTRADICTION, checked(("owner/model", "{model: a/b, task_type: CAUSAL_LM}"), ("FAKE", "FAKE, task_type: SEQ_CLS")), "serves one task", "doc.yaml:3:50", spec, "if task != first:", "if False:"),
     "active twice": Case(rules.CONTRADICTION, checked(("version: 1\n", "version: 1\nactive: [default, default]\n")), "twice", "doc.yaml:2:19", spec, "elif name in named:", "elif False:"),
-    "what the method refuses": Case(rules.CONTRADICTION, checked(("FAKE", "FAKE, mode: two, rate: 0.5")), "no meaning in mode two", "doc.yaml:3:56", spec, "said = list(method.problems(config))", "said = []"),
+    "what the method refuses": Case(rules.CONTRADICTION, checked(("FAKE", "FAKE, mode: two, rate: 0.5")), "no meaning in mode two", "doc.yaml:3:56", spec, "[*method.problems(config), *start_problems", "[*start_problems"),
     "an active adapter that is not there": Case(rules.UNKNOWN_ADAPTER, checked(("version: 1\n", "version: 1\nactive: [defautl]\n")), "Did you mean `default`?", "doc.yaml:2:10", spec, "did_you_mean(name, adapters)", "''"),
     "a name with a path": Case(rules.ADAPTER_NAME, checked(("default", '"../x"')), "`../x` cannot be", "doc.yaml:3:12", spec, "if not _NAME.fullmatch(name):", "if False:"),
     "an unknown type": Case(rules.UNKNOWN_TYPE, checked(("FAKE", "FAKEE")), "Did you mean `FAKE`?", "doc.yaml:3:33", manager, "did_you_mean(key.upper(), self.names)", "''"),

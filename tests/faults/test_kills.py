@@ -34,4 +34,4 @@ def test_killed_at_random(root: Path, task: str) -> None:
     assert result["wrong"] == []
     assert result["left"] <= 1  # in any folder: the next one there removes what a dead one has left
     assert result["rest"] == 0
-    assert result["kills"] > TIMES[task] / 4, "hardly any was still at work: this shows nothing"
+    assert result["kills"] > TIMES[task] / 6, "hardly any was still at work: this shows nothing"

@@ -152,7 +152,7 @@ class Plain:
 
     def cast(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        apart = {key for adapter in self.adapters.values() for key in adapter.trained}
+        apart = {key for name, adapter in self.adapters.items() if name in self.active for key in adapter.trained}
         cast = {key: tensor for key, tensor in self.base.items() if key not in apart}
         _cast(cast, dtype)
         self.base |= cast

@@ -104,7 +104,7 @@ def _depends_on_calls(subject: Subject) -> bool:
         return False
     with quiet():
         plan = compile_plan(subject.model.graph, {"default": subject.config()}).adapters[0]
-    return subject.draws or bool(subject.values) or any(slot.derived for _, slot in plan.slots())
+    return subject.draws or subject.rebases or bool(subject.values) or any(slot.derived for _, slot in plan.slots())
 
 
 def _of_method(method: TunerMethod) -> Iterator[World]:

@@ -63,7 +63,7 @@ def cost_of(plan: InjectionPlan) -> Cost:
 def _originals(adapter: AdapterPlan) -> int:
     """What an adapter whose start changes base weights keeps of them, and beside them."""
     try:
-        chosen = known_start(default_registry().get(adapter.peft_type), adapter.config)
+        chosen = known_start(default_registry().method_of(adapter.config), adapter.config)
     except PeftcError:  # a plan is shown where its method is not installed, too
         return 0
     if chosen is None or not chosen.start.changes_base:

@@ -57,7 +57,7 @@ class Folding:
         """Do it. Raises `PeftcError`: an adapter that cannot be merged or comes to NaN, embeddings that would part; and
         `NeedsModel`."""
         plan, done = self._loaded.adapter, set()
-        folder = Folder(NAME, plan.peft_type, self._job.graph, default_registry(), self._loaded.source)
+        folder = Folder(NAME, plan.config, self._job.graph, default_registry(), self._loaded.source)
         for path, sites in _by_path(plan).items():
             named = [site.parameter for site in sites if site.parameter]
             names = named or list(self._job.graph.by_path[path].facts.params)

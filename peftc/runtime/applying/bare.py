@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.compiler.plan.sites import MapSite
+from peftc.config.base import PeftConfig
 from peftc.graph.nodes import CONV_KINDS, Kind, LayerFacts, ModuleGraph
 from peftc.registry.manager import Registry
 from peftc.runtime.applying.apply import SESSION
@@ -63,9 +64,9 @@ def bare_layer(facts: LayerFacts, tensors: Mapping[str, Tensor]) -> nn.Module:
 class Folder:
     """Folds one adapter into layers, one after the other, in the order of its plan."""
 
-    def __init__(self, name: str, peft_type: str, graph: ModuleGraph, registry: Registry, source: Source) -> None:
+    def __init__(self, name: str, config: PeftConfig, graph: ModuleGraph, registry: Registry, source: Source) -> None:
         self._name, self._graph, self._source = name, graph, source
-        self._method, self._make = registry.get(peft_type), layer_factory(registry)
+        self._method, self._make = registry.method_of(config), layer_factory(registry)
         self._stock = Stock()
 
     def folded(self, sites: Sequence[MapSite], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
