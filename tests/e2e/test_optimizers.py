@@ -181,6 +181,10 @@ def test_what_cannot_be_preconditioned_is_refused(monkeypatch: pytest.MonkeyPatc
     refused()
     with pytest.raises(PeftcError, match=rules.NOT_ADAPTED.code):
         create_riemannian_optimizer(made(peftc, target_modules=["embed"]), torch.optim.SGD, lr=1e-2)
+    inactive = made(peftc)
+    inactive.set_requires_grad("default", False)
+    with pytest.raises(PeftcError, match=rules.NOT_ADAPTED.code):
+        create_riemannian_optimizer(inactive, torch.optim.SGD, lr=1e-2)
     stacked = next(s for s in subjects(default_registry().get("LORA")) if s.parameters)
     with pytest.raises(PeftcError, match=r"PC401.*experts"):
         create_riemannian_optimizer(stacked.wrap(), torch.optim.SGD, lr=1e-2)

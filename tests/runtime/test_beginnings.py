@@ -23,6 +23,7 @@ from peftc import (
 )
 from peftc import plugin as api
 from peftc.helpers import row_values
+from peftc.runtime.applying import tuner_model
 from peftc.runtime.layer import folding, gated, rows
 from peftc.runtime.session import beginnings, session
 from tests.defects import put_defect
@@ -103,8 +104,8 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
-def in_pieces(*sizes: int) -> Callable[[PeftModel], Tensor]:
-    def run(model: PeftModel) -> Tensor:
+def in_pieces(*sizes: int) -> Callable[[nn.Module], Tensor]:
+    def run(model: nn.Module) -> Tensor:
         cache, logits = None, []
         for piece in IDS.split(list(sizes), dim=1):
             outputs = model(input_ids=piece, past_key_values=cache, use_cache=True)
@@ -148,11 +149,21 @@ def test_a_call_is_the_same_however_it_is_made(way: Callable[[PeftModel], Tensor
     close(way(model), by_hand(model))
 
 
+#: who is called
+LEVELS: dict[str, Callable[[PeftModel], nn.Module]] = {
+    "the model": lambda m: m,
+    "the level below": lambda m: m.base_model,
+}
+
+
 #: the last mark of the second row replaces the first only where both are in one piece
 @pytest.mark.parametrize("sizes", [(6,), (4, 2), (4, 1, 1), (5, 1)], ids=str)
-def test_calls_that_go_on_from_a_cache_know_what_is_in_it(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_calls_that_go_on_from_a_cache_know_what_is_in_it(
+    level: Callable[[PeftModel], nn.Module], sizes: tuple[int, ...]
+) -> None:
     model = late()
-    close(in_pieces(*sizes)(model), by_hand(model))
+    close(in_pieces(*sizes)(level(model)), by_hand(model))
 
 
 def test_a_cache_that_was_cut_is_known_up_to_the_cut() -> None:
@@ -252,6 +263,24 @@ def test_a_model_adapted_in_place_is_told_by_a_context() -> None:
         close(injected(IDS).logits, by_hand(wrapped))
 
 
+def test_calls_within_a_context_keep_their_own_beginnings_until_backward() -> None:
+    wrapped = late()
+    torch.manual_seed(0)
+    injected = inject_adapter_in_model(LateConfig(target_modules=PATHS), LANGUAGE_MODEL.build())
+    injected.gradient_checkpointing_enable({"use_reentrant": False})
+    with row_values(injected):
+        first, second = injected.train()(IDS).logits, injected(IDS.flip(1)).logits
+    found, wanted = (
+        torch.autograd.grad(one.square().sum() + other.sum(), [p for p in model.parameters() if p.requires_grad])
+        for model, one, other in (
+            (injected, first, second),
+            (wrapped, by_hand(wrapped), by_hand(wrapped, IDS.flip(1), [3, 5, 0, 5, 6])),
+        )
+    )
+    for mine, own in zip(found, wanted, strict=True):
+        close(mine, own)
+
+
 def test_embeddings_alone_are_warned_of() -> None:
     model = late()
     with pytest.warns(PeftcWarning, match=rules.NOT_BEGUN.code):
@@ -280,7 +309,9 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 DEFECTS = {
     "gates": (gated, "gate = float(not part.tuner.waits) if gates is None", "gate = 1.0 if gates is None", test_without_a_call_that_says_the_base_is_computed),
     "rows": (rows, " and not group[0].tuner.waits", "", test_rows_begin_by_their_own_adapters),
-    "caches": (beginnings, "        before = kept[:, :past].to(ids.device)", "        before = ids.new_full((ids.shape[0], past), -1)", lambda: test_calls_that_go_on_from_a_cache_know_what_is_in_it((4, 1, 1))),
+    "caches": (beginnings, "        before = kept[:, :past].to(ids.device)", "        before = ids.new_full((ids.shape[0], past), -1)", lambda: test_calls_that_go_on_from_a_cache_know_what_is_in_it(LEVELS["the model"], (4, 1, 1))),
+    "level below": (tuner_model, "            remember(args", "            (args", lambda: test_calls_that_go_on_from_a_cache_know_what_is_in_it(LEVELS["the level below"], (4, 1, 1))),
+    "contexts": (beginnings, "with shared.opened(Call(values=dict(values), gates=beginnings(session, names, values, args, kwargs))):", "vars(around.gates).update(vars(beginnings(session, names, values, args, kwargs)))\n        if True:", test_calls_within_a_context_keep_their_own_beginnings_until_backward),
     "generated": (beginnings, "_ids_in[cache] = outputs", "_ = outputs", test_what_generation_left_in_a_cache_is_known),
     "prompts": (beginnings, "gates.seen = gates.window + ", "gates.seen = gates.window + 0 * ", lambda: test_generation_acts_from_the_prompts_mark_on({})),
     "warning": (beginnings, "    if (args or kwargs) and", "    if False and", test_embeddings_alone_are_warned_of),

@@ -18,6 +18,7 @@ from peftc import rules
 from peftc.cli.main import main
 from peftc.config.spec import load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, Rule
+from peftc.model.functions.hotswap import hotswap_adapter
 from peftc.model.mapping import get_peft_model
 from peftc.model.peft_model import PeftModel
 from peftc.registry import contract, door, manager, variants
@@ -147,6 +148,15 @@ def test_two_adapters_of_two_variants_on_one_layer(known: Registry) -> None:
     for name, expected in (("default", base), ("second", base / 2), ("third", base + 1)):
         model.set_adapter(name)
         torch.testing.assert_close(model(x), expected)
+
+
+def test_one_of_a_stranger_is_swapped_for_its_like(known: Registry, tmp_path: Path) -> None:
+    model, x = wrapped(variant="shift"), torch.ones(1, 3)
+    other = wrapped(variant="shift", variant_options={"by": 4.0})
+    other.save_pretrained(tmp_path)
+    wanted = other(x)
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(model(x), wanted)
 
 
 def told(act: Callable[[], object]) -> list[Diagnostic]:

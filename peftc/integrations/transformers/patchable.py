@@ -31,26 +31,6 @@ from peftc.registry.starts import known_start
 
 #: What the adapter is called while it is merged.
 NAME = "default"
-#: All that an adapter's plan can ask for that is done here; a plan that asks for more needs the model.
-_KNOWN = frozenset(
-    [
-        "name",
-        "peft_type",
-        "config",
-        "maps",
-        "saves",
-        "trains",
-        "prompt",
-        "modules",
-        "call",
-        "needed_by",
-        "origin",
-        "rewrites",
-        "notes",
-    ]
-)
-
-
 #: Builds a graph and keeps it. scipy, which transformers imports where there is one, takes 40 MB and is asked for by no graph.
 _BUILD = """
 import json, sys
@@ -181,9 +161,6 @@ def _plan(graph: ModuleGraph, config: PeftConfig) -> AdapterPlan:
 
         refuse_around(plans)
     (plan,) = plans
-    beyond = [field.name for field in fields(plan) if field.name not in _KNOWN and getattr(plan, field.name)]
-    if beyond:
-        raise NeedsModel("the adapter changes more of the model than its weights")
     start = known_start(default_registry().method_of(plan.config), plan.config)
     if start is not None and start.start.changes_base:
         raise NeedsModel("the adapter's start changed the base's weights")

@@ -183,7 +183,7 @@ def _strangers(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor])
 def _misfits(session: Session, plan: AdapterPlan, given: Mapping[str, Tensor]) -> Iterator[Diagnostic]:
     """Layers that are given in part or, where no update is neutral, not at all; tensors of a shape that the config denies;
     layers that the config would have computed in another way."""
-    method = default_registry().get(plan.peft_type)
+    method = default_registry().method_of(plan.config)
     for site, layer in zip(plan.maps, session.layers_of(plan.name), strict=True):
         tuner = layer.part(plan.name).tuner
         if site.tuner(method, plan.config, session.graph) is not tuner:

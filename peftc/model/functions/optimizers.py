@@ -100,7 +100,7 @@ def preconditioned_optimizer(
         what = f"{optimizer_cls.__name__} requires a closure, which it evaluates several times in a step"
         fix = "Use a class that needs none, such as `torch.optim.AdamW`."
         raise PeftcError(rules.OPTIMIZER_UNFIT(what, fix=fix))
-    pairs = [pair for pair in _pairs(model) if pair.kind in LINEAR_KINDS]
+    pairs = [pair for pair in _pairs(model) if pair.kind in LINEAR_KINDS and pair.trains]
     if not pairs:
         what = "The model has no layer with two trainable factors, whose gradients could be scaled"
         raise PeftcError(
@@ -133,6 +133,10 @@ class _Pair:
     scaling: Callable[[], float]
     alone: bool
     kind: Kind
+
+    @property
+    def trains(self) -> bool:
+        return self.down.requires_grad and self.up.requires_grad
 
     def along(self, gradient: Tensor) -> Tensor:
         """The gradient of B that moves `s B A` nearest to the gradient of the full weight: `g (A Aᵀ)⁻¹ / s²`."""

@@ -57,8 +57,11 @@ def save(
     pickled: bool = False,
     beginning: Beginning = None,
 ) -> None:
-    """Save adapters and the model card below a folder, all in one step where the file system can exchange folders, else each
-    adapter in one; turned to the original base by what they began with, if that is given. Raises `PeftcError`, with what would have been a step as it was."""
+    """Save adapters and the model card below a folder, turned to the original base by what they began with, if that is given.
+
+    It is one step where the file system can exchange folders, else one for each adapter. Raises `PeftcError`, with what would
+    have been a step as it was.
+    """
     root = Path(folder)
     of_base = identity.print_of(model.session)
     saved: dict[str, Saved] = {}

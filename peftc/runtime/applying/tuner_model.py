@@ -24,6 +24,7 @@ from peftc.runtime.around.calls import CallModule
 from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.runtime.session.beginnings import remember
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.steps import added, finished, take
 from peftc.runtime.session.stored import take_saved_form
@@ -103,8 +104,11 @@ class TunerModel(nn.Module):
             return acting.around(session.shared, self.model, args, kwargs)
         if session is None or not session.readers:
             return self.model(*args, **kwargs)
-        with values_given(session, taken(session, kwargs), args, kwargs):
-            return self.model(*args, **kwargs)
+        with values_given(session, taken(session, kwargs), args, kwargs) as gates:
+            outputs = self.model(*args, **kwargs)
+        if gates is not None:
+            remember(args, kwargs, outputs)
+        return outputs
 
     def take_step(self, step: int) -> tuple[str, ...]:
         """Let methods that act after steps of training do so: call it after the backward of optimiser step `step`, counted

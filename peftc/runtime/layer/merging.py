@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from weakref import ReferenceType
 
+import torch
 from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host.torch_modules import KeepsAside
 from peftc.runtime.bases import places
+from peftc.runtime.bases.backend import Backend
 from peftc.runtime.call import Shared
 from peftc.runtime.journal import keep, keep_entries, whole
+from peftc.runtime.layer.folding import adapted
+from peftc.runtime.layer.merged import merged_parameters
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.rebasing import Rebasing
 
@@ -25,6 +29,7 @@ class Merging(Rebasing, KeepsAside):
     """The part of a layer's wrapper that is about merging."""
 
     merged_adapters: list[str]
+    parameter: str
     #: whether the parameters that this wrapper found are in place, and what it made of them is in `_folded`
     _is_aside: bool
     #: from where the values of what it found, and of what it made of it, are brought, for those that are elsewhere
@@ -43,10 +48,11 @@ class Merging(Rebasing, KeepsAside):
     def chain(self) -> Sequence[Merging]:
         raise NotImplementedError
 
-    def get_base_layer(self) -> nn.Module:
+    @property
+    def backend(self) -> Backend:
         raise NotImplementedError
 
-    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
+    def get_base_layer(self) -> nn.Module:
         raise NotImplementedError
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -54,6 +60,46 @@ class Merging(Rebasing, KeepsAside):
 
     def _choose_path(self) -> None:
         raise NotImplementedError
+
+    # what adapters make of the weights ----------------------------------------------------------------------------
+
+    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
+        """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
+        parts = [
+            wrapper._parts[name].fixed(training=False)
+            for wrapper in self.chain()
+            for name in names
+            if name in wrapper._parts and name not in wrapper.merged_adapters
+        ]
+        return merged_parameters(self._under, parts, check)
+
+    @property
+    def gained(self) -> list[str]:
+        """Parameters that the base layer has only because of what is merged into it."""
+        return [name for name, own in self._pristine.items() if own is None]
+
+    def changes(self, adapter: str) -> dict[str, Tensor]:
+        """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
+        with torch.no_grad():
+            before = self.backend.opened(self.get_base_layer())
+            after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
+            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
+        name = self.parameter or "weight"
+        like = places.tensor_of(self.get_base_layer(), name)
+        assert like is not None
+        return self.backend.to_stored(name, self.changes(adapter)[name], like)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight.
+
+        Others that change weights alone are converted as well (`peftc.convert_adapter`), if with a larger error.
+        """
+        part = self._parts.get(adapter_name)
+        return all(p.tuner.additive for p in ([part] if part is not None else self._parts.values()))
 
     # merging ------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,8 @@ def _grouped(
         if part.tuner.waits:
             gate = 0.0 if call.gates is None else call.gates.of(part.path, part.view.adapter, y[index])
             if isinstance(gate, Tensor):
-                y = _added(y, index, update_of(under, part)(x[index], y[index]) * gate)
+                with own(part, index):
+                    y = _added(y, index, update_of(under, part)(x[index], y[index]) * gate)
         elif _by_branch(part):
             with own(part, index):
                 y = _added(y, index, update_beside(under, part)(x[index], y[index]))

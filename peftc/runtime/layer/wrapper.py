@@ -29,8 +29,7 @@ from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, 
 from peftc.runtime.layer.called import noticing
 from peftc.runtime.layer.deletion import tell
 from peftc.runtime.layer.dropouts import all_dropouts, drop_dropout, dropout_of
-from peftc.runtime.layer.folding import adapted, opened
-from peftc.runtime.layer.merged import merged_parameters
+from peftc.runtime.layer.folding import opened
 from peftc.runtime.layer.merging import Merging
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.paths import Path
@@ -54,8 +53,10 @@ class BaseTunerLayer:
 
 
 class TunerLayer(Merging, Scaling, BaseTunerLayer):
-    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets. The base layer
-    may itself be one, of another method: then the adapters of that come first."""
+    """A base layer with adapters of one method. Final but for the empty subclass that each method's record gets.
+
+    The base layer may itself be one, of another method: then the adapters of that come first.
+    """
 
     #: slots that hold trainable tensors, and other attributes keyed by adapter; other libraries read them
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
@@ -125,8 +126,11 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         stock: Stock | None = None,
         chosen: Chosen | None = None,
     ) -> None:
-        """Give the layer an adapter: slots from `source` where it has them, else initialised or derived by the method, or as
-        the start does that was `chosen`. To be called under `no_grad`. `stock` has what layers of the adapter share."""
+        """Give the layer an adapter. To be called under `no_grad`.
+
+        Slots come from `source` where it has them, else they are initialised or derived by the method, or as the start does
+        that was `chosen`. `stock` has what layers of the adapter share.
+        """
         stock = stock or Stock()
         kind = stock.kind(site, tuner)
         named = kind.storage.slots
@@ -178,8 +182,11 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
 
     @whole
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; raises `PeftcError` while it is merged. For who goes through a model's layers:
-        if nothing of it is active any more, the first adapter that is here takes over, and trains if the deleted one did."""
+        """Remove an adapter and its tensors; raises `PeftcError` while it is merged.
+
+        For who goes through a model's layers: if nothing of it is active any more, the first adapter that is here takes over,
+        and trains if the deleted one did.
+        """
         acted = adapter_name in self._active
         trained = any(tensor.requires_grad for _, tensor in self.parameters_of(adapter_name))
         self.remove(adapter_name)
@@ -236,8 +243,10 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
                 yield slot.trainable and label not in held, tensor
 
     def exchange(self, adapter: str, site: MapSite) -> None:
-        """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics. A scaling that is a
-        tensor stays one, and nothing is composed anew."""
+        """Let an adapter whose tensors were exchanged follow another plan, by the same mathematics.
+
+        A scaling that is a tensor stays one, and nothing is composed anew.
+        """
         old, tuner = self._sites[adapter]
         scaling = guarded(tuner.scaling, str(site.config.peft_type), site.path)(site.config, site.layer)
         own: float | Tensor = self.scaling[adapter]
@@ -423,6 +432,11 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
             raise AttributeError("parameter_name")
         return self.parameter
 
+    def chain(self) -> list[TunerLayer]:
+        """This wrapper and those below, the innermost first."""
+        base = self._modules["base_layer"]
+        return [*base.chain(), self] if isinstance(base, TunerLayer) else [self]
+
     @property
     def backend(self) -> Backend:
         """How the base layer stores and applies its weight."""
@@ -432,48 +446,6 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
     def device(self) -> torch.device:
         """Where the layer computes."""
         return places.device_of(self.get_base_layer())
-
-    # merging ------------------------------------------------------------------------------------------------------
-
-    def chain(self) -> list[TunerLayer]:
-        """This wrapper and those below, the innermost first."""
-        return [*base.chain(), self] if isinstance(base := self._modules["base_layer"], TunerLayer) else [self]
-
-    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
-        """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
-        parts = [
-            wrapper._parts[name].fixed(training=False)
-            for wrapper in self.chain()
-            for name in names
-            if name in wrapper._parts and name not in wrapper.merged_adapters
-        ]
-        return merged_parameters(self._under, parts, check)
-
-    @property
-    def gained(self) -> list[str]:
-        """Parameters that the base layer has only because of what is merged into it."""
-        return [name for name, own in self._pristine.items() if own is None]
-
-    def changes(self, adapter: str) -> dict[str, Tensor]:
-        """What one adapter adds to each parameter that it changes, by name, in logical order and the adapter's dtype."""
-        with torch.no_grad():
-            before = self.backend.opened(self.get_base_layer())
-            after = adapted(self._under, [self._parts[adapter].fixed(training=False)])
-            changed = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
-            return {n: t - before[n].to(t.dtype) if n in before else t for n, t in changed.items()}
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
-        name = self.parameter or "weight"
-        like = places.tensor_of(self.get_base_layer(), name)
-        assert like is not None
-        return self.backend.to_stored(name, self.changes(adapter)[name], like)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight.
-        Others that change weights alone are converted as well (`peftc.convert_adapter`), if with a larger error."""
-        part = self._parts.get(adapter_name)
-        return all(p.tuner.additive for p in ([part] if part is not None else self._parts.values()))
 
     # copies -------------------------------------------------------------------------------------------------------
 

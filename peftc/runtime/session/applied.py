@@ -151,7 +151,10 @@ class Applied:
                 yield layer
 
     def layer_of(self, adapter: str, path: str, spot: str = "") -> TunerLayer | None:
-        """The wrapper at a path, for one of its sites there, that holds an adapter; None where the adapter was deleted from the layer itself."""
+        """The wrapper at a path, for one of its sites there, that holds an adapter.
+
+        None where the adapter was deleted from the layer itself.
+        """
         module: nn.Module | None = self.layers.get(path)
         while isinstance(module, TunerLayer) and not (module.holds(adapter) and module.spot == spot):
             module = module.base_layer

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import warn
 from peftc.host import caches
+from peftc.host.generation import calls_replaced
 from peftc.registry.boundary import guarded
-from peftc.runtime.call import BASE
+from peftc.runtime.call import BASE, Call
 from peftc.runtime.gates import FromToken
 from peftc.runtime.session.applied import Applied
 
@@ -40,9 +41,11 @@ def beginnings(
     by_row: bool = False,
     prompt: bool = False,
 ) -> FromToken | None:
-    """Where the adapters of these names begin, if one of them waits; `names` has one for each row if `by_row`, else all are for
-    all rows. `values` and the rest of the call are as it gives them; ids of a `prompt` are all there are, those in the call's
-    cache among them. Warns of a call that does not say."""
+    """Where the adapters of these names begin, if one of them waits.
+
+    `names` has one for each row if `by_row`, else all are for all rows. `values` and the rest of the call are as it gives them;
+    ids of a `prompt` are all there are, those in the call's cache among them. Warns of a call that does not say.
+    """
     waiting = [name for name in dict.fromkeys(names) if name != BASE and session.waits(name)]
     if not waiting:
         return None
@@ -130,37 +133,31 @@ def counting(model: nn.Module, gates: FromToken | None) -> Iterator[None]:
         gates.window = _tokens(ids_of(args, kwargs), kwargs)
         gates.seen = gates.window + caches.length(caches.of_call(kwargs))
 
-    with _before_calls(model, count):
-        yield
-
-
-@contextmanager
-def beginning(session: Applied, gates: FromToken | None, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within, each call of the session's model has where adapters begin found in its own ids, into `gates`."""
-    if gates is None:
-        yield
-        return
-
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = session.active if session.enabled else ()
-        found = beginnings(session, names, values, args, kwargs) or FromToken({})
-        gates.starts, gates.seen, gates.window = found.starts, found.seen, found.window
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
-        remember(args, kwargs, outputs)
-
-    after = session.model.register_forward_hook(keep, with_kwargs=True)
-    try:
-        with _before_calls(session.model, begin):
-            yield
-    finally:
-        after.remove()
-
-
-@contextmanager
-def _before_calls(model: nn.Module, look: Callable[..., None]) -> Iterator[None]:
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def beginning(session: Applied, gates: FromToken | None, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, where the open call has `gates`, each call of the session's model has its own: where adapters begin in its ids.
+    Calls that are opened nearer to the model say so themselves."""
+    if gates is None:
+        yield
+        return
+    shared = session.shared
+    around = shared.call
+
+    def begun(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if shared.call is not around:
+            return forward(*args, **kwargs)
+        names = session.active if session.enabled else ()
+        with shared.opened(Call(values=dict(values), gates=beginnings(session, names, values, args, kwargs))):
+            outputs = forward(*args, **kwargs)
+        remember(args, kwargs, outputs)
+        return outputs
+
+    with calls_replaced(session.model, begun):
+        yield

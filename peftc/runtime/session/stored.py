@@ -37,7 +37,7 @@ def fitted(plan: AdapterPlan, graph: ModuleGraph, found: Mapping[str, TensorFact
     sites = _with(plan, graph, "fitted")
     if not sites:
         return plan
-    chosen = known_start(default_registry().get(plan.peft_type), plan.config)
+    chosen = known_start(default_registry().method_of(plan.config), plan.config)
     keys = [site.key(slot, plan.name).disk() for site, _ in sites.values() for slot in site.slots if slot.saved]
     assigned = assign_planned(plan, keys, found)
     shapes = {key: found[stored].shape for key, stored in assigned.items()}

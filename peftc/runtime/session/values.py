@@ -77,8 +77,11 @@ def values_given(
     expand: int = 1,
     prompt: bool = False,
 ) -> Iterator[FromToken | None]:
-    """Within, the active adapters find the values; gives where those begin that wait for a token. `args` and `kwargs` are the rest of the call; `expand` is how often
-    generation repeats each row, and with `prompt` its ids are those of a prompt. Raises `PeftcError` with every problem."""
+    """Within, the active adapters find the values; gives where those begin that wait for a token.
+
+    `args` and `kwargs` are the rest of the call; `expand` is how often generation repeats each row, and with `prompt` its ids
+    are those of a prompt. Raises `PeftcError` with every problem.
+    """
     found = Collector()
     found.add(*problems(session, values, session.active if session.enabled else (), args, kwargs))
     found.raise_errors()
