@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftc.ops.generators import Generators
+from peftc.ops.inputs import save_with_input, saved_with_input
 from peftc.ops.recomputed import pulled_back
 
 #: slots -> weight `(out, in)` and bias `(out,)`
@@ -34,12 +35,12 @@ class _LinearFolded(torch.autograd.Function):
         weight, bias = fold(slots)
         ctx.drawn.forget_unless_used()
         ctx.fold = fold
-        ctx.save_for_backward(x, *slots)
+        save_with_input(ctx, x, *slots)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *slots = ctx.saved_tensors
+        x, *slots = saved_with_input(ctx)
         need_x, _, *need = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradients will be differentiated: by plain operations, with their history
             with ctx.drawn.again():

@@ -13,49 +13,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from peftc.ops.lowrank import add_update, down, factor_gradients, is_traced
+from peftc.host.torch_modules import all_hooks
+from peftc.ops.inputs import save_with_input, saved_with_input
+from peftc.ops.lowrank import Noise, add_update, down, factor_gradients, is_traced, left
 
 
-def is_bare(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether nobody would see a call of the module, or has put another function in its place."""
+    return not (any(all_hooks(module)) or "forward" in module.__dict__ or _has_any_global_hook())
+
+
+def is_bare(base: nn.Module, x: Tensor) -> bool:
     """Whether reading the weight equals calling the layer: frozen plain parameters of one dtype, no hook, no patch."""
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and x.dtype == weight.dtype == dtype
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and "forward" not in base.__dict__
-        and not _has_any_global_hook()
+        and x.dtype == weight.dtype
+        and is_unwatched(base)
         and not torch.is_autocast_enabled(x.device.type)
         and not is_traced()
     )
 
 
-def linear_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`x W^T + b + scale · x A^T B^T`. Shapes: x `(..., in)`, weight `(out, in)`, A `(r, in)`, B `(out, r)`.
+def linear_low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, noise: Noise | None = None
+) -> Tensor:
+    """`x W^T + b + scale · (x ∘ noise) A^T B^T`. Shapes: x and noise `(..., in)`, weight `(out, in)`, A `(r, in)`, B `(out, r)`.
 
     Differentiable in x, A and B. Hu et al. 2021, equation 3.
     """
-    y: Tensor = _LinearLowRank.apply(x, weight, bias, A, B, scale)
+    y: Tensor = _LinearLowRank.apply(x, weight, bias, A, B, scale, noise)
     return y
 
 
 class _LinearLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        noise: Noise | None,
+    ) -> Tensor:
         y = F.linear(x, weight, bias)
-        h = down(x, A)
+        h = down(x if noise is None else noise.on(x), A)
         add_update(y, h, B, scale)
-        ctx.save_for_backward(x, weight, A, B, h)
-        ctx.scale = scale
+        ctx.scale, ctx.factor = scale, None if noise is None else noise.factor
+        save_with_input(ctx, x, weight, A, B, h, None if noise is None else noise.kept)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        x, weight, A, B, h = ctx.saved_tensors
-        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, h, kept = saved_with_input(ctx)
+        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
         rows = grad.reshape(h.shape[1], grad.shape[-1])
-        grad_h, grad_A, grad_B = factor_gradients(rows, x, A, B, h, ctx.scale, need_A, need_B)
-        grad_x = torch.mm(rows, weight).addmm_(grad_h.t(), A).view(x.shape) if need_x else None
-        return grad_x, None, None, grad_A, grad_B, None
+        own = x if kept is None else left(x, kept, ctx.factor)
+        grad_h, grad_A, grad_B = factor_gradients(rows, own, A, B, h, ctx.scale, need_A, need_B)
+        if not need_x:
+            return None, None, None, grad_A, grad_B, None, None
+        grad_x = torch.mm(rows, weight)
+        if kept is None:
+            grad_x.addmm_(grad_h.t(), A)
+        else:
+            grad_x.add_(left(torch.mm(grad_h.t(), A), kept.view(grad_x.shape), ctx.factor))
+        return grad_x.view(x.shape), None, None, grad_A, grad_B, None, None

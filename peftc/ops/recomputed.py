@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftc.ops.generators import Generators
+from peftc.ops.inputs import save_with_input, saved_with_input
 from peftc.ops.lowrank import is_traced
 
 
@@ -34,13 +35,13 @@ class _Recomputed(torch.autograd.Function):
         ctx.drawn = Generators(inputs[0].device)
         y = function(*inputs)
         ctx.drawn.forget_unless_used()
-        ctx.save_for_backward(*inputs)
+        save_with_input(ctx, *inputs)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with ctx.drawn.again():
-            return None, *pulled_back(ctx.function, ctx.saved_tensors, ctx.needs_input_grad[1:], grad)
+            return None, *pulled_back(ctx.function, saved_with_input(ctx), ctx.needs_input_grad[1:], grad)
 
 
 def pulled_back(

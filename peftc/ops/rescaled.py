@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftc.ops.inputs import save_with_input, saved_with_input
 from peftc.ops.lowrank import add_update, down, factor_gradients
 from peftc.ops.recomputed import pulled_back
 
@@ -38,13 +39,13 @@ class _LinearRescaled(torch.autograd.Function):
         z = F.linear(x, weight)
         h = down(x, A)
         add_update(z, h, B, scale)
-        ctx.save_for_backward(x, weight, bias, A, B, gain, h, z)
+        save_with_input(ctx, x, weight, bias, A, B, gain, h, z)
         ctx.scale = scale
         return z * gain if bias is None else torch.addcmul(bias, z, gain)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, A, B, gain, h, z = ctx.saved_tensors
+        x, weight, bias, A, B, gain, h, z = saved_with_input(ctx)
         need_x, _, _, need_A, need_B, _, need_gain = ctx.needs_input_grad
         if torch.is_grad_enabled():  # the gradients will be differentiated: by plain operations, with their history
             plain = partial(_plain, weight, bias, ctx.scale)

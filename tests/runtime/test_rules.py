@@ -402,9 +402,11 @@ def test_the_case_fails_under_a_defect(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_rule_of_the_runtime_is_here_or_beside() -> None:
+    folders = (Path(__file__).parent, Path(__file__).parent.parent / "e2e")
     files = (
         path.read_text(encoding="utf-8")
-        for path in Path(__file__).parent.glob("test_*.py")
+        for folder in folders
+        for path in folder.glob("test_*.py")
         if path.name != Path(__file__).name
     )
     beside = "".join(text for text in files if "put_defect(" in text)

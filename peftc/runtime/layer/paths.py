@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
-from peftc.ops.linear import is_bare, linear_low_rank
-from peftc.ops.lowrank import add_low_rank
+from peftc.ops.linear import is_bare, is_unwatched, linear_low_rank
+from peftc.ops.lowrank import Noise, add_low_rank, is_traced
 from peftc.ops.recomputed import can_recompute, recomputed
 from peftc.ops.rescaled import linear_rescaled
 from peftc.runtime.bases.backend import Backend
@@ -103,24 +103,35 @@ def _fused(path: Path, base: nn.Module, part: Part, alone: bool) -> Path:
     """
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
     forward, backward, backward_pre = own_hooks(base)
-    linear = base if alone and type(base) is nn.Linear and dropout is None else None
+    linear = base if alone and type(base) is nn.Linear else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        factors = thin(view) if dropout is None else None
-        if linear is not None and factors is not None and torch.is_grad_enabled():
-            A, B, scale = factors
-            if type(scale) is float and is_bare(linear, x, A.dtype):
-                return linear_low_rank(x, linear.weight, linear.bias, A, B, scale)
-        y = path(x, *args, **kwargs)
+        # the base first, which may draw random numbers, then dropout, then the method: as the reference does
+        bare = linear is not None and torch.is_grad_enabled() and is_bare(linear, x)
+        y = None if bare else path(x, *args, **kwargs)
+        own, noise = (x, None) if dropout is None else _dropped(dropout, x)
+        A, B, scale = thin(view)
+        if y is None:
+            if linear is not None and own is x and type(scale) is float and A.dtype == x.dtype:
+                return linear_low_rank(x, linear.weight, linear.bias, A, B, scale, noise)
+            y = path(x, *args, **kwargs)
         if forward or backward or backward_pre or GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1] or GLOBAL_HOOKS[2]:
             y = y.clone()
-        if factors is None:
-            x = x if dropout is None else dropout(x)  # before the method draws what it draws, as the reference does
-            factors = thin(view)
-        A, B, scale = factors
-        return add_low_rank(y, x, A, B, scale)
+        return add_low_rank(y, own, A, B, scale, noise)
 
     return run
+
+
+def _dropped(dropout: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Noise | None]:
+    """What an update reads, and the noise that it is still to be multiplied by: in training the product is not kept, unless
+    somebody looks at what drops, or has put it there."""
+    if not isinstance(dropout, nn.Dropout) or not is_unwatched(dropout):
+        return dropout(x), None
+    if not dropout.training or dropout.p == 0:
+        return x, None
+    if not torch.is_grad_enabled() or is_traced():
+        return dropout(x), None
+    return x, Noise.of(x, dropout.p)
 
 
 def _thin(path: Path, under: Under, part: Part) -> Path:
@@ -159,7 +170,7 @@ def _rescaled(path: Path, under: Under, part: Part) -> Path:
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if type(base) is nn.Linear and torch.is_grad_enabled() and not args and not kwargs and not _drops(part):
             A, B, scale, gain = rescaled(view)
-            if type(scale) is float and is_bare(base, x, A.dtype):
+            if type(scale) is float and A.dtype == x.dtype and is_bare(base, x):
                 return linear_rescaled(x, base.weight, base.bias, A, B, scale, gain)
         return beside(x, *args, **kwargs)
 
@@ -375,7 +386,7 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
         return {name: tensor - before[name] if name in before else tensor for name, tensor in found.items()}
 
     alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
-    if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0], args[0].dtype):
+    if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0]):
         return _linear_folded(fold, parts, args[0], trained)
     return under.backend.run(under.inner, fold(parts, trained), args, kwargs)
 
