@@ -19,7 +19,7 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import apply_plan, session_of, strip
 from peftc.runtime.applying.handed import with_handed
 from peftc.runtime.applying.planning import hollow, paths_in, plan_for, targeted
-from peftc.runtime.applying.weighted import combined, recipe
+from peftc.runtime.applying.weighted import Combined, combined, recipe
 from peftc.runtime.around.calls import CallModule
 from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.journal import keep_entries, keep_entry, whole
@@ -237,9 +237,19 @@ class TunerModel(nn.Module):
             density,
             majority_sign_method,
         )
-        made = combined(self.session, how, adapter_name)
+        self.add_combined(adapter_name, combined(self.session, how, adapter_name))
+
+    @whole
+    def add_combined(self, adapter_name: str, made: Combined, autocast_adapter_dtype: bool = True) -> None:
+        """Add an adapter that was computed of others; it is not activated. Raises `PeftcError`, with nothing changed."""
         plan = plan_for(
-            self.model, {adapter_name: made.config}, loading=True, task_heads=False, given=made.paths, mixed=self.mixes
+            self.model,
+            {adapter_name: made.config},
+            autocast_adapter_dtype,
+            loading=True,
+            task_heads=False,
+            given=made.paths,
+            mixed=self.mixes,
         )
         made.require_shapes(plan.adapters[0])
         apply_plan(self.model, plan, sources={adapter_name: made.tensors.get}, mixed=self.mixes)
