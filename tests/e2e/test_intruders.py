@@ -303,6 +303,18 @@ def merged() -> Any:
     return model
 
 
+class Attentive(nn.Module):
+    """One attention whose projections are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.attention(x, x, x)[0]
+        return found
+
+
 #: a model, what is asked of it, the rule, and what is told
 REFUSED: Mapping[str, tuple[Callable[[], Any], Mapping[str, Any], str, str]] = {
     "no such adapter": (of(), {"old_adapter_name": "nobody"}, "PC502", "nobody"),
@@ -322,6 +334,12 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], Mapping[str, Any], str, str]] = {
         {},
         "PC543",
         "trains rows",
+    ),
+    "single parameters": (
+        lambda: peftc.get_peft_model(Attentive(), peftc.LoraConfig(target_modules=["attention"])),
+        {},
+        "PC543",
+        "adapts single parameters",
     ),
     "another base": (of(init_lora_weights="pissa"), {}, "PC543", "changed the base weights"),
     "prompts": (prompts, {}, "PC543", "does not change weights|no adapter on layers"),

@@ -134,8 +134,9 @@ def _of_layer(layer: TunerLayer, name: str, how: Mitigation) -> tuple[Mapping[st
 
 def _original(layer: TunerLayer) -> Tensor | None:
     """The base weight `(out, in)` that the adapter was trained beside, whatever other adapters have in its place now."""
-    own = layer.memory_of(WEIGHT)
-    return layer.pristine().get(WEIGHT) if own is None else layer.backend.to_logical(WEIGHT, own.detach())
+    name = layer.parameter or WEIGHT
+    own = layer.memory_of(name)
+    return layer.pristine().get(name) if own is None else layer.backend.to_logical(name, own.detach())
 
 
 def _mitigated(weight: Tensor, A: Tensor, B: Tensor, how: Mitigation) -> tuple[int, Tensor, Tensor]:
