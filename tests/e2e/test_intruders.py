@@ -23,7 +23,7 @@ from peftc.testing.models import seeded
 from peftc.testing.subjects import Subject, quiet
 from peftc.tuner.maps import MapTuner
 from tests.defects import put_defect
-from tests.e2e.pairs import Pair, described, pair
+from tests.e2e.pairs import TINY, Pair, described, pair
 from tests.runtime.examples import examples, rows
 from tests.runtime.saving import moved as moved_model
 
@@ -177,6 +177,21 @@ def test_some_methods_can_be_reduced() -> None:
     assert {"LORA", "ADALORA"} <= set(able) and LINEAR_KINDS
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_above_one_every_vector_is_an_intruder_even_of_a_fresh_adapter(kind: str) -> None:
+    name, own, _ = KINDS[kind]
+    tiny = TINY[name]
+    task = {"task_type": "CAUSAL_LM"} if tiny.is_language_model else {}
+    model = peftc.get_peft_model(tiny.build(), peftc.LoraConfig(r=3, **own, **task))
+    found = reduce_intruders(model, top_k=4, threshold=999, scale=0.5)
+    for path, layer in layers_of(model, NEW).items():
+        assert found[path] == min(4, *logical(layer, NEW)[0].shape)
+        torch.testing.assert_close(
+            logical(layer, NEW)[1], expected(layer, "default", 3, 4, 999, 0.5)[0], rtol=1e-3, atol=1e-4
+        )
+        assert logical(layer, NEW)[1].abs().max() > 1e-3
+
+
 # states ------------------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +337,7 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], Mapping[str, Any], str, str]] = {
     "a name that is none": (of(), {"new_adapter_name": "a.b"}, "PC510", "a.b"),
     "no vectors": (of(), {"top_k": 0}, "PC102", "`top_k` cannot be `0`"),
     "half a vector": (of(), {"top_k": 1.5}, "PC102", "`top_k` cannot be `1.5`"),
-    "no cosine": (of(), {"threshold_epsilon": 1.5}, "PC102", "`threshold_epsilon` cannot be `1.5`"),
+    "no cosine": (of(), {"threshold_epsilon": -0.5}, "PC102", "`threshold_epsilon` cannot be `-0.5`"),
     "not a number": (of(), {"threshold_epsilon": math.nan}, "PC102", "`threshold_epsilon` cannot be `nan`"),
     "less than nothing": (of(), {"mitigation_lambda": -0.1}, "PC102", "`mitigation_lambda` cannot be `-0.1`"),
     "merged": (merged, {}, "PC509", "is merged"),
@@ -362,7 +377,7 @@ def test_what_cannot_be_is_refused_with_nothing_changed(case: str) -> None:
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(PeftcError) as caught:
-        reduce_intruder_dimension(strong().ours, "default", "default", -1, 2.0, -1.0)
+        reduce_intruder_dimension(strong().ours, "default", "default", -1, -2.0, -1.0)
     assert len(caught.value.diagnostics) == 4
 
 
@@ -404,7 +419,7 @@ def test_defects_are_found(before: str, after: str, monkeypatch: pytest.MonkeyPa
     ("case", "before", "after"),
     [
         ("no vectors", "self.top_k < 1", "False"),
-        ("no cosine", "not 0 <= self.threshold <= 1", "False"),
+        ("no cosine", "not self.threshold >= 0", "False"),
         ("less than nothing", "self.scale >= 0)", "True)"),
         ("norms", "not tuner.is_rankable or not tuner.is_mergeable", "False"),
         ("another base", "if changes_base(session, plan.name)", "if False"),

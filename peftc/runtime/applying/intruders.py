@@ -37,7 +37,7 @@ _HALF = (torch.float16, torch.bfloat16)
 @dataclass(frozen=True)
 class Mitigation:
     """Which singular vectors are intruders, and what is left of them: of the first `top_k`, those whose cosines with the base's are
-    all below `threshold`, times `scale`."""
+    all below `threshold`, which is every one above 1, times `scale`."""
 
     top_k: int = 10
     threshold: float = 0.5
@@ -47,9 +47,9 @@ class Mitigation:
         """What is wrong with the numbers."""
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
             yield rules.BAD_VALUE(f"`top_k` cannot be `{self.top_k}`", fix="Give a whole number of 1 or more.")
-        if not 0 <= self.threshold <= 1:
+        if not self.threshold >= 0:  # nor a NaN
             what = f"`threshold_epsilon` cannot be `{self.threshold}`"
-            yield rules.BAD_VALUE(what, fix="Give a cosine, from 0 to 1.")
+            yield rules.BAD_VALUE(what, fix="Give a cosine, from 0 to 1; above 1 every vector counts as an intruder.")
         if not (math.isfinite(self.scale) and self.scale >= 0):
             what = f"`mitigation_lambda` cannot be `{self.scale}`"
             yield rules.BAD_VALUE(what, fix="Give what is left of an intruder: 1 for all, 0 for nothing.")
