@@ -12,6 +12,19 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+#: What configs and models raise of values that do not go together.
+_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
 
 def known_types() -> Collection[str]:
     """Every model type that has a config class. Relied on: `CONFIG_MAPPING` holds them all (4.0)."""
@@ -46,6 +59,6 @@ def as_configured(model: nn.Module) -> PreTrainedModel | None:
         config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
         with torch.device("meta"):
             made: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype)
-    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _FAILURES as error:
         raise ValueError(str(error)) from error
     return made
