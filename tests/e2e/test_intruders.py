@@ -23,6 +23,7 @@ from peftc.testing.models import seeded
 from peftc.testing.subjects import Subject, quiet
 from peftc.tuner.maps import MapTuner
 from tests.defects import put_defect
+from tests.e2e.former import BY_NAME, logits
 from tests.e2e.pairs import TINY, Pair, described, pair
 from tests.runtime.examples import examples, rows
 from tests.runtime.saving import moved as moved_model
@@ -48,25 +49,39 @@ def strong(kind: str = "linear", **options: Any) -> Pair:
         return pair(model, "LoraConfig", **{"r": 3, "lora_alpha": 24, **own, **options})
 
 
-def logical(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """A layer's weight and an adapter's change of it, as matrices `(out, in)`."""
+def matrices(layer: Any, adapter: str) -> list[tuple[Tensor, Tensor]]:
+    """A layer's weight and an adapter's change of it, as matrices `(out, in)`, of each expert."""
     part = layer.part(adapter)
     with torch.no_grad():
         A, B, scale = part.lowering("thin")(part.view.fixed(training=False))
-    weight = layer.pristine()["weight"].flatten(1).double()
-    return weight, float(scale) * B.flatten(1).double() @ A.flatten(1).double()
+    weight = layer.pristine()[layer.parameter or "weight"].double()
+    A, B = A.double(), float(scale) * B.double()
+    if layer.site(adapter).layer.experts:
+        return list(zip(weight, B @ A, strict=True))
+    return [(weight.flatten(1), B.flatten(1) @ A.flatten(1))]
+
+
+def logical(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The same of a layer that is one."""
+    (found,) = matrices(layer, adapter)
+    return found
 
 
 def expected(layer: Any, adapter: str, rank: int, top_k: int, epsilon: float, scale: float) -> tuple[Tensor, int]:
-    """What the paper makes of a layer's change, in float64 and vector by vector."""
-    W, change = logical(layer, adapter)
+    """What the paper makes of a layer's change."""
+    return expected_of(*logical(layer, adapter), rank, top_k, epsilon, scale)
+
+
+def expected_of(W: Tensor, given: Tensor, rank: int, top_k: int, epsilon: float, scale: float) -> tuple[Tensor, int]:
+    """The same of matrices, in float64 and vector by vector."""
+    change = given
     before = torch.linalg.svd(W, full_matrices=False).U
     U, S, Vh = torch.linalg.svd(W + change, full_matrices=False)
     found = [i for i in range(min(top_k, len(S))) if max(abs(float(U[:, i] @ u)) for u in before.T) < epsilon]
     for i in found:
         change = change + (scale - 1) * S[i] * torch.outer(U[:, i], Vh[i])
     U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-    return ((U[:, :rank] * S[:rank]) @ Vh[:rank] if found else logical(layer, adapter)[1]), len(found)
+    return ((U[:, :rank] * S[:rank]) @ Vh[:rank] if found else given), len(found)
 
 
 def layers_of(model: Any, adapter: str) -> dict[str, Any]:
@@ -148,6 +163,62 @@ def test_every_kind_of_layer(kind: str, epsilon: float, scale: float) -> None:
             torch.testing.assert_close(A.flatten(1).norm(dim=1), B.flatten(1).norm(dim=0))  # the scale is shared
 
 
+class Attentive(nn.Module):
+    """One attention whose projections are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+def of_experts(**options: Any) -> Any:
+    """A model with experts in two parameters, and a linear layer beside them."""
+    config = peftc.LoraConfig(r=2, lora_alpha=16, target_modules=["q_proj"], **options)
+    return peftc.get_peft_model(copy.deepcopy(BY_NAME["Mixtral"].base), config)
+
+
+def of_attention() -> Any:
+    return peftc.get_peft_model(Attentive(), peftc.LoraConfig(r=2, lora_alpha=32, target_modules=["attention"]))
+
+
+#: models with adapters of single parameters
+PARAMETERS: Mapping[str, Callable[[], Any]] = {
+    "experts": lambda: of_experts(target_parameters=["gate_up_proj", "down_proj"]),
+    "experts of one kind": lambda: of_experts(target_parameters=["experts.down_proj"], rank_pattern={"down_proj": 3}),
+    "attention": of_attention,
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_single_parameters_expert_by_expert(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = moved_model(PARAMETERS[kind]())
+    before = [(layer, layer.site("default")) for layer in model.base_model.session.layers_of("default")]
+    wanted: dict[str, list[tuple[Tensor, int]]] = {}
+    for layer, site in before:
+        place = f"{site.path}.{site.parameter}" if site.parameter else site.path
+        wanted[place] = [expected_of(*pair, site.config.r, 10, 0.6, 0.25) for pair in matrices(layer, "default")]
+    found = reduce_intruders(model, threshold=0.6, scale=0.25)
+    assert found == {place: sum(count for _, count in each) for place, each in wanted.items()}
+    assert any(count for place, count in found.items() if any(site.spot and site.spot in place for _, site in before))
+    for layer, changes in zip(model.base_model.session.layers_of(NEW), wanted.values(), strict=True):
+        for (_, change), (right, _) in zip(matrices(layer, NEW), changes, strict=True):
+            torch.testing.assert_close(change, right, rtol=1e-3, atol=1e-4)
+    if kind != "attention":
+        y = logits(model)
+        model.save_pretrained(tmp_path, selected_adapters=[NEW])
+        loaded = peftc.PeftModel.from_pretrained(copy.deepcopy(BY_NAME["Mixtral"].base), tmp_path / NEW)
+        torch.testing.assert_close(logits(loaded), y)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(BY_NAME["Mixtral"].base), tmp_path / NEW)  # type: ignore[arg-type]
+        torch.testing.assert_close(logits(theirs), y, rtol=1e-4, atol=1e-5)
+        with pytest.raises(AttributeError):
+            their_reduction(theirs, logging_sink=None)
+
+
 @pytest.mark.parametrize("subject", rows(examples(lambda subject: bool(subject.method.map_tuners))))
 def test_every_method_that_adds_thin_products_and_no_other(subject: Subject) -> None:
     with quiet():
@@ -163,13 +234,14 @@ def test_every_method_that_adds_thin_products_and_no_other(subject: Subject) -> 
             assert model.active_adapters == ["default"]
             return
         assert fit and all(isinstance(tuner, MapTuner) and tuner.is_rankable for tuner in fit)
-        assert found.keys() == sites.keys()
-        for path, layer in layers_of(model, "less").items():
-            rank = layer.part("default").lowering("thin")(layer.part("default").view)[0].shape[0]
-            wanted, count = expected(layer, "default", rank, 10, 1.0, 0.5)
-            assert abs(found[path] - count) <= 1  # cosines of 1, to rounding
-            if found[path] == count:
-                torch.testing.assert_close(logical(layer, "less")[1], wanted, rtol=1e-3, atol=1e-3)
+        assert all(place.startswith(path) for place, path in zip(found, sites, strict=True))
+        for (path, layer), count in zip(layers_of(model, "less").items(), found.values(), strict=True):
+            part = sites[path].part("default")
+            rank = part.lowering("thin")(part.view)[0].shape[1 if sites[path].site("default").layer.experts else 0]
+            wanted = [expected_of(*pair, rank, 10, 1.0, 0.5) for pair in matrices(layer, "default")]
+            if count == sum(each for _, each in wanted):  # cosines of 1, to rounding
+                for (_, change), (right, _) in zip(matrices(layer, "less"), wanted, strict=True):
+                    torch.testing.assert_close(change, right, rtol=1e-3, atol=1e-3)
 
 
 def test_some_methods_can_be_reduced() -> None:
@@ -318,18 +390,6 @@ def merged() -> Any:
     return model
 
 
-class Attentive(nn.Module):
-    """One attention whose projections are one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.attention(x, x, x)[0]
-        return found
-
-
 #: a model, what is asked of it, the rule, and what is told
 REFUSED: Mapping[str, tuple[Callable[[], Any], Mapping[str, Any], str, str]] = {
     "no such adapter": (of(), {"old_adapter_name": "nobody"}, "PC502", "nobody"),
@@ -349,12 +409,6 @@ REFUSED: Mapping[str, tuple[Callable[[], Any], Mapping[str, Any], str, str]] = {
         {},
         "PC543",
         "trains rows",
-    ),
-    "single parameters": (
-        lambda: peftc.get_peft_model(Attentive(), peftc.LoraConfig(target_modules=["attention"])),
-        {},
-        "PC543",
-        "adapts single parameters",
     ),
     "another base": (of(init_lora_weights="pissa"), {}, "PC543", "changed the base weights"),
     "prompts": (prompts, {}, "PC543", "does not change weights|no adapter on layers"),

@@ -29,8 +29,8 @@ def reduce_intruders(
     `set_adapter`. Returns how many intruders each layer had, by path.
 
     Of the first `top_k` left singular vectors of `W + ΔW`, intruders are those whose cosines with the ones of `W` are all below
-    `threshold`; `scale` of each is left. On any method whose updates are thin products; convolutions count as matrices. `tell` hears
-    of each layer. Raises `PeftcError`, with nothing changed.
+    `threshold`; `scale` of each is left. On any method whose updates are thin products; convolutions count as matrices, experts are
+    taken one by one. `tell` hears of each layer. Raises `PeftcError`, with nothing changed.
     """
     level = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(level, TunerModel):

@@ -29,6 +29,8 @@ from peftc.runtime.layer.starting import WEIGHT
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.starts import changes_base, turning
+from peftc.tuner.experts import one_of
+from peftc.tuner.maps import Former
 from peftc.tuner.slots import labelled
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -83,16 +85,18 @@ def reduced(session: Session, name: str, new: str, how: Mitigation, tell: Callab
     counts: dict[str, int] = {}
     for layer in session.layers_of(name):
         site = layer.site(name)
-        slots, counts[site.path] = _of_layer(layer, name, how)
+        place = f"{site.path}.{site.parameter}" if site.parameter else site.path
+        slots, counts[place] = _of_layer(layer, name, how)
         kept = {label: slot for label, slot in labelled(site.slots).items() if not slot.derived}
         tensors |= {site.key(slot, new).disk(): slots[label] for label, slot in kept.items()}
-        number = counts[site.path]
-        tell(f"{plan.root}{site.path}: {f'Intruders: {number}' if number else 'No intruders'}")
+        number = counts[place]
+        tell(f"{plan.root}{place}: {f'Intruders: {number}' if number else 'No intruders'}")
     trained = tuple(f"{plan.root}{save.path}." for save in plan.saves)
     own = session.tensors(name).items() if trained else ()
     tensors |= {key: tensor.detach().clone() for key, tensor in own if key.startswith(trained)}
     wide = not any(t.dtype in _HALF for layer in session.layers_of(name) for _, t in layer.parameters_of(name))
-    return Reduced(Combined(plan.config.model_copy(deep=True), frozenset(counts), tensors), wide, counts)
+    paths = frozenset[str]() if plan.adapts_parameters else frozenset(counts)  # the config says which parameters
+    return Reduced(Combined(plan.config.model_copy(deep=True), paths, tensors), wide, counts)
 
 
 def _beside_products(session: Session, plan: AdapterPlan) -> Iterator[Diagnostic]:
@@ -102,7 +106,8 @@ def _beside_products(session: Session, plan: AdapterPlan) -> Iterator[Diagnostic
         yield rules.CANNOT_CONVERT(what, fix=turning([plan.name]))
     for layer in session.layers_of(plan.name):
         path, tuner = layer.site(plan.name).path, layer.part(plan.name).tuner
-        if not tuner.is_rankable or not tuner.is_mergeable:
+        stacked = bool(layer.site(plan.name).layer.experts)
+        if not tuner.is_rankable or not tuner.is_mergeable or (stacked and not tuner.joins):
             what = f"What `{plan.name}` ({plan.peft_type}) does to `{path}` is no product of thin factors that is added to its weight"
             fix = "Convert it first, if the method changes weights alone: `peftc.convert_adapter(model, ...)`."
             yield rules.CANNOT_CONVERT(what, fix=fix, where=path)
@@ -114,20 +119,32 @@ def _beside_products(session: Session, plan: AdapterPlan) -> Iterator[Diagnostic
 
 
 def _of_layer(layer: TunerLayer, name: str, how: Mitigation) -> tuple[Mapping[str, Tensor], int]:
-    """The new slots of one layer, by label, and how many intruders there were; without any they are the old ones."""
+    """The new slots of one layer, by label, and how many intruders there were; without any they are the old ones. Experts in one
+    parameter are taken one by one."""
     site, part = layer.site(name), layer.part(name)
+    facts, config, tuner = site.layer, site.config, part.tuner
     with torch.no_grad():
         A, B, scale = part.lowering("thin")(part.view.fixed(training=False))
-        factors = A.flatten(1) * float(scale), B.flatten(1)
         weight = _original(layer)
         assert weight is not None  # looked at before
-        number, first, second = _mitigated(weight.flatten(1), *factors, how)
-        own = part.tuner.scaling(site.config, site.layer)
-        if not number and math.isclose(own, float(part.view.scaling)):
+        own = tuner.scaling(config, facts)
+        same = math.isclose(own, float(part.view.scaling))
+        if facts.experts:
+            triples = zip(weight, A * float(scale), B, strict=True)
+        else:
+            triples = zip([weight.flatten(1)], [A.flatten(1) * float(scale)], [B.flatten(1)], strict=True)
+        found = [_mitigated(W, first, second, own, how) for W, first, second in triples]
+        number = sum(count for count, *_ in found)
+        if not number and same:
             return {label: part.view[label].detach().clone() for label in labelled(site.slots)}, 0
-        of_thin = guarded(part.tuner.of_thin, str(site.config.peft_type), site.path)
-        first, second = _balanced(first, second, own) if number else (first / own if own else first, second)
-        made = of_thin(site.config, site.layer, first.to(A.dtype), second.to(A.dtype))
+        peft_type = str(config.peft_type)
+        of_thin = guarded(tuner.of_thin, peft_type, site.path)
+        one = one_of(facts) if facts.experts else facts
+        slots = [of_thin(config, one, first.to(A.dtype), second.to(A.dtype)) for _, first, second in found]
+        made = slots[0]
+        if facts.experts:
+            join = guarded(tuner.joined, peft_type, site.path)
+            made = {label: join(config, facts, label, [[Former(each[label])] for each in slots]) for label in made}
     _require_shapes(site, made)
     return made, number
 
@@ -139,21 +156,23 @@ def _original(layer: TunerLayer) -> Tensor | None:
     return layer.pristine().get(name) if own is None else layer.backend.to_logical(name, own.detach())
 
 
-def _mitigated(weight: Tensor, A: Tensor, B: Tensor, how: Mitigation) -> tuple[int, Tensor, Tensor]:
-    """How many intruders `B A` brings to a weight `(out, in)`, and factors of what is left of it, of the same rank."""
-    exact = torch.float64 if torch.float64 in (weight.dtype, A.dtype) else torch.float32
-    W, first, second = weight.to(A.device, exact), A.to(exact), B.to(exact)
+def _mitigated(W: Tensor, A: Tensor, B: Tensor, scaling: float, how: Mitigation) -> tuple[int, Tensor, Tensor]:
+    """How many intruders `B A` brings to a weight `(out, in)`, and factors of what is left of it, of the same rank, whose product a
+    layer scales."""
+    exact = torch.float64 if torch.float64 in (W.dtype, A.dtype) else torch.float32
+    W, first, second = W.to(A.device, exact), A.to(exact), B.to(exact)
     before = torch.linalg.svd(W, full_matrices=False).U
     U, S, Vh = torch.linalg.svd(W + second @ first, full_matrices=False)
     likeness = (U[:, : how.top_k].T @ before).abs().amax(dim=1)
     found = torch.nonzero(likeness < how.threshold).flatten()
     if not len(found):
-        return 0, first, second
+        return 0, first / scaling if scaling else first, second
     rank = first.shape[0]
     first = torch.cat([first, Vh[found]])
     second = torch.cat([second, (how.scale - 1) * U[:, found] * S[found]], dim=1)
     left = of_thin(first, second, rank)
-    return len(found), padded(left.A, (rank, A.shape[1])), padded(left.B, (B.shape[0], rank))
+    first, second = _balanced(left.A, left.B, scaling)
+    return len(found), padded(first, (rank, A.shape[1])), padded(second, (B.shape[0], rank))
 
 
 def _balanced(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -248,7 +248,7 @@ class TunerModel(nn.Module):
             autocast_adapter_dtype,
             loading=True,
             task_heads=False,
-            given=made.paths,
+            given=made.paths or None,
             mixed=self.mixes,
         )
         made.require_shapes(plan.adapters[0])
