@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         hotswap_adapter_from_state_dict,
         prepare_model_for_compiled_hotswap,
     )
+    from peftc.model.functions.intruders import reduce_intruders
     from peftc.model.functions.optimizers import preconditioned_optimizer, projected_optimizer, two_rate_optimizer
     from peftc.model.functions.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
     from peftc.model.functions.sequences import (
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
         "prepare_model_for_compiled_hotswap",
         "prepare_model_for_kbit_training",
         "projected_optimizer",
+        "reduce_intruders",
         "set_base_model_state_dict",
         "set_peft_model_state_dict",
         "shift_tokens_right",
@@ -174,6 +176,7 @@ _HOMES = {
     "preconditioned_optimizer": "peftc.model.functions.optimizers",
     "projected_optimizer": "peftc.model.functions.optimizers",
     "PromptLearningConfig": "peftc.plugin",
+    "reduce_intruders": "peftc.model.functions.intruders",
     "set_base_model_state_dict": "peftc.model.functions.base_state",
     "set_peft_model_state_dict": "peftc.model.functions.state",
     "shift_tokens_right": "peftc.model.functions.sequences",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -223,11 +223,17 @@ class FormerReader:
         """What the file's keys come to; shapes are compared where they are known."""
         renamed: dict[str, str] = {}
         held: dict[tuple[str, str], dict[str, str]] = {}
+        twice: list[tuple[str, str]] = []
         for place in self.places(found):
             if place.site is not None:
-                held.setdefault((place.site.path, place.site.parameter), {})[place.name] = place.key
+                keys, name = held.setdefault((place.site.path, place.site.parameter), {}), place.name
             elif place.now.expert is None:
-                renamed[f"{self._plan.root}{place.now.module}.{place.tail}"] = place.key
+                keys, name = renamed, f"{self._plan.root}{place.now.module}.{place.tail}"
+            else:
+                continue
+            if name in keys:
+                twice.append((keys[name], place.key))
+            keys[name] = place.key
         joints: dict[str, tuple[Joint, str]] = {}
         ranks: dict[str, int] = {}
         for at, keys in held.items():
@@ -240,8 +246,27 @@ class FormerReader:
             needed = self._rank(joint)
             if joint.tuner.joins and needed > getattr(joint.site.config, "r", needed):
                 ranks[".".join(at)] = needed
-        problems = [*self._problems, *self._lacking()]
+        twice += self._of_both_layouts(renamed, joints, found)
+        problems = [*self._problems, *self._lacking(), *self._collide(twice)]
         return FormerSlots(renamed, joints, ranks, tuple(problems))
+
+    def _of_both_layouts(
+        self, renamed: Mapping[str, str], joints: Mapping[str, tuple[Joint, str]], found: Iterable[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Keys of former layers, each with one that the file has of what these are now."""
+        sources = renamed | {key: next(joint.keys_of(label)) for key, (joint, label) in joints.items()}
+        own, root = set(renamed.values()), self._plan.root
+        now = {unwrapped(key, root): source for key, source in sources.items()} if sources else {}
+        named = ((unwrapped(key, root), key) for key in (found if now else ()) if key not in own)
+        yield from ((now[name], key) for name, key in named if name in now)
+
+    def _collide(self, twice: Sequence[tuple[str, str]]) -> Iterator[Diagnostic]:
+        """A word about tensors that the file has under two names."""
+        if twice:
+            (first, second), more = twice[0], f" and {len(twice) - 1:,} more" if len(twice) > 1 else ""
+            what = f"The file has `{first}`, and `{second}` of the same layer{more}"
+            fix = "Take out of the file what is not of the adapter: two adapters were put together, or one was saved twice."
+            yield rules.KEYS_COLLIDE(what, fix=fix, where=self._where)
 
     def places(self, keys: Iterable[str]) -> Iterator[FormerKey]:
         """Those of the keys that are of layers which are elsewhere now."""

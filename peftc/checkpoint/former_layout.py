@@ -1,7 +1,8 @@
-"""Adapters written for the layers that a model had before a library fused or renamed them, for engines that know those.
+"""Adapters written for the layers that a model had before a library fused or renamed them, for engines that know those, or for
+those of today.
 
-The way back of `peftc.checkpoint.former`: each expert's layers get slots of their own, and the config the names of then. The
-model that the two describe is the same.
+The first is the way back of `peftc.checkpoint.former`: each expert's layers get slots of their own, and the config the names of
+then. The model that the two describe is the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from peftc.compiler.match import Names
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import Diagnostic, PeftcError, Severity
+from peftc.diagnostics import Diagnostic, PeftcError, Severity, warn
 from peftc.graph.former import EXPERT, FormerLayers, starred
 from peftc.graph.nodes import ModuleGraph, ModuleNode
 from peftc.registry.boundary import boundary
@@ -44,7 +45,7 @@ _CHOICES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 @dataclass(frozen=True)
 class FormerAdapter:
-    """An adapter of former layers: its config, and its tensors by checkpoint key."""
+    """An adapter in one of the two layouts: its config, and its tensors by checkpoint key."""
 
     config: PeftConfig
     tensors: Mapping[str, Tensor]
@@ -66,6 +67,14 @@ def as_of_then(config: PeftConfig, file: AdapterFile, graph: ModuleGraph) -> For
     return FormerAdapter(writer.config(), {**rest, **writer.tensors})
 
 
+def as_of_today(config: PeftConfig, file: AdapterFile, graph: ModuleGraph) -> FormerAdapter:
+    """The way there: an adapter for the layers that the model has now, as it would be saved after loading; one of today's stays as
+    it is. Raises `PeftcError` if the file does not fit the model, or its method cannot join what it has of several layers.
+    """
+    plan, tensors = _read(config, file, graph)
+    return FormerAdapter(plan.config, tensors)
+
+
 def _read(config: PeftConfig, file: AdapterFile, graph: ModuleGraph) -> tuple[AdapterPlan, dict[str, Tensor]]:
     """The adapter's plan and its tensors by planned key."""
     plan = compile_plan(graph, {"default": config}, loading=True).adapters[0]
@@ -75,6 +84,7 @@ def _read(config: PeftConfig, file: AdapterFile, graph: ModuleGraph) -> tuple[Ad
         now, former = as_of_now(file, plan, graph, config)
     if any(problem.severity is Severity.ERROR for problem in former.problems):
         raise PeftcError(former.problems)
+    warn(former.problems)
     plan = fitted(plan, graph, now.tensors)
     model = graph.model
     paths = tuple(f"{plan.root}{path}." for path in (model.input_embeddings, model.output_embeddings) if path)

@@ -15,7 +15,8 @@ from peftc.diagnostics import PeftcError
 HELP = "Turn an adapter into one of another method, or its file into another form"
 
 SAFETENSORS = "safetensors"
-FORMER = "transformers-4"
+#: Layouts of experts: single layers with the names of then, or the parameters that a model has now.
+FORMER, TODAY = "transformers-4", "transformers-5"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="WHAT",
         help=f"the PEFT type to become, in any case; or `{SAFETENSORS}`, for an `adapter_model.bin`, whose tensors are read "
-        f"without running its code; or `{FORMER}`, for engines that know experts as single layers with their old names",
+        f"without running its code; or `{FORMER}`, for engines that know experts as single layers with their old names, "
+        f"or `{TODAY}`, for those that know them as they are now",
     )
     parser.add_argument(
         "--rank",
@@ -62,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     args.adapter = args.adapter or args.folder
     if args.to.lower() == SAFETENSORS:
         return _to_safetensors(args)
-    if args.to.lower() == FORMER:
-        return _to_former(args)
+    if args.to.lower() in (FORMER, TODAY):
+        return _to_layout(args)
     lacking = [word for word, given in (("--rank", args.rank), ("--out", args.out)) if given is None]
     if lacking:
         what = f"`--to {args.to}` needs {' and '.join(f'`{word}`' for word in lacking)}"
@@ -88,8 +90,8 @@ def _to_safetensors(args: argparse.Namespace) -> int:
     return 0
 
 
-def _to_former(args: argparse.Namespace) -> int:
-    from peftc.checkpoint.former_layout import as_of_then  # here: below the torch line
+def _to_layout(args: argparse.Namespace) -> int:
+    from peftc.checkpoint.former_layout import as_of_then, as_of_today  # here: below the torch line
     from peftc.checkpoint.load import open_adapter
     from peftc.checkpoint.save import save_adapter
     from peftc.config.files import read_config
@@ -97,18 +99,19 @@ def _to_former(args: argparse.Namespace) -> int:
     from peftc.integrations.transformers.graph import graph_of
 
     if args.out is None:
-        what = f"`--to {FORMER}` needs `--out`"
+        what = f"`--to {args.to}` needs `--out`"
         raise PeftcError(rules.MISSING_KEY(what, fix="Name a new folder.", where="peftc convert"))
     require_new(args.out)
     ref = base_named(args.base) if args.base is not None else base_of_adapter(args.adapter)
-    made = as_of_then(read_config(args.adapter), open_adapter(args.adapter), graph_of(ref))
+    write, told = (as_of_then, "4") if args.to.lower() == FORMER else (as_of_today, "5")
+    made = write(read_config(args.adapter), open_adapter(args.adapter), graph_of(ref))
     save_adapter(args.out, made.tensors, made.config)
     bytes_ = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     if args.json:
         console.out_json({"ok": True, "output": str(args.out), "tensors": len(made.tensors), "bytes": bytes_})
     else:
-        told = f"{len(made.tensors):,} tensors, {size(bytes_)}"
-        console.out(f"Wrote {console.plain(str(args.out))} for the layers of transformers 4: {told}")
+        content = f"{len(made.tensors):,} tensors, {size(bytes_)}"
+        console.out(f"Wrote {console.plain(str(args.out))} for the layers of transformers {told}: {content}")
     return 0
 
 

@@ -28,3 +28,11 @@ class Replication:
             return name
         index, dot, rest = name.removeprefix(start).partition(".")
         return f"{start}{self.sources[int(index)]}{dot}{rest}" if index.isdigit() else name
+
+    def replica(self, name: str) -> str | None:
+        """The first name that a module or parameter has now, whose name before this is; None if its layer is left out."""
+        start = f"{self.stack}."
+        index, dot, rest = name.removeprefix(start).partition(".")
+        if not name.startswith(start) or not index.isdigit():
+            return name
+        return f"{start}{self.sources.index(int(index))}{dot}{rest}" if int(index) in self.sources else None

@@ -19,6 +19,7 @@ from .functions import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
     create_riemannian_optimizer,
+    reduce_intruder_dimension,
     save_as_lora,
 )
 from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
@@ -72,6 +73,7 @@ peftc_tuner = p.method(
         initialize_lora_eva_weights,
         preprocess_corda,
         preprocess_loraga,
+        reduce_intruder_dimension,
         save_as_lora,
     ),
     model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss, "_get_kasa_loss": kasa.get_kasa_loss},

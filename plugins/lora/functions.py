@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,34 @@ def save_as_lora(
     """Save what `convert_to_lora` gives, whole or not at all, into a folder that is made if needed."""
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     p.write_adapter(fspath(path), config, tensors)
+
+
+def reduce_intruder_dimension(
+    peft_model: PeftModel,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    logging_sink: Callable[[str], object] | None = print,
+) -> None:
+    """Add, and activate, an adapter that is another one with less of its intruder dimensions (arXiv:2410.21228), so that the model
+    forgets less; `peftc.reduce_intruders` gives their numbers.
+
+    Intruders are those of the first `top_k` left singular vectors of `W + ΔW` whose cosines with those of `W` are all below
+    `threshold_epsilon`. `mitigation_lambda` is the share of an intruder that is left. Raises `PeftcError`, with nothing changed.
+    """
+    from peftc import reduce_intruders
+
+    reduce_intruders(
+        peft_model,
+        old_adapter_name,
+        new_adapter_name,
+        top_k=top_k,
+        threshold=threshold_epsilon,
+        scale=mitigation_lambda,
+        tell=logging_sink,
+    )
 
 
 def create_loraplus_optimizer(

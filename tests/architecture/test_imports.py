@@ -67,7 +67,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "peftc.compat.pins": {"packaging"},
     "peftc.cli": {"rich", "torch", "transformers"},
     "peftc.ops": {"torch"},
-    "peftc.host": {"accelerate", "deepspeed", "safetensors", "torch", "transformers"},
+    "peftc.host": {"accelerate", "deepspeed", "huggingface_hub", "safetensors", "torch", "transformers"},
     "peftc.model": {"torch"},
     "peftc.model.functions.optimizers": {"torch", "bitsandbytes"},
     "peftc.runtime": {"torch"},

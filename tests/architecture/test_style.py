@@ -27,6 +27,7 @@ NO_MEMORY: dict[str, str] = {
     "peftc.checkpoint.zipped.zipped_header_of": "a header is read: sizes that no memory holds are damage",
     "peftc.integrations.transformers.architecture._config_of": "a config is read: sizes that no memory holds are wrong",
     "peftc.integrations.transformers.graph.meta_model": "no memory is taken: sizes that no memory holds are wrong",
+    "peftc.host.architectures.as_configured": "no memory is taken: what is built is on the meta device",
     "peftc.integrations.transformers.gguf.read_config": "a header is read: sizes that no memory holds are damage",
     "peftc.integrations.transformers.gguf.load_tokenizer": "a header is read: sizes that no memory holds are damage",
     "peftc.runtime.journal.Journal.undo": "an undo that fails must not keep others from being run; the first error is raised",

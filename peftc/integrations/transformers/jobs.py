@@ -35,7 +35,9 @@ from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.registry.starts import start_of
+from peftc.runtime.applying.apply import session_of
 from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.session.described import undescribed
 from peftc.runtime.session.session import Session
 from peftc.tuner.start import Reads
 
@@ -174,9 +176,13 @@ def merge(
 
     With `untie`, input and output embeddings that are one tensor in the base model may become two. The folder appears whole
     or not at all. Raises `PeftcError` if it holds something, if the adapter cannot be merged, if merged weights are not
-    finite, or if tied embeddings would differ.
+    finite, if tied embeddings would differ, or if the config does not describe replicated layers.
     """
     require_new(folder)
+    session = session_of(model.get_base_model())
+    lost = [] if session is None else list(undescribed(session, Severity.ERROR))
+    if lost:
+        raise PeftcError(lost)
     if untie:
         model.get_base_model().config.tie_word_embeddings = False  # type: ignore[union-attr]  # transformers' config
     merged = model.merge_and_unload(safe_merge=True)

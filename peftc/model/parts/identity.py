@@ -1,7 +1,8 @@
 """Which base weights an adapter was trained on: a small print of them that is saved with it, and compared when it is loaded.
 
 Structure and shapes are the plan's business. The print samples a few matrices: their first bytes, hashed, which tell any change
-at the same dtype, and some of their numbers, which tell another model when the base is loaded in another one.
+at the same dtype, and some of their numbers, which tell another model when the base is loaded in another one. Names are those
+of the model's own layers, whatever replicas it has while it is adapted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from peftc import rules
 from peftc.checkpoint.names import BASE_NAME
 from peftc.config.reader import read_text
 from peftc.diagnostics import Diagnostic, Severity, Where
+from peftc.graph.replication import Replication
 from peftc.limits import MAX_CARD
 from peftc.runtime.session.session import Session
 
@@ -88,14 +90,21 @@ def told_of(
     return (rules.OTHER_BASE(what, fix=fix, where=Where(file=str(file)), severity=severity),)
 
 
+def _replication(session: Session) -> Replication | None:
+    """How the model's layers are replicated now, if they are; before an adapter is on it, they are not yet."""
+    return None if session.stack is None else session.graph.replication
+
+
 def _chosen(session: Session) -> Iterator[tuple[str, Tensor]]:
-    names = [
+    replication = _replication(session)
+    found = [
         f"{node.path}.{name}"
         for node in session.graph.nodes
         if node.path not in (session.graph.model.input_embeddings, session.graph.model.output_embeddings)
         for name, facts in node.facts.params.items()
         if len(facts.shape) > 1
     ]  # embeddings are left out, as they are resized
+    names = found if replication is None else list(dict.fromkeys(map(replication.origin, found)))
     count = min(MATRICES, len(names))
     for name in (names[at * (len(names) - 1) // max(count - 1, 1)] for at in range(count)):
         tensor = _readable(session, name)
@@ -105,7 +114,8 @@ def _chosen(session: Session) -> Iterator[tuple[str, Tensor]]:
 
 def _readable(session: Session, name: str) -> Tensor | None:
     """A base parameter as it was before anything was merged into it, None if it has no numbers here."""
-    path, _, own = name.rpartition(".")
+    replication = _replication(session)
+    path, _, own = (name if replication is None else replication.replica(name) or "").rpartition(".")
     module, layer = session.find(path), session.layers.get(path)
     kept: Tensor | None = None
     if layer is not None:

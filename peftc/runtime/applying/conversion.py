@@ -73,7 +73,7 @@ def converted(session: Session, name: str, to: str, rank: int | float, follow: F
     refuse_sharded(session.ways_to([session.plans[name]]), "its tensors are not here to be converted")
     target, plan = default_registry().get(to), session.plans[name]
     problems = Collector()
-    problems.add(*_of_rank(rank), *_of_target(target), *_of_adapter(session, plan))
+    problems.add(*_of_rank(rank), *_of_target(target), *_of_parameters(plan), *beside_weights(session, plan))
     problems.raise_errors(ConfigError)
     layers = list(session.layers_of(name))
     parts = {}
@@ -109,14 +109,17 @@ def _of_target(target: TunerMethod) -> Iterable[Diagnostic]:
         yield rules.CANNOT_CONVERT(what, fix=f"Convert to {' or '.join(able)}.")
 
 
-def _of_adapter(session: Session, plan: AdapterPlan) -> Iterable[Diagnostic]:
+def _of_parameters(plan: AdapterPlan) -> Iterable[Diagnostic]:
+    if plan.adapts_parameters:
+        what = f"`{plan.name}` adapts single parameters (`target_parameters`), which are not converted"
+        yield rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.")
+
+
+def beside_weights(session: Session, plan: AdapterPlan) -> Iterable[Diagnostic]:
     """What an adapter has that is no change of a layer's weight."""
     if not plan.maps:
         what = f"`{plan.name}` ({plan.peft_type}) does not change weights of layers"
         yield rules.CANNOT_CONVERT(what, fix="Keep the adapter as it is.")
-    if plan.adapts_parameters:
-        what = f"`{plan.name}` adapts single parameters (`target_parameters`), which are not converted"
-        yield rules.CANNOT_CONVERT(what, fix="Merge it into the base instead.")
     rows = next((site.path for site in plan.maps if site.inside), None)
     if rows is not None:
         what = f"`{plan.name}` trains rows of `{rows}`, which are no change of low rank"

@@ -14,17 +14,18 @@ from torch import nn
 from peftc import rules
 from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.config.base import PeftConfig
-from peftc.diagnostics import PeftcError, warn
+from peftc.diagnostics import PeftcError, Severity, warn
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import apply_plan, session_of, strip
 from peftc.runtime.applying.handed import with_handed
 from peftc.runtime.applying.planning import hollow, paths_in, plan_for, targeted
-from peftc.runtime.applying.weighted import combined, recipe
+from peftc.runtime.applying.weighted import Combined, combined, recipe
 from peftc.runtime.around.calls import CallModule
 from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.journal import keep_entries, keep_entry, whole
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.beginnings import remember
+from peftc.runtime.session.described import undescribed
 from peftc.runtime.session.session import Session
 from peftc.runtime.session.steps import added, finished, take
 from peftc.runtime.session.stored import take_saved_form
@@ -236,9 +237,19 @@ class TunerModel(nn.Module):
             density,
             majority_sign_method,
         )
-        made = combined(self.session, how, adapter_name)
+        self.add_combined(adapter_name, combined(self.session, how, adapter_name))
+
+    @whole
+    def add_combined(self, adapter_name: str, made: Combined, autocast_adapter_dtype: bool = True) -> None:
+        """Add an adapter that was computed of others; it is not activated. Raises `PeftcError`, with nothing changed."""
         plan = plan_for(
-            self.model, {adapter_name: made.config}, loading=True, task_heads=False, given=made.paths, mixed=self.mixes
+            self.model,
+            {adapter_name: made.config},
+            autocast_adapter_dtype,
+            loading=True,
+            task_heads=False,
+            given=made.paths or None,
+            mixed=self.mixes,
         )
         made.require_shapes(plan.adapters[0])
         apply_plan(self.model, plan, sources={adapter_name: made.tensors.get}, mixed=self.mixes)
@@ -302,17 +313,22 @@ class TunerModel(nn.Module):
         """The base model with the adapters folded in and no wrapper left. This object has no adapter afterwards.
 
         Where a module that was trained whole parts weights that the base's config says are one, the config no longer says so.
-        Raises `PeftcError`, with nothing changed, if an adapter on one of them would.
+        Raises `PeftcError`, with nothing changed, if an adapter on one of them would. Replicas of layers get tensors of their
+        own, so that the model is an ordinary one of so many layers, and can be saved; warns if its config cannot say so.
         """
-        session = self.session
+        session, stack = self.session, self.session.stack
         plans = [session.plans[name] for name in adapter_names or session.active if name in session.plans]
         refuse_around(plans)
         refuse_sharded(session.ways_to(plans), "merged, the adapter would be lost")
         part(session, adapter_names)
+        warn(undescribed(session, Severity.WARNING))
         session.enable(True)  # else what was switched off would be lost
         session.merge(adapter_names, safe_merge)
         session.keep_trained(session.active if adapter_names is None else adapter_names)
-        return self._left(session)
+        merged = self._left(session)
+        if stack is not None:
+            stack.part()
+        return merged
 
     @whole
     def unload(self) -> nn.Module:

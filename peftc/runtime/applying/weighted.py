@@ -56,7 +56,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Combined:
-    """The new adapter's config, the modules that it adapts, and its tensors by checkpoint key."""
+    """The new adapter's config, the modules that it adapts (none where the config says it), and its tensors by checkpoint key."""
 
     config: PeftConfig
     paths: frozenset[str]
@@ -66,7 +66,9 @@ class Combined:
         """Raise `PeftcError` if the compiled adapter has slots of other shapes: its config could not say what it is."""
         slots = [(site.key(slot, plan.name).disk(), slot) for site, slot in plan.slots()]
         shapes = {key: slot.shape for key, slot in slots if not slot.derived}
-        wrong = [key for key, shape in shapes.items() if tuple(self.tensors[key].shape) != shape]
+        wrong = [
+            key for key, shape in shapes.items() if key not in self.tensors or tuple(self.tensors[key].shape) != shape
+        ]
         if wrong:
             what = f"No config describes the combination: {listed(wrong)} would have another shape"
             raise PeftcError(rules.CANNOT_COMBINE(what, fix="Combine adapters with the same options."))

@@ -1,13 +1,13 @@
 """Replicas of layers in a live model: blocks that share the weights of others, and the way back to the model's own stack.
 
 A layer stays itself where it comes first; where it comes again there is a copy with the same parameters. The model's config,
-and the index by which each layer finds its part of a cache, say what there is.
+and the index by which each layer finds its part of a cache, say what there is. A merged model's layers share nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from peftc.graph.replication import REPLICATION_OPTION, Replication
 from peftc.host.offload import hook_of
 from peftc.runtime.journal import keep_entry, keep_memory, note
 
-#: The attribute by which a layer's modules know its index.
-_INDEX = "layer_idx"
+#: The attributes by which a layer's modules know its index.
+_INDICES = ("layer_idx", "layer_id")
 #: Options of configs that have an entry for each layer.
 _BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type")
 
@@ -28,9 +28,10 @@ _BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_t
 class Stack:
     """A model's own list of layers, which another stands in for, and what else was as it was."""
 
-    def __init__(self, model: nn.Module, parent: nn.Module, name: str, own: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parent: nn.Module, name: str, own: nn.Module, sources: Sequence[int]) -> None:
         self._model, self._parent, self._name, self._own = (model,), (parent,), name, (own,)  # no children of anything
-        self._indices = [(module, module.__dict__[_INDEX]) for module in own.modules() if _INDEX in module.__dict__]
+        self._sources = sources
+        self._indices = [(module, name, module.__dict__[name]) for module, name in _indexed(own)]
         self._options: list[tuple[Any, str, Any]] = []
         self._placed = _placed(own)
 
@@ -50,11 +51,24 @@ class Stack:
         keep_entry(parent._modules, self._name)
         parent._modules[self._name] = own
         own.train(model.training)
-        for module, index in self._indices:
-            _set_index(module, index)
+        for module, attribute, index in self._indices:
+            _set_index(module, attribute, index)
         for config, name, value in reversed(self._options):
             note(setattr, config, name, getattr(config, name))
             setattr(config, name, value)
+
+    def part(self) -> None:
+        """Give each replica tensors of its own, for good. The adapters must be off the model.
+
+        A saved model has each layer's tensors, and whoever loads it has so many layers that share nothing; transformers does
+        not save others.
+        """
+        (parent,) = self._parent
+        held: set[int] = set()
+        for index, block in enumerate(parent.get_submodule(self._name).children()):
+            if self._sources[index] in self._sources[:index]:
+                _own_parameters(block, held)
+            held.update(map(id, block.parameters()))
 
     def _follow(self, own: nn.Module, there: nn.Module) -> None:
         """Let layers that were left out go where the others went, and be cast as they were."""
@@ -86,16 +100,15 @@ def replicate(model: nn.Module, replication: Replication) -> Stack:
         what = f"Weights of `{replication.stack}` are not in memory, so that layers cannot share them"
         fix = f"Load the base without offloading, or leave `{REPLICATION_OPTION}` out."
         raise PeftcError(rules.NO_REPLICATION(what, fix=fix, where=REPLICATION_OPTION))
-    stack = Stack(model, parent, name, own)
+    stack = Stack(model, parent, name, own, replication.sources)
     made: list[nn.Module] = []
     for index, source in enumerate(replication.sources):
         block = own.get_submodule(str(source))
         block = _twin(block) if source in replication.sources[:index] else block
         made.append(block)
     for index, block in enumerate(made):
-        for module in block.modules():
-            if _INDEX in module.__dict__:
-                _set_index(module, index)
+        for module, attribute in _indexed(block):
+            _set_index(module, attribute, index)
     layers = nn.ModuleList(made)
     layers.training = own.training
     keep_entry(parent._modules, name)
@@ -119,9 +132,24 @@ def _twin(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, shared)
 
 
-def _set_index(module: nn.Module, index: int) -> None:
-    keep_entry(module.__dict__, _INDEX)
-    module.__dict__[_INDEX] = index
+def _own_parameters(block: nn.Module, others: Collection[int]) -> None:
+    """Copy the parameters of a block that others have as well; those that are one in the block stay one."""
+    made: dict[int, Any] = {}
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in others:
+                keep_entry(module._parameters, name)
+                module._parameters[name] = copy.deepcopy(parameter, made)
+
+
+def _indexed(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules that know the index of their layer, and what they call it."""
+    return [(module, name) for module in block.modules() for name in _INDICES if name in module.__dict__]
+
+
+def _set_index(module: nn.Module, attribute: str, index: int) -> None:
+    keep_entry(module.__dict__, attribute)
+    module.__dict__[attribute] = index
 
 
 def _configs(model: nn.Module, replication: Replication) -> Iterator[Any]:
