@@ -29,6 +29,7 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 SECTIONS: Mapping[str, str] = {
     "The record": "method TunerMethod hookimpl register_plugin unregister_plugin",
     "Starts": "starting Start Begun StartView Reads start_targets begin_anew register_start unregister_start",
+    "Optimisers": "NamedOptimizer AdamOptions with_factors with_linear_factors with_factors_alone",
     "Kinds of method": "MapTuner ModuleTuner PromptTuner CallTuner",
     "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
     "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",

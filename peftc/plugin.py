@@ -43,6 +43,7 @@ from peftc.config.mixins import (
     UpdateDropoutMixin,
     VariantMixin,
 )
+from peftc.config.optimizers import AdamOptions
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
@@ -58,6 +59,7 @@ from peftc.tuner.limits import RankLimit
 from peftc.tuner.maps import Former, MapTuner
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
+from peftc.tuner.optimizer import NamedOptimizer, with_factors, with_factors_alone, with_linear_factors
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.rows import RowsTuner, wrong_rows
 from peftc.tuner.slots import (
@@ -278,6 +280,7 @@ __all__ = [
     "CONV_KINDS",
     "EXPERT_KINDS",
     "LINEAR_KINDS",
+    "AdamOptions",
     "AlphaMixin",
     "Begun",
     "BiasMixin",
@@ -307,6 +310,7 @@ __all__ = [
     "ModuleView",
     "ModulesToSaveMixin",
     "NameList",
+    "NamedOptimizer",
     "Names",
     "Options",
     "OrientationMixin",
@@ -390,6 +394,9 @@ __all__ = [
     "warn",
     "weighted_sum",
     "widened",
+    "with_factors",
+    "with_factors_alone",
+    "with_linear_factors",
     "write_adapter",
     "wrong_rows",
 ]

@@ -88,6 +88,11 @@ class TrainSection(ConfigModel):
     """Number of optimiser steps, instead of `epochs`."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
+    optimizer: Text | None = None
+    """What moves the parameters: `adamw`, which is taken if it is left out, `adamw_torch`, `sgd`, `adafactor`, `adagrad`,
+    `rmsprop`, or one that an installed method brings."""
+    optimizer_options: dict[str, Any] | None = None
+    """Options of the optimiser; learning rate and weight decay are those of this section."""
     batch_size: int = Field(default=8, ge=1)
     """Examples per forward pass."""
     gradient_accumulation: int = Field(default=1, ge=1)

@@ -42,6 +42,7 @@ from peftc.graph.base_ref import BaseRef
 from peftc.limits import MAX_ADAPTERS, MOST_TOLD
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
+from peftc.registry.optimizers import find_optimizer, fit_problems, option_problems
 from peftc.registry.starts import start_problems
 
 VERSION = 1
@@ -284,6 +285,7 @@ def read_spec(document: Document, registry: Registry | None = None) -> Reading:
     if isinstance(adapters, Mapping) and len(adapters) <= MAX_ADAPTERS:
         for name, options in adapters.items():
             found.extend(_of_method(options, ("adapters", name), registry))
+    found.extend(_of_optimizer(data, registry))
     told = in_order(document, found)
     return Reading(document, None if any(d.severity is Severity.ERROR for d in told) else spec, told)
 
@@ -338,6 +340,28 @@ def _of_method(options: Any, location: Location, registry: Registry) -> Iterator
         option = diagnostic.where.path
         known = option is not None and option in type(config).model_fields
         yield Problem((*location, option) if option is not None and known else location, diagnostic)
+
+
+def _of_optimizer(data: Mapping[str, Any], registry: Registry) -> Iterator[Problem]:
+    """What is wrong with the optimiser of a spec: its options, and that an active adapter has nothing that it is for."""
+    train, adapters, active = (data.get(key) for key in ("train", "adapters", "active"))
+    name, options = (
+        (train.get("optimizer"), train.get("optimizer_options")) if isinstance(train, Mapping) else (None, None)
+    )
+    if not isinstance(name, str | None) or not isinstance(options, Mapping | None):
+        return  # told by their types
+    for problem in option_problems(name, options, registry):
+        yield replace(problem, location=("train", *problem.location))
+    record = None if name is None else find_optimizer(name, registry)
+    if record is None or not isinstance(adapters, Mapping) or len(adapters) > MAX_ADAPTERS:
+        return
+    names = active if isinstance(active, list) else list(adapters)[:1]
+    configs = {
+        name: valid_config(adapters[name], registry) for name in names if isinstance(name, str) and name in adapters
+    }
+    acting = {name: config for name, config in configs.items() if config is not None}
+    for problem in fit_problems(record, acting, registry):
+        yield replace(problem, location=("train", *problem.location))
 
 
 def _models_at(data: Mapping[str, Any], registry: Registry) -> ModelsAt:

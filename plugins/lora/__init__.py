@@ -22,6 +22,7 @@ from .functions import (
     save_as_lora,
 )
 from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from .optimizers import OPTIMIZERS
 from .plain import GroupedLoraTuner, LoraTuner
 
 _TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
@@ -75,6 +76,7 @@ peftc_tuner = p.method(
         save_as_lora,
     ),
     model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss, "_get_kasa_loss": kasa.get_kasa_loss},
+    optimizers=OPTIMIZERS,
     tags=("lora",),
     examples=(
         {"r": 4, "lora_alpha": 8},

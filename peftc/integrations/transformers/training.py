@@ -36,12 +36,14 @@ from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
 from peftc.installed.requirements import require
 from peftc.integrations.transformers.architecture import FAILURES, told
 from peftc.integrations.transformers.data import Collator, Encoded
+from peftc.integrations.transformers.optimizing import optimizing
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.limits import MAX_JSON
 from peftc.model.parts import identity
 from peftc.model.parts.files import live_names
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import is_out_of_memory
+from peftc.registry.optimizers import chosen_optimizer
 from peftc.runtime.session.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
@@ -121,6 +123,7 @@ def fit(
             )
         )
     _require_writable(folder)
+    own = chosen_optimizer(how.optimizer, how.optimizer_options)
     watcher = _Watcher(progress)
     trainer = AdapterTrainer(
         model,
@@ -130,6 +133,7 @@ def fit(
         train_dataset=_Rows(rows),
         data_collator=Collator(pad),
         callbacks=[watcher, AdapterSteps()],
+        **optimizing(own, model, how),
     )
     trainer.remove_callback(PrinterCallback)  # prints each log record to stdout, where results go
     try:
@@ -346,6 +350,7 @@ def _run_facts(model: PeftModel, rows: Sequence[Encoded], how: TrainSection) -> 
     for row in rows:
         content.update(repr((row.input_ids, row.labels)).encode())
     options = how.model_dump(mode="json", exclude={"data", "eval_data", "save_steps", "device"})
+    options |= chosen_optimizer(how.optimizer, how.optimizer_options).said
     adapters = {}
     for name, config in model.peft_config.items():
         kept = {key: value for key, value in config.to_json().items() if key not in ("peft_version", "inference_mode")}
