@@ -108,7 +108,8 @@ class TrainSection(ConfigModel):
     max_length: int = Field(default=1024, ge=8)
     """Tokens of an example; longer ones are cut at the end."""
     start_samples: int = Field(default=256, ge=1)
-    """Examples of the data that a start reads, for adapters that begin by one that does."""
+    """Examples of the data that a start reads, for adapters that begin by one that does and do not say it themselves
+    (`init: {kind: NAME, samples: 64}`)."""
     save_steps: int | None = Field(default=None, ge=1)
     """Write a checkpoint, to resume from, every so many steps."""
     gradient_checkpointing: bool = False

@@ -18,6 +18,7 @@ from peftc.config.docs import describe
 from peftc.config.sections import TrainSection
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, did_you_mean
+from peftc.registry import shorthand
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import OWN, Registry
 from peftc.registry.optimizers import PLAIN
@@ -137,6 +138,8 @@ def _typed(schema: Schema, method: TunerMethod) -> Schema:
         if field.exclude:
             del schema["properties"][name]
     schema["properties"]["peft_type"] = {"const": method.peft_type, "description": _line(method.summary)}
+    if shorthand.takes(method):
+        schema["properties"][shorthand.INIT] = shorthand.schema()
     schema["required"] = sorted({"peft_type", *schema.get("required", [])})
     return schema
 

@@ -42,6 +42,7 @@ class Loftq(p.Start):
     is_offset: ClassVar[bool] = False
     within_rank: ClassVar[bool] = True
     options: ClassVar[str] = "loftq_config"
+    how: ClassVar[type[p.ConfigModel] | None] = LoftQConfig
 
     def factors(self, s: p.StartView) -> p.Begun:
         import torch

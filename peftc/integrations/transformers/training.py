@@ -102,15 +102,16 @@ def fit(
     *,
     resume: bool = False,
     progress: Callable[[Step], None] | None = None,
+    samples: Mapping[str, int] | None = None,
 ) -> TrainResult:
     """Train the active adapters of a `PeftModel` in place and save it to `folder`.
 
-    With `resume`, go on from the last checkpoint in `folder`; the result is the same as without the interruption. Raises
+    `samples` are how many examples the starts of adapters have read. With `resume`, go on from the last checkpoint in `folder`; the result is the same as without the interruption. Raises
     `PeftcError` if there is none or it does not fit, if `folder` holds checkpoints and `resume` is off, and if the loss
     stops being finite. An interrupt passes through; adapter and checkpoints on the disk are whole at any moment.
     """
     require("train")
-    run = _run_facts(model, rows, how)
+    run = _run_facts(model, rows, how) | {"starts": dict(samples or {})}
     checkpoint = last_checkpoint(folder)
     if resume:
         _check_resumable(checkpoint, folder, run)
@@ -349,7 +350,7 @@ def _run_facts(model: PeftModel, rows: Sequence[Encoded], how: TrainSection) -> 
     content = hashlib.sha256()
     for row in rows:
         content.update(repr((row.input_ids, row.labels)).encode())
-    options = how.model_dump(mode="json", exclude={"data", "eval_data", "save_steps", "device"})
+    options = how.model_dump(mode="json", exclude={"data", "eval_data", "save_steps", "device", "start_samples"})
     options |= chosen_optimizer(how.optimizer, how.optimizer_options).said
     adapters = {}
     for name, config in model.peft_config.items():
