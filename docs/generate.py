@@ -27,6 +27,7 @@ from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.diagnostics import Rule
 from peftc.registry.manager import OWN, Registry, installed
+from peftc.registry.optimizers import PLAIN
 from peftc.registry.shorthand import options_model
 from peftc.registry.starts import Starts
 from peftc.tuner.features import MATRIX, features_of
@@ -183,6 +184,7 @@ def method_page(method: TunerMethod) -> str:
             "\n".join(["| option | what it does | paper |", "| --- | --- | --- |", *rows]),
         ]
     blocks += _starts(method) if method.start_option else []
+    blocks += _optimizers(method) if method.optimizers else []
     for title, group in groups.items():
         if group:
             head = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -207,6 +209,22 @@ def _starts(method: TunerMethod) -> Iterator[str]:
         own = ", ".join(f"`{name}`" for name in model.model_fields) if model else ""
         rows.append(f"| `{start.name}` | {_cell(start.summary)} | {start.reads.value} | {own} | {start.paper} |")
     yield "\n".join(["| start | what it does | reads | options | paper |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def _optimizers(method: TunerMethod) -> Iterator[str]:
+    """What optimisers come with it."""
+    plain = ", ".join(f"`{own.name}`" for own in PLAIN)
+    yield "## Optimisers"
+    yield (
+        f"In a spec `train.optimizer` names one, and `train.optimizer_options` has its options. Beside {plain} there are those that come"
+        " with this method, for adapters of any method with such layers."
+    )
+    rows = [
+        f"| `{own.name}` | {_cell(own.summary)} | {own.needs} | {', '.join(f'`{name}`' for name in own.options.model_fields)} | {own.paper} |"
+        for own in method.optimizers
+    ]
+    head = ["| optimiser | what it does | for | options | paper |", "| --- | --- | --- | --- | --- |"]
+    yield "\n".join([*head, *rows])
 
 
 def _place(method: TunerMethod) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,9 +152,10 @@ def fit_problems(
     if record.fits is any_layer:
         return
     for name, config in adapters.items():
-        method = registry.method_of(config)
-        if not _may_fit(record, method, config):
-            yield unfit(record, name, method.peft_type)
+        with suppress(PeftcError):  # a variant that is not there is told with the other options
+            method = registry.method_of(config)
+            if not _may_fit(record, method, config):
+                yield unfit(record, name, method.peft_type)
 
 
 def _may_fit(record: NamedOptimizer, method: TunerMethod, config: PeftConfig) -> bool:

@@ -98,6 +98,19 @@ def test_each_has_its_own_steps_and_its_options_change_them(name: str, tmp_path:
         assert kept and all(torch.equal(tensor, at_first[key]) for key, tensor in kept.items())
 
 
+def test_what_an_optimiser_freezes_trains_again_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trains() -> None:
+        model = adapted()
+        before = {name for name, p in model.named_parameters() if p.requires_grad}
+        fit(model, rows(), PAD, section(optimizer="lorafa", save_steps=None), tmp_path / "out")
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+
+    trains()
+    put_defect(monkeypatch, training, "            parameter.requires_grad_(True)", "            pass")
+    with pytest.raises(AssertionError):
+        trains()
+
+
 def test_left_out_it_is_what_transformers_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = trained(section(weight_decay=0.1), tmp_path / "ours")
     monkeypatch.setattr(training, "optimizing", lambda *given: {})
@@ -236,6 +249,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]], tu
         [(rules.OPTIMIZER_MISFIT.code, NAME)],
         (registered, "method.own_tuners if variant is None else variant.tuners", "method.own_tuners"),
     ),
+    "a variant that is not there": (
+        {"optimizer": "loraplus"},
+        {**LORA, "variant": "nowhere"},
+        [(rules.UNKNOWN_VARIANT.code, "$.adapters.default.variant")],
+        (registered, "with suppress(PeftcError):  #", "with suppress(ZeroDivisionError):  #"),
+    ),
     "no layers": (
         {"optimizer": "lorafa"},
         {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2},
@@ -253,7 +272,7 @@ def test_what_is_wrong_is_told_with_its_line(
     file = written(tmp_path, train, adapter)
     assert told(file, capsys) == wanted
     put_defect(monkeypatch, *defect)
-    with pytest.raises((AssertionError, AttributeError)):
+    with pytest.raises((AssertionError, AttributeError, KeyError, TypeError)):
         assert told(file, capsys) == wanted
 
 

@@ -124,6 +124,7 @@ def fit(
             )
         )
     _require_writable(folder)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = chosen_optimizer(how.optimizer, how.optimizer_options)
     watcher = _Watcher(progress)
     trainer = AdapterTrainer(
@@ -143,6 +144,9 @@ def fit(
         with suppress(OSError):
             folder.rmdir()
         raise
+    finally:
+        for parameter in trained:  # some optimisers freeze factors, for their own training alone
+            parameter.requires_grad_(True)
     model.save_pretrained(str(folder))
     remove_checkpoints(folder)
     return watcher.result()
