@@ -26,7 +26,10 @@ from peftc.cli.main import COMMANDS, parser_for
 from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
 from peftc.diagnostics import Rule
-from peftc.registry.manager import Registry, installed
+from peftc.registry.manager import OWN, Registry, installed
+from peftc.registry.optimizers import PLAIN
+from peftc.registry.shorthand import options_model
+from peftc.registry.starts import Starts
 from peftc.tuner.features import MATRIX, features_of
 from peftc.tuner.method import TunerMethod
 
@@ -180,6 +183,8 @@ def method_page(method: TunerMethod) -> str:
             "Other mathematics over the same options; at most one acts. Other packages bring more (`variant`).",
             "\n".join(["| option | what it does | paper |", "| --- | --- | --- |", *rows]),
         ]
+    blocks += _starts(method) if method.start_option else []
+    blocks += _optimizers(method) if method.optimizers else []
     for title, group in groups.items():
         if group:
             head = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
@@ -188,6 +193,38 @@ def method_page(method: TunerMethod) -> str:
                 "\n".join([*head, *(_option(method.config, name, field) for name, field in group.items())]),
             ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _starts(method: TunerMethod) -> Iterator[str]:
+    """How factors can begin, and the shorthand for it."""
+    starts = Starts([claim for claim in installed(Starts.group) if claim.distribution == OWN], blocked=frozenset())
+    yield "## How it begins"
+    yield (
+        f"`{method.start_option}` may name a start. In a spec `init: {{kind: NAME, samples: 64}}` does the same, with the options of the start"
+        " beside its name, and `samples` for how many examples of the training it reads. Other packages bring more."
+    )
+    rows = []
+    for start in starts.load_all():
+        model = options_model(start, method)
+        own = ", ".join(f"`{name}`" for name in model.model_fields) if model else ""
+        rows.append(f"| `{start.name}` | {_cell(start.summary)} | {start.reads.value} | {own} | {start.paper} |")
+    yield "\n".join(["| start | what it does | reads | options | paper |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def _optimizers(method: TunerMethod) -> Iterator[str]:
+    """What optimisers come with it."""
+    plain = ", ".join(f"`{own.name}`" for own in PLAIN)
+    yield "## Optimisers"
+    yield (
+        f"In a spec `train.optimizer` names one, and `train.optimizer_options` has its options. Beside {plain} there are those that come"
+        " with this method, for adapters of any method with such layers."
+    )
+    rows = [
+        f"| `{own.name}` | {_cell(own.summary)} | {own.needs} | {', '.join(f'`{name}`' for name in own.options.model_fields)} | {own.paper} |"
+        for own in method.optimizers
+    ]
+    head = ["| optimiser | what it does | for | options | paper |", "| --- | --- | --- | --- | --- |"]
+    yield "\n".join([*head, *rows])
 
 
 def _place(method: TunerMethod) -> str:

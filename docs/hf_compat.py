@@ -39,7 +39,6 @@ WAITING = {
     "get_eva_state_dict": "starts from data",
     "initialize_lora_eva_weights": "starts from data",
     "preprocess_loraga": "starts from gradients",
-    "replace_lora_weights_loftq": "starts that quantise",
 }
 
 #: Why a name is not the same here; `Class.member`, or `*.member` for all classes.

@@ -28,7 +28,8 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 #: Sections of the page, and the names in each; what stands in none comes last.
 SECTIONS: Mapping[str, str] = {
     "The record": "method TunerMethod hookimpl register_plugin unregister_plugin",
-    "Starts": "starting Start Begun StartView Reads start_targets begin_anew register_start unregister_start",
+    "Starts": "starting Start Begun StartView Reads start_targets begin_anew refill_factors base_weights register_start unregister_start",
+    "Optimisers": "NamedOptimizer AdamOptions with_factors with_linear_factors with_factors_alone",
     "Kinds of method": "MapTuner ModuleTuner PromptTuner CallTuner",
     "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
     "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",

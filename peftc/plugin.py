@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from peftc.config.mixins import (
     UpdateDropoutMixin,
     VariantMixin,
 )
+from peftc.config.optimizers import AdamOptions
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
@@ -58,6 +60,7 @@ from peftc.tuner.limits import RankLimit
 from peftc.tuner.maps import Former, MapTuner
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner, ModuleView
+from peftc.tuner.optimizer import NamedOptimizer, with_factors, with_factors_alone, with_linear_factors
 from peftc.tuner.prompt import Place, PromptTuner
 from peftc.tuner.rows import RowsTuner, wrong_rows
 from peftc.tuner.slots import (
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from torch import Tensor as Tensor
     from torch import nn as nn
 
+    from peftc.integrations.refilling import FactorLayer as FactorLayer
     from peftc.model.functions.gathering import Target
 
 #: What `slots` gives.
@@ -199,6 +203,27 @@ def begin_anew(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
     begin(model, config, adapter_name)
 
 
+def refill_factors(
+    model: nn.Module,
+    adapter_name: str,
+    find: Callable[[FactorLayer], tuple[Tensor, Tensor] | None],
+    keep: Callable[[Any, str], bool] | None = None,
+) -> int:
+    """Let thin factors of an adapter be those that `find` gives for a layer, with its `path`, `weight`, `stored`, `rank` and
+    `scaling`; None leaves a layer. `keep` hears of each. All or nothing; returns for how many layers there were others."""
+    from peftc.integrations.refilling import refill
+
+    return refill(model, adapter_name, find, keep)
+
+
+def base_weights(model: nn.Module, path: str | PathLike[str] | None = None) -> Callable[[str], Tensor]:
+    """A function that reads the weight of a layer, by its path in the base model, from the safetensors of the model before it was
+    quantised: in a folder or file, or, left out, where the model's config says. Raises `PeftcError`."""
+    from peftc.integrations.refilling import base_weights as find
+
+    return find(model, path)
+
+
 def kept_outputs(count: int, features: float, whole: float, rescale: bool, like: Tensor) -> Tensor | None:
     """Factors `(count,)` of an update's output features in training: `peftc.ops.dropping.kept_outputs`."""
     from peftc.ops import dropping
@@ -278,6 +303,7 @@ __all__ = [
     "CONV_KINDS",
     "EXPERT_KINDS",
     "LINEAR_KINDS",
+    "AdamOptions",
     "AlphaMixin",
     "Begun",
     "BiasMixin",
@@ -307,6 +333,7 @@ __all__ = [
     "ModuleView",
     "ModulesToSaveMixin",
     "NameList",
+    "NamedOptimizer",
     "Names",
     "Options",
     "OrientationMixin",
@@ -352,6 +379,7 @@ __all__ = [
     "VariantMixin",
     "View",
     "Weights",
+    "base_weights",
     "begin_anew",
     "columns",
     "constant_slot",
@@ -374,6 +402,7 @@ __all__ = [
     "parameter_slot",
     "read_adapter",
     "read_weights",
+    "refill_factors",
     "register_plugin",
     "register_start",
     "register_variant",
@@ -390,6 +419,9 @@ __all__ = [
     "warn",
     "weighted_sum",
     "widened",
+    "with_factors",
+    "with_factors_alone",
+    "with_linear_factors",
     "write_adapter",
     "wrong_rows",
 ]

@@ -22,6 +22,7 @@ from peftc.config.spec import AdapterSpec, is_config, load_spec
 from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.graph.files import replace_file
 from peftc.graph.nodes import ModuleGraph
+from peftc.registry.optimizers import chosen_optimizer
 
 HELP = "Show what a spec would adapt, before any weight is loaded"
 
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         console.out(plan_to_text(plan).rstrip("\n"))
         return 0
     warnings = _merged(said, _placed(plan.warnings, read_document(file)) if plan.warnings else ())
-    console.out(render_plan(replace(plan, warnings=tuple(warnings)), _paint).rstrip("\n"))
+    train = spec.train
+    optimizer = None if train is None else chosen_optimizer(train.optimizer, train.optimizer_options)
+    console.out(render_plan(replace(plan, warnings=tuple(warnings)), _paint, optimizer).rstrip("\n"))
     return 0
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         base = jobs.load(spec.base_ref, device)
     rows = jobs.encoded(base, spec.resolve(how.data), how.max_length)
     held_out = jobs.encoded(base, spec.resolve(how.eval_data), how.max_length) if how.eval_data else []
-    model = jobs.fresh_adapter(base, spec, how.seed, rows[: how.start_samples], how.batch_size)
+    model = jobs.fresh_adapter(base, spec, how.seed, rows, how.batch_size)
     console.note(described(spec, base, model, len(rows)), args.quiet)
     before = generation.mean_loss(model, held_out, base.pad) if held_out else None
     try:
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 how.model_copy(update={"device": str(device)}),
                 folder,
                 resume=args.resume,
+                samples=jobs.read_by_starts(spec),
                 progress=lambda step: stage.at(step.number, f"loss {step.loss:.3f}"),
             )
     except KeyboardInterrupt:

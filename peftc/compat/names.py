@@ -178,6 +178,9 @@ _WITH_OPTIMIZERS = (
     "peft.optimizers.loraplus",
     "peft.optimizers.riemannian",
 )
+#: modules that show functions of methods that give an adapter other tensors, and how their names begin
+_WITH_REPLACING = ("peft.utils", "peft.utils.loftq_utils")
+_REPLACING = "replace_"
 #: submodules that a method's subpackage may be asked for; each shows the whole method
 _PARTS = ("config", "layer", "model")
 _TARGETS_MAPPING = re.compile(r"TRANSFORMERS_MODELS_TO_([A-Z0-9]+)_([A-Z]+_MODULES)_MAPPING")
@@ -200,7 +203,11 @@ class Home:
 @cache
 def table() -> dict[str, dict[str, Home]]:
     """Module of the reference -> name in it -> home in peftc; parents of modules are there, if empty."""
-    found: dict[str, dict[str, Home]] = {"peft": {}, _TUNERS: {}, **{module: {} for module in _WITH_OPTIMIZERS}}
+    found: dict[str, dict[str, Home]] = {
+        "peft": {},
+        _TUNERS: {},
+        **{module: {} for module in (*_WITH_OPTIMIZERS, *_WITH_REPLACING)},
+    }
     for home, names, modules in _ROWS:
         for module in modules.split():
             rows = found.setdefault(module, {})
@@ -249,8 +256,8 @@ def names_of(module: str) -> list[str]:
     names = set(table().get(module, {}))
     if module in _WITH_METHODS:
         names |= {n for m in default_registry().load_all() for n, role in m.public_names.items() if role != "layer"}
-    if module in _WITH_OPTIMIZERS:
-        names |= {name for m in default_registry().load_all() for name in m.exports if _makes_optimizers(name)}
+    if module in (*_WITH_OPTIMIZERS, *_WITH_REPLACING):
+        names |= {name for m in default_registry().load_all() for name in m.exports if _shows(module, name)}
     method = method_of(module)
     if method is not None:
         names |= {*method.public_names, *([] if method.is_prompt else names_in(method.peft_type.lower()))}
@@ -262,7 +269,7 @@ def of_a_method(module: str, name: str) -> Any:
     own = method_of(module)
     if own is not None:
         return _of(own, name)
-    if module in _WITH_METHODS or (module in _WITH_OPTIMIZERS and _makes_optimizers(name)):
+    if module in _WITH_METHODS or _shows(module, name):
         found = default_registry().find_name(name)
         if found is not None and found[1] != "layer":
             return _of(found[0], name)
@@ -271,8 +278,10 @@ def of_a_method(module: str, name: str) -> Any:
     raise KeyError(name)
 
 
-def _makes_optimizers(name: str) -> bool:
-    return name.endswith(SUFFIX)
+def _shows(module: str, name: str) -> bool:
+    """Whether a module beside those of methods shows a method's function of this name."""
+    makes_optimizers = module in _WITH_OPTIMIZERS and name.endswith(SUFFIX)
+    return makes_optimizers or (module in _WITH_REPLACING and name.startswith(_REPLACING))
 
 
 def _of(method: TunerMethod, name: str) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 from peftc import rules
 from peftc.compiler.compile import compile_plan
+from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.sections import ChecksSection
 from peftc.config.spec import AdapterSpec
-from peftc.diagnostics import Diagnostic, PeftcError
+from peftc.diagnostics import Diagnostic, PeftcError, Where
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.nodes import ModuleGraph
 from peftc.registry.manager import Registry
+from peftc.registry.optimizers import chosen_optimizer, unfit
+from peftc.tuner.optimizer import NamedOptimizer, any_layer
 
 
 def compile_spec(
@@ -33,6 +37,9 @@ def compile_spec(
         registry=registry,
     )
     failed = _failed_checks(plan, spec.checks) if spec.checks else []
+    if spec.train is not None:
+        record = chosen_optimizer(spec.train.optimizer, spec.train.optimizer_options, registry).record
+        failed += (told for name in plan.active for told in optimizer_problems(record, plan.adapter(name)))
     if failed:
         raise PeftcError([*failed, *plan.warnings])
     return replace(plan, base=_anchored(spec.base_ref))
@@ -51,6 +58,19 @@ def _failed_checks(plan: InjectionPlan, checks: ChecksSection) -> list[Diagnosti
         what = f"The plan trains {trainable:,} parameters, not {checks.expect_trainable}"
         failed.append(_failure(what, "expect_trainable"))
     return failed
+
+
+def optimizer_problems(record: NamedOptimizer, adapter: AdapterPlan) -> Iterator[Diagnostic]:
+    """What keeps an optimiser from doing to an adapter what it is for."""
+    where = Where(path="$.train.optimizer")
+    fitting = [site for site in adapter.maps if record.fits(site.layer, site.slots)]
+    if not fitting and record.fits is not any_layer:
+        yield replace(unfit(record, adapter.name, adapter.peft_type).diagnostic, where=where)
+    stacked = next((site for site in fitting if site.layer.experts), None)
+    if stacked is not None and not record.takes_experts:
+        what = f"`{record.name}` cannot move the factors of {stacked.layer.experts} experts together, as on `{stacked.path}`"
+        fix = "Use another optimiser, or leave experts out (`target_parameters`)."
+        yield rules.OPTIMIZER_MISFIT(what, fix=fix, where=where)
 
 
 def _failure(what: str, key: str) -> Diagnostic:

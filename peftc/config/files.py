@@ -30,6 +30,7 @@ from peftc.limits import MAX_JSON, MOST_TOLD
 from peftc.registry import origin
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
+from peftc.registry.shorthand import INIT, SAMPLES, Spelt, spelt
 from peftc.registry.variants import variant_key
 from peftc.tuner.variant import named_variant
 
@@ -222,10 +223,19 @@ def check_config(
     if lenient:
         told = _version_told(data, registry)
         data = model.check_kwargs(**{key: value for key, value in data.items() if key != origin.PLUGIN_KEY})
-        data, warnings = _without_unknown(model, data)
+        shorthand = of_shorthand(data, registry)
+        data, warnings = _without_unknown(model, data if shorthand is None else shorthand.options)
         warnings += told
     elif stray := not_stored(model, data):
         return None, stray
+    else:
+        shorthand = of_shorthand(data, registry)
+    if shorthand is not None:
+        config, found = from_shorthand(model, replace(shorthand, options=data if lenient else shorthand.options))
+        if shorthand.samples is not None:
+            found.append(_of_a_training())
+        absent = [] if config is None else _variant_missing(config, plugin, registry)
+        return None if absent or found else config, [*warnings, *found, *absent]
     try:
         config = validated(model, data)
         absent = _variant_missing(config, plugin, registry)
@@ -241,6 +251,9 @@ def valid_config(data: Any, registry: Registry) -> PeftConfig | None:
     model = class_for(data, registry)
     if isinstance(model, Problem) or not_stored(model, data):
         return None
+    shorthand = of_shorthand(data, registry)
+    if shorthand is not None:
+        return from_shorthand(model, shorthand)[0]
     try:
         return validated(model, data)
     except (ValidationError, PeftcError):
@@ -257,6 +270,32 @@ def validated(model: type[PeftConfig], data: Mapping[str, Any]) -> PeftConfig:
         else:
             return config
     raise wrong
+
+
+def of_shorthand(data: Any, registry: Registry) -> Spelt | None:
+    """The shorthand of a start in an adapter's options spelt out; None where there is none."""
+    if not isinstance(data, Mapping) or INIT not in data or isinstance(class_for(data, registry), Problem):
+        return None
+    return spelt(data, registry.get(data["peft_type"]))
+
+
+def from_shorthand(model: type[PeftConfig], shorthand: Spelt) -> tuple[PeftConfig | None, list[Problem]]:
+    """The config of options that had a shorthand, or None and all that is wrong, at the places where it is said."""
+    found = list(shorthand.found)
+    try:
+        config = validated(model, shorthand.options)
+    except PeftcError as error:
+        return None, [*found, *(Problem((), told) for told in error.diagnostics)]
+    except ValidationError as error:
+        wrong = problems(error, shorthand.options, models_below(model))
+        return None, [*found, *(replace(problem, location=shorthand.place(problem.location)) for problem in wrong)]
+    return None if found else config, found
+
+
+def _of_a_training() -> Problem:
+    what = f"`{SAMPLES}` describes a training, which an adapter's config has none of"
+    fix = "Write a spec with a `train` section, or remove it."
+    return Problem((INIT, SAMPLES), rules.UNKNOWN_KEY(what, fix=fix), on_key=True)
 
 
 def class_for(data: Any, registry: Registry) -> type[PeftConfig] | Problem:

@@ -59,6 +59,14 @@ def problems(error: ValidationError, data: Any, models_at: ModelsAt) -> Iterator
         yield Problem((), further(len(found) - MOST_TOLD))
 
 
+def problems_of(model: type[BaseModel], data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every mistake in data that is to be such a model."""
+    try:
+        model.__pydantic_validator__.validate_python(dict(data))
+    except ValidationError as error:
+        yield from problems(error, data, models_below(model))
+
+
 def unknown_keys(error: ValidationError, data: Any) -> list[Location]:
     """Where the keys are that no model has: all of them."""
     return [location for location, _, items in _mistakes(error, data) if items[0]["type"] == "extra_forbidden"]
@@ -118,7 +126,7 @@ def unknown_key(models: Iterable[type[BaseModel]], name: str, where: Where | Non
     known = tuple(models)
     options = [option for model in known for option in model.model_fields]
     owner = known[0].model_config.get("title") or known[0].__name__ if known else "document"
-    listed = f"Remove `{name}`. Its options are {', '.join(options)}."
+    listed = f"Remove `{name}`. " + (f"Its options are {', '.join(options)}." if options else "It has no options.")
     return rules.UNKNOWN_KEY(
         f"`{owner}` has no option `{name}`", fix=did_you_mean(name, options) or listed, where=where or Where(path=name)
     )

@@ -88,6 +88,11 @@ class TrainSection(ConfigModel):
     """Number of optimiser steps, instead of `epochs`."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
+    optimizer: Text | None = None
+    """What moves the parameters: `adamw`, which is taken if it is left out, `adamw_torch`, `sgd`, `adafactor`, `adagrad`,
+    `rmsprop`, or one that an installed method brings."""
+    optimizer_options: dict[str, Any] | None = None
+    """Options of the optimiser; learning rate and weight decay are those of this section."""
     batch_size: int = Field(default=8, ge=1)
     """Examples per forward pass."""
     gradient_accumulation: int = Field(default=1, ge=1)
@@ -103,7 +108,8 @@ class TrainSection(ConfigModel):
     max_length: int = Field(default=1024, ge=8)
     """Tokens of an example; longer ones are cut at the end."""
     start_samples: int = Field(default=256, ge=1)
-    """Examples of the data that a start reads, for adapters that begin by one that does."""
+    """Examples of the data that a start reads, for adapters that begin by one that does and do not say it themselves
+    (`init: {kind: NAME, samples: 64}`)."""
     save_steps: int | None = Field(default=None, ge=1)
     """Write a checkpoint, to resume from, every so many steps."""
     gradient_checkpointing: bool = False

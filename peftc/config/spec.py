@@ -30,7 +30,16 @@ from pydantic import (
 
 from peftc import rules
 from peftc.config.base import CONFIG_NAME, ConfigModel, PeftConfig
-from peftc.config.files import check_config, class_for, not_stored, place, valid_config, validated
+from peftc.config.files import (
+    check_config,
+    class_for,
+    from_shorthand,
+    not_stored,
+    of_shorthand,
+    place,
+    valid_config,
+    validated,
+)
 from peftc.config.kinds import kind_of, use_of
 from peftc.config.places import Document, Location
 from peftc.config.problems import ModelsAt, Problem, as_validation_error, by_place, models_below, problems
@@ -42,6 +51,8 @@ from peftc.graph.base_ref import BaseRef
 from peftc.limits import MAX_ADAPTERS, MOST_TOLD
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
+from peftc.registry.optimizers import find_optimizer, fit_problems, option_problems
+from peftc.registry.shorthand import INIT, SAMPLES
 from peftc.registry.starts import start_problems
 
 VERSION = 1
@@ -81,13 +92,20 @@ def _adapter(value: Any, handler: Any, info: ValidationInfo) -> PeftConfig:
         model: type[PeftConfig] = type(value)
         value = {name: getattr(value, name) for name in model.model_fields}
     else:
-        found = class_for(value, (info.context or {}).get("registry") or default_registry())
+        registry = (info.context or {}).get("registry") or default_registry()
+        found = class_for(value, registry)
         if isinstance(found, Problem):
             raise as_validation_error([found])
         model = found
         stray = not_stored(model, value)
         if stray:
             raise as_validation_error(stray)
+        shorthand = of_shorthand(value, registry)
+        if shorthand is not None:
+            config, wrong = from_shorthand(model, shorthand)
+            if config is None:
+                raise as_validation_error(wrong)
+            return config
     try:
         return validated(model, value)
     except PeftcError as error:
@@ -125,6 +143,20 @@ class AdapterSpec(ConfigModel):
     """Folder for the trained adapter; a relative path starts at the document."""
 
     _folder: Path = PrivateAttr(default=Path())
+    _samples: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_samples(cls, data: Any, handler: Any, info: ValidationInfo) -> Self:
+        """How many examples starts read is said among the options of adapters, and is none of them."""
+        made: Self = handler(data)
+        registry = (info.context or {}).get("registry") or default_registry()
+        given = data.get("adapters") if isinstance(data, Mapping) else None
+        for name, options in given.items() if isinstance(given, Mapping) else ():
+            shorthand = of_shorthand(options, registry)
+            if shorthand is not None and shorthand.samples is not None:
+                made._samples[name] = shorthand.samples
+        return made
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -139,6 +171,11 @@ class AdapterSpec(ConfigModel):
     def active_names(self) -> tuple[str, ...]:
         """Names of the active adapters, in order."""
         return tuple(self.active) if self.active is not None else tuple(self.adapters)[:1]
+
+    def samples_of(self, adapter: str) -> int:
+        """How many examples of the training the adapter's start reads, if it reads any."""
+        general = TrainSection.model_fields["start_samples"].default if self.train is None else self.train.start_samples
+        return self._samples.get(adapter, int(general))
 
     @property
     def task_type(self) -> TaskType | None:
@@ -185,6 +222,8 @@ def contradictions(data: Any) -> Iterator[Problem]:
     if isinstance(adapters, Mapping):
         yield from _of_tasks(base if isinstance(base, Mapping) else {}, adapters)
     train = data.get("train")
+    if isinstance(adapters, Mapping):
+        yield from _of_samples(train, adapters)
     if isinstance(train, Mapping) and train.get("epochs") is not None and train.get("steps") is not None:
         what = "Both `epochs` and `steps` say how long to train"
         yield Problem(("train", "steps"), rules.CONTRADICTION(what, fix="Keep one of them."), on_key=True)
@@ -217,6 +256,23 @@ def _of_active(active: Sequence[Any], adapters: Mapping[str, Any]) -> Iterator[P
             what = f"`active` names `{name}` twice"
             yield Problem(("active", index), rules.CONTRADICTION(what, fix="Name it once."))
         named.add(name)
+
+
+def _of_samples(train: Any, adapters: Mapping[str, Any]) -> Iterator[Problem]:
+    """Numbers of examples for starts beside what the section says; several adapters, several lines."""
+    for name, adapter in adapters.items():
+        given = adapter.get(INIT) if isinstance(adapter, Mapping) else None
+        samples = given.get(SAMPLES) if isinstance(given, Mapping) else None
+        at = ("adapters", name, INIT, SAMPLES)
+        if type(samples) is not int:
+            continue
+        if train is None:
+            what = f"`{SAMPLES}` has no effect: the spec has no `train` section, whose data would be read"
+            yield Problem(at, rules.WITHOUT_EFFECT(what, fix="Add one, or remove it."), on_key=True)
+        general = train.get("start_samples") if isinstance(train, Mapping) else None
+        if general is not None and general != samples:
+            what = f"`train.start_samples` is {general}, and `{SAMPLES}` here {samples}"
+            yield Problem(at, rules.CONTRADICTION(what, fix="Keep one of them."))
 
 
 def _of_tasks(base: Mapping[str, Any], adapters: Mapping[str, Any]) -> Iterator[Problem]:
@@ -283,7 +339,8 @@ def read_spec(document: Document, registry: Registry | None = None) -> Reading:
     adapters = data.get("adapters") if spec is None else spec.adapters
     if isinstance(adapters, Mapping) and len(adapters) <= MAX_ADAPTERS:
         for name, options in adapters.items():
-            found.extend(_of_method(options, ("adapters", name), registry))
+            found.extend(_of_method(options, ("adapters", name), registry, data["adapters"][name]))
+    found.extend(_of_optimizer(data, registry))
     told = in_order(document, found)
     return Reading(document, None if any(d.severity is Severity.ERROR for d in told) else spec, told)
 
@@ -313,7 +370,7 @@ def check_plain(document: Document, registry: Registry) -> tuple[PeftConfig | No
     """The plain config in a document, or None if there is an error among the diagnostics."""
     config, found = check_config(document.data, lenient=is_written_by_library(document), registry=registry)
     if config is not None:
-        found.extend(_of_method(config, (), registry))
+        found.extend(_of_method(config, (), registry, document.data))
     told = in_order(document, found)
     return None if any(d.severity is Severity.ERROR for d in told) else config, told
 
@@ -323,8 +380,8 @@ def is_written_by_library(document: Document) -> bool:
     return Path(document.file).name == CONFIG_NAME
 
 
-def _of_method(options: Any, location: Location, registry: Registry) -> Iterator[Problem]:
-    """What the method itself says about its options, if they are otherwise valid."""
+def _of_method(options: Any, location: Location, registry: Registry, written: Any) -> Iterator[Problem]:
+    """What the method itself says about its options, if they are otherwise valid; `written` is what the document has of them."""
     config = options if isinstance(options, PeftConfig) else valid_config(options, registry)
     if config is None:
         return
@@ -334,10 +391,34 @@ def _of_method(options: Any, location: Location, registry: Registry) -> Iterator
             said = [*method.problems(config), *start_problems(method, config)]
     except PeftcError as error:
         said = list(error.diagnostics)
+    shorthand = of_shorthand(written, registry)
     for diagnostic in said:
         option = diagnostic.where.path
         known = option is not None and option in type(config).model_fields
-        yield Problem((*location, option) if option is not None and known else location, diagnostic)
+        at: Location = (option,) if option is not None and known else ()
+        yield Problem((*location, *(at if shorthand is None else shorthand.place(at))), diagnostic)
+
+
+def _of_optimizer(data: Mapping[str, Any], registry: Registry) -> Iterator[Problem]:
+    """What is wrong with the optimiser of a spec: its options, and that an active adapter has nothing that it is for."""
+    train, adapters, active = (data.get(key) for key in ("train", "adapters", "active"))
+    name, options = (
+        (train.get("optimizer"), train.get("optimizer_options")) if isinstance(train, Mapping) else (None, None)
+    )
+    if not isinstance(name, str | None) or not isinstance(options, Mapping | None):
+        return  # told by their types
+    for problem in option_problems(name, options, registry):
+        yield replace(problem, location=("train", *problem.location))
+    record = None if name is None else find_optimizer(name, registry)
+    if record is None or not isinstance(adapters, Mapping) or len(adapters) > MAX_ADAPTERS:
+        return
+    names = active if isinstance(active, list) else list(adapters)[:1]
+    configs = {
+        name: valid_config(adapters[name], registry) for name in names if isinstance(name, str) and name in adapters
+    }
+    acting = {name: config for name, config in configs.items() if config is not None}
+    for problem in fit_problems(record, acting, registry):
+        yield replace(problem, location=("train", *problem.location))
 
 
 def _models_at(data: Mapping[str, Any], registry: Registry) -> ModelsAt:

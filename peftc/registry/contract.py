@@ -14,6 +14,7 @@ from peftc.tuner.calls import CallTuner
 from peftc.tuner.maps import MapTuner
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.modules import ModuleTuner
+from peftc.tuner.optimizer import NamedOptimizer
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.start import Start
 from peftc.tuner.variant import Variant
@@ -73,6 +74,7 @@ _FIELDS: Mapping[str, tuple[str, Fits]] = {
     "check_start": ("a function", _FUNCTION),
     "start_option": ("a text", _TEXT),
     "own_starts": ("a tuple of texts", _TEXTS),
+    "optimizers": ("a tuple of `NamedOptimizer`", _all(_a(NamedOptimizer))),
     "resolve": ("a function", _FUNCTION),
     "follows_ties": ("true or false", _a(bool)),
     "identity_at_start": ("a function", _FUNCTION),

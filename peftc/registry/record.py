@@ -20,6 +20,7 @@ from peftc.graph.targets import has_table
 from peftc.registry.hookspecs import hookimpl
 from peftc.tuner.maps import MapTuner
 from peftc.tuner.method import Mathematics, TunerMethod
+from peftc.tuner.optimizer import NamedOptimizer
 from peftc.tuner.start import Start
 from peftc.tuner.variant import Variant
 
@@ -58,6 +59,7 @@ class Fields(TypedDict, total=False):
     check_start: Callable[[Any], Iterable[Diagnostic]]
     start_option: str
     own_starts: tuple[str, ...]
+    optimizers: tuple[NamedOptimizer, ...]
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]]
     follows_ties: bool
     identity_at_start: Callable[[Any], bool]

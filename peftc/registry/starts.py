@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from peftc import rules
-from peftc.config.base import PeftConfig
+from peftc.config.base import ConfigModel, PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
 from peftc.graph.nodes import Kind
 from peftc.registry import hookspecs
@@ -64,6 +64,8 @@ def _wrong(start: Start, key: str) -> Iterator[str]:
         yield f"`kinds` is {start.kinds!r:.60}, not a frozenset of `Kind`"
     if not isinstance(start.reads, Reads):
         yield f"`reads` is {start.reads!r:.60}, not one of `Reads`"
+    if not (start.how is None or (isinstance(start.how, type) and issubclass(start.how, ConfigModel))):
+        yield f"`how` is {start.how!r:.60}, not a subclass of `ConfigModel`"
     if start.frozen not in ("", "A", "B"):
         yield f"`frozen` is {start.frozen!r:.60}, not `A`, `B` or empty"
 

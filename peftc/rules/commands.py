@@ -40,3 +40,9 @@ PLUGIN_NAME = Rule("PC727", "Not a name for a plugin", "Type, package and classe
 TYPE_TAKEN = Rule("PC728", "PEFT type is taken", "Of two plugins that claim one type, neither can be used.")
 UNKNOWN_CHECK = Rule("PC729", "No such check", "Nothing would be checked, and nothing found.")
 SCRIPT_MISSING = Rule("PC730", "No such script", "There is nothing to run.")
+OPTIMIZER_UNKNOWN = Rule("PC731", "No such optimiser", "Training with another would come to another adapter.")
+OPTIMIZER_MISFIT = Rule(
+    "PC732",
+    "Optimiser does not fit the adapter",
+    "What it does otherwise than others it does to layers that are not there.",
+)

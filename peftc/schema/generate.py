@@ -15,13 +15,17 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from peftc import rules
 from peftc.config.base import PeftConfig
 from peftc.config.docs import describe
+from peftc.config.sections import TrainSection
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, did_you_mean
+from peftc.registry import shorthand
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import OWN, Registry
+from peftc.registry.optimizers import PLAIN
 from peftc.schema.graph import graph_schema
 from peftc.schema.plan import plan_schema
 from peftc.tuner.method import TunerMethod
+from peftc.tuner.optimizer import NamedOptimizer
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -68,11 +72,19 @@ def method_schema(method: TunerMethod) -> Schema:
 def spec_schema(registry: Registry) -> Schema:
     """The schema of a spec; an adapter's options follow its `peft_type`, for the bundled methods."""
     methods = [registry.get(peft_type) for peft_type in bundled(registry)]
-    schema, definitions = _with_definitions([AdapterSpec, *(m.config for m in methods)])
+    named = [*PLAIN, *(own for method in methods for own in method.optimizers)]
+    models: list[type[Any]] = [
+        AdapterSpec,
+        TrainSection,
+        *(m.config for m in methods),
+        *dict.fromkeys(own.options for own in named),
+    ]
+    schema, definitions = _with_definitions(models)
     for method in methods:
         _typed(definitions[schema[method.config]], method)
     root = definitions.pop(schema[AdapterSpec])
     definitions["Adapter"] = _adapter(methods, schema)
+    _optimizers(definitions[schema[TrainSection]], named, schema)
     root["properties"]["adapters"]["additionalProperties"] = {"$ref": "#/$defs/Adapter"}
     return _headed({**root, "$defs": definitions}, SPEC, "peftc spec: a base model, adapters, and what to do with them")
 
@@ -126,8 +138,29 @@ def _typed(schema: Schema, method: TunerMethod) -> Schema:
         if field.exclude:
             del schema["properties"][name]
     schema["properties"]["peft_type"] = {"const": method.peft_type, "description": _line(method.summary)}
+    if shorthand.takes(method):
+        schema["properties"][shorthand.INIT] = shorthand.schema()
     schema["required"] = sorted({"peft_type", *schema.get("required", [])})
     return schema
+
+
+def _optimizers(section: Schema, named: list[NamedOptimizer], references: Mapping[type[Any], str]) -> None:
+    """Let the options of an optimiser follow its name."""
+    known = [{"const": own.name, "description": _line(own.summary or f"{own.title}.")} for own in named]
+    other = {"type": "string", "description": "Another spelling, or one that another installed distribution brings."}
+    option = section["properties"]["optimizer"]
+    option["anyOf"] = [*known, other, {"type": "null"}]
+    section["allOf"] = [
+        {
+            "if": {"properties": {"optimizer": {"const": own.name}}, "required": ["optimizer"]},
+            "then": {
+                "properties": {
+                    "optimizer_options": {"anyOf": [{"$ref": f"#/$defs/{references[own.options]}"}, {"type": "null"}]}
+                }
+            },
+        }
+        for own in named
+    ]
 
 
 def _adapter(methods: list[TunerMethod], references: Mapping[type[PeftConfig], str]) -> Schema:

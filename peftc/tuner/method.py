@@ -17,6 +17,7 @@ from peftc.graph.nodes import Kind, ModuleGraph, ModuleNode
 from peftc.tuner.calls import CallTuner
 from peftc.tuner.maps import MapTuner
 from peftc.tuner.modules import ModuleTuner
+from peftc.tuner.optimizer import NamedOptimizer
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.variant import Variant, no_problems, of_node, several
 
@@ -110,6 +111,8 @@ class TunerMethod:
     start_option: str = ""
     #: texts among its values that are the method's own
     own_starts: tuple[str, ...] = ()
+    #: optimisers that come with it, for adapters of any method (`train.optimizer` of a spec)
+    optimizers: tuple[NamedOptimizer, ...] = ()
     #: options that the config leaves out, from the model, for methods on layers; they are saved with the adapter. Raises
     #: `PeftcError` where the model does not tell
     resolve: Callable[[Any, ModuleGraph], Mapping[str, Any]] = nothing_left_out
@@ -153,11 +156,15 @@ class TunerMethod:
         return not isinstance(self.tuner, (ModuleTuner, PromptTuner, CallTuner))
 
     @property
+    def own_tuners(self) -> tuple[MapTuner[Any], ...]:
+        """The mathematics on layers that the method has where no variant acts."""
+        given = self.tuner if isinstance(self.tuner, tuple) else (self.tuner,)
+        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices)
+
+    @property
     def map_tuners(self) -> tuple[MapTuner[Any], ...]:
         """All mathematics on layers that the method has."""
-        given = self.tuner if isinstance(self.tuner, tuple) else (self.tuner,)
-        of_variants = (tuner for variant in self.variants for tuner in variant.tuners)
-        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices, *of_variants)
+        return (*self.own_tuners, *(tuner for variant in self.variants for tuner in variant.tuners))
 
     @property
     def only_tuner(self) -> MapTuner[Any] | None:

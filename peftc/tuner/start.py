@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from peftc import rules
-from peftc.config.base import PeftConfig
+from peftc.config.base import ConfigModel, PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.nodes import LINEAR_KINDS, Kind, LayerFacts
 
@@ -115,6 +115,8 @@ class Start(ABC):
     within_rank: ClassVar[bool] = False
     #: the option that has its nested options, where the method has it
     options: ClassVar[str] = ""
+    #: the model of these, where the method's option is a plain mapping
+    how: ClassVar[type[ConfigModel] | None] = None
 
     @abstractmethod
     def factors(self, s: StartView) -> Begun:

@@ -10,7 +10,7 @@ from peftc import plugin as p
 
 from ..starts.corda import CordaConfig, preprocess_corda
 from ..starts.eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
-from ..starts.loftq import LoftQConfig
+from ..starts.loftq import LoftQConfig, replace_lora_weights_loftq
 from ..starts.lora_ga import LoraGAConfig, preprocess_loraga
 from . import alora, arrow, bdlora, bias, dora, kasa, monteclora, qalora, velora
 from .config import LoraConfig, LoraRuntimeConfig, check, check_start
@@ -23,6 +23,7 @@ from .functions import (
     save_as_lora,
 )
 from .nested import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from .optimizers import OPTIMIZERS
 from .plain import GroupedLoraTuner, LoraTuner
 
 _TUNER, _GROUPED = LoraTuner(), GroupedLoraTuner()
@@ -74,9 +75,11 @@ peftc_tuner = p.method(
         preprocess_corda,
         preprocess_loraga,
         reduce_intruder_dimension,
+        replace_lora_weights_loftq,
         save_as_lora,
     ),
     model_methods={"_get_monteclora_loss": monteclora.get_monteclora_loss, "_get_kasa_loss": kasa.get_kasa_loss},
+    optimizers=OPTIMIZERS,
     tags=("lora",),
     examples=(
         {"r": 4, "lora_alpha": 8},

@@ -6,11 +6,17 @@ bits are NormalFloat in blocks (Dettmers et al., arXiv:2305.14314), eight are wh
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from importlib.util import find_spec
+from os import PathLike
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftc import plugin as p
 
 from .decomposed import shared
+
+if TYPE_CHECKING:
+    from peftc import PeftModel
 
 #: The sixteen values of a four-bit NormalFloat (arXiv:2305.14314, appendix E), and how many numbers have one scale.
 NORMAL_FLOATS = (
@@ -42,6 +48,7 @@ class Loftq(p.Start):
     is_offset: ClassVar[bool] = False
     within_rank: ClassVar[bool] = True
     options: ClassVar[str] = "loftq_config"
+    how: ClassVar[type[p.ConfigModel] | None] = LoftQConfig
 
     def factors(self, s: p.StartView) -> p.Begun:
         import torch
@@ -110,6 +117,60 @@ def _normal_floats(weight: p.Tensor) -> p.Tensor:
     values = torch.tensor(NORMAL_FLOATS, dtype=weight.dtype, device=weight.device)
     nearest = torch.bucketize(blocks / scale.clamp(min=_TINY), (values[1:] + values[:-1]) / 2)
     return (values[nearest] * scale).view(-1)[: flat.numel()].view_as(weight)
+
+
+# a base that is quantised already ---------------------------------------------------------------------------------------
+
+
+def replace_lora_weights_loftq(
+    peft_model: PeftModel,
+    model_path: str | PathLike[str] | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[Any, str], bool] | None = None,
+) -> None:
+    """Let A and B make up for what bitsandbytes has lost of the base weights in 4 bits: the principal components of `W - Q`, where W
+    is read from the safetensors of the model before it was quantised (`model_path`: the folder or the file; left out, where the
+    model's config says).
+
+    `callback(peft_model, name)` is called after each layer, and one that it says False of keeps the factors that it had. Raises
+    `PeftcError`, with the model as it was: no layer in 4 bits, no such files, another shape.
+    """
+    files: list[Callable[[str], p.Tensor]] = []  # opened for the first layer that needs them
+
+    def find(layer: p.FactorLayer) -> tuple[p.Tensor, p.Tensor] | None:
+        if layer.stored != "4bit":
+            return None
+        if not files:
+            files.append(p.base_weights(peft_model, model_path))
+        return lacking(files[0](layer.path), layer.weight, layer.rank, layer.scaling, layer.path)
+
+    if not p.refill_factors(peft_model, adapter_name, find, callback):
+        what = f"No bnb LoRA module found on the model: no layer of `{adapter_name}` has a base weight in 4 bits"
+        fix = "Load the base with `BitsAndBytesConfig(load_in_4bit=True)` of transformers."
+        if find_spec("bitsandbytes") is None:
+            what, fix = f"{what}, and bitsandbytes must be installed for that", f"`pip install bitsandbytes`. {fix}"
+        raise p.PeftcError(p.rules.START_UNFIT(what, fix=fix))
+
+
+def lacking(
+    weight: p.Tensor, quantised: p.Tensor, rank: int, scaling: float, path: str = ""
+) -> tuple[p.Tensor, p.Tensor]:
+    """A `(r, in)` and B `(out, r)` for which `s · B A` is nearest to `W - Q` (Li et al., arXiv:2310.08659, equation 9), both weights
+    `(out, in)`. Components that the layer does not have are zero."""
+    import torch
+
+    if weight.shape != quantised.shape or scaling <= 0:
+        what = f"The weight of `{path}` is {tuple(weight.shape)} in the file, and {tuple(quantised.shape)} in the model"
+        fix = "Name the files of the model that was quantised."
+        if scaling <= 0:
+            what, fix = f"The scaling of `{path}` is {scaling:g}, by which is divided", "Give a positive scaling."
+        raise p.PeftcError(p.rules.START_UNFIT(what, fix=fix, where=path))
+    left, values, rows = torch.linalg.svd(weight.to(quantised) - quantised, full_matrices=False)
+    begun = shared(left[:, :rank], values[:rank] / scaling, rows[:rank].t())
+    assert begun.A is not None and begun.B is not None
+    missing = rank - len(begun.A)
+    pad = torch.nn.functional.pad
+    return pad(begun.A, (0, 0, 0, missing)), pad(begun.B, (0, missing))
 
 
 peftc_start = p.starting(Loftq())

@@ -45,6 +45,10 @@ UPWARDS = {
     ("peftc.plugin", "peftc.checkpoint.save"): "and write them",
     ("peftc.plugin", "peftc.model.functions.conversion"): "and turn adapters of a model into others",
     ("peftc.plugin", "peftc.model.functions.gathering"): "and gather what starts read of a model",
+    (
+        "peftc.plugin",
+        "peftc.integrations.refilling",
+    ): "and give its layers other factors, by what a quantised base lost",
     ("peftc.plugin", "peftc.ops.dropping"): "what methods drop in training is drawn by tensors",
     ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
     ("peftc.plugin", "peftc.ops.compressed"): "products that keep less for backward are, too",

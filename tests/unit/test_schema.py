@@ -17,6 +17,7 @@ from peftc.config.files import check_config
 from peftc.config.json_text import parse_json
 from peftc.config.places import Location
 from peftc.config.yaml_text import parse_yaml
+from peftc.registry import shorthand
 from peftc.registry.manager import Registry, default_registry
 from peftc.schema.generate import (
     bundled,
@@ -79,7 +80,10 @@ def repeated(data: Any) -> bool:
 def told_at(method: TunerMethod, document: dict[str, Any]) -> tuple[set[Location], set[Location]]:
     """The options that pydantic and the schema object to. What is wrong between options, no schema says."""
     known = REGISTRY if method in METHODS else OURS
-    with patch.object(method.config, "contradictions", lambda self: ()):
+    with (
+        patch.object(method.config, "contradictions", lambda self: ()),
+        patch.object(shorthand, "contradictions", lambda *given: ()),
+    ):
         by_pydantic = check_config(document, lenient=False, registry=known)[1]
     by_schema = structure_problems(document, STRUCTURES[method.peft_type])
     return {p.location[:1] for p in by_pydantic if p.location}, {p.location[:1] for p in by_schema}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from peftc.compiler.plan.rewrite import Rewrite
 from peftc.compiler.plan.sites import (
@@ -37,13 +38,21 @@ def trains_rows(config: PeftConfig) -> bool:
 class Tally:
     """Numbers of parameters by dtype: those that an adapter adds to the model, and those that it trains."""
 
-    added: Counter[str]
-    trained: Counter[str]
+    added: Counter[str] = field(default_factory=Counter)
+    trained: Counter[str] = field(default_factory=Counter)
+    #: how many trained tensors there are of each shape and dtype
+    shapes: Counter[tuple[tuple[int, ...], str]] = field(default_factory=Counter)
 
-    def count(self, dtype: str, number: int, trainable: bool = True) -> None:
-        """Count parameters that are added."""
-        self.added[dtype] += number
-        self.trained[dtype] += number if trainable else 0
+    def count(self, dtype: str, shape: tuple[int, ...], trainable: bool = True, times: int = 1) -> None:
+        """Count tensors that are added."""
+        self.added[dtype] += math.prod(shape) * times
+        if trainable:
+            self.train(dtype, shape, times)
+
+    def train(self, dtype: str, shape: tuple[int, ...], times: int = 1) -> None:
+        """Count tensors that are trained."""
+        self.trained[dtype] += math.prod(shape) * times
+        self.shapes[shape, dtype] += times
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,7 @@ class AdapterPlan:
 
     def tally(self, active: bool = True) -> Tally:
         """Numbers of parameters by dtype, as `parameters` lists them; layers of one kind are looked at once."""
-        tally = Tally(Counter(), Counter())
+        tally = Tally()
         kinds = Counter((id(site.slots), site.dtype) for site in self.sites)
         seen: set[object] = set()
         for site in {(id(site.slots), site.dtype): site for site in self.sites}.values():
@@ -218,18 +227,18 @@ class AdapterPlan:
                 shared = slot.home is not None
                 seen |= {slot.label} if shared else set()
                 times = 1 if shared else kinds[id(site.slots), site.dtype]
-                tally.count(slot.dtype or site.dtype, slot.numel * times, slot.trainable)
+                tally.count(slot.dtype or site.dtype, slot.shape, slot.trainable, times)
         for save in self.saves:
             for _, facts in save.copied():
-                tally.count(facts.dtype, facts.numel)
+                tally.count(facts.dtype, facts.shape)
         for train in self.trains:
-            tally.trained[train.tensor.dtype] += train.tensor.numel
+            tally.train(train.tensor.dtype, train.tensor.shape)
         if self.prompt is not None:
             for slot in self.prompt.slots:
-                tally.count(slot.dtype or self.prompt.dtype, slot.numel, slot.trainable)
+                tally.count(slot.dtype or self.prompt.dtype, slot.shape, slot.trainable)
         for slot in () if self.call is None else self.call.slots:
             assert self.call is not None
-            tally.count(slot.dtype or self.call.dtype, slot.numel, slot.trainable)
+            tally.count(slot.dtype or self.call.dtype, slot.shape, slot.trainable)
         return tally
 
     def stored(self, model: ModelFacts) -> Iterator[tuple[str, TensorFacts]]:

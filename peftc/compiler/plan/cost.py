@@ -1,6 +1,6 @@
 """What a plan costs: parameters, bytes on disk, and the memory that training needs besides activations.
 
-The file's size is exact. Memory assumes AdamW with two states a trainable parameter, each, like the gradient, in the
+The file's size is exact. Memory is that with an optimiser, AdamW if none is said, whose states are, like the gradient, in the
 parameter's dtype; activations depend on the batch and are not in it.
 """
 
@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peftc.compiler.plan.adapter import AdapterPlan
+from peftc.compiler.plan.adapter import AdapterPlan, Tally
 from peftc.compiler.plan.plan import InjectionPlan
+from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import ModelFacts, TensorFacts
 from peftc.registry.manager import default_registry
+from peftc.registry.optimizers import ChosenOptimizer, chosen_optimizer
 from peftc.registry.starts import known_start
-
-#: States that AdamW keeps for each trainable parameter: the means of its gradient and of the gradient's square.
-OPTIMISER_STATES = 2
+from peftc.tuner.optimizer import factors
 
 #: Bytes of a number that a change of a base weight follows from.
 FLOAT = 4
@@ -49,15 +49,33 @@ class Cost:
         return self.base + self.adapters + self.gradients + self.optimiser + self.originals
 
 
-def cost_of(plan: InjectionPlan) -> Cost:
-    """The plan's memory."""
-    added = trained = 0
+def cost_of(plan: InjectionPlan, chosen: ChosenOptimizer | None = None) -> Cost:
+    """The plan's memory, trained by this optimiser; left out, by AdamW."""
+    chosen = chosen or chosen_optimizer(None, None)
+    added = trained = kept = 0
     for adapter in plan.adapters:
         tally = adapter.tally()
         added += _bytes(tally.added) + sum(TensorFacts(b.shape, b.dtype).nbytes for b in adapter.buffers())
-        trained += _bytes(tally.trained) if plan.is_trained(adapter) else 0
+        if plan.is_trained(adapter):
+            gradients, states = _moved(adapter, tally, chosen)
+            trained, kept = trained + gradients, kept + states
     originals = sum(_originals(adapter) for adapter in plan.adapters)
-    return Cost(plan.base_bytes, added, trained, OPTIMISER_STATES * trained, originals)
+    return Cost(plan.base_bytes, added, trained, kept, originals)
+
+
+def _moved(adapter: AdapterPlan, tally: Tally, chosen: ChosenOptimizer) -> tuple[int, int]:
+    """Bytes of an adapter's gradients, and of what the optimiser keeps."""
+    record, counts = chosen.record, tally.shapes.copy()
+    for site, slot in adapter.slots() if record.freezes else ():
+        if isinstance(site, MapSite) and record.fits(site.layer, site.slots):
+            pair = factors(site.slots)
+            counts[slot.shape, slot.dtype or site.dtype] -= pair is not None and slot is pair[0]
+    gradients = sum(number * TensorFacts(shape, dtype).nbytes for (shape, dtype), number in counts.items())
+    states = sum(
+        number * TensorFacts((record.keeps(chosen.options, shape),), dtype).nbytes
+        for (shape, dtype), number in counts.items()
+    )
+    return gradients, states
 
 
 def _originals(adapter: AdapterPlan) -> int:

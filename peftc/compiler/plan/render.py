@@ -16,6 +16,7 @@ from peftc.compiler.plan.plan import InjectionPlan
 from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.graph.groups import grouped
 from peftc.graph.nodes import LINEAR_KINDS, LayerFacts
+from peftc.registry.optimizers import ChosenOptimizer, chosen_optimizer
 
 #: A text and styles (`bold`, `dim`, `yellow`, …) to the text to print. All text from outside goes through it.
 Paint = Callable[..., str]
@@ -26,11 +27,11 @@ def plain(text: str, *styles: str) -> str:
     return text
 
 
-def render_plan(plan: InjectionPlan, paint: Paint = plain) -> str:
-    """The whole plan, its warnings last."""
+def render_plan(plan: InjectionPlan, paint: Paint = plain, optimizer: ChosenOptimizer | None = None) -> str:
+    """The whole plan, its warnings last; with the memory that training takes with this optimiser, AdamW if none is given."""
     parts = [_head(plan, paint)]
     parts += [_adapter(adapter, adapter.name in plan.active, paint) for adapter in plan.adapters]
-    parts.append(_totals(plan, paint))
+    parts.append(_totals(plan, paint, optimizer or chosen_optimizer(None, None)))
     if plan.warnings:
         parts.append("\n".join(_warnings(plan, paint)))
     return "\n\n".join(parts) + "\n"
@@ -131,9 +132,9 @@ def shape_of(layer: LayerFacts) -> str:
     return f"{kind}{layer.in_features}→{layer.out_features}{kernel}"
 
 
-def _totals(plan: InjectionPlan, paint: Paint) -> str:
+def _totals(plan: InjectionPlan, paint: Paint, optimizer: ChosenOptimizer) -> str:
     trainable, total = plan.counts()
-    cost = cost_of(plan)
+    cost = cost_of(plan, optimizer)
     rows = []
     if len(plan.adapters) > 1:
         for adapter in plan.adapters:
@@ -146,7 +147,8 @@ def _totals(plan: InjectionPlan, paint: Paint) -> str:
     rows.append(("trainable", f"{trainable:,} of {total:,} parameters ({percent(trainable, total)})"))
     files = [file_bytes(adapter, plan.model) for adapter in plan.adapters]
     rows.append(("on disk", f"{size(sum(files))} ({sum(files):,} bytes)"))
-    parts = {"base": cost.base, "adapter": cost.adapters, "gradients": cost.gradients, "AdamW": cost.optimiser}
+    parts = {"base": cost.base, "adapter": cost.adapters, "gradients": cost.gradients}
+    parts[optimizer.record.title] = cost.optimiser
     parts |= {"original weights": cost.originals} if cost.originals else {}
     told = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
     rows.append(("memory", f"{size(cost.training)} + activations: {told}"))

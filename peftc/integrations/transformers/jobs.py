@@ -5,7 +5,7 @@ Each function is one step that a script can take as well; what a person sees of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,25 @@ def load(ref: BaseRef, device: torch.device) -> Base:
 
 
 def fresh_adapter(base: Base, spec: AdapterSpec, seed: int, rows: Sequence[Encoded] = (), batch: int = 1) -> PeftModel:
-    """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Starts that read data read these rows,
-    so many at a time. Raises `PeftcError`."""
+    """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Starts that read data read the first of
+    these rows, so many at a time. Raises `PeftcError`."""
     graph = snapshot(base.model)
     plan = compile_spec(spec, graph)
     warn(plan.warnings)
     transformers.set_seed(seed)
-    prepared = {name: _prepared(base, config, rows, batch) for name, config in spec.adapters.items()}
+    prepared = {
+        name: _prepared(base, config, rows[: spec.samples_of(name)], batch) for name, config in spec.adapters.items()
+    }
     if any(config is not spec.adapters[name] for name, config in prepared.items()):
         plan = replace(compile_plan(graph, prepared, active=spec.active_names), base=plan.base)
     return PeftModel.from_plan(base.model, plan)
+
+
+def read_by_starts(spec: AdapterSpec) -> dict[str, int]:
+    """How many examples the starts of adapters read, of those that read any. Raises `PeftcError`."""
+    chosen = {name: start_of(default_registry().method_of(config), config) for name, config in spec.adapters.items()}
+    reading = (name for name, own in chosen.items() if own is not None and own.start.reads is not Reads.NOTHING)
+    return {name: spec.samples_of(name) for name in reading}
 
 
 def _prepared(base: Base, config: PeftConfig, rows: Sequence[Encoded], batch: int) -> PeftConfig:
@@ -161,12 +170,13 @@ def train(
     *,
     resume: bool = False,
     progress: Callable[[Step], None] | None = None,
+    samples: Mapping[str, int] | None = None,
 ) -> TrainResult:
     """Train the active adapters and save all to `folder`; see `fit`. `how.device` is where the model is."""
     device = torch.device(how.device)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)  # Trainer takes the current device of the kind
-    return fit(model, rows, base.pad, how, folder, resume=resume, progress=progress)
+    return fit(model, rows, base.pad, how, folder, resume=resume, progress=progress, samples=samples)
 
 
 def merge(

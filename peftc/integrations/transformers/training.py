@@ -36,12 +36,14 @@ from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
 from peftc.installed.requirements import require
 from peftc.integrations.transformers.architecture import FAILURES, told
 from peftc.integrations.transformers.data import Collator, Encoded
+from peftc.integrations.transformers.optimizing import optimizing
 from peftc.integrations.transformers.steps import AdapterSteps
 from peftc.limits import MAX_JSON
 from peftc.model.parts import identity
 from peftc.model.parts.files import live_names
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import is_out_of_memory
+from peftc.registry.optimizers import chosen_optimizer
 from peftc.runtime.session.steps import restore_step_states, step_states
 
 #: What a checkpoint was made with, beside Trainer's own files; a resumed training must have the same.
@@ -100,15 +102,16 @@ def fit(
     *,
     resume: bool = False,
     progress: Callable[[Step], None] | None = None,
+    samples: Mapping[str, int] | None = None,
 ) -> TrainResult:
     """Train the active adapters of a `PeftModel` in place and save it to `folder`.
 
-    With `resume`, go on from the last checkpoint in `folder`; the result is the same as without the interruption. Raises
+    `samples` are how many examples the starts of adapters have read. With `resume`, go on from the last checkpoint in `folder`; the result is the same as without the interruption. Raises
     `PeftcError` if there is none or it does not fit, if `folder` holds checkpoints and `resume` is off, and if the loss
     stops being finite. An interrupt passes through; adapter and checkpoints on the disk are whole at any moment.
     """
     require("train")
-    run = _run_facts(model, rows, how)
+    run = _run_facts(model, rows, how) | {"starts": dict(samples or {})}
     checkpoint = last_checkpoint(folder)
     if resume:
         _check_resumable(checkpoint, folder, run)
@@ -121,6 +124,8 @@ def fit(
             )
         )
     _require_writable(folder)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = chosen_optimizer(how.optimizer, how.optimizer_options)
     watcher = _Watcher(progress)
     trainer = AdapterTrainer(
         model,
@@ -130,6 +135,7 @@ def fit(
         train_dataset=_Rows(rows),
         data_collator=Collator(pad),
         callbacks=[watcher, AdapterSteps()],
+        **optimizing(own, model, how),
     )
     trainer.remove_callback(PrinterCallback)  # prints each log record to stdout, where results go
     try:
@@ -138,6 +144,9 @@ def fit(
         with suppress(OSError):
             folder.rmdir()
         raise
+    finally:
+        for parameter in trained:  # some optimisers freeze factors, for their own training alone
+            parameter.requires_grad_(True)
     model.save_pretrained(str(folder))
     remove_checkpoints(folder)
     return watcher.result()
@@ -345,7 +354,8 @@ def _run_facts(model: PeftModel, rows: Sequence[Encoded], how: TrainSection) -> 
     content = hashlib.sha256()
     for row in rows:
         content.update(repr((row.input_ids, row.labels)).encode())
-    options = how.model_dump(mode="json", exclude={"data", "eval_data", "save_steps", "device"})
+    options = how.model_dump(mode="json", exclude={"data", "eval_data", "save_steps", "device", "start_samples"})
+    options |= chosen_optimizer(how.optimizer, how.optimizer_options).said
     adapters = {}
     for name, config in model.peft_config.items():
         kept = {key: value for key, value in config.to_json().items() if key not in ("peft_version", "inference_mode")}

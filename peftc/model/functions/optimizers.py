@@ -22,9 +22,8 @@ from peftc.diagnostics import PeftcError, warn
 from peftc.graph.nodes import LINEAR_KINDS, Kind
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.layer.wrapper import TunerLayer
+from peftc.tuner.optimizer import UP, factors
 
-#: how names of slots end: A reads the input, B writes the output
-_DOWN, _UP = "_A", "_B"
 #: classes of bitsandbytes that keep their state in 8 bits, which embeddings are not to be trained with
 _IN_8_BITS = frozenset({"Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit"})
 
@@ -51,7 +50,7 @@ def two_rate_optimizer(
             continue
         if id(parameter) in embedded:
             groups["embedding"].append(parameter)
-        elif parameter.dim() == 1 or any(part.endswith(_UP) for part in name.split(".")):
+        elif parameter.dim() == 1 or any(part.endswith(UP) for part in name.split(".")):
             groups["plain" if "bias" in name or id(parameter) in plain else "B"].append(parameter)
         else:
             groups["A"].append(parameter)
@@ -204,14 +203,13 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
     for layer in _layers(model):
         for adapter in layer.adapters:
             site = layer.site(adapter)
-            ends = [slot for slot in site.slots if slot.name.endswith((_DOWN, _UP)) and slot.tail in ("", "weight")]
-            slots = {slot.name[-2:]: slot for slot in ends if slot.trainable}
-            if set(slots) != {_DOWN, _UP} or len(ends) != len(slots):
+            slots = factors(site.slots)
+            if slots is None:
                 continue
             if site.layer.experts:
                 what = f"`{site.path}` has factors of {site.layer.experts} experts, whose gradients cannot be projected together"
                 raise PeftcError(rules.BAD_TARGET(what, fix="Use another optimiser.", where=site.path))
-            found = [container[key] for container, key in (layer.where(adapter, slots[end]) for end in (_DOWN, _UP))]
+            found = [container[key] for container, key in (layer.where(adapter, slot) for slot in slots)]
             scaling = partial(_scaling, layer, adapter)
             first, second = found
             yield _Pair(first, second, scaling, len(site.slots) == len(slots), site.layer.kind)
