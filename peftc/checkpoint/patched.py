@@ -78,17 +78,33 @@ class Patching:
         self._done = 0
         self._stop = threading.Event()
         self._open: dict[str, tuple[int, int, int]] = {}
+        self._left: dict[str, int] = {}
 
-    def put(self, key: str, content: memoryview) -> None:
-        """Write a tensor that is given, once. Raises `OSError`, and `ValueError` for content of another length."""
-        handle, place, length = self._open.pop(key)
-        if content.nbytes != length:
-            raise ValueError(f"`{key}` gave {content.nbytes:,} bytes and has a place for {length:,}")
-        rest = content.cast("B") if content.nbytes else content
+    def open(self, handle: int, patch: Patch) -> None:
+        """Let the tensors of a file be given."""
+        for key, (place, length) in patch.places.items():
+            self._open[key] = handle, place, length
+            self._left[key] = length
+
+    def put(self, key: str, content: memoryview, at: int = 0) -> None:
+        """Write a tensor that is given, or the part of it that begins `at` a byte, each once; from any thread. Raises `OSError`,
+        and `ValueError` for content that has no place there."""
+        handle, place, length = self._open[key]
+        if at + content.nbytes > length:
+            raise ValueError(f"`{key}` gave {at + content.nbytes:,} bytes and has a place for {length:,}")
+        rest, place = content.cast("B") if content.nbytes else content, place + at
         while rest.nbytes:
             written = os.pwrite(handle, rest, place)
             place, rest = place + written, rest[written:]
-        self.count(length)
+        with self._lock:
+            self._left[key] -= content.nbytes
+        self.count(content.nbytes)
+
+    def require_all(self) -> None:
+        """Raise `ValueError` unless every tensor that is given is there whole."""
+        for key, left in self._left.items():
+            if left:
+                raise ValueError(f"`{key}` was not given: {left:,} bytes are missing")
 
     def count(self, length: int) -> None:
         """So many bytes more are done."""
@@ -127,7 +143,7 @@ def patching(patches: Mapping[Path, Patch], told: Callable[[int], None]) -> Iter
             _reserve(handle, patch.size)
             os.pwrite(handle, patch.head, 0)
             made.count(len(patch.head))
-            made._open |= {key: (handle, *place) for key, place in patch.places.items()}
+            made.open(handle, patch)
             jobs.append((patch.source.content.file.fileno(), handle, patch))
         copying = files.enter_context(ThreadPoolExecutor(1)).submit(made.copy, jobs)
         try:
@@ -136,8 +152,7 @@ def patching(patches: Mapping[Path, Patch], told: Callable[[int], None]) -> Iter
             made._stop.set()
             raise
         copying.result()
-        if made._open:
-            raise ValueError(f"`{next(iter(made._open))}` was not given")
+        made.require_all()
 
 
 def _reserve(handle: int, size: int) -> None:
