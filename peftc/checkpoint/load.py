@@ -85,6 +85,10 @@ class AdapterFile:
             self._read(known.numpy().data, start)
         return tensor
 
+    def fill(self, key: str, buffer: memoryview, at: int = 0) -> None:
+        """Read into a buffer what begins `at` a byte of a tensor; from any thread. Raises as `tensor` does."""
+        self._read(buffer, self.header.entries[key].start + at)
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape, dtype and bytes."""
         a, b = self.header.entries[one], self.header.entries[other]

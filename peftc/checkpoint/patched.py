@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ from peftc.checkpoint.load import AdapterFile
 from peftc.graph.nodes import TensorFacts
 
 #: Bytes that are copied at a time, and after how many the disk is told to write them.
-_BLOCK, _FLUSH = 1 << 25, 1 << 28
+_BLOCK, _FLUSH = 1 << 25, 1 << 27
+#: How often progress is told, at most.
+_TIMES = 1000
 #: The system cannot copy between these files itself.
 _COPY_OTHERWISE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF})
 
@@ -72,29 +74,56 @@ def _joined(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]
 class Patching:
     """Files that are being made."""
 
-    def __init__(self, told: Callable[[int], None]) -> None:
-        self._told = told
+    def __init__(self, told: Callable[[int], None], aside: ThreadPoolExecutor, total: int) -> None:
+        self._told, self._aside, self._step = told, aside, total // _TIMES
         self._lock = threading.Lock()
-        self._done = 0
+        self._done = self._heard = 0
+        self._since: dict[int, int] = {}
+        self._pushes: list[Future[None]] = []
         self._stop = threading.Event()
         self._open: dict[str, tuple[int, int, int]] = {}
+        self._left: dict[str, int] = {}
 
-    def put(self, key: str, content: memoryview) -> None:
-        """Write a tensor that is given, once. Raises `OSError`, and `ValueError` for content of another length."""
-        handle, place, length = self._open.pop(key)
-        if content.nbytes != length:
-            raise ValueError(f"`{key}` gave {content.nbytes:,} bytes and has a place for {length:,}")
-        rest = content.cast("B") if content.nbytes else content
+    def open(self, handle: int, patch: Patch) -> None:
+        """Let the tensors of a file be given."""
+        for key, (place, length) in patch.places.items():
+            self._open[key] = handle, place, length
+            self._left[key] = length
+
+    def put(self, key: str, content: memoryview, at: int = 0) -> None:
+        """Write a tensor that is given, or the part of it that begins `at` a byte, each once; from any thread. Raises `OSError`,
+        and `ValueError` for content that has no place there."""
+        handle, place, length = self._open[key]
+        if at + content.nbytes > length:
+            raise ValueError(f"`{key}` gave {at + content.nbytes:,} bytes and has a place for {length:,}")
+        rest, place = content.cast("B") if content.nbytes else content, place + at
         while rest.nbytes:
             written = os.pwrite(handle, rest, place)
             place, rest = place + written, rest[written:]
-        self.count(length)
+        with self._lock:
+            self._left[key] -= content.nbytes
+            since = self._since[handle] = self._since.get(handle, 0) + content.nbytes
+            if since >= _FLUSH:  # so that the disk is at work while other tensors are made
+                self._since[handle] = 0
+                self._pushes.append(self._aside.submit(_push, handle))
+        self.count(content.nbytes)
+
+    def finish(self) -> None:
+        """Wait for what is under way. Raises `OSError`, and `ValueError` unless every tensor that is given is there whole."""
+        self._told(self._done)
+        for push in self._pushes:
+            push.result()
+        for key, left in self._left.items():
+            if left:
+                raise ValueError(f"`{key}` was not given: {left:,} bytes are missing")
 
     def count(self, length: int) -> None:
         """So many bytes more are done."""
         with self._lock:
             self._done += length
-            self._told(self._done)
+            if self._done - self._heard >= self._step:
+                self._heard = self._done
+                self._told(self._done)
 
     def copy(self, jobs: Sequence[tuple[int, int, Patch]]) -> None:
         """Copy what stays of all files, until it is done or another part failed. Raises `OSError`."""
@@ -118,8 +147,9 @@ def patching(patches: Mapping[Path, Patch], told: Callable[[int], None]) -> Iter
 
     `told` hears how many bytes are done, from either thread. Raises `OSError`, and `ValueError` if a tensor was not given.
     """
-    made = Patching(told)
-    with ExitStack() as files:
+    with ExitStack() as files, ExitStack() as threads:
+        aside = threads.enter_context(ThreadPoolExecutor(1))  # copies, then has the disk write
+        made = Patching(told, aside, sum(patch.size for patch in patches.values()))
         jobs = []
         for path, patch in patches.items():
             target = files.enter_context(path.open("wb"))
@@ -127,17 +157,16 @@ def patching(patches: Mapping[Path, Patch], told: Callable[[int], None]) -> Iter
             _reserve(handle, patch.size)
             os.pwrite(handle, patch.head, 0)
             made.count(len(patch.head))
-            made._open |= {key: (handle, *place) for key, place in patch.places.items()}
+            made.open(handle, patch)
             jobs.append((patch.source.content.file.fileno(), handle, patch))
-        copying = files.enter_context(ThreadPoolExecutor(1)).submit(made.copy, jobs)
+        copying = aside.submit(made.copy, jobs)
         try:
             yield made
         except BaseException:
             made._stop.set()
             raise
         copying.result()
-        if made._open:
-            raise ValueError(f"`{next(iter(made._open))}` was not given")
+        made.finish()
 
 
 def _reserve(handle: int, size: int) -> None:

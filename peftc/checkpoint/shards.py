@@ -51,6 +51,10 @@ class Shards:
         """One tensor, read now, in memory of its own. Raises `KeyError`, and `PeftcError` if it cannot be read."""
         return self.files[self.home[key]].tensor(key)
 
+    def fill(self, key: str, buffer: memoryview, at: int = 0) -> None:
+        """Read into a buffer what begins `at` a byte of a tensor; from any thread. Raises as `tensor` does."""
+        self.files[self.home[key]].fill(key, buffer, at)
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape, dtype and bytes; a block of each is read at a time."""
         if self.tensors[one] != self.tensors[other]:

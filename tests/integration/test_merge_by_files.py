@@ -28,7 +28,6 @@ from peftc.integrations.transformers import patchable, streaming
 from peftc.integrations.transformers.graph import graph_of
 from peftc.model.parts import identity
 from peftc.registry.manager import default_registry
-from peftc.runtime.applying import bare
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.testing.subjects import Subject, quiet
 from peftc.tuner.method import TunerMethod
@@ -399,18 +398,6 @@ def test_a_full_disk_leaves_nothing(
     else:
         monkeypatch.setattr(patched, "_blocks", full)
     assert refused(capsys, place) == [rules.SAVE_FAILED.code]
-
-
-def test_a_merge_to_nan_is_refused(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = place / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    next(iter(tensors.values())).fill_(float("inf"))
-    save_file(tensors, file, {"format": "pt"})
-    assert refused(capsys, place) == [rules.MERGE_NOT_FINITE.code]
-    put_defect(monkeypatch, bare, "merged_parameters([self._name], check=True)", "merged_parameters([self._name])")
-    assert merged(capsys, place / "adapter", place / "defect")["built"] is False
 
 
 def test_an_index_that_lies_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

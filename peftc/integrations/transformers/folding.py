@@ -4,7 +4,7 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,7 @@ from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import PeftcError, Severity, warn
 from peftc.integrations.transformers.asked import refuse_other_base
+from peftc.integrations.transformers.by_rows import Rows, by_rows
 from peftc.integrations.transformers.patchable import NAME, Job, NeedsModel
 from peftc.model.parts import identity
 from peftc.model.parts.loading import Loadable, LoadOptions, loadable, opened
@@ -56,20 +57,15 @@ class Folding:
     def run(self) -> Merged:
         """Do it. Raises `PeftcError`: an adapter that cannot be merged or comes to NaN, embeddings that would part; and
         `NeedsModel`."""
-        plan, done = self._loaded.adapter, set()
+        plan = self._loaded.adapter
+        done: set[str] = set()
         folder = Folder(NAME, plan.config, self._job.graph, default_registry(), self._loaded.source)
-        for path, sites in _by_path(plan).items():
-            named = [site.parameter for site in sites if site.parameter]
-            names = named or list(self._job.graph.by_path[path].facts.params)
-            tensors = {name: self._now(_full(path, name)) for name in names}
-            changed = folder.folded(sites, tensors)
-            if not changed.keys() <= tensors.keys():
-                raise NeedsModel(f"`{path}` gets a bias that it had not")
-            for name in names:
-                was, now = tensors.pop(name), changed.pop(name, None)
-                self._put(_full(path, name), was if now is None else now, now is not None)
-                done.add(_full(path, name))
-                del was, now  # not to be there beside the next layer's
+        with by_rows(self._job.shards, self._out) as rows:
+            for path, sites in _by_path(plan).items():
+                names = [site.parameter for site in sites if site.parameter]
+                names = names or list(self._job.graph.by_path[path].facts.params)
+                self._fold(path, names, sites, folder, rows)
+                done.update(_full(path, name) for name in names)
         for name in (*self._job.touched, *self._job.given):
             if name not in done and (name in self._job.given or name in self._job.twins):
                 done.add(name)
@@ -78,6 +74,35 @@ class Folding:
         facts = dict(self._job.graph.parameters())
         own = facts[self._job.twins[0]].numel if self.parted or (self._job.twins and self._job.untie) else 0
         return Merged(self._job.graph.numel + own, self._changed, next(iter(facts.values())).dtype)
+
+    def _fold(self, path: str, names: Sequence[str], sites: Sequence[MapSite], folder: Folder, rows: Rows) -> None:
+        """What becomes of one layer, of whose parameters these may change."""
+        if self._is_as_stored(_full(path, "weight")):
+            facts = self._job.graph.by_path[path].facts.params
+            empty = {name: torch.empty(one.shape, dtype=torch_dtype(one.dtype)) for name, one in facts.items()}
+            found = folder.sums(sites, empty)
+            if found is not None:
+                rows.change(_full(path, "weight"), *found)
+                self._changed += 1
+                for name in names:
+                    if name != "weight":
+                        self._put(_full(path, name), self._now(_full(path, name)), False)
+                return
+        tensors = {name: self._now(_full(path, name)) for name in names}
+        changed = folder.folded(sites, tensors)
+        if not changed.keys() <= tensors.keys():
+            raise NeedsModel(f"`{path}` gets a bias that it had not")
+        for name in names:
+            was, now = tensors.pop(name), changed.pop(name, None)
+            self._put(_full(path, name), was if now is None else now, now is not None)
+            del was, now  # not to be there beside the next layer's
+
+    def _is_as_stored(self, name: str) -> bool:
+        """Whether a tensor is made from the one of its name in the files, in the same number format."""
+        stored = self._job.shards.tensors.get(name)
+        if stored is None or name not in self._job.given or name in self._whole or name in self._job.twins:
+            return False
+        return torch_dtype(stored.dtype) is self._dtypes[name]
 
     def _load(self, any_base: bool) -> Loadable:
         job = self._job

@@ -17,6 +17,9 @@ from peftc.graph.nodes import CONV_KINDS, Kind, LayerFacts, ModuleGraph
 from peftc.registry.manager import Registry
 from peftc.runtime.applying.apply import SESSION
 from peftc.runtime.applying.layer_classes import layer_factory
+from peftc.runtime.layer.folding import refuse_waiting
+from peftc.runtime.layer.parts import Part
+from peftc.runtime.layer.sums import Sums, is_sum
 from peftc.runtime.layer.wrapper import Source, TunerLayer
 from peftc.runtime.session.session import Session
 from peftc.runtime.slots.filling import torch_dtype
@@ -69,17 +72,34 @@ class Folder:
         self._method, self._make = registry.method_of(config), layer_factory(registry)
         self._stock = Stock()
 
+    def sums(self, sites: Sequence[MapSite], tensors: Mapping[str, Tensor]) -> tuple[Sums, tuple[Part, ...]] | None:
+        """What is added to a layer's weight, row by row, where nothing else becomes of its parameters, and by which adapters;
+        else None. Of its `tensors` no number is looked at. Raises `PeftcError`."""
+        weight = tensors.get("weight")
+        tuners = [(site.tuner(self._method, site.config, self._graph), site.parameter) for site in sites]
+        if weight is None or not all(is_sum(tuner, parameter) for tuner, parameter in tuners):
+            return None
+        with torch.no_grad():
+            layer = self._layer(sites, tensors)
+            parts = tuple(wrapper.part(self._name).fixed(training=False) for wrapper in layer.chain())
+            refuse_waiting(parts)
+            sums = Sums.of(parts, layer.backend.to_logical("weight", weight), weight.dtype)
+        return None if sums is None else (sums, parts)
+
     def folded(self, sites: Sequence[MapSite], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What becomes of a layer's parameters, those that change, by name. `sites` are all of the layer's, its `tensors` in
         the base's number formats. Raises `PeftcError` for a change that has no place in them, or is not finite."""
-        base = bare_layer(self._graph.by_path[sites[0].path].facts, tensors)
-        layer = base
         with torch.no_grad():
-            for site in sites:
-                layer = self._make(self._method.peft_type, site, layer)
-                tuner = site.tuner(self._method, site.config, self._graph)
-                layer.add(self._name, site, tuner, self._source, self._stock)
-            assert isinstance(layer, TunerLayer)
+            layer = self._layer(sites, tensors)
             changed = layer.merged_parameters([self._name], check=True)
-        base._parameters.clear()  # wrappers and their views go when the collector comes by, the weights at once
+        layer.get_base_layer()._parameters.clear()  # wrappers and their views go when the collector comes by, the weights at once
         return {name: parameter.detach() for name, parameter in changed.items()}
+
+    def _layer(self, sites: Sequence[MapSite], tensors: Mapping[str, Tensor]) -> TunerLayer:
+        layer = bare_layer(self._graph.by_path[sites[0].path].facts, tensors)
+        for site in sites:
+            layer = self._make(self._method.peft_type, site, layer)
+            tuner = site.tuner(self._method, site.config, self._graph)
+            layer.add(self._name, site, tuner, self._source, self._stock)
+        assert isinstance(layer, TunerLayer)
+        return layer

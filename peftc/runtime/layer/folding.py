@@ -20,11 +20,9 @@ from peftc.runtime.bases.table import BACKENDS
 from peftc.runtime.layer.affine import Form, form_of
 from peftc.runtime.layer.experts import over_experts
 from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.sums import Sums, is_sum
 from peftc.runtime.slots.views import LayerView
 from peftc.tuner.experts import PerExpert
-
-#: Numbers that are widened at a time: they stay near the processor, and torch sends no second thread for so few.
-_WIDENED = 1 << 15
 
 
 def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -63,7 +61,7 @@ def folded(
     base, backend = under.inner, under.backend
     for part in parts:
         dtype = torch.promote_types(part.view.dtype(), next(iter(pristine.values())).dtype)
-        summed = _summed(part, running["weight"], dtype) if _is_sum(part) else None
+        summed = _summed(part, running["weight"], pristine) if is_sum(part.tuner, part.parameter) else None
         if summed is not None:
             running = {**running, "weight": summed}
             continue
@@ -86,24 +84,15 @@ def refuse_waiting(parts: Sequence[Part]) -> None:
             raise PeftcError(rules.CANNOT_MERGE(what, fix="Keep the adapter beside the model.", where=part.path))
 
 
-def _is_sum(part: Part) -> bool:
-    """Whether a part adds to its layer's whole weight, while nothing is to be differentiated."""
-    own = part.tuner.lowerings
-    return "thin" in own and "params" not in own and not part.parameter and not torch.is_grad_enabled()
-
-
-def _summed(part: Part, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`W + s · B A` to the bits of `_changed`, in the memory of the product, the weight widened a few rows at a time: of a large
-    layer there is one tensor beside its own, and not four. None where the product is of another kind of number."""
-    A, B, scale = part.lowering("thin")(part.view)
-    if isinstance(scale, Tensor) or torch.result_type(A, B) is not dtype:
+def _summed(part: Part, weight: Tensor, pristine: Mapping[str, Tensor]) -> Tensor | None:
+    """`W + s · B A` without widening the whole weight beside it, where nothing is to be differentiated and the product is of that
+    kind of number; else None."""
+    sums = Sums.of([part], weight, next(iter(pristine.values())).dtype)
+    if sums is None:
         return None
-    update = B.flatten(1) @ A.flatten(1)
-    update.mul_(scale)
-    rows = max(1, _WIDENED // max(weight.shape[1], 1))
-    for first in range(0, weight.shape[0], rows):
-        update[first : first + rows].add_(weight[first : first + rows])
-    return update
+    made = torch.empty_like(weight, dtype=sums.dtype)
+    sums.whole(sums.lying(weight), sums.lying(made))
+    return made
 
 
 def _widened(
