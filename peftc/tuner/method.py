@@ -155,9 +155,13 @@ class TunerMethod:
     @property
     def map_tuners(self) -> tuple[MapTuner[Any], ...]:
         """All mathematics on layers that the method has."""
+        return (*self.plain_tuners, *(tuner for variant in self.variants for tuner in variant.tuners))
+
+    @property
+    def plain_tuners(self) -> tuple[MapTuner[Any], ...]:
+        """The method's own mathematics on layers, without that of variants."""
         given = self.tuner if isinstance(self.tuner, tuple) else (self.tuner,)
-        of_variants = (tuner for variant in self.variants for tuner in variant.tuners)
-        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices, *of_variants)
+        return (*(tuner for tuner in given if isinstance(tuner, MapTuner)), *self.choices)
 
     @property
     def only_tuner(self) -> MapTuner[Any] | None:

@@ -115,6 +115,10 @@ class Start(ABC):
     within_rank: ClassVar[bool] = False
     #: the option that has its nested options, where the method has it
     options: ClassVar[str] = ""
+    #: options without which it cannot be chosen, as the conformance kit gives them
+    needs: ClassVar[Mapping[str, Any]] = {}
+    #: arguments with which the kit tries it
+    arguments: ClassVar[tuple[str, ...]] = ("",)
 
     @abstractmethod
     def factors(self, s: StartView) -> Begun:

@@ -6,7 +6,8 @@ bits are NormalFloat in blocks (Dettmers et al., arXiv:2305.14314), eight are wh
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from peftc import plugin as p
 
@@ -42,6 +43,7 @@ class Loftq(p.Start):
     is_offset: ClassVar[bool] = False
     within_rank: ClassVar[bool] = True
     options: ClassVar[str] = "loftq_config"
+    needs: ClassVar[Mapping[str, Any]] = {"loftq_config": {"loftq_bits": 4}}
 
     def factors(self, s: p.StartView) -> p.Begun:
         import torch

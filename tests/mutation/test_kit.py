@@ -34,10 +34,10 @@ from peftc.runtime.session import succession, together
 from peftc.runtime.session.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
-from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
+from peftc.testing.kit import Case, all_checks, cases
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import TunerMethod
-from tests.mutation import imports_torch, mutants, sound
+from tests.mutation import imports_torch, mutants, sound, test_cells
 from tests.mutation.mutants import CHOICE, FUNCTIONS, LOWERINGS, MUTANTS
 from tests.mutation.sound import SOUND_METHODS
 
@@ -256,8 +256,8 @@ def test_a_broken_core_is_caught(name: str, choose: Choose, monkeypatch: Patch) 
 
 
 def test_every_check_has_a_mutation() -> None:
-    checks = {function.__name__ for function, _ in (*CHECKS, *CHECKS_OF_PLANS)}
-    assert checks == {mutant.check for mutant in MUTANTS.values()} | set(CORE) | {"loads_without_torch"}
+    here = {mutant.check for mutant in MUTANTS.values()} | set(CORE) | {"loads_without_torch"}
+    assert {check.__name__ for check in all_checks()} == here | {test_cells.CHECK}
 
 
 # a plugin that raises ---------------------------------------------------------------------------------------------------
