@@ -13,26 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peftc import LoraConfig, PeftcError, PeftcWarning, PeftModel, compile_plan, convert_adapter, get_peft_model
 from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
 from peftc.runtime.applying.snapshot import snapshot
 from tests.methods.exchange import move
+from tests.methods.small_llama import IDS, llama, logits
 
-SIZES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,
-    "num_key_value_heads": 1, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.tensor([[1, 2, 3, 4], [4, 5, 3, 7]])
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 HEAD = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
-
-
-def llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(dtype).eval()
 
 
 def options(rows: Any = None, **more: Any) -> dict[str, Any]:
@@ -46,10 +37,6 @@ def options(rows: Any = None, **more: Any) -> dict[str, Any]:
 
 def config(rows: Any = None, **more: Any) -> LoraConfig:
     return LoraConfig(**options(rows, **more))
-
-
-def logits(model: nn.Module, **more: Any) -> Tensor:
-    return model(input_ids=IDS, **more).logits
 
 
 NAMED = {"embed_tokens": [3, 1], "lm_head": [7, 2, 5]}

@@ -18,6 +18,7 @@ from peftc.compiler.passes import select
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.diagnostics import PeftcError, warn
 from peftc.graph.nodes import Kind
+from peftc.model import peft_model
 from peftc.model.functions import hotswap
 from peftc.model.parts import rows
 from peftc.model.peft_model import PeftModel
@@ -125,8 +126,8 @@ def never_undone(patch: Patch) -> None:
 
 
 def never_refused(patch: Patch) -> None:
-    patch.setattr(PeftModel, "_refuse_merge", lambda model: None)
-    patch.setattr(PeftModel, "merge_and_unload", lambda model, *given: model.get_base_model())
+    for module in (peft_model, together):  # without layers nothing is merged, and nobody is told
+        patch.setattr(module, "refuse_prompts", lambda: None)
 
 
 def changed_call(patch: Patch, change: Callable[[dict[str, Any]], None]) -> None:
