@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+import peftc
 from peftc import LoraConfig, PeftcError, PeftcWarning, PeftModel, compile_plan, convert_adapter, get_peft_model
 from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
@@ -288,3 +289,25 @@ def test_biases_of_a_head_with_rows_train_under_their_names() -> None:
         move(model)
         y = model(x)
         torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_travels_with_the_rows(tied: bool, tmp_path: Path) -> None:
+    """Under the names that the reference has for it, both ways."""
+
+    def resized(fill: float) -> nn.Module:
+        model = llama(tied)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(32)
+        with torch.no_grad():
+            for matrix in (model.model.embed_tokens.weight, model.lm_head.weight):
+                matrix[30:] = fill
+        return model
+
+    for writer, cls in ((peft, peft.LoraConfig), (peftc, LoraConfig)):
+        made = writer.get_peft_model(resized(0.5), cls(**options()))
+        made.save_pretrained(tmp_path / writer.__name__, save_embedding_layers=True)
+        for reader in (peft, peftc):
+            loaded = reader.PeftModel.from_pretrained(resized(7.0), tmp_path / writer.__name__)
+            torch.testing.assert_close(logits(loaded.eval()), logits(made.eval()))
