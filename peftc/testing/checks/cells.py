@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -138,7 +139,18 @@ def _begun(s: Subject, chosen: Chosen | None) -> PeftModel:
         if chosen is not None and reads and start_targets(base, config):
             with boundary(f"the start `{chosen.start.name}`", "prepare"):
                 config = chosen.start.prepare(base, config, [s.model.arguments(_EXACT)])
-        return get_peft_model(base, config).eval()
+        with _nan_where_empty():  # a slot that nothing fills shows, whatever was in its memory
+            return get_peft_model(base, config).eval()
+
+
+@contextmanager
+def _nan_where_empty() -> Iterator[None]:
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def _begins_as_base(s: Subject, chosen: Chosen | None) -> bool:
