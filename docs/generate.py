@@ -1,5 +1,5 @@
-"""Writes the pages that follow from the code or from records: `diagnostics.md`, `cli.md`, `plugin-reference.md`, `versions.md`,
-`peer-suite.md`, `methods/`, and the output shown in others.
+"""Writes the pages that follow from the code or from records: `diagnostics.md`, `cli.md`, `plugin-reference.md`, `variants.md`,
+`versions.md`, `peer-suite.md`, `methods/`, and the output shown in others.
 
 python docs/generate.py          write them
 python docs/generate.py --check  exit 1 if a page is not what the code says
@@ -19,6 +19,7 @@ from blocks import with_output  # beside this file
 from hf_compat import compat_page
 from plugin_reference import reference_page
 from pydantic.fields import FieldInfo
+from variants import variants_page
 from versions import versions_page
 
 from peftc import rules
@@ -67,6 +68,7 @@ def pages(examples: bool = True) -> dict[str, str]:
         "cli.md": cli_page(),
         "plugin-reference.md": reference_page(_cell, _option),
         "hf-compat.md": compat_page(registry),
+        "variants.md": variants_page(methods, _cell),
         "versions.md": versions_page(),
         "peer-suite.md": peer_suite_page(),
         "methods/README.md": methods_page(methods),
@@ -176,6 +178,8 @@ def method_page(method: TunerMethod) -> str:
         f"{method.summary} {method.paper}".strip(),
         f"{', '.join(facts)}. Acts {_place(method)}.",
     ]
+    if method.variants or method.start_option:
+        blocks.append("[Which variant and which start go with which kind of layer](../variants.md).")
     if method.variants:
         rows = [f"| `{v.option}` | {_cell(v.summary)} | {v.paper} |" for v in method.variants]
         blocks += [

@@ -155,7 +155,7 @@ class _Writer:
     def _config(self, site: MapSite, tuner: MapTuner[Any], parts: int, slots: Mapping[str, Tensor]) -> PeftConfig:
         """Options by which a former layer has these slots, and the scaling of the site. Raises `PeftcError` if none do."""
         facts = part_of(site.layer, parts)
-        method, scaling = default_registry().get(self.plan.peft_type), tuner.scaling(site.config, site.layer)
+        method, scaling = default_registry().method_of(self.plan.config), tuner.scaling(site.config, site.layer)
         shapes = {label: tuple(tensor.shape) for label, tensor in slots.items()}
         for config in _candidates(site.config, parts):
             one = tuner_for(method, config, ModuleNode("", facts))

@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new.add_argument("name", metavar="NAME", help="the method's name, e.g. `my-method`")
     new.add_argument("--dir", type=Path, default=Path(), metavar="DIR", help="where to put its folder; left out, here")
     check = _action(actions, "check", "Check that a plugin does what every method must do")
-    check.add_argument("name", metavar="NAME", help="a PEFT type, or the file or folder of a module that has a plugin")
+    check.add_argument(
+        "name",
+        metavar="NAME",
+        help="a PEFT type, `<peft type>.<variant>`, a start, or the file or folder of a module with one",
+    )
     check.add_argument("--only", action="append", metavar="CHECK", help="only the check of this name; may be repeated")
 
 
@@ -128,7 +132,7 @@ def _check(args: argparse.Namespace) -> int:
 
     plugin = _plugin(args.name)
     chosen = kit.chosen(plugin, args.only or ())
-    with progress.stage(f"Checking {chosen[0].subject.method.peft_type}", len(chosen), quiet=args.quiet) as stage:
+    with progress.stage(f"Checking {chosen[0].of}", len(chosen), quiet=args.quiet) as stage:
         report = kit.report_of(chosen, stage.at)
     if args.json:
         console.out_json(_plain(report))

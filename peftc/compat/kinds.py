@@ -2,7 +2,7 @@
 
 peftc has one layer class per method, so these exist for `isinstance` only: an instance is a layer of the method round a
 base layer of that kind, or of that class of a library for quantisation. `layers.json` beside this file has the names that
-only some subpackages have, and the further modules that they are in.
+only some subpackages have, and the further modules of a subpackage: those that such layers, or functions of the method, are in.
 """
 
 from __future__ import annotations

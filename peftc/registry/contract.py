@@ -101,6 +101,7 @@ _OF_VARIANTS: Mapping[str, tuple[str, Fits]] = {
     "summary": ("a text", _TEXT),
     "paper": ("a text", _TEXT),
     "examples": ("a tuple of options", _all(_OPTIONS)),
+    "chosen_by": ("options by name", _OPTIONS),
 }
 
 

@@ -6,7 +6,7 @@ The bundled ones come through the same door as those of any other package. A val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -66,6 +66,10 @@ def _wrong(start: Start, key: str) -> Iterator[str]:
         yield f"`reads` is {start.reads!r:.60}, not one of `Reads`"
     if not (start.how is None or (isinstance(start.how, type) and issubclass(start.how, ConfigModel))):
         yield f"`how` is {start.how!r:.60}, not a subclass of `ConfigModel`"
+    if not isinstance(start.arguments, tuple) or not all(isinstance(text, str) for text in start.arguments):
+        yield f"`arguments` is {start.arguments!r:.60}, not a tuple of texts"
+    if not isinstance(start.needs, Mapping):
+        yield f"`needs` is {start.needs!r:.60}, not options by name"
     if start.frozen not in ("", "A", "B"):
         yield f"`frozen` is {start.frozen!r:.60}, not `A`, `B` or empty"
 

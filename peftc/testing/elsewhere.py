@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from peftc.compiler.compile import compile_plan
@@ -22,6 +23,7 @@ from peftc.diagnostics import PeftcError
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.locate import locate
 from peftc.graph.nodes import ModuleGraph
+from peftc.registry.doors import record_of
 from peftc.registry.manager import default_registry
 
 if TYPE_CHECKING:
@@ -88,8 +90,8 @@ def _planned(job: Mapping[str, Any]) -> dict[str, Any]:
     before = set(sys.modules)
     plan, error = None, ""
     try:
-        if job["module"] and job["type"] not in default_registry().names:
-            default_registry().register(importlib.import_module(job["module"]))
+        if job["module"]:
+            _bring(job["module"])
         config = default_registry().get(job["type"]).config(**job["config"])
         plan = plan_to_json(compile_plan(_graph(job), {"default": config}))
     except PeftcError as problem:
@@ -97,6 +99,12 @@ def _planned(job: Mapping[str, Any]) -> dict[str, Any]:
     brought = set(sys.modules) - before
     heavy = [] if job["graph"] is None else [name for name in HEAVY if name in brought]
     return {"plan": plan, "error": error, "heavy": heavy}
+
+
+@cache
+def _bring(module: str) -> None:
+    """Make a plugin that is not installed known here, once."""
+    record_of(importlib.import_module(module))
 
 
 def _graph(job: Mapping[str, Any]) -> ModuleGraph:

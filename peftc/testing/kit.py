@@ -10,7 +10,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from types import ModuleType
 
@@ -18,9 +18,13 @@ from peftc import rules
 from peftc.config.mixins import TargetsMixin
 from peftc.diagnostics import Diagnostic, PeftcError, did_you_mean
 from peftc.registry.boundary import boundary
+from peftc.registry.doors import Record, name_of, record_of
 from peftc.registry.manager import default_registry
+from peftc.registry.starts import default_starts
+from peftc.testing.cells import Row, all_rows, rows
 from peftc.testing.checks import (
     calls,
+    cells,
     declared,
     effect,
     features,
@@ -37,6 +41,8 @@ from peftc.testing.report import Finding, Report, broken
 from peftc.testing.subjects import Subject, quiet, subjects
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
+from peftc.tuner.start import Start
+from peftc.tuner.variant import Variant
 
 When = Callable[[Subject], bool]
 
@@ -278,15 +284,21 @@ class Elsewhere:
         return plan_elsewhere([s for s in self._subjects if s.model.base is not None], self.modules)
 
 
+#: Checks of a row of the table of variants and starts.
+CHECKS_OF_ROWS: tuple[Callable[[Row], None], ...] = (cells.begins_as_it_says,)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One check of one subject."""
+    """One check of one subject, or of one row of a method's table."""
 
     check: str
-    subject: Subject
+    subject: Subject | Row
     call: Callable[[], None]
     #: what the check is for, in one sentence
     promise: str = ""
+    #: the name of what is checked: a PEFT type, `<peft type>.<variant>`, or a start
+    of: str = ""
 
     def __str__(self) -> str:
         return f"{self.subject.method.peft_type}-{self.check}-{self.subject}"
@@ -299,18 +311,30 @@ class Case:
 
 
 def cases(*plugins: str | ModuleType) -> list[Case]:
-    """All cases of the methods, or of every installed one. Raises `PeftcError` for a plugin that cannot be loaded."""
+    """All cases of the methods, or of every installed one; of a variant or a start, those that it has a part in. Raises `PeftcError`
+    for a plugin that cannot be loaded."""
+    records = [(plugin, record_of(plugin)) for plugin in plugins or default_registry().names]
+    brought = [(plugin, record) for plugin, record in records if isinstance(plugin, ModuleType)]
+    modules = {record.peft_type: plugin.__name__ for plugin, record in brought if not isinstance(record, Start)}
+    concerned = [(name_of(record), *_concerned(record)) for _, record in records]
+    elsewhere = Elsewhere([s for _, found, _ in concerned for s in found], modules)
+    made = ((name, [*_cases(found, elsewhere), *_cases_of_rows(table)]) for name, found, table in concerned)
+    return [replace(case, of=name) for name, own in made for case in own]
+
+
+def _concerned(record: Record) -> tuple[Sequence[Subject], Sequence[Row]]:
+    """What a record has a part in."""
     registry = default_registry()
-    modules = {}
-    methods: list[TunerMethod] = []
-    for plugin in plugins or registry.names:
-        if isinstance(plugin, ModuleType):
-            methods.append(registry.register(plugin))
-            modules[methods[-1].peft_type] = plugin.__name__
-        else:
-            methods.append(registry.get(plugin))
-    found = [subject for method in methods for subject in subjects(method)]
-    return list(_cases(found, Elsewhere(found, modules)))
+    if isinstance(record, TunerMethod):
+        return subjects(record), all_rows(record)
+    if isinstance(record, Variant):
+        method = registry.get(record.peft_type).with_variant(record)
+        alone = replace(method, examples=record.examples or ({"variant": record.name},))
+        table = rows(method, [default_starts().get(name) for name in default_starts().names])
+        # what is asked once is asked of the method
+        return [replace(s, foremost=False) for s in subjects(alone)], [row for row in table if row.variant is record]
+    methods = (method for method in map(registry.get, registry.names) if method.start_option)
+    return (), [row for method in methods for row in rows(method, [record]) if row.start is record]
 
 
 def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
@@ -324,12 +348,23 @@ def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
                 yield Case(of_plan.__name__, s, call, inspect.getdoc(of_plan) or "")
 
 
+def _cases_of_rows(tables: Sequence[Row]) -> Iterator[Case]:
+    for row in tables:
+        for check in CHECKS_OF_ROWS:
+            yield Case(check.__name__, row, partial(check, row), inspect.getdoc(check) or "")
+
+
 def _check_plan(check: Callable[[Subject, Planned], None], s: Subject, elsewhere: Elsewhere) -> None:
     peft_type = s.method.peft_type
     if peft_type not in elsewhere.modules and not default_registry().claims_for(peft_type):
         what = f"{peft_type} is known to this process alone, and its plans are made by another"
         raise broken(what, "Put it with its hook into a file, and check that: `peftc plugins check FILE`.")
     check(s, elsewhere(s))
+
+
+def all_checks() -> tuple[Callable[..., None], ...]:
+    """Every check that there is."""
+    return (*(check for check, _ in CHECKS), *(check for check, _ in CHECKS_OF_PLANS), *CHECKS_OF_ROWS)
 
 
 def chosen(plugin: str | ModuleType, only: Sequence[str] = ()) -> list[Case]:
@@ -345,7 +380,7 @@ def chosen(plugin: str | ModuleType, only: Sequence[str] = ()) -> list[Case]:
 
 
 def _unknown(name: str, there: Sequence[str]) -> Diagnostic:
-    known = {function.__name__ for function, _ in (*CHECKS, *CHECKS_OF_PLANS)}
+    known = {function.__name__ for function in all_checks()}
     what = f"`{name}` is for methods of another sort" if name in known else f"There is no check `{name}`"
     return rules.UNKNOWN_CHECK(what, fix=did_you_mean(name, there) or f"Use one of {', '.join(there)}.")
 
@@ -356,12 +391,12 @@ def examine(plugin: str | ModuleType, only: Sequence[str] = ()) -> Report:
 
 
 def report_of(found: Sequence[Case], at: Callable[[int, str], None] = lambda done, case: None) -> Report:
-    """Run cases of one method; `at` is told how many are done, and the name of the last."""
+    """Run cases of one plugin; `at` is told how many are done, and the name of the last."""
     findings: list[Finding] = []
     for number, case in enumerate(found, start=1):
         findings += _findings(case)
         at(number, str(case))
-    return Report(found[0].subject.method.peft_type, len(found), tuple(findings))
+    return Report(found[0].of, len(found), tuple(findings))
 
 
 def _findings(case: Case) -> Iterator[Finding]:
@@ -375,7 +410,13 @@ def _line(case: Case, raised: BaseException | None) -> str:
     """The line of the plugin's own file that raised."""
     if raised is None:
         return ""
-    method = case.subject.method
-    own = {getattr(sys.modules.get(part.__module__), "__file__", None) for part in (method.config, type(method.tuner))}
+    method, start = case.subject.method, case.subject.start if isinstance(case.subject, Row) else None
+    parts = (
+        method.config,
+        type(method.tuner),
+        *map(type, method.map_tuners),
+        *([] if start is None else [type(start)]),
+    )
+    own = {getattr(sys.modules.get(part.__module__), "__file__", None) for part in parts}
     frames = [frame for frame in traceback.extract_tb(raised.__traceback__) if frame.filename in own]
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else ""

@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ class TinyModel:
             inputs = self.inputs()
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
-    @property
+    @cached_property
     def graph(self) -> ModuleGraph:
-        return _graph(self.name)
+        return snapshot(self.build())
 
 
 class Mlp(nn.Module):
@@ -217,7 +218,82 @@ MODELS: tuple[TinyModel, ...] = (
 )
 
 
-@cache
-def _graph(name: str) -> ModuleGraph:
-    model = next(model for model in MODELS if model.name == name)
-    return snapshot(model.build())
+# one layer of each kind ------------------------------------------------------------------------------------------------
+
+
+class Alone(nn.Module):
+    """Ids through an embedding, one layer that is to be adapted, and a head; with labels it has a loss, as models that are
+    trained have."""
+
+    def __init__(
+        self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], width: int, reads_ids: bool
+    ) -> None:
+        super().__init__()
+        self.emb = nn.Identity() if reads_ids else nn.Embedding(20, 8)
+        self.lin0, self.head = layer, nn.Linear(width, 3)
+        self._call = call
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        """`(N, L)` ids -> logits `(N, L, 3)`."""
+        logits = self.head(self._call(self.lin0, self.emb(input_ids)).tanh())
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def _as_it_is(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x)
+    return y
+
+
+def _over_space(dims: int, layer: nn.Module, x: Tensor) -> Tensor:
+    """Features `(N, L, C)` as channels of a convolution of so many dimensions, all but one of them of size 1."""
+    image = x.mT.contiguous()[(..., *[None] * (dims - 1))]
+    y: Tensor = layer(image).flatten(2).mT
+    return y.contiguous()  # on other strides a linear layer rounds otherwise, once it is frozen
+
+
+def _by_experts(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x.flatten(0, 1).expand(3, -1, -1)).mean(0)
+    return y.unflatten(0, x.shape[:2])
+
+
+def _attending(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x, x, x, need_weights=False)[0]
+    return y
+
+
+def _transposed() -> nn.Module:
+    """The layer of GPT-2, which stores its weight the other way round."""
+    model = next(model for model in MODELS if model.name == "gpt2").build()
+    cls = type(model.get_submodule("transformer.h.0.attn.c_attn"))
+    layer: nn.Module = cls(12, 8)
+    nn.init.normal_(layer.get_parameter("weight"), std=0.3)
+    return layer
+
+
+def _alone(
+    name: str,
+    layer: Callable[[], nn.Module],
+    call: Callable[[nn.Module, Tensor], Tensor] = _as_it_is,
+    width: int = 12,
+    reads_ids: bool = False,
+    parameters: tuple[str, ...] = (),
+) -> TinyModel:
+    def inputs() -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(2, 20, (4, 8)), "labels": torch.randint(0, 3, (4, 8))}
+
+    return TinyModel(name, lambda: Alone(layer(), call, width, reads_ids), inputs, parameters=parameters)
+
+
+#: A model for each kind of layer, with that one layer to adapt, `lin0`.
+KINDS: tuple[TinyModel, ...] = (
+    _alone("linear", lambda: nn.Linear(8, 12)),
+    _alone("transposed", _transposed),
+    _alone("embedding", lambda: nn.Embedding(20, 12), reads_ids=True),
+    _alone("conv1d", lambda: nn.Conv1d(8, 12, 3, padding=1), partial(_over_space, 1)),
+    _alone("conv2d", lambda: nn.Conv2d(8, 12, 3, padding=1), partial(_over_space, 2)),
+    _alone("conv3d", lambda: nn.Conv3d(8, 12, 3, padding=1), partial(_over_space, 3)),
+    _alone("grouped", lambda: nn.Conv2d(8, 12, 3, padding=1, groups=2), partial(_over_space, 2)),
+    _alone("experts", lambda: Stack("w", 3, 8, 12, transposed=False), _by_experts, parameters=("lin0.w",)),
+    _alone("attention", lambda: nn.MultiheadAttention(8, 2, batch_first=True), _attending, width=8),
+)

@@ -117,6 +117,10 @@ class Start(ABC):
     options: ClassVar[str] = ""
     #: the model of these, where the method's option is a plain mapping
     how: ClassVar[type[ConfigModel] | None] = None
+    #: options without which it cannot be chosen, as the conformance kit gives them
+    needs: ClassVar[Mapping[str, Any]] = {}
+    #: arguments with which the kit tries it
+    arguments: ClassVar[tuple[str, ...]] = ("",)
 
     @abstractmethod
     def factors(self, s: StartView) -> Begun:

@@ -84,6 +84,8 @@ class Variant(Generic[T]):
     paper: str = ""
     #: configs that the conformance kit uses
     examples: tuple[Mapping[str, Any], ...] = ()
+    #: options that choose it, where no example does
+    chosen_by: Mapping[str, Any] = field(default_factory=dict)
 
     def acts(self, config: PeftConfig) -> bool:
         """Whether a config chooses it."""

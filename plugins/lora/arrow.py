@@ -261,4 +261,5 @@ VARIANT = p.Variant(
     option="arrow_config",
     summary="A router weighs a layer's other adapters by token.",
     paper="arXiv:2405.11157",
+    chosen_by={"arrow_config": {"top_k": 1}},  # alone it acts on nothing, so that there is no example
 )

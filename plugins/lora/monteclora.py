@@ -42,6 +42,14 @@ class MontecloraTuner(LoraTuner):
 
     def init(self, c: LoraConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
         super().init(c, layer, slots, init)
+        self._init_noise(slots, init)
+
+    def before_start(self, c: LoraConfig, layer: p.LayerFacts, slots: p.Tensors, init: p.SlotInit) -> None:
+        super().before_start(c, layer, slots, init)
+        self._init_noise(slots, init)
+
+    @staticmethod
+    def _init_noise(slots: p.Tensors, init: p.SlotInit) -> None:
         for label in (STD, WEIGHTS):  # uniform between 0 and 1
             init.uniform(slots[label], 0.5)
             slots[label].add_(0.5)

@@ -37,6 +37,13 @@ class CordaConfig(p.ConfigModel):
     prune_temporary_fields: bool = True
     """Accepted for files of the reference: nothing temporary is left on the model."""
 
+    @p.model_validator(mode="before")
+    @classmethod
+    def _paths_are_texts(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+
 
 class Corda(p.Start):
     """`W C = U S V`: A and B of r of its components, with C taken out of V again."""

@@ -193,7 +193,9 @@ class _Search:
         if first is None:
             raise p.PeftcError(p.rules.START_DATA("dataloader is empty", fix="Give some examples."))
         ranks = {name: layer.rank for name, layer in self._layers.items()}
-        rho = self._how.rho
+        rho = (
+            self._how.rho if "rank_pattern" in type(self._config).pattern_options else 1
+        )  # else all ranks are one option
         if rho > LARGE_RHO:
             rho = min(rho, max(max(own.shape) for own in self._model.parameters()) // max(ranks.values()))
         most = {name: min(round(rank * rho), self._layers[name].site.layer.fan_in) for name, rank in ranks.items()}
@@ -330,20 +332,23 @@ def initialize_lora_eva_weights(
 
 
 def _begun_with(base: p.nn.Module, config: p.PeftConfig, found: Mapping[str, p.Tensor]) -> p.PeftConfig:
-    """The options with the ranks that go with directions, by path; these are gathered for the layers."""
-    how, targets = _config(config), p.start_targets(base, config)
+    """The options with the ranks that go with directions, by path; these are gathered for the layers. Where the scaling is no
+    option by layer, there is none to adjust."""
+    how, targets, options = _config(config), p.start_targets(base, config), type(config).pattern_options
     ranks = {path: len(found[path]) if path in found else target.rank for path, target in targets.items()}
     ranks = {path: rank for path, rank in ranks.items() if rank}
-    alphas = {path: getattr(targets[path].config, "lora_alpha", 1) for path in ranks}
-    if how.adjust_scaling_factors:
-        alphas = {path: alpha * (ranks[path] / targets[path].rank) for path, alpha in alphas.items()}
-    usual: Any = config
-    changes = {
-        "target_modules": set(ranks),
-        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != usual.r},
-        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != usual.lora_alpha},
-        "eva_config": how,
-    }
+    changes: dict[str, Any] = {"target_modules": set(ranks)}
+    if "rank_pattern" in options:
+        usual = getattr(config, options["rank_pattern"])
+        changes["rank_pattern"] = {path: rank for path, rank in ranks.items() if rank != usual}
+    if "alpha_pattern" in options:
+        name = options["alpha_pattern"]
+        alphas = {path: getattr(targets[path].config, name) for path in ranks}
+        if how.adjust_scaling_factors:
+            alphas = {path: alpha * (ranks[path] / targets[path].rank) for path, alpha in alphas.items()}
+        changes["alpha_pattern"] = {path: alpha for path, alpha in alphas.items() if alpha != getattr(config, name)}
+    if Eva.options in type(config).model_fields:
+        changes[Eva.options] = how
     lacking = [path for path in ranks if path not in found]
     if lacking:
         what = f"No directions are given for {len(lacking)} layers, such as `{lacking[0]}`: they begin at random"

@@ -6,7 +6,7 @@ bits are NormalFloat in blocks (Dettmers et al., arXiv:2305.14314), eight are wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,6 +49,7 @@ class Loftq(p.Start):
     within_rank: ClassVar[bool] = True
     options: ClassVar[str] = "loftq_config"
     how: ClassVar[type[p.ConfigModel] | None] = LoftQConfig
+    needs: ClassVar[Mapping[str, Any]] = {"loftq_config": {"loftq_bits": 4}}
 
     def factors(self, s: p.StartView) -> p.Begun:
         import torch

@@ -25,6 +25,7 @@ class Pissa(p.Start):
     paper: ClassVar[str] = "arXiv:2404.02948"
     changes_base: ClassVar[bool] = True
     within_rank: ClassVar[bool] = True
+    arguments: ClassVar[tuple[str, ...]] = ("", f"{STEPS}4")
 
     def factors(self, s: p.StartView) -> p.Begun:
         import torch

@@ -238,43 +238,59 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
-def test_table(
-    state: Callable[[PeftModel], tuple[str, ...]], operation: Callable[[PeftModel, tuple[str, ...]], Done]
-) -> None:
-    model, original = made(), base()
+State = Callable[[PeftModel], tuple[str, ...]]
+Operation = Callable[[PeftModel, tuple[str, ...]], Done]
+Look = Callable[[PeftModel, tuple[str, ...], nn.Sequential], None]
+
+
+def holds(model: PeftModel, look: Look, state: State, operation: Operation) -> None:
+    """In a state, and after an operation, the model is what `look` wants for the adapters that act, and its base within."""
+    original = base()
     acting = state(model)
-    same_as(model, acting, original)
+    look(model, acting, original)
     model, acting = operation(model, acting)
-    same_as(model, acting, original)
+    look(model, acting, original)
     with plain_again(model, original):
         pass
-    same_as(model, acting, original)
+    look(model, acting, original)
     model.unmerge_adapter()
-    same_as(model, tuple(model.active_adapters), original)
+    look(model, tuple(model.active_adapters), original)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
-def test_taken_off_everything_is_as_it_was(state: Callable[[PeftModel], tuple[str, ...]]) -> None:
-    model, original = made(), base()
+def comes_off(model: PeftModel, state: State) -> None:
+    """Without the adapters the base is as it was, bit for bit."""
     state(model)
     model.unmerge_adapter()
-    plain = model.unload()
-    for own, before in zip(plain.parameters(), original.parameters(), strict=True):
+    for own, before in zip(model.unload().parameters(), base().parameters(), strict=True):
         assert torch.equal(own, before)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
-def test_merged_for_good(state: Callable[[PeftModel], tuple[str, ...]]) -> None:
-    model, original = made(), base()
-    acting = state(model)
-    result = expected(model, acting, original)
+def merges(
+    model: PeftModel, formula: Callable[[PeftModel, tuple[str, ...], nn.Sequential], Tensor], state: State
+) -> None:
+    """Merged for good it computes what the formula says."""
+    result = formula(model, state(model), base())
     with torch.no_grad():
         torch.testing.assert_close(model.merge_and_unload()(X).double(), result, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
+def test_table(state: State, operation: Operation) -> None:
+    holds(made(), same_as, state, operation)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
+def test_taken_off_everything_is_as_it_was(state: State) -> None:
+    comes_off(made(), state)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("state", STATES, ids=lambda f: f.__name__)
+def test_merged_for_good(state: State) -> None:
+    merges(made(), expected, state)
 
 
 @pytest.mark.filterwarnings("ignore")

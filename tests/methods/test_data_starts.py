@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from peftc_plugins.starts import eva
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -20,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import peftc
 from peftc import PeftcError, PeftModel, plugin, rules
 from peftc.cli.main import main
+from peftc.compat import names
 from tests.packaging.fresh import write_small_job
 
 IDS = torch.randint(0, 64, (6, 20), generator=torch.Generator().manual_seed(7))
@@ -112,7 +115,7 @@ def test_corda(name: str, method: str, tmp_path: Path) -> None:
 def test_corda_keeps_what_it_found_in_the_references_files(tmp_path: Path) -> None:
     first = with_corda(peft, "llama", tmp_path)
     config = peftc.LoraConfig(
-        **options("llama", "corda", corda_config=peftc.CordaConfig(cache_file=str(tmp_path / "cache.pt")))
+        **options("llama", "corda", corda_config=peftc.CordaConfig(cache_file=tmp_path / "cache.pt"))
     )
     for cached in (
         config,
@@ -349,3 +352,40 @@ def test_a_start_that_cannot_take_data_from_a_training_says_so() -> None:
 
     with pytest.raises(PeftcError, match="does not say how it takes data"):
         Reading().prepare(llama(), None, [])
+
+
+#: Functions of starts, and their modules in the reference.
+HELPERS = {
+    "preprocess_corda": "corda",
+    "preprocess_loraga": "loraga",
+    "get_eva_state_dict": "eva",
+    "initialize_lora_eva_weights": "eva",
+    "save_as_lora": "conversion",
+    "create_arrow_model": "arrow",
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_the_alias_has_helpers_where_the_reference_has_them(name: str) -> None:
+    module = f"peft.tuners.lora.{HELPERS[name]}"
+    assert getattr(importlib.import_module(module), name).__module__ == module
+    assert names.is_module(module)
+    assert names.of_a_method(module, name) is getattr(peftc, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [
+    peftc.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj", "down_proj"], init_lora_weights="eva"),
+    peftc.HiraConfig(r=4, target_modules=["q_proj", "down_proj"], init_weights="eva"),
+], ids=lambda config: config.peft_type)  # fmt: skip
+def test_other_methods_begin_in_the_directions_of_data(config: Any) -> None:
+    """Ranks are distributed where they are an option of each layer, and else stay."""
+    model = llama()
+    begun = eva.Eva().prepare(model, config, [dict(batch) for batch in loader()])
+    made = peftc.get_peft_model(model, begun)
+    torch.testing.assert_close(logits(made), logits(llama()))
+    factors = {n: p for n, p in made.named_parameters() if n.endswith(("lora_A.default", "hira_A.default"))}
+    ranks = {len(rows) for rows in factors.values()}
+    assert (ranks == {4}) is ("rank_pattern" not in type(config).pattern_options)
+    for rows in factors.values():
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=1e-4, atol=1e-4)

@@ -30,7 +30,6 @@ from tests.methods import test_base_changes as changes
 from tests.methods.test_base_changes import PATHS, Done, X, base, plain_again
 
 KEPT = "peftc_start.safetensors"
-Operation = Callable[[PeftModel, tuple[str, ...]], Done]
 
 
 def options(r: int = 3, **more: Any) -> LoraConfig:
@@ -273,37 +272,20 @@ OPERATIONS = (*(operation for operation in changes.OPERATIONS if operation is no
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("state", changes.STATES, ids=lambda f: f.__name__)
-def test_table(state: Callable[[PeftModel], tuple[str, ...]], operation: Operation) -> None:
-    model, original = made(), base()
-    acting = state(model)
-    same_as(model, acting, original)
-    model, acting = operation(model, acting)
-    same_as(model, acting, original)
-    with plain_again(model, original):
-        pass
-    same_as(model, acting, original)
-    model.unmerge_adapter()
-    same_as(model, tuple(model.active_adapters), original)
+def test_table(state: changes.State, operation: changes.Operation) -> None:
+    changes.holds(made(), same_as, state, operation)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("state", changes.STATES, ids=lambda f: f.__name__)
-def test_taken_off_everything_is_as_it_was(state: Callable[[PeftModel], tuple[str, ...]]) -> None:
-    model, original = made(), base()
-    state(model)
-    model.unmerge_adapter()
-    for own, before in zip(model.unload().parameters(), original.parameters(), strict=True):
-        assert torch.equal(own, before)
+def test_taken_off_everything_is_as_it_was(state: changes.State) -> None:
+    changes.comes_off(made(), state)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("state", changes.STATES, ids=lambda f: f.__name__)
-def test_merged_for_good(state: Callable[[PeftModel], tuple[str, ...]]) -> None:
-    model, original = made(), base()
-    acting = state(model)
-    result = expected(model, acting, original)
-    with torch.no_grad():
-        torch.testing.assert_close(model.merge_and_unload()(X).double(), result, rtol=1e-4, atol=1e-4)
+def test_merged_for_good(state: changes.State) -> None:
+    changes.merges(made(), expected, state)
 
 
 # what is refused ------------------------------------------------------------------------------------------------------

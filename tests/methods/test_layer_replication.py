@@ -33,19 +33,15 @@ from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.runtime.applying.apply import apply_plan
 from peftc.runtime.applying.snapshot import snapshot
 from tests.methods.exchange import move
+from tests.methods.small_llama import IDS, SIZES, logits
+from tests.methods.small_llama import llama as small_llama
 
-SIZES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 30,
-    "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.tensor([[1, 2, 3, 4], [4, 5, 3, 7]])
 RANGES = [[0, 2], [1, 3], [0, 1]]
 SOURCES = [0, 1, 1, 2, 0]
 
 
-def llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(dtype).eval()
+def llama(tied: bool = True) -> nn.Module:
+    return small_llama(tied, num_hidden_layers=3, num_key_value_heads=2)
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -54,10 +50,6 @@ def options(**more: Any) -> dict[str, Any]:
 
 def config(**more: Any) -> LoraConfig:
     return LoraConfig(**options(**more))
-
-
-def logits(model: nn.Module, **more: Any) -> Tensor:
-    return model(input_ids=IDS, **more).logits
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -162,7 +154,7 @@ def test_kinds_of_models(kind: str, tmp_path: Path) -> None:
         if kind.startswith("qwen2"):
             types = ["full_attention", "sliding_attention"]
             return Qwen2ForCausalLM(
-                Qwen2Config(**few, num_key_value_heads=2, layer_types=types, use_sliding_window=True, sliding_window=2)
+                Qwen2Config(**few, layer_types=types, use_sliding_window=True, sliding_window=2)
             ).eval()
         return LlamaForCausalLM(LlamaConfig(**few)).eval()
 

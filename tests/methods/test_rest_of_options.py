@@ -81,8 +81,13 @@ def y_of(model: nn.Module) -> Tensor:
     return model(input_ids=IDS)[0]
 
 
-@pytest.mark.parametrize("mode", ["all", "lora_only"])
-@pytest.mark.parametrize("kind", KINDS)
+#: Where only norms have biases, those of adapted layers are none.
+TRAINED = [
+    (kind, mode) for kind in KINDS for mode in ("all", "lora_only") if (kind, mode) != ("norms alone", "lora_only")
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), TRAINED)
 def test_biases_train_and_travel_as_in_the_reference(kind: str, mode: str, tmp_path: Path) -> None:
     make, asked = KINDS[kind]
 
@@ -90,8 +95,6 @@ def test_biases_train_and_travel_as_in_the_reference(kind: str, mode: str, tmp_p
         torch.manual_seed(0)
         return make().eval()
 
-    if kind == "norms alone" and mode == "lora_only":
-        pytest.skip("nothing to train")
     theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, bias=mode, **asked))
     with torch.no_grad():
         for parameter in theirs.parameters():

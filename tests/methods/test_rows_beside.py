@@ -13,26 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
+import peftc
 from peftc import LoraConfig, PeftcError, PeftcWarning, PeftModel, compile_plan, convert_adapter, get_peft_model
 from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
 from peftc.runtime.applying.snapshot import snapshot
 from tests.methods.exchange import move
+from tests.methods.small_llama import IDS, llama, logits
 
-SIZES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,
-    "num_key_value_heads": 1, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.tensor([[1, 2, 3, 4], [4, 5, 3, 7]])
 ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 HEAD = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
-
-
-def llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(dtype).eval()
 
 
 def options(rows: Any = None, **more: Any) -> dict[str, Any]:
@@ -46,10 +38,6 @@ def options(rows: Any = None, **more: Any) -> dict[str, Any]:
 
 def config(rows: Any = None, **more: Any) -> LoraConfig:
     return LoraConfig(**options(rows, **more))
-
-
-def logits(model: nn.Module, **more: Any) -> Tensor:
-    return model(input_ids=IDS, **more).logits
 
 
 NAMED = {"embed_tokens": [3, 1], "lm_head": [7, 2, 5]}
@@ -301,3 +289,25 @@ def test_biases_of_a_head_with_rows_train_under_their_names() -> None:
         move(model)
         y = model(x)
         torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_travels_with_the_rows(tied: bool, tmp_path: Path) -> None:
+    """Under the names that the reference has for it, both ways."""
+
+    def resized(fill: float) -> nn.Module:
+        model = llama(tied)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(32)
+        with torch.no_grad():
+            for matrix in (model.model.embed_tokens.weight, model.lm_head.weight):
+                matrix[30:] = fill
+        return model
+
+    for writer, cls in ((peft, peft.LoraConfig), (peftc, LoraConfig)):
+        made = writer.get_peft_model(resized(0.5), cls(**options()))
+        made.save_pretrained(tmp_path / writer.__name__, save_embedding_layers=True)
+        for reader in (peft, peftc):
+            loaded = reader.PeftModel.from_pretrained(resized(7.0), tmp_path / writer.__name__)
+            torch.testing.assert_close(logits(loaded.eval()), logits(made.eval()))

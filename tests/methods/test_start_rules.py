@@ -131,6 +131,8 @@ CASES = {
     "a name that is none": Case(rules.PLUGIN_INVALID, own_record(name="Own"), "not a text in lower case", (registry, "name != name.lower()", "False")),
     "no kinds": Case(rules.PLUGIN_INVALID, own_record(name="x", kinds=frozenset({"linear"})), "not a frozenset", (registry, "not all(isinstance(kind, Kind) for kind in start.kinds)", "False")),
     "a factor that there is not": Case(rules.PLUGIN_INVALID, own_record(name="x", frozen="C"), "not `A`, `B` or empty", (registry, 'start.frozen not in ("", "A", "B")', "False")),
+    "arguments that are one text": Case(rules.PLUGIN_INVALID, own_record(name="x", arguments="niter_4"), "not a tuple of texts", (registry, "not isinstance(start.arguments, tuple)", "False")),
+    "options without names": Case(rules.PLUGIN_INVALID, own_record(name="x", needs=("a",)), "not options by name", (registry, "not isinstance(start.needs, Mapping)", "False")),
     "something strange to read": Case(rules.PLUGIN_INVALID, own_record(name="x", reads="all"), "not one of `Reads`", (registry, "not isinstance(start.reads, Reads)", "False")),
     "a name that is taken": Case(rules.PLUGIN_CONFLICT, own_record(name="pissa"), "`pissa` is claimed by", (plugin, "default_starts().register(record, over=False)", "default_starts().register(record)")),
     "no configuration for quantising": Case(rules.CONTRADICTION, on("loftq"), "`loftq_config` must be specified", (registry, "            yield from chosen.start.check(config, chosen.argument)", "            pass")),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from peftc import (
     PeftcError,
@@ -26,28 +26,15 @@ from peftc import (
 from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
 from peftc.runtime.applying.snapshot import snapshot
 from tests.methods.exchange import move
+from tests.methods.small_llama import IDS, SIZES, llama, logits
 
-SIZES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,
-    "num_key_value_heads": 1, "pad_token_id": 0,
-}  # fmt: skip
 ROWS, ROWS_OF_THE_HEAD = (
     f"base_model.model.{layer}.trainable_tokens_delta" for layer in ("model.embed_tokens", "lm_head")
 )
-IDS = torch.tensor([[1, 2, 3, 4], [4, 5, 3, 7]])
-
-
-def llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(dtype).eval()
 
 
 def options(indices: list[int] | None = None, **more: Any) -> TrainableTokensConfig:
     return TrainableTokensConfig(token_indices=[3, 1, 5] if indices is None else indices, **more)
-
-
-def logits(model: nn.Module, **more: Any) -> Tensor:
-    return model(input_ids=IDS, **more).logits
 
 
 @pytest.mark.parametrize("tied", [False, True])

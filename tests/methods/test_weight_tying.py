@@ -11,20 +11,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftc import AdaLoraConfig, LoraConfig, PeftcError, PeftcWarning, PeftModel, compile_plan, get_peft_model
 from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.model.functions.hotswap import hotswap_adapter_from_state_dict
 from peftc.runtime.applying.snapshot import snapshot
 from tests.methods.exchange import move
-
-SIZES = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30,
-    "num_key_value_heads": 1, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.tensor([[1, 2, 3, 4], [4, 5, 3, 7]])
+from tests.methods.small_llama import IDS, llama, logits
 
 #: What is asked for, and whether it is the weight itself that trains.
 ASKED: dict[str, dict[str, Any]] = {
@@ -41,17 +34,8 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 
 
-def llama(tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).to(dtype).eval()
-
-
 def options(asked: str, **more: Any) -> dict[str, Any]:
     return {"r": 2, "lora_alpha": 4, "ensure_weight_tying": True, **ASKED[asked], **more}
-
-
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("asked", ASKED)

@@ -18,6 +18,7 @@ from peftc.compiler.passes import select
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.diagnostics import PeftcError, warn
 from peftc.graph.nodes import Kind
+from peftc.model import peft_model
 from peftc.model.functions import hotswap
 from peftc.model.parts import rows
 from peftc.model.peft_model import PeftModel
@@ -34,10 +35,10 @@ from peftc.runtime.session import succession, together
 from peftc.runtime.session.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
-from peftc.testing.kit import CHECKS, CHECKS_OF_PLANS, Case, cases
+from peftc.testing.kit import Case, all_checks, cases
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import TunerMethod
-from tests.mutation import imports_torch, mutants, sound
+from tests.mutation import imports_torch, mutants, sound, test_cells
 from tests.mutation.mutants import CHOICE, FUNCTIONS, LOWERINGS, MUTANTS
 from tests.mutation.sound import SOUND_METHODS
 
@@ -125,8 +126,8 @@ def never_undone(patch: Patch) -> None:
 
 
 def never_refused(patch: Patch) -> None:
-    patch.setattr(PeftModel, "_refuse_merge", lambda model: None)
-    patch.setattr(PeftModel, "merge_and_unload", lambda model, *given: model.get_base_model())
+    for module in (peft_model, together):  # without layers nothing is merged, and nobody is told
+        patch.setattr(module, "refuse_prompts", lambda: None)
 
 
 def changed_call(patch: Patch, change: Callable[[dict[str, Any]], None]) -> None:
@@ -256,8 +257,8 @@ def test_a_broken_core_is_caught(name: str, choose: Choose, monkeypatch: Patch) 
 
 
 def test_every_check_has_a_mutation() -> None:
-    checks = {function.__name__ for function, _ in (*CHECKS, *CHECKS_OF_PLANS)}
-    assert checks == {mutant.check for mutant in MUTANTS.values()} | set(CORE) | {"loads_without_torch"}
+    here = {mutant.check for mutant in MUTANTS.values()} | set(CORE) | {"loads_without_torch"}
+    assert {check.__name__ for check in all_checks()} == here | {test_cells.CHECK}
 
 
 # a plugin that raises ---------------------------------------------------------------------------------------------------

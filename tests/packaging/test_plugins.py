@@ -235,9 +235,11 @@ def test_a_variant_of_another_package_is_named_in_a_spec(installed: Path, tmp_pa
         spec = json.loads(job.read_text(encoding="utf-8"))
         spec["adapters"]["default"] |= {"r": 2, "variant": "gated", "variant_options": {"start": 0.5}}
         job.write_text(json.dumps(spec), encoding="utf-8")
-        planned, *_ = peftc_each(
-            installed, tmp_path, "plan spec.json --json", "train spec.json --device cpu", "merge --adapter out --out merged"
+        planned, _, _, checked = peftc_each(
+            installed, tmp_path, "plan spec.json --json", "train spec.json --device cpu", "merge --adapter out --out merged",
+            "plugins check lora.gated --only begins_as_it_says --only swapping_exchanges_values -q",
         )  # fmt: skip
+        assert "lora.gated passes all" in checked
         assert json.loads(planned)["trainable"] == 2 * 2 * (2 * 16 + 2 * 16 + 16)
         assert ran(installed / "python", "-c", GATED, folder=tmp_path).strip() == "acts"
     finally:
@@ -324,5 +326,6 @@ def test_a_start_of_a_stranger_serves_every_method_that_it_is_named_in(installed
             assert "The start my-start changes the base weights of 4 layers" in " ".join(planned.split())
             told = ran(installed / "python", "-c", STARTED, folder=folder).split()
             assert told == ["True", "True", "False", "True", "True"], peft_type
+        assert "my-start passes all" in peftc(installed, tmp_path, "plugins", "check", "my-start", "-q")
     finally:
         removed(installed, "peftc-my-start")

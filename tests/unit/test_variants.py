@@ -199,6 +199,7 @@ CASES: dict[str, tuple[Callable[[], object], Rule, str, ModuleType, str, str]] =
     "not a variant": (spoken(3), rules.PLUGIN_INVALID, "returned a `int`", contract, "if not isinstance(variant, Variant):", "if variant is None:"),
     "another name": (spoken(SHIFT), rules.PLUGIN_INVALID, "the record says `varied.shift`", contract, "if key and own != key:", "if False:"),
     "a field of another type": (invalid(layer_names="x"), rules.PLUGIN_INVALID, "`layer_names`", contract, "yield f\"`{name}` is {value!r:.60}, not {wanted}\"", "yield ''"),
+    "options without names": (invalid(chosen_by=("x",)), rules.PLUGIN_INVALID, "options by name", contract, "yield f\"`{name}` is {value!r:.60}, not {wanted}\"", "yield ''"),
     "no kinds": (invalid(tuner=type("T", (Scale,), {"supports": ()})()), rules.PLUGIN_INVALID, "frozenset of `Kind`", contract, "_of_no_kinds(variant.tuners)", "()"),
     "chosen by itself": (invalid(chosen=lambda c: True), rules.PLUGIN_INVALID, "others go by name", contract, 'return "" if variant.chosen is None else', 'return "" if True else'),
     "two claims": (claimed(of("one"), of("two")), rules.PLUGIN_CONFLICT, "nowhere from one 1.0; nowhere from two", door, "if len(claims) > 1:", "if False:"),

@@ -37,7 +37,7 @@ def embeddings_to_save(session: Session, plan: AdapterPlan, choice: str | bool) 
     if choice is False:
         return {}
     found = session.base.vocabulary(plan)
-    by_name = any(tensor.adapted and tensor.path.rpartition(".")[2] in VOCABULARY_NAMES for tensor in found)
+    by_name = any(tensor.targeted and tensor.path.rpartition(".")[2] in VOCABULARY_NAMES for tensor in found)
     if choice == AUTO and not (by_name and not trains_rows(plan.config)) and not _resized(session.model, plan.config):
         return {}
     if not found and choice is True and session.graph.model.input_embeddings is None:

@@ -21,12 +21,14 @@ from peftc.runtime.session.applied import Applied
 
 
 class VocabularyTensor(NamedTuple):
-    """A tensor of the base model's embeddings: its key in a checkpoint, its module's path, and whether that is adapted."""
+    """A tensor of the base model's embeddings: its key in a checkpoint, its module's path, whether that is adapted, and whether by
+    the method, and not by rows that train beside it alone."""
 
     disk: str
     path: str
     tensor: nn.Parameter
     adapted: bool
+    targeted: bool
 
 
 class BaseTensors:
@@ -67,7 +69,7 @@ class BaseTensors:
         before = self._before[plan.name]
         keep_entries(before)
         known = {id(parameter) for parameter, _ in (*self._trained[plan.name], *before)}
-        for disk, _, own, _ in self.vocabulary(plan):
+        for disk, _, own, *_ in self.vocabulary(plan):
             found = find(disk)
             if found is None:
                 continue
@@ -154,17 +156,20 @@ class BaseTensors:
         Those that the adapter trains in a copy of its own are left out. Where input and output are one tensor, both keys
         have it.
         """
-        adapted, copied = {site.path for site in plan.maps}, {save.path for save in plan.saves}
+        # rows that train beside a method are in a wrapper of their own; where both are, the method's is named
+        sites = sorted(plan.maps, key=lambda site: not site.inside)
+        adapted = {site.path: f"{site.path}.{site.inside}" if site.inside else site.path for site in sites}
+        targeted, copied = {site.path for site in sites if not site.inside}, {save.path for save in plan.saves}
         tensors = []
         for path in dict.fromkeys(
             (self._session.graph.model.input_embeddings, self._session.graph.model.output_embeddings)
         ):
             if path is None or path in copied:
                 continue
-            owner = f"{plan.root}{path}.base_layer" if path in adapted else f"{plan.root}{path}"
+            owner = f"{plan.root}{adapted[path]}.base_layer" if path in adapted else f"{plan.root}{path}"
             for name, tensor in self._of(path).items():
                 if tensor is not None:
-                    tensors.append(VocabularyTensor(f"{owner}.{name}", path, tensor, path in adapted))
+                    tensors.append(VocabularyTensor(f"{owner}.{name}", path, tensor, path in adapted, path in targeted))
         return tensors
 
 
