@@ -185,6 +185,25 @@ def test_gradients_per_sample_by_transforms() -> None:
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_what_the_base_does_not_take_is_not_passed_over(training: bool) -> None:
+    model = adapted(narrow(target_modules=["first"]))
+    with torch.set_grad_enabled(training), pytest.raises(TypeError, match="adapter_names"):
+        model.get_base_model().first(x(), adapter_names=["default"])
+
+
+def test_a_base_whose_class_is_exchanged_computes_by_it() -> None:
+    class Doubling(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = adapted(narrow(target_modules=["first"]))
+    layer = model.get_base_model().first
+    before, base = layer(x()), layer.base_layer(x())
+    layer.base_layer.__class__ = Doubling
+    torch.testing.assert_close(layer(x()), before + base)
+
+
 def test_two_active_adapters_add_up() -> None:
     model = adapted(narrow(target_modules=["first"]), other=narrow(target_modules=["first"], r=3))
     model.set_adapter(["default", "other"])

@@ -103,11 +103,13 @@ def _fused(path: Path, base: nn.Module, part: Part, alone: bool) -> Path:
     """
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
     forward, backward, backward_pre = own_hooks(base)
-    linear = base if alone and type(base) is nn.Linear else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the base first, which may draw random numbers, then dropout, then the method: as the reference does
-        bare = linear is not None and torch.is_grad_enabled() and is_bare(linear, x)
+        linear = (
+            base if alone and type(base) is nn.Linear and torch.is_grad_enabled() and not args and not kwargs else None
+        )
+        bare = linear is not None and is_bare(linear, x)
         y = None if bare else path(x, *args, **kwargs)
         own, noise = (x, None) if dropout is None else _dropped(dropout, x)
         A, B, scale = thin(view)
