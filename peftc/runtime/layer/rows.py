@@ -19,9 +19,8 @@ from peftc.diagnostics import PeftcError
 from peftc.ops.grouped import grouped_low_rank
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.layer.gated import update_of
-from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.parts import Part, Path, Under
 from peftc.runtime.layer.paths import (
-    Path,
     change_of_input,
     change_of_output,
     exchange_of_vectors,
