@@ -157,7 +157,7 @@ Change = Callable[[Any], Any]
 CHANGES: dict[str, tuple[Change, tuple[str, str] | None]] = {
     "parameters assigned": (
         _assigned,
-        ("(*view.place(found.first)", "(dict(view.place(found.first)[0]), found.first and 'weight'"),
+        ("*found, *others", "dict(found[0]), *found[1:], *others"),
     ),
     "parameters in place": (_in_place, None),
     "base weight assigned": (lambda m: _assign(base_of(m), "weight"), None),
@@ -171,8 +171,14 @@ CHANGES: dict[str, tuple[Change, tuple[str, str] | None]] = {
         ],
         None,
     ),
-    "scale set": (lambda m: layer_of(m).set_scale("one", 3.0), ("None if found.is_scaling else ", "")),
-    "scaling written": (lambda m: layer_of(m).scaling.update(one=3.0), ("None if found.is_scaling else ", "")),
+    "scale set": (
+        lambda m: layer_of(m).set_scale("one", 3.0),
+        ('owner["scaling"].get(adapter) if fixed is None else fixed', "0.5"),
+    ),
+    "scaling written": (
+        lambda m: layer_of(m).scaling.update(one=3.0),
+        ('owner["scaling"].get(adapter) if fixed is None else fixed', "0.5"),
+    ),
     "scaling a tensor": (lambda m: layer_of(m).scaling.update(one=torch.tensor(3.0)), None),
     "scalings exchanged": (
         lambda m: setattr(layer_of(m), "scaling", {"one": 3.0, "two": 1.0}),
@@ -380,3 +386,73 @@ def test_other_ways_to_call_it() -> None:
     assert torch.equal(without(model, x), wanted), "what was swapped for a call is back"
     _in_place(model)
     torch.testing.assert_close(swapped, without(model, x))
+
+
+NAMES = ("one", "two", "one", "__base__", "two")
+OF_FACTORS = (
+    "parameters assigned",
+    "parameters in place",
+    "data exchanged",
+    "other rank",
+    "scale set",
+    "scaling written",
+)
+OF_MODULES = (
+    "hook on a factor",
+    "forward of a factor",
+    "factor parametrized",
+    "scalings exchanged",
+    "scaling a tensor",
+)
+
+
+def alone(model: PeftModel, name: str, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        if name == "__base__":
+            with model.disable_adapter():
+                return model(x)
+        model.set_adapter(name)
+        return model(x)
+
+
+def compare_rows(model: PeftModel) -> None:
+    x = inputs()[3]
+    for _ in range(2):
+        with torch.no_grad():
+            found = model(x, adapter_names=list(NAMES))
+        wanted = torch.stack([alone(model, name, row) for name, row in zip(NAMES, x, strict=True)])
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [*OF_FACTORS, *OF_MODULES])
+def test_it_is_seen_where_rows_differ(change: str) -> None:
+    model = adapted(Sturdy())
+    compare_rows(model)
+    CHANGES[change][0](model)
+    compare_rows(model)
+
+
+def test_a_scale_that_is_kept_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_defect(monkeypatch, stored, 'owner["scaling"][adapter] if scale is None else scale', "0.5")
+    model = adapted(Sturdy())
+    compare_rows(model)
+    layer_of(model).set_scale("one", 3.0)
+    with pytest.raises(AssertionError):
+        compare_rows(model)
+
+
+def test_another_dtype_would_be_missed_where_rows_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(model: PeftModel, dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(inputs(dtype)[3], adapter_names=list(NAMES))
+        return out
+
+    def found() -> Tensor:
+        model = adapted(Lifted())
+        rows(model, torch.float32)
+        rows(model, torch.float32)
+        return rows(model.to(torch.bfloat16), torch.bfloat16)
+
+    wanted = found()
+    put_defect(monkeypatch, stored, "if A.dtype is not dtype or B.dtype is not dtype:\n", "if False:\n")
+    assert not torch.equal(found(), wanted)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftc.host.torch_modules import GLOBAL_FORWARD_HOOKS, forward_hooks
 from peftc.ops.lowrank import add_update, down
 from peftc.runtime.layer.parts import Part, Path, Under
-from peftc.runtime.layer.stored import stored_factors
+from peftc.runtime.layer.stored import places_of
 
 #: where a module, or a dictionary of tensors, was put, under which name; itself, and a module's attributes
 Watched = tuple[dict[str, Any], str, Any, dict[str, Any]]
@@ -93,17 +93,13 @@ def _is_plain(dropout: nn.Module | None, watched: Iterable[Watched]) -> bool:
 def _held(base: nn.Module, part: Part, watched: Sequence[Watched], hookable: Iterable[nn.Module]) -> tuple[Any, ...]:
     """What a call looks at on the short way; empty if the method's factors are not stored as they are."""
     view, dropout = part.view, part.dropout
-    found = stored_factors(part, view)
-    if found is None or not found.is_settled:
+    found = places_of(part)
+    if found is None:
         return ()
-    A, B = view[found.first], view[found.second]
-    if A.dtype is not B.dtype or A.dim() != 2 or B.dim() != 2:
-        return ()
+    first, a, *_ = found
     hooks = tuple(own for module in (base, *hookable) for own in forward_hooks(module))
-    places = (*view.place(found.first), *view.place(found.second))
-    scale = None if found.is_scaling else float(found.scale)
     one, two, *rest = watched if len(watched) > 1 else (*watched, *watched)
     if dropout is not None:  # looked at with the rest, of which there must be some
         rest = [*rest, one]
-    numbers = (A.dtype, scale, vars(view.owner), view.adapter, A.shape[1])
-    return base, vars(base), hooks, *places, *numbers, dropout, (*one, *two), tuple(rest)
+    others = (vars(view.owner), view.adapter, first[a].shape[1], dropout)
+    return base, vars(base), hooks, *found, *others, (*one, *two), tuple(rest)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host import parallel
-from peftc.host.torch_modules import all_hooks
+from peftc.host.torch_modules import all_hooks, forward_hooks
 from peftc.registry.boundary import is_out_of_memory
 from peftc.runtime.call import Shared
 from peftc.runtime.layer.bound import Watched, bound, can_bind
@@ -65,13 +65,30 @@ def noticing(
 ) -> Path:
     """A layer's forward with the pending adapters in effect, and with those of rows where calls may name them: by reading
     slots while their modules are plain, else by calling these."""
+    own = _noticing(layer, shared, under, pending, None)
+    if rows is None:
+        return own
+    named = _noticing(layer, shared, under, pending, rows)
+
+    def by_rows(*args: Any, **kwargs: Any) -> Tensor:
+        call = shared.call
+        return (own if call is None or not call.adapters else named)(*args, **kwargs)
+
+    return by_rows
+
+
+def _noticing(
+    layer: nn.Module, shared: Shared, under: Under, pending: Sequence[Part], rows: Mapping[str, Part] | None
+) -> Path:
     plain = _composed(shared, under, pending, rows)
     parts = {part.view.adapter: part for part in (*pending, *(rows or {}).values())}.values()
     modules, tables = _watched(layer, parts), _tables(layer, parts)
     if not modules and not tables:
         return plain
     wrapped = any(name and not isinstance(module, SlotModule) for _, name, module, _ in modules)
-    hooks = tuple(hooks for module in (*(own[2] for own in modules), *tables) for hooks in all_hooks(module))
+    hookable = (*(own[2] for own in modules), *tables)
+    hooks = tuple(hooks for module in hookable for hooks in all_hooks(module))
+    running = tuple(hooks for module in hookable for hooks in forward_hooks(module))
     watched = (*modules, *((table.__dict__, "_parameters", table._parameters, {}) for table in tables))
     change = calling if rows is None and not is_gated(shared, pending) else reading
 
@@ -81,7 +98,7 @@ def noticing(
         return _composed(shared, under, [now(p.view.adapter) or change(layer, p) for p in pending], own)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        if wrapped or any(hooks):
+        if wrapped or any(hooks if torch.is_grad_enabled() else running):
             return called()(*args, **kwargs)
         for home, name, own, state in watched:
             if home.get(name) is not own or "forward" in state:
@@ -91,7 +108,7 @@ def noticing(
     vars(run)["plain"] = plain
     if rows is not None or wrapped or is_gated(shared, pending) or not can_bind(under, pending):
         return run
-    return bound(run, under, pending[0], watched, [*(own[2] for own in modules), *tables])
+    return bound(run, under, pending[0], watched, hookable)
 
 
 def _composed(shared: Shared, under: Under, pending: Sequence[Part], rows: Mapping[str, Part] | None) -> Path:

@@ -6,9 +6,12 @@ What then says all of an update are two tensors and a number: nothing has to be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftc.runtime.layer.parts import Part
@@ -25,6 +28,10 @@ class Stored:
     scale: float
     is_scaling: bool
     is_settled: bool
+
+
+#: where A is looked up, and where B is; their dtype, for which this holds; the scale where it is not the layer's scaling
+Places = tuple[dict[str, Any], str, dict[str, Any], str, torch.dtype, float | None]
 
 
 class _Noting:
@@ -68,3 +75,44 @@ def stored_factors(part: Part, view: LayerView) -> Stored | None:
     noting = _Noting(view)
     A, B, scale = part.lowering("thin")(noting)
     return noting.found(A, B, scale)
+
+
+def places_of(part: Part) -> Places | None:
+    """Where the factors are, while they are matrices as they are stored, of one dtype, and nothing else decides; else None."""
+    view = part.view
+    found = stored_factors(part, view)
+    if found is None or not found.is_settled:
+        return None
+    (first, a), (second, b) = view.place(found.first), view.place(found.second)
+    A, B = first.get(a), second.get(b)
+    if A is None or B is None or A.dtype is not B.dtype or A.dim() != 2 or B.dim() != 2:
+        return None
+    return first, a, second, b, A.dtype, None if found.is_scaling else float(found.scale)
+
+
+def reader_of(part: Part) -> Callable[[], tuple[Tensor, Tensor, float]]:
+    """What gives the factors and the scale as they are now: looked up where they are stored as they are, else by the method."""
+    thin, view = part.lowering("thin"), part.view
+    if not view.is_live:
+        return partial(thin, view)
+    owner, adapter = vars(view.owner), view.adapter
+    is_asked, places = False, None
+
+    def read() -> Any:
+        nonlocal is_asked, places
+        if torch.compiler.is_compiling():
+            return thin(view)
+        if not is_asked:
+            is_asked, places = True, places_of(part)
+        if places is None:
+            return thin(view)
+        first, a, second, b, dtype, scale = places
+        A, B = first.get(a), second.get(b)
+        if A is None or B is None or A.is_meta or B.is_meta:
+            return thin(view)
+        if A.dtype is not dtype or B.dtype is not dtype:
+            is_asked = False
+            return thin(view)
+        return A, B, owner["scaling"][adapter] if scale is None else scale
+
+    return read
