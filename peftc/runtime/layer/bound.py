@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, mv, nn
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 
 from peftc.host.torch_modules import GLOBAL_FORWARD_HOOKS, forward_hooks
 from peftc.ops.lowrank import add_update, down
@@ -47,9 +48,9 @@ def bound(general: Path, under: Under, part: Part, watched: Sequence[Watched], h
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal held
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or args or kwargs:
+        if is_grad_enabled() or is_compiling() or type(x) is not Tensor or args or kwargs:
             return general(x, *args, **kwargs)
-        if torch._C._get_tracing_state():
+        if _get_tracing_state():
             return general(x)
         if not held:
             held = _held(under.base, part, watched, hookable) if held is None else held
@@ -74,8 +75,8 @@ def bound(general: Path, under: Under, part: Part, watched: Sequence[Watched], h
             y = F.linear(x, weight, parameters["bias"])
         else:
             y = base(x)
-        if x.dtype is dtype and y.dtype is dtype and x.numel() == size:  # one token
-            y.view(-1).addmv_(B, torch.mv(A, x.view(-1)), alpha=scale)
+        if x.numel() == size and x.dtype is dtype and y.dtype is dtype:  # one token
+            y.view(-1).addmv_(B, mv(A, x.view(-1)), alpha=scale)
         else:
             add_update(y, down(x, A), B, scale)
         return y
