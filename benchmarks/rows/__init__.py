@@ -7,6 +7,7 @@ NAMES = (
     "second-adapter",
     "loaded-adapters",
     "one-token",
+    "row-adapters",
     "training-step",
     "dora-step",
     "training-memory",

@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
     _global_forward_hooks,
+    _global_forward_pre_hooks,
     register_module_module_registration_hook,
 )
 from torch.overrides import _pop_mode
@@ -24,6 +25,8 @@ GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     _global_backward_hooks,
     _global_backward_pre_hooks,
 )
+#: Those that a forward without gradients runs.
+GLOBAL_FORWARD_HOOKS: tuple[Mapping[int, Any], ...] = (_global_forward_hooks, _global_forward_pre_hooks)
 
 
 def leave_contexts(depth: int) -> None:
@@ -41,6 +44,11 @@ def context_depth() -> int:
 def own_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     """Hooks that see a module's output: its dictionaries, which torch changes in place (2.0)."""
     return module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def forward_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """Hooks that run where nothing is differentiated, likewise."""
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def all_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from peftc import rules
 from peftc.diagnostics import PeftcError
 from peftc.host import parallel
-from peftc.host.torch_modules import all_hooks
+from peftc.host.torch_modules import all_hooks, forward_hooks
 from peftc.registry.boundary import is_out_of_memory
 from peftc.runtime.call import Shared
+from peftc.runtime.layer.bound import Watched, bound, can_bind
 from peftc.runtime.layer.dropouts import found
 from peftc.runtime.layer.gated import gated, is_gated
-from peftc.runtime.layer.parts import Part, Under
-from peftc.runtime.layer.paths import Path, compose
+from peftc.runtime.layer.parts import Part, Path, Under
+from peftc.runtime.layer.paths import compose
 from peftc.runtime.layer.rows import by_rows
+from peftc.runtime.layer.stored import stored_factors
 from peftc.runtime.slots.containers import SlotModule, holder_of
 from peftc.runtime.slots.filling import torch_dtype
 from peftc.tuner.slots import Container, Slot
-
-#: where a module, or a dictionary of tensors, was put, under which name; itself, and a module's attributes
-Watched = tuple[dict[str, Any], str, Any, dict[str, Any]]
 
 
 def _watched(layer: nn.Module, parts: Iterable[Part]) -> tuple[Watched, ...]:
@@ -66,13 +65,30 @@ def noticing(
 ) -> Path:
     """A layer's forward with the pending adapters in effect, and with those of rows where calls may name them: by reading
     slots while their modules are plain, else by calling these."""
+    own = _noticing(layer, shared, under, pending, None)
+    if rows is None:
+        return own
+    named = _noticing(layer, shared, under, pending, rows)
+
+    def by_rows(*args: Any, **kwargs: Any) -> Tensor:
+        call = shared.call
+        return (own if call is None or not call.adapters else named)(*args, **kwargs)
+
+    return by_rows
+
+
+def _noticing(
+    layer: nn.Module, shared: Shared, under: Under, pending: Sequence[Part], rows: Mapping[str, Part] | None
+) -> Path:
     plain = _composed(shared, under, pending, rows)
     parts = {part.view.adapter: part for part in (*pending, *(rows or {}).values())}.values()
     modules, tables = _watched(layer, parts), _tables(layer, parts)
     if not modules and not tables:
         return plain
     wrapped = any(name and not isinstance(module, SlotModule) for _, name, module, _ in modules)
-    hooks = tuple(hooks for module in (*(own[2] for own in modules), *tables) for hooks in all_hooks(module))
+    hookable = (*(own[2] for own in modules), *tables)
+    hooks = tuple(hooks for module in hookable for hooks in all_hooks(module))
+    running = tuple(hooks for module in hookable for hooks in forward_hooks(module))
     watched = (*modules, *((table.__dict__, "_parameters", table._parameters, {}) for table in tables))
     change = calling if rows is None and not is_gated(shared, pending) else reading
 
@@ -82,7 +98,7 @@ def noticing(
         return _composed(shared, under, [now(p.view.adapter) or change(layer, p) for p in pending], own)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        if wrapped or any(hooks):
+        if wrapped or any(hooks if torch.is_grad_enabled() else running):
             return called()(*args, **kwargs)
         for home, name, own, state in watched:
             if home.get(name) is not own or "forward" in state:
@@ -90,7 +106,9 @@ def noticing(
         return plain(*args, **kwargs)
 
     vars(run)["plain"] = plain
-    return run
+    if rows is not None or wrapped or is_gated(shared, pending) or not can_bind(under, pending):
+        return run
+    return bound(run, under, pending[0], watched, hookable)
 
 
 def _composed(shared: Shared, under: Under, pending: Sequence[Part], rows: Mapping[str, Part] | None) -> Path:
@@ -156,13 +174,11 @@ def _factors(part: Part) -> tuple[str, str, float] | None:
         label: torch.zeros(slot.shape, dtype=torch_dtype(slot.dtype or "float32")) for label, slot in slots.items()
     }
     with torch.no_grad():
-        A, B, scale = part.lowering("thin")(part.view.over(probes))
-    labels = {id(probe): label for label, probe in probes.items()}
-    first, second = labels.get(id(A)), labels.get(id(B))
-    if first is None or second is None or isinstance(scale, Tensor):
+        found = stored_factors(part, part.view.over(probes))
+    if found is None:
         return None
-    are_modules = all(slots[label].container is Container.MODULE for label in (first, second))
-    return (first, second, scale) if are_modules else None
+    are_modules = all(slots[label].container is Container.MODULE for label in (found.first, found.second))
+    return (found.first, found.second, found.scale) if are_modules else None
 
 
 def _module(layer: nn.Module, slot: Slot, adapter: str) -> nn.Module:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from peftc.runtime.call import Shared
-from peftc.runtime.layer.parts import Part, Under
-from peftc.runtime.layer.paths import Path, update_beside, update_of_thin
+from peftc.runtime.layer.parts import Part, Path, Under
+from peftc.runtime.layer.paths import update_beside, update_of_thin
 
 
 def is_gated(shared: Shared, parts: Sequence[Part]) -> bool:

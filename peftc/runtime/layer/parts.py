@@ -15,6 +15,9 @@ from peftc.runtime.slots.views import LayerView
 from peftc.tuner.maps import MapTuner
 from peftc.tuner.slots import Slot
 
+#: x and whatever else the layer is called with -> y
+Path = Callable[..., Tensor]
+
 #: What each of a method's functions gives.
 _GIVES: Mapping[str, type[object]] = {
     **dict.fromkeys(("branch", "input", "output"), Tensor),

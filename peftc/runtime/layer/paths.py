@@ -22,12 +22,9 @@ from peftc.ops.rescaled import linear_rescaled
 from peftc.runtime.bases.backend import Backend
 from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.layer.folding import adapted, folded, form_of_output, opened, refuse_waiting, trained_of
-from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.parts import Part, Path, Under
 from peftc.runtime.slots.views import LayerView
 from peftc.tuner.maps import MapTuner
-
-#: x and whatever else the layer is called with -> y
-Path = Callable[..., Tensor]
 
 
 def compose(under: Under, parts: Sequence[Part]) -> Path:

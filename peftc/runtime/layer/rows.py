@@ -19,9 +19,8 @@ from peftc.diagnostics import PeftcError
 from peftc.ops.grouped import grouped_low_rank
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.layer.gated import update_of
-from peftc.runtime.layer.parts import Part, Under
+from peftc.runtime.layer.parts import Part, Path, Under
 from peftc.runtime.layer.paths import (
-    Path,
     change_of_input,
     change_of_output,
     exchange_of_vectors,
@@ -30,19 +29,23 @@ from peftc.runtime.layer.paths import (
     update_beside,
     update_of_thin,
 )
+from peftc.runtime.layer.stored import reader_of
 
 #: an adapter's part in a layer, and the indices of its rows
 Group = tuple[Part, Tensor]
+#: what gives the factors of an adapter now
+Readers = dict[str, Callable[[], tuple[Tensor, Tensor, float]]]
 
 
 def by_rows(plain: Path, shared: Shared, under: Under, parts: Mapping[str, Part]) -> Path:
     """The plain path, but while a call is open that names adapters by row, those in effect on theirs."""
+    readers: Readers = {}
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = shared.call
         if call is None or not call.adapters:
             return plain(x, *args, **kwargs)
-        return _grouped(shared, call, under, parts, x, args, kwargs)
+        return _grouped(shared, call, under, parts, readers, x, args, kwargs)
 
     return run
 
@@ -52,6 +55,7 @@ def _grouped(
     call: Call,
     under: Under,
     parts: Mapping[str, Part],
+    readers: Readers,
     x: Tensor,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -68,7 +72,7 @@ def _grouped(
     own = partial(_rows_only, shared, call, x.shape[0])
     y: Tensor = under.base(_mapped(x, beside, "input", lambda part: change_of_input(under, part), own), *args, **kwargs)
     if thin:
-        y = _fused(call, y, x, thin) if under.backend.is_plain_linear else _each_thin(y, x, under, thin)
+        y = _fused(call, y, x, thin, readers) if under.backend.is_plain_linear else _each_thin(y, x, under, thin)
     for part, index in beside:
         if part.tuner.waits:
             gate = 0.0 if call.gates is None else call.gates.of(part.path, part.view.adapter, y[index])
@@ -123,14 +127,17 @@ def _by_branch(part: Part) -> bool:
     return bool(part.tuner.lowerings & {"rescaled", "branch"}) and "thin" not in part.tuner.lowerings
 
 
-def _fused(call: Call, y: Tensor, x: Tensor, groups: Sequence[Group]) -> Tensor:
+def _fused(call: Call, y: Tensor, x: Tensor, groups: Sequence[Group], readers: Readers) -> Tensor:
     counts = [index.shape[0] for _, index in groups]
     order = call.order(tuple(part.view.adapter for part, _ in groups), x.shape[0], x.device)
     own = x if order is None else x[order]
     if any(part.dropout is not None for part, _ in groups):
         pieces = zip(groups, own.split(counts), strict=True)
         own = torch.cat([rows if part.dropout is None else part.dropout(rows) for (part, _), rows in pieces])
-    update = grouped_low_rank(own, [part.lowering("thin")(part.view) for part, _ in groups], counts)
+    for part, _ in groups:
+        if part.view.adapter not in readers:
+            readers[part.view.adapter] = reader_of(part)
+    update = grouped_low_rank(own, [readers[part.view.adapter]() for part, _ in groups], counts)
     return (y + update).to(y.dtype) if order is None else _added(y, order, update)
 
 

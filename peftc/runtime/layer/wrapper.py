@@ -31,8 +31,7 @@ from peftc.runtime.layer.deletion import tell
 from peftc.runtime.layer.dropouts import all_dropouts, drop_dropout, dropout_of
 from peftc.runtime.layer.folding import opened
 from peftc.runtime.layer.merging import Merging
-from peftc.runtime.layer.parts import Part, Under
-from peftc.runtime.layer.paths import Path
+from peftc.runtime.layer.parts import Part, Path, Under
 from peftc.runtime.layer.reading import as_read
 from peftc.runtime.layer.scaling import Scaling
 from peftc.runtime.layer.starting import Beginning

@@ -6,7 +6,7 @@ underneath, and a cached tensor would be stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 from weakref import ref as weakref
@@ -128,6 +128,25 @@ class LayerView:
         for name in LayerView.__slots__:
             setattr(view, name, getattr(self, name))
         return view
+
+    @property
+    def labels(self) -> Collection[str]:
+        """The slots, by label."""
+        return self._slots.keys()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it shows what the layer has now: its own tensors, scaling and mode."""
+        return bool(self._holders) and self._mode is None and self._scaling is None
+
+    def place(self, label: str) -> tuple[dict[str, Any], str]:
+        """Where a slot's tensor is looked up at each use. Raises `KeyError`."""
+        return self._slots[label]
+
+    @property
+    def owner(self) -> Owner:
+        """The layer."""
+        return self._owner
 
     def tensors(self) -> dict[str, Tensor]:
         """The slots' tensors as they are now, by name."""
