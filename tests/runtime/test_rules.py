@@ -168,7 +168,7 @@ CASES = {
     ),
     "a merge that is not finite": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_adapter(safe_merge=True),
-        (merged_weights, "if check else []", "if False else []"), "The adapter default seems to be broken",
+        (merged_weights, "logical(\"weight\", made)), check)", "logical(\"weight\", made)), False)"), "The adapter default seems to be broken",
     ),
     "a start without its data": Case(
         rules.START_DATA, adapted, lambda m: m.add_adapter("other", narrow(begin="told")),

@@ -20,11 +20,14 @@ from torch import nn
 from peftc import PeftcError, PeftModel, convert_adapter, get_peft_config, get_peft_model, rules
 from peftc.checkpoint.former import Joint, Share
 from peftc.checkpoint.former_layout import _Writer
+from peftc.config.base import ConfigModel
+from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic
 from peftc.graph.files import graph_from_text
 from peftc.graph.former import FormerLayers
 from peftc.integrations.transformers.data import Encoded
 from peftc.integrations.transformers.jobs import _prepared
+from peftc.integrations.transformers.optimizing import optimizing
 from peftc.plugin import (
     TunerMethod,
     derived_slot,
@@ -34,10 +37,12 @@ from peftc.plugin import (
 )
 from peftc.registry import boundary
 from peftc.registry.boundary import guarded
+from peftc.registry.optimizers import ChosenOptimizer
 from peftc.runtime.applying.planning import plan_for
 from peftc.runtime.session.steps import schedule_problems
 from peftc.runtime.session.stored import restored
 from peftc.tuner.maps import LOWERINGS, SEAMS
+from peftc.tuner.optimizer import NamedOptimizer
 from tests.architecture.tree import sources
 from tests.defects import put_defect
 from tests.mutation.sound import SOUND_AROUND
@@ -355,6 +360,11 @@ def of_options(how: Callable[[], object], patch: Patch) -> Diagnostic:
     return told(lambda: get_peft_config({"peft_type": "NARROW"}))
 
 
+def of_optimizer(how: Callable[[], object]) -> Diagnostic:
+    record = NamedOptimizer("theirs", "Theirs", ConfigModel, make=failing("make", how))
+    return told(lambda: optimizing(ChosenOptimizer(record, ConfigModel()), adapted(), TrainSection(data="rows.jsonl")))
+
+
 def others(folder: Path, patch: Patch) -> dict[str, Callable[[Callable[[], object]], Diagnostic]]:
     return {
         **{name: lambda how, name=name: of_record(name, how) for name in ("check", "resolve", "tuner_for")},
@@ -362,10 +372,11 @@ def others(folder: Path, patch: Patch) -> dict[str, Callable[[Callable[[], objec
         "fitted": lambda how: of_fitted(folder, how, patch),
         "restore": lambda how: of_restore(folder, how, patch),
         "options": lambda how: of_options(how, patch),
+        "make": of_optimizer,
     }
 
 
-OTHERS = ("check", "resolve", "tuner_for", "check_start", "fitted", "restore", "options")
+OTHERS = ("check", "resolve", "tuner_for", "check_start", "fitted", "restore", "options", "make")
 EACH_OTHER = pytest.mark.parametrize("name", OTHERS)
 
 
