@@ -97,9 +97,12 @@ def _kept(x: Tensor) -> tuple[_Kept, list[Tensor]]:
 
 
 def _making(x: Tensor) -> Making | None:
-    """How to make a tensor again; None where it has to be kept. With hooks around it is kept, and they pack it."""
+    """How to make a tensor again; None where it has to be kept. With hooks around it is kept, and they pack it; what somebody
+    wrote into, perhaps without a history, is kept as it is."""
     node = x.grad_fn
-    if node is None or node.name() not in _BY or not _TELLS or _top_saved_tensors_default_hooks(False) is not None:
+    if node is None or node.name() not in _BY or x._version:
+        return None
+    if not _TELLS or _top_saved_tensors_default_hooks(False) is not None:
         return None
     try:
         return _BY[node.name()](node, _DEPTH)

@@ -31,6 +31,11 @@ def rms_norm(u: Tensor, g: Tensor, narrow: torch.dtype | None = None) -> Tensor:
     return g * (normed if narrow is None else normed.to(narrow))
 
 
+def moved(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x.add_(1)
+
+
 #: inputs that need not be kept, and those that are
 MADE: dict[str, Before] = {
     "a product": lambda u, v, g: F.silu(u) * v,
@@ -51,6 +56,7 @@ KEPT: dict[str, Before] = {
     "a sum": lambda u, v, g: u + v,
     "a detached product": lambda u, v, g: (u * v).detach(),
     "a product that was written into": lambda u, v, g: (u * v).add_(g),
+    "a product that was written into without a history": lambda u, v, g: moved(u * v),
     "a part of a product": lambda u, v, g: (u * v)[:, :2],
 }
 ALL = MADE | KEPT
@@ -284,6 +290,7 @@ DEFECTS: dict[str, tuple[Any, str, str, Callable[[], None]]] = {
     "hooks around": (inputs, " or _top_saved_tensors_default_hooks(False) is not None", "", test_with_hooks_the_input_is_what_they_pack),
     "own input": (inputs, "own = self._input()\n", "own = None\n", test_the_input_itself_is_differentiated_twice),
     "shared": (inputs, "kept.uses += 1", "kept.uses = 1", _make_it_once),
+    "written into": (inputs, " or x._version", "", lambda: test_gradients_are_those_of_the_formula(KEPT["a product that was written into without a history"], fused, False, 0.0)),
     "order": (inputs, "(one, parts), (other, more) = first, second", "(one, parts), (other, more) = first, first", lambda: test_gradients_are_those_of_the_formula(MADE["a product"], fused, False, 0.0)),
     "noise": (linear, "own = x if kept is None else", "own = x if True else", lambda: test_gradients_are_those_of_the_formula(MADE["a product"], fused, False, 0.4)),
     "noise of x": (lowrank, "grad_x = left(grad_x, kept, ctx.factor)", "pass", lambda: test_gradients_are_those_of_the_formula(KEPT["a sum"], beside, False, 0.4)),
