@@ -456,3 +456,40 @@ def test_another_dtype_would_be_missed_where_rows_differ(monkeypatch: pytest.Mon
     wanted = found()
     put_defect(monkeypatch, stored, "if A.dtype is not dtype or B.dtype is not dtype:\n", "if False:\n")
     assert not torch.equal(found(), wanted)
+
+
+class Drawing(Sturdy):
+    """Half of the rows of B are dropped in training, by numbers that are drawn."""
+
+    def thin(self, a: View) -> tuple[Tensor, Tensor, float]:
+        A, B, scale = super().thin(a)
+        return A, B * (torch.rand(B.shape[0], 1) > 0.5) if a.training else B, scale
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["one for all", "rows"])
+def test_a_method_that_draws_in_training_is_not_asked_once_more(rows: bool) -> None:
+    with_tuner(Drawing())
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), narrow(target_modules=["0"]), "one").train()
+    names = {"adapter_names": ["one"] * len(inputs()[3])} if rows else {}
+    found = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with torch.no_grad():
+            found.append(model(inputs()[3], **names))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("module", "condition", "rows"),
+    [
+        (bound, "held is None and not part.view.training:", False),
+        (stored, "not is_asked and not view.training:", True),
+    ],
+    ids=["one for all", "rows"],
+)
+def test_asking_it_once_more_would_be_noticed(
+    module: Any, condition: str, rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_defect(monkeypatch, module, condition, f"{condition.partition(' and ')[0]}:")
+    with pytest.raises(AssertionError):
+        test_a_method_that_draws_in_training_is_not_asked_once_more(rows)

@@ -53,7 +53,8 @@ def bound(general: Path, under: Under, part: Part, watched: Sequence[Watched], h
         if _get_tracing_state():
             return general(x)
         if not held:
-            held = _held(under.base, part, watched, hookable) if held is None else held
+            if held is None and not part.view.training:  # else the method may draw, once more than it should
+                held = _held(under.base, part, watched, hookable)
             return general(x)
         base, state, hooks, first, a, second, b, dtype, fixed, owner, adapter, size, dropout, pair, rest = held
         home, name, own, attributes, home2, name2, own2, attributes2 = pair

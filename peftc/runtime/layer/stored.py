@@ -102,7 +102,7 @@ def reader_of(part: Part) -> Callable[[], tuple[Tensor, Tensor, float]]:
         nonlocal is_asked, places
         if torch.compiler.is_compiling():
             return thin(view)
-        if not is_asked:
+        if not is_asked and not view.training:  # else the method may draw, once more than it should
             is_asked, places = True, places_of(part)
         if places is None:
             return thin(view)
