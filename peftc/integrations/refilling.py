@@ -22,6 +22,7 @@ from peftc.diagnostics import PeftcError, Where, did_you_mean
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.locate import folder_of, locate
 from peftc.integrations.quantization import dequantize_module_weight, get_bnb_param_type
+from peftc.model.functions.gathering import to_fill
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
 from peftc.runtime.journal import keep_values, whole
@@ -104,12 +105,7 @@ def refill(
 
     Raises `PeftcError` with the model as it was: no such adapter, one that is merged. So it is after any error of the two functions.
     """
-    if not isinstance(model, PeftModel):
-        what = f"A {type(model).__name__} is no `PeftModel`"
-        raise PeftcError(rules.NOT_A_MODEL(what, fix="Make one with `get_peft_model`."))
-    session = model.session
-    session.require([adapter_name])
-    session.refuse_merged(adapter_name)
+    session = to_fill(model, adapter_name).session
     count = 0
     for path, wrapper in session.layers.items():
         for layer in _on(wrapper, adapter_name):

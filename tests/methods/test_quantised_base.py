@@ -22,6 +22,7 @@ from torch import nn
 import peftc
 from peftc import PeftcError, replace_lora_weights_loftq, rules
 from peftc.integrations import refilling
+from peftc.model.functions import gathering
 from peftc.model.peft_model import PeftModel
 from tests.defects import put_defect
 from tests.integration import tiny
@@ -255,9 +256,9 @@ def test_what_is_wrong_is_told_and_nothing_changed(
     refused(rules.START_UNFIT.code, ValueError, options={"lora_alpha": 0})
     refused(rules.ADAPTER_UNKNOWN.code, PeftcError, adapter_name="other")
     refused(rules.WHILE_MERGED.code, PeftcError, as_merged)
-    for defect in ("    session.require([adapter_name])\n", "    session.refuse_merged(adapter_name)\n"):
+    for defect in ("    model.session.require([adapter_name])\n", "    model.session.refuse_merged(adapter_name)\n"):
         with monkeypatch.context() as m:
-            put_defect(m, refilling, defect, "")
+            put_defect(m, gathering, defect, "")
             with pytest.raises((AssertionError, pytest.fail.Exception)):
                 refused(rules.WHILE_MERGED.code, PeftcError, as_merged)
                 refused(rules.ADAPTER_UNKNOWN.code, PeftcError, adapter_name="other")

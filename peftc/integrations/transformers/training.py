@@ -106,9 +106,10 @@ def fit(
 ) -> TrainResult:
     """Train the active adapters of a `PeftModel` in place and save it to `folder`.
 
-    `samples` are how many examples the starts of adapters have read. With `resume`, go on from the last checkpoint in `folder`; the result is the same as without the interruption. Raises
-    `PeftcError` if there is none or it does not fit, if `folder` holds checkpoints and `resume` is off, and if the loss
-    stops being finite. An interrupt passes through; adapter and checkpoints on the disk are whole at any moment.
+    `samples` are how many examples the starts of adapters have read. With `resume`, go on from the last checkpoint in `folder`;
+    the result is the same as without the interruption. Raises `PeftcError` if there is none or it does not fit, if `folder`
+    holds checkpoints and `resume` is off, and if the loss stops being finite. An interrupt passes through; adapter and
+    checkpoints on the disk are whole at any moment.
     """
     require("train")
     run = _run_facts(model, rows, how) | {"starts": dict(samples or {})}

@@ -86,18 +86,25 @@ def start_targets(model: nn.Module, config: PeftConfig) -> Mapping[str, Target]:
     return found
 
 
+def to_fill(model: nn.Module, adapter_name: str) -> PeftModel:
+    """A model whose adapter can be given other tensors. Raises `PeftcError` for what is none, or has no such adapter; and for one
+    that is merged."""
+    if not isinstance(model, PeftModel):
+        what = f"A {type(model).__name__} is no `PeftModel`"
+        raise PeftcError(rules.NOT_A_MODEL(what, fix="Make one with `get_peft_model`."))
+    model.session.require([adapter_name])
+    model.session.refuse_merged(adapter_name)
+    return model
+
+
 @whole
 def begin_anew(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
     """Let an adapter of a `PeftModel` begin again with other options; it is as active and as trainable as it was.
 
     Raises `PeftcError` with the model as it was.
     """
-    if not isinstance(model, PeftModel):
-        what = f"A {type(model).__name__} is no `PeftModel`"
-        raise PeftcError(rules.NOT_A_MODEL(what, fix="Make one with `get_peft_model`."))
+    model = to_fill(model, adapter_name)
     session = model.session
-    session.require([adapter_name])
-    session.refuse_merged(adapter_name)
     plan = plan_for(model.get_base_model(), {adapter_name: config}, given=None, mixed=model.mixes)
     active, trained = session.active, adapter_name in session.requiring
     model._drop(adapter_name)
