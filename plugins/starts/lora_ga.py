@@ -131,12 +131,16 @@ def _gradients(model: p.nn.Module, modules: dict[str, Any], train_step: Callable
     counts = dict.fromkeys(modules, 0)
 
     def counting(path: str) -> Callable[..., None]:
-        def count(*args: object) -> None:
+        def count(gradient: p.Tensor) -> None:
             counts[path] += 1
 
-        return count
+        def see(module: p.nn.Module, args: object, output: p.Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(count)  # type: ignore[no-untyped-call]  # in torch
 
-    handles = [module.register_full_backward_hook(counting(path)) for path, module in modules.items()]
+        return see
+
+    handles = [module.register_forward_hook(counting(path)) for path, module in modules.items()]
     try:
         for own in was:
             own.requires_grad_(False)
