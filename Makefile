@@ -6,6 +6,7 @@
 #   make oldest   the environment with the oldest releases that pyproject.toml admits (torch stays)
 #   make test-oldest   the same on the oldest, in that environment
 #   make test-on       the same on one release: make test-on RELEASE=transformers==5.23.0
+#   make test-bases    the tests of quantised bases, in an environment with the libraries that pack weights
 #   make peer-suite   run the reference's own tests on the alias, into docs/peer-suite.md; with ARGS="--sample 250" some of them
 #   make check    lint, types, and that generated files are up to date
 #   make format   let ruff format the code
@@ -26,13 +27,14 @@ PIP := -m pip install -qq --disable-pip-version-check --root-user-action ignore
 INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 RELEASE ?= transformers==5.23.0
 
+comma := ,
 # An environment over $(VENV), which lends it all packages; only those of other versions are installed into it.
-# $(1): its name, $(2): what pip is to install
+# $(1): its name, $(2): what pip is to install, $(3): further extras
 define over
 	test -x $(VENV)-$(1)/bin/python || $(BIN)/python -m venv --without-pip $(VENV)-$(1)
 	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if "site-packages" in p), sep="\n")' \
 		> $$(echo $(VENV)-$(1)/lib/python*/site-packages)/lent.pth
-	$(VENV)-$(1)/bin/python $(PIP) --no-build-isolation $(2) -e '.[test]'
+	$(VENV)-$(1)/bin/python $(PIP) --no-build-isolation $(2) -e '.[test$(3)]'
 endef
 # the suite in it; what a whole run came to goes onto the page, whether all tests passed or not
 define suite
@@ -41,7 +43,7 @@ define suite
 endef
 PROJECT := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test test-newest oldest test-oldest test-on peer-suite check format docs bench clean
+.PHONY: demo test test-newest oldest test-oldest test-on test-bases peer-suite check format docs bench clean
 .SILENT:
 
 demo: $(VENV)/demo.stamp
@@ -62,6 +64,9 @@ test-oldest: $(VENV)-oldest/made.stamp
 test-on: $(VENV)/dev.stamp
 	$(call over,$(subst ==,-,$(RELEASE)),$(RELEASE))
 	$(call suite,$(subst ==,-,$(RELEASE)))
+
+test-bases: $(VENV)-bases/made.stamp
+	OMP_NUM_THREADS=1 $(VENV)-bases/bin/python -m pytest $(WORKERS) $(ARGS) tests/bases
 
 peer-suite: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.peer_suite $(ARGS)
@@ -101,4 +106,9 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 
 $(VENV)-oldest/made.stamp: $(VENV)/dev.stamp constraints-oldest.txt
 	$(call over,oldest,-c constraints-oldest.txt)
+	touch $@
+
+# not in $(VENV): transformers imports some of them whenever they are there, which takes seconds and prints
+$(VENV)-bases/made.stamp: $(VENV)/dev.stamp constraints-bases.txt
+	$(call over,bases,-c constraints-bases.txt,$(comma)quantized)
 	touch $@

@@ -31,7 +31,8 @@ SECTIONS: Mapping[str, str] = {
     "Starts": "starting Start Begun StartView Reads start_targets begin_anew refill_factors base_weights register_start unregister_start",
     "Optimisers": "NamedOptimizer AdamOptions with_factors with_linear_factors with_factors_alone",
     "Kinds of method": "MapTuner ModuleTuner PromptTuner CallTuner",
-    "Storage": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
+    "Declaring tensors": "parameter_slot module_slot linear_slots derived_slot constant_slot Share labelled Slot Container",
+    "Packed bases": "Storage Packed storing register_storage unregister_storage dtype_name",
     "Facts": "LayerFacts Kind LINEAR_KINDS CONV_KINDS EXPERT_KINDS RankLimit ModuleNode ModuleGraph",
     "What the mathematics is handed": "View SlotInit ModuleView PromptView PromptContext CallView Run Place Changes Former",
     "What it can call": "columns linear wrong_rows linear_compressed mean_direction row_norms norms_of_sum drop_outputs kept_outputs "

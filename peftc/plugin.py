@@ -48,11 +48,13 @@ from peftc.config.optimizers import AdamOptions
 from peftc.config.prompt import PromptLearningConfig
 from peftc.config.types import PeftType, TaskType
 from peftc.diagnostics import Diagnostic, PeftcError, Rule, Severity, did_you_mean, warn
-from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
+from peftc.graph.nodes import CONV_KINDS, EXPERT_KINDS, LINEAR_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode, Packed
+from peftc.graph.tensors import dtype_name
 from peftc.registry.hookspecs import hookimpl
 from peftc.registry.manager import default_registry
-from peftc.registry.record import method, starting
+from peftc.registry.record import method, starting, storing
 from peftc.registry.starts import default_starts
+from peftc.registry.storages import default_storages
 from peftc.registry.variants import variant_key
 from peftc.tuner.calls import CallTuner, CallView, Run
 from peftc.tuner.layout import to_logical, to_stored
@@ -76,6 +78,7 @@ from peftc.tuner.slots import (
 )
 from peftc.tuner.start import Begun, Reads, Start, StartView
 from peftc.tuner.steps import Changes
+from peftc.tuner.storage import Storage
 from peftc.tuner.variant import Variant, variant_options
 from peftc.tuner.views import PromptContext, PromptView, SlotInit, TensorLists, Tensors, View
 
@@ -151,6 +154,17 @@ def register_start(record: Start) -> Start:
 def unregister_start(record: str | Start) -> None:
     """Undo `register_start`. Raises `PeftcError` if it was not registered so."""
     default_starts().unregister(record if isinstance(record, str) else record.name)
+
+
+def register_storage(record: Storage) -> Storage:
+    """Make a storage of weights known to this process without installing it, as in a notebook, and return it. Layers of its
+    classes are adapted from then on. Raises `PeftcError` if it breaks the contract, or its name is that of an installed one."""
+    return default_storages().register(record, over=False)
+
+
+def unregister_storage(record: str | Storage) -> None:
+    """Undo `register_storage`. Raises `PeftcError` if it was not registered so."""
+    default_storages().unregister(record if isinstance(record, str) else record.name)
 
 
 def read_adapter(folder: str | Path) -> tuple[PeftConfig, Mapping[str, Tensor]]:
@@ -338,6 +352,7 @@ __all__ = [
     "Options",
     "OrientationMixin",
     "OwnExclusionsMixin",
+    "Packed",
     "PeftConfig",
     "PeftConfigMixin",
     "PeftType",
@@ -365,6 +380,7 @@ __all__ = [
     "Slots",
     "Start",
     "StartView",
+    "Storage",
     "TargetNamesMixin",
     "TargetParametersMixin",
     "TargetsMixin",
@@ -387,6 +403,7 @@ __all__ = [
     "derived_slot",
     "did_you_mean",
     "drop_outputs",
+    "dtype_name",
     "hookimpl",
     "kept_outputs",
     "labelled",
@@ -405,15 +422,18 @@ __all__ = [
     "refill_factors",
     "register_plugin",
     "register_start",
+    "register_storage",
     "register_variant",
     "row_norms",
     "rules",
     "start_targets",
     "starting",
+    "storing",
     "to_logical",
     "to_stored",
     "unregister_plugin",
     "unregister_start",
+    "unregister_storage",
     "unregister_variant",
     "variant_options",
     "warn",

@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.limits import MAX_HEADER, MAX_TENSORS, misshapen
 
 #: Name in the file -> torch's name and bytes per element, in the order that files are sorted by (widest last).

@@ -24,7 +24,8 @@ from peftc.compiler.plan.sites import MapSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Collector, Diagnostic, Severity, Where, warn
 from peftc.graph.former import EXPERT, FormerLayers, FormerPlace
-from peftc.graph.nodes import FactsByName, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode
+from peftc.graph.tensors import FactsByName, TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.tuner.experts import PerExpert, tuner_for

@@ -26,7 +26,7 @@ from peftc.checkpoint.names import PICKLE_NAME, WEIGHTS_NAME
 from peftc.checkpoint.zipped import zipped_header_of
 from peftc.config.hub import fetch, is_repository
 from peftc.diagnostics import Diagnostic, PeftcError, Where, did_you_mean
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

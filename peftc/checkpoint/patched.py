@@ -17,7 +17,7 @@ from pathlib import Path
 
 from peftc.checkpoint.format import laid_out
 from peftc.checkpoint.load import AdapterFile
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 
 #: Bytes that are copied at a time, and after how many the disk is told to write them.
 _BLOCK, _FLUSH = 1 << 25, 1 << 27

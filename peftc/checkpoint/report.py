@@ -21,7 +21,8 @@ from peftc.checkpoint.names import PLAN_NAME
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.config.reader import read_bytes
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Severity, Where, warn
-from peftc.graph.nodes import ModelFacts, TensorFacts, model_from_json
+from peftc.graph.nodes import ModelFacts, model_from_json
+from peftc.graph.tensors import TensorFacts
 from peftc.limits import MAX_PLAN
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry

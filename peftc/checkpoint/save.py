@@ -25,7 +25,7 @@ from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import config_text
 from peftc.diagnostics import Collector, Diagnostic, PeftcError, Where, warn
 from peftc.graph.base_ref import lasting
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

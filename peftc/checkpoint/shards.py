@@ -17,7 +17,7 @@ from peftc.checkpoint.load import AdapterFile, open_weights
 from peftc.config.json_text import parse_json
 from peftc.config.reader import read_text
 from peftc.diagnostics import Diagnostic, PeftcError, Where
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.limits import MAX_JSON
 
 if TYPE_CHECKING:

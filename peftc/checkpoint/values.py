@@ -9,7 +9,7 @@ from peftc import rules
 from peftc.checkpoint.format import STORABLE
 from peftc.checkpoint.keys import listed
 from peftc.diagnostics import Diagnostic
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

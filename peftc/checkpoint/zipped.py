@@ -20,7 +20,7 @@ from math import prod
 from typing import Any
 
 from peftc.checkpoint.format import DTYPES, STORABLE, Entry, FormatError, Header
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.limits import MAX_DIMENSIONS, MAX_HEADER
 
 _SIZES = dict(DTYPES.values())

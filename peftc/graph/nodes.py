@@ -10,17 +10,22 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftc.graph.former import FormerLayers, FormerNames
 from peftc.graph.replication import Replication
-from peftc.limits import MAX_INTEGER, misshapen
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from peftc.graph.tensors import (
+    PLAIN_DTYPES,
+    FactsByName,
+    TensorFacts,
+    size_of,
+    tensors_from_json,
+    text_of,
+    texts_of,
+)
 
 #: Version of the JSON form. Files of version 1, which knew no former names, are read as well.
 GRAPH_VERSION = 2
@@ -76,70 +81,19 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """A parameter or buffer of a module: storage shape and dtype (`"float32"`, `"bfloat16"`, …)."""
+class Packed:
+    """A weight `(out, in)` that is not stored as numbers of its own shape: by which storage, with which sizes."""
 
-    shape: tuple[int, ...]
+    #: name of the storage (`peftc.storages`)
+    storage: str
+    #: columns of the weight
+    in_features: int
+    #: rows of the weight
+    out_features: int
+    #: dtype of the weight as it is opened
     dtype: str
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorFacts:
-        """The facts of a live tensor."""
-        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the content."""
-        return self.numel * DTYPE_BYTES.get(self.dtype, 4)
-
-
-HALF = frozenset({"float16", "bfloat16"})
-#: What a gradient can move; other numbers are whole, packed or quantised.
-TRAINABLE = HALF | {"float32", "float64", "complex64", "complex128"}
-#: Bytes of one number; dtypes that are not here count as four.
-DTYPE_BYTES: Mapping[str, int] = {
-    "complex128": 16,
-    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
-    **dict.fromkeys(("float32", "int32", "uint32"), 4),
-    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 2),
-    **dict.fromkeys(("int8", "uint8", "bool"), 1),
-    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
-}
-
-
-#: Dtypes of weights that are numbers as they stand.
-_PLAIN_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
-
-
-class FactsByName(Mapping[str, TensorFacts]):
-    """Facts of tensors by name, in registration order. Frozen, and hashable, as plans need it; equal in the same order only."""
-
-    __slots__ = ("_by_name",)
-
-    def __init__(self, facts: Mapping[str, TensorFacts] | Iterable[tuple[str, TensorFacts]] = ()) -> None:
-        self._by_name = dict(facts)
-
-    def __getitem__(self, name: str) -> TensorFacts:
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
-
-    def __len__(self) -> int:
-        return len(self._by_name)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self._by_name.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FactsByName) and list(self.items()) == list(other.items())
-
-    def __repr__(self) -> str:
-        return f"FactsByName({self._by_name!r})"
+    #: all bytes of the weight as it is stored, scales and the like counted
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +132,8 @@ class LayerFacts:
     experts: int = 0
     #: whether a module stores the weights of experts as (experts, in, out)
     transposed: bool = False
+    #: how the weight is stored, where that is in a form of its own; `params` and `buffers` are as stored then
+    packed: Packed | None = None
 
     def __post_init__(self) -> None:
         for name, given in (("params", self.params), ("buffers", self.buffers)):
@@ -207,6 +163,14 @@ class LayerFacts:
         return "bias" in self.params
 
     @property
+    def dtype(self) -> str:
+        """The dtype of the weight, or of the first parameter of a layer that has none; as it is opened where it is packed."""
+        if self.packed is not None:
+            return self.packed.dtype
+        first = self.weight or next(iter(self.params.values()), None)
+        return first.dtype if first else "float32"
+
+    @property
     def fan_in(self) -> int:
         """Numbers that each output is computed from: columns of the weight as a matrix `(out, in · kernel)`."""
         return self.in_features // self.groups * math.prod(self.kernel)
@@ -223,8 +187,19 @@ class LayerFacts:
 
     @property
     def numel(self) -> int:
-        """Parameters of the module itself, children not counted."""
-        return sum(tensor.numel for tensor in self.params.values())
+        """Parameters of the module itself, children not counted; of a packed weight as many as it has opened."""
+        if self.packed is None:
+            return sum(tensor.numel for tensor in self.params.values())
+        bias = self.params.get("bias")
+        return self.in_features * self.out_features + (bias.numel if bias else 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these as they are stored."""
+        if self.packed is None:
+            return sum(tensor.nbytes for tensor in self.params.values())
+        bias = self.params.get("bias")
+        return self.packed.nbytes + (bias.nbytes if bias else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +226,7 @@ class ModuleNode:
         weight = self.facts.weight
         if self.role is not Role.ROUTER or self.facts.kind is not Kind.OTHER or weight is None:
             return False
-        return len(weight.shape) == 2 and weight.dtype in _PLAIN_DTYPES  # others are packed
+        return len(weight.shape) == 2 and weight.dtype in PLAIN_DTYPES  # others are packed
 
     def of_parameter(self, name: str, facts: LayerFacts) -> ModuleNode:
         """One of the module's parameters, of which these are the facts, as if it were a module."""
@@ -327,8 +302,10 @@ class ModuleGraph:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all parameters, tied ones counted once."""
-        return sum(tensor.nbytes for _, tensor in self.parameters())
+        """Bytes of all parameters, tied ones counted once; of packed layers those of all that holds the weight."""
+        packed = {node.path for node in self.nodes if node.facts.packed is not None}
+        plain = sum(tensor.nbytes for name, tensor in self.parameters() if name.rpartition(".")[0] not in packed)
+        return plain + sum(node.facts.nbytes for node in self.nodes if node.facts.packed is not None)
 
     @cached_property
     def digest(self) -> str:
@@ -377,8 +354,10 @@ class ModuleGraph:
             raise ValueError(f"graph version {data['version']} is not known")
         table = [facts_from_json(item) for item in data["facts"]]
         nodes = tuple(_node_from_json(row, table) for row in data["nodes"])
-        ties = tuple(_texts(group) for group in data["ties"])
-        former = tuple(FormerLayers(_text(at), _text(name), _texts(was)) for at, name, was in data.get("former", ()))
+        ties = tuple(texts_of(group) for group in data["ties"])
+        former = tuple(
+            FormerLayers(text_of(at), text_of(name), texts_of(was)) for at, name, was in data.get("former", ())
+        )
         if not (nodes and all(ties) and all(known.layers for known in former)):
             raise ValueError("no modules, or names of nothing")
         made = cls(model_from_json(data["model"]), nodes, ties, former)
@@ -389,10 +368,14 @@ class ModuleGraph:
 
 
 def facts_to_json(facts: LayerFacts) -> dict[str, Any]:
-    """JSON types only. What only experts have is left out of the others."""
-    of_experts = {"experts": facts.experts, "transposed": facts.transposed}
+    """JSON types only. What only some layers have is left out of the others."""
+    of_some = {
+        "experts": facts.experts,
+        "transposed": facts.transposed,
+        "packed": facts.packed and asdict(facts.packed),
+    }
     return {
-        **{name: value for name, value in of_experts.items() if value},
+        **{name: value for name, value in of_some.items() if value},
         "kind": facts.kind.value,
         "cls": facts.cls,
         "in_features": facts.in_features,
@@ -409,41 +392,38 @@ def facts_from_json(data: Mapping[str, Any]) -> LayerFacts:
     """The inverse of `facts_to_json`. Raises `KeyError`, `TypeError` or `ValueError` on data of another form."""
     made = LayerFacts(
         kind=Kind(data["kind"]),
-        cls=_text(data["cls"]),
-        in_features=_size(data["in_features"]),
-        out_features=_size(data["out_features"]),
-        kernel=tuple(map(_size, data["kernel"])),
-        groups=_size(data["groups"]),
+        cls=text_of(data["cls"]),
+        in_features=size_of(data["in_features"]),
+        out_features=size_of(data["out_features"]),
+        kernel=tuple(map(size_of, data["kernel"])),
+        groups=size_of(data["groups"]),
         params=FactsByName(tensors_from_json(data["params"])),
         buffers=FactsByName(tensors_from_json(data["buffers"])),
-        note=_text(data["note"]),
-        experts=_size(data.get("experts", 0)),
+        note=text_of(data["note"]),
+        experts=size_of(data.get("experts", 0)),
         transposed=data.get("transposed", False) is True,
+        packed=_packed_from_json(data.get("packed")),
     )
     if made.experts and not made.params:
         raise ValueError("experts without a parameter that holds them")
     return made
 
 
-def tensors_from_json(data: Iterable[Any]) -> tuple[tuple[str, TensorFacts], ...]:
-    """Tensors by name, of rows `[name, shape, dtype]`. Raises `TypeError` or `ValueError` on data of another form."""
-    return tuple((_text(name), TensorFacts(shape_from_json(shape), _text(dtype))) for name, shape, dtype in data)
-
-
-def shape_from_json(data: Iterable[Any]) -> tuple[int, ...]:
-    """A shape that a tensor can have. Raises `ValueError` for anything else."""
-    shape = tuple(map(_size, data))
-    reason = misshapen(shape)
-    if reason:
-        raise ValueError(f"a tensor {reason}")
-    return shape
+def _packed_from_json(data: Any) -> Packed | None:
+    if data is None:
+        return None
+    made = Packed(**data)
+    texts_of((made.storage, made.dtype))
+    for size in (made.in_features, made.out_features, made.nbytes):
+        size_of(size)
+    return made
 
 
 def model_from_json(data: Mapping[str, Any]) -> ModelFacts:
     """Facts about a model. Raises `TypeError` or `ValueError` on data of another form."""
     made = ModelFacts(**data)
     names = (made.model_type, made.name_or_path, made.input_embeddings, made.output_embeddings)
-    _texts([made.cls, *(name for name in names if name is not None)])
+    texts_of([made.cls, *(name for name in names if name is not None)])
     if not isinstance(made.dims, dict) or any(type(size) is not int for size in made.dims.values()):
         raise ValueError("`dims` are whole numbers by name")
     if type(made.is_encoder_decoder) is not bool:
@@ -461,25 +441,7 @@ def _node_from_json(row: Any, table: list[LayerFacts]) -> ModuleNode:
     if block is None:
         return ModuleNode(path, table[index], _ROLES[role])
     blocks, number = block
-    return ModuleNode(path, table[index], _ROLES[role], (_text(blocks), _size(number)))
-
-
-def _text(value: object) -> str:
-    if type(value) is not str:
-        raise ValueError(f"a name is a text, not {value!r:.40}")
-    return value
-
-
-def _texts(data: Iterable[object]) -> tuple[str, ...]:
-    if isinstance(data, str):
-        raise ValueError(f"names are a list, not {data!r:.40}")
-    return tuple(map(_text, data))
-
-
-def _size(value: object) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
-        raise ValueError(f"a size is a natural number, not {value!r:.40}")
-    return value
+    return ModuleNode(path, table[index], _ROLES[role], (text_of(blocks), size_of(number)))
 
 
 def block_of(path: str) -> tuple[str, int] | None:

@@ -97,16 +97,18 @@ class KeepsAside(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        #: parameters that others stand in for, and those that stood in for others
-        self._pristine: dict[str, nn.Parameter | None] = {}
-        self._folded: dict[str, nn.Parameter] = {}
+        #: parameters that others stand in for, and those that stood in for others; of packed weights whatever holds them
+        self._pristine: dict[str, Any] = {}
+        self._folded: dict[str, Any] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for kept in (self._pristine, self._folded):
             beside = nn.Module()
-            beside.__dict__["_parameters"] = kept
-            if kept:
+            own = {name: held for name, held in kept.items() if held is None or isinstance(held, nn.Parameter)}
+            beside.__dict__["_parameters"] = own
+            if own:
                 beside._apply(fn)
+                kept.update(own)
         return super()._apply(fn, recurse)
 
 

@@ -1,5 +1,5 @@
 """The hooks of plugins. Entry-point group `peftc.tuners`: the entry's name is the PEFT type in lower case; `peftc.variants`:
-`<peft type>.<name of the variant>`; `peftc.starts`: the name of the start."""
+`<peft type>.<name of the variant>`; `peftc.starts`: the name of the start; `peftc.storages`: the name of the storage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pluggy
 if TYPE_CHECKING:
     from peftc.tuner.method import TunerMethod
     from peftc.tuner.start import Start
+    from peftc.tuner.storage import Storage
     from peftc.tuner.variant import Variant
 
 PROJECT = "peftc"
 GROUP = "peftc.tuners"
 VARIANTS = "peftc.variants"
 STARTS_GROUP = "peftc.starts"
+STORAGES_GROUP = "peftc.storages"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -34,3 +36,8 @@ def peftc_variant() -> Variant[Any]:  # type: ignore[empty-body]
 @hookspec(firstresult=True)
 def peftc_start() -> Start:  # type: ignore[empty-body]  # a specification has no body
     """Return the one start that this module brings."""
+
+
+@hookspec(firstresult=True)
+def peftc_storage() -> Storage:  # type: ignore[empty-body]  # a specification has no body
+    """Return the one storage that this module brings."""

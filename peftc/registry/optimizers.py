@@ -17,7 +17,8 @@ from peftc.config.base import PeftConfig
 from peftc.config.optimizers import AdafactorOptions, AdagradOptions, AdamOptions, RmspropOptions, SgdOptions
 from peftc.config.problems import Problem, problems_of
 from peftc.diagnostics import PeftcError, did_you_mean
-from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts, TensorFacts
+from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
 from peftc.tuner.maps import MapTuner

@@ -22,6 +22,7 @@ from peftc.tuner.maps import MapTuner
 from peftc.tuner.method import Mathematics, TunerMethod
 from peftc.tuner.optimizer import NamedOptimizer
 from peftc.tuner.start import Start
+from peftc.tuner.storage import Storage
 from peftc.tuner.variant import Variant
 
 #: A first sentence such as `Name: what it does (who, where).`, of which the middle is taken.
@@ -99,6 +100,16 @@ def starting(record: Start) -> Callable[[], Start]:
         return record
 
     return peftc_start
+
+
+def storing(record: Storage) -> Callable[[], Storage]:
+    """The hook `peftc_storage` of a module that brings a storage: `peftc_storage = storing(MyStorage())`."""
+
+    @hookimpl
+    def peftc_storage() -> Storage:
+        return record
+
+    return peftc_storage
 
 
 def _told(config: type[PeftConfig]) -> dict[str, str]:

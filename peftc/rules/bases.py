@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftc.diagnostics import Rule
-from peftc.rules.kinds import WARNING, ImportRule, SystemRule
+from peftc.rules.kinds import WARNING, ImportRule, SystemRule, UnableRule
 
 LAZY_LAYER = Rule(
     "PC301", "Layer without a shape", "A lazy layer gets its shape from the first input, so it cannot be planned."
@@ -36,4 +36,10 @@ AUTO_CLASS = Rule(
 )
 BASE_TOO_LARGE = Rule(
     "PC312", "Model is too large", "A document must be safe to plan: building the model would not end."
+)
+STORAGE_UNKNOWN = UnableRule(
+    "PC313", "No such storage", "How a layer's weight is stored decides how it can be read and changed."
+)
+PACKED_FOR_GOOD = UnableRule(
+    "PC314", "Packed weight takes no other", "What is merged would be lost, or the layer would be another one."
 )

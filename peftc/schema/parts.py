@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftc.graph.nodes import DTYPE_BYTES, TRAINABLE, Kind, Role
+from peftc.graph.nodes import Kind, Role
+from peftc.graph.tensors import DTYPE_BYTES, TRAINABLE
 from peftc.limits import MAX_DIMENSIONS, MAX_INTEGER
 
 Schema = dict[str, Any]

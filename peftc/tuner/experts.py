@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic
-from peftc.graph.nodes import EXPERT_KINDS, FactsByName, Kind, LayerFacts, ModuleNode, TensorFacts
+from peftc.graph.nodes import EXPERT_KINDS, Kind, LayerFacts, ModuleNode
+from peftc.graph.tensors import FactsByName, TensorFacts
 from peftc.tuner.maps import Former, MapTuner
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.slots import Slot, labelled

@@ -5,7 +5,9 @@ from __future__ import annotations
 import tomllib
 from importlib.metadata import distribution
 
-from peftc.registry.hookspecs import GROUP, STARTS_GROUP
+import pytest
+
+from peftc.registry.hookspecs import GROUP, STARTS_GROUP, STORAGES_GROUP
 from tests.architecture.tree import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -21,16 +23,22 @@ def test_installed_entry_points_are_those_of_the_project_file() -> None:
 def test_every_bundled_method_has_one_file_or_folder_and_one_entry_point() -> None:
     plugins = ROOT / "plugins"
     named = {p.stem for p in plugins.glob("*.py") if not p.name.startswith("_")}
-    named |= {p.parent.name for p in plugins.glob("*/__init__.py")} - {"starts"}
+    named |= {p.parent.name for p in plugins.glob("*/__init__.py")} - {"starts", "storages"}
     entries = PROJECT["entry-points"][GROUP]
     assert {f"peftc_plugins.{name}" for name in named} == set(entries.values())
     assert all(value == f"peftc_plugins.{name}" for name, value in entries.items())
 
 
-def test_every_bundled_start_has_one_file_and_one_entry_point() -> None:
-    files = {p.stem for p in (ROOT / "plugins" / "starts").glob("*.py") if "\npeftc_start = " in p.read_text("utf-8")}
-    entries = PROJECT["entry-points"][STARTS_GROUP]
-    assert entries == {name: f"peftc_plugins.starts.{name}" for name in files}
+@pytest.mark.parametrize(
+    ("folder", "group", "hook"),
+    [("starts", STARTS_GROUP, "peftc_start"), ("storages", STORAGES_GROUP, "peftc_storage")],
+)
+def test_every_bundled_record_has_one_file_and_one_entry_point(folder: str, group: str, hook: str) -> None:
+    files = {p.stem for p in (ROOT / "plugins" / folder).glob("*.py") if f"\n{hook} = " in p.read_text("utf-8")}
+    entries = PROJECT["entry-points"][group]
+    assert entries == {
+        name.replace("_", "-") if folder == "storages" else name: f"peftc_plugins.{folder}.{name}" for name in files
+    }
 
 
 def test_installed_version_is_the_one_in_the_source() -> None:

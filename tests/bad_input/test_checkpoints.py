@@ -26,7 +26,7 @@ from peftc.checkpoint.names import WEIGHTS_NAME
 from peftc.checkpoint.report import LoadReport, expected_tensors, match
 from peftc.checkpoint.save import save_adapter, write_tensors
 from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning, Rule
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from tests.defects import put_defect
 from tests.unit import saving_driver
 from tests.unit.adapters import adapter_plan, examples, little_graph

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from peftc import plugin as api
 from peftc.compiler.compile import compile_plan
 from peftc.compiler.plan.plan import InjectionPlan
-from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts, block_of
+from peftc.graph.nodes import LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, block_of
 from peftc.graph.targets import default_targets
+from peftc.graph.tensors import TensorFacts
 from peftc.registry.manager import Registry, default_registry
 from tests.unit.fakes import plugin
 

@@ -18,7 +18,7 @@ from peftc.checkpoint.format import DTYPES, FormatError, Header, header_of, writ
 from peftc.checkpoint.load import AdapterFile
 from peftc.checkpoint.save import write_tensors
 from peftc.diagnostics import PeftcError
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 
 
 def read_header(path: Path) -> Header:

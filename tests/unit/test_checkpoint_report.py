@@ -17,7 +17,7 @@ from peftc.checkpoint.report import LoadReport, base_of, base_tensors, expected_
 from peftc.checkpoint.save import save_adapter
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.diagnostics import PeftcError, PeftcWarning, Rule
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.model.parts.files import live_names
 from peftc.tuner.method import TunerMethod
 from tests.unit.adapters import adapter_plan, examples, injection_plan, little_graph

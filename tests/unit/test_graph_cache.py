@@ -19,7 +19,8 @@ from peftc.graph import cache as cache_module
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache, default_folder, key_of
 from peftc.graph.locate import LocatedBase
-from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode
+from peftc.graph.tensors import TensorFacts
 
 WEIGHT = TensorFacts((2, 3), "float32")
 GRAPH = ModuleGraph(

@@ -17,8 +17,9 @@ from peftc.compiler.plan.files import read_graph
 from peftc.diagnostics import PeftcError, Rule
 from peftc.graph.files import graph_from_text, replace_file, write_graph
 from peftc.graph.groups import grouped, ranges
-from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, TensorFacts, block_of
+from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Role, block_of
 from peftc.graph.roles import RoleFinder
+from peftc.graph.tensors import TensorFacts
 
 
 def graph(dtype: str = "bfloat16", layers: int = 2, name: str | None = "owner/model") -> ModuleGraph:

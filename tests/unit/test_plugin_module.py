@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peftc import plugin as p
-from peftc.graph.nodes import FactsByName, TensorFacts
+from peftc.graph.tensors import FactsByName, TensorFacts
 from peftc.registry.record import Fields
 from tests.unit.fakes import FakeConfig, FakeTuner, check, record
 

@@ -19,7 +19,8 @@ from peftc.compiler.passes.select import TASK_HEADS
 from peftc.compiler.plan.sites import MapSite, SaveSite, TrainSite
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, did_you_mean
-from peftc.graph.nodes import HALF, OPAQUE_KINDS, TRAINABLE, Kind, LayerFacts, ModuleGraph, ModuleNode, TensorFacts
+from peftc.graph.nodes import OPAQUE_KINDS, Kind, LayerFacts, ModuleGraph, ModuleNode
+from peftc.graph.tensors import HALF, TRAINABLE, TensorFacts
 from peftc.limits import MAX_SLOTS, misshapen
 from peftc.registry.boundary import boundary
 from peftc.registry.starts import known_start
@@ -248,8 +249,7 @@ class _Declarer:
         return self._configs[key]
 
     def _dtype(self, facts: LayerFacts) -> str:
-        weight = facts.weight or next(iter(facts.params.values()), None)
-        return slot_dtype(weight.dtype if weight else "float32", self._context.options.autocast_adapter_dtype)
+        return slot_dtype(facts.dtype, self._context.options.autocast_adapter_dtype)
 
 
 def slot_dtype(weight: str, autocast: bool) -> str:

@@ -20,7 +20,8 @@ from peftc.compiler.plan.sites import (
     TrainSite,
 )
 from peftc.config.base import PeftConfig
-from peftc.graph.nodes import ModelFacts, TensorFacts
+from peftc.graph.nodes import ModelFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.tuner.slots import Key, Share, Slot
 
 #: An adapter that adapts an embedding of one of these names has its embeddings saved whole: the reference goes by the name.

@@ -15,7 +15,8 @@ from peftc.compiler.plan.adapter import AdapterPlan, Tally
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import PeftcError
-from peftc.graph.nodes import ModelFacts, TensorFacts
+from peftc.graph.nodes import ModelFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.registry.manager import default_registry
 from peftc.registry.optimizers import ChosenOptimizer, chosen_optimizer
 from peftc.registry.starts import known_start

@@ -13,7 +13,8 @@ from peftc.compiler.plan.plan import InjectionPlan
 from peftc.compiler.plan.render import shape_of
 from peftc.diagnostics import Diagnostic
 from peftc.graph.groups import grouped
-from peftc.graph.nodes import LayerFacts, ModuleGraph, TensorFacts
+from peftc.graph.nodes import LayerFacts, ModuleGraph
+from peftc.graph.tensors import TensorFacts
 
 _FIX = "Apply the plan to the model it was made for, or plan again with `peftc plan`."
 

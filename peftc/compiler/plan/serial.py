@@ -25,17 +25,8 @@ from peftc.config.places import json_path
 from peftc.config.problems import Problem, capped, shorten
 from peftc.diagnostics import Diagnostic, PeftcError, Severity, Where
 from peftc.graph.base_ref import BaseRef
-from peftc.graph.nodes import (
-    TRAINABLE,
-    LayerFacts,
-    Role,
-    TensorFacts,
-    facts_from_json,
-    facts_to_json,
-    model_from_json,
-    shape_from_json,
-    tensors_from_json,
-)
+from peftc.graph.nodes import LayerFacts, Role, facts_from_json, facts_to_json, model_from_json
+from peftc.graph.tensors import TRAINABLE, TensorFacts, shape_from_json, tensors_from_json
 from peftc.registry.manager import Registry, default_registry
 from peftc.schema.plan import plan_schema
 from peftc.schema.structure import structure_problems

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftc.config.base import PeftConfig
-from peftc.graph.nodes import HALF, Kind, LayerFacts, ModuleGraph, ModuleNode, Role, TensorFacts
+from peftc.graph.nodes import Kind, LayerFacts, ModuleGraph, ModuleNode, Role
+from peftc.graph.tensors import HALF, TensorFacts
 from peftc.tuner.experts import tuner_for
 from peftc.tuner.maps import MapTuner
 from peftc.tuner.method import TunerMethod

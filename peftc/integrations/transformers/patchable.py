@@ -24,7 +24,8 @@ from peftc.config.files import read_config
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache, key_of
 from peftc.graph.locate import LocatedBase, folder_of, locate
-from peftc.graph.nodes import TRAINABLE, ModuleGraph, TensorFacts
+from peftc.graph.nodes import ModuleGraph
+from peftc.graph.tensors import TRAINABLE, TensorFacts
 from peftc.integrations.transformers.graph import graph_of, meta_model
 from peftc.registry.manager import default_registry
 from peftc.registry.starts import known_start

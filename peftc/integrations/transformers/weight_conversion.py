@@ -12,7 +12,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping as get_
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from peftc.config.base import PeftConfig
-from peftc.graph.nodes import FactsByName, Kind, LayerFacts, TensorFacts
+from peftc.graph.nodes import Kind, LayerFacts
+from peftc.graph.tensors import FactsByName, TensorFacts
 from peftc.integrations.transformers.former_loading import former_conversions
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry

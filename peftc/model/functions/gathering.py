@@ -20,7 +20,7 @@ from peftc.runtime.applying.apply import session_of
 from peftc.runtime.applying.planning import plan_for
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.bases.places import tensor_of
-from peftc.runtime.bases.table import BACKENDS
+from peftc.runtime.bases.table import backend_of
 from peftc.runtime.journal import whole
 from peftc.runtime.layer import gathered
 from peftc.runtime.layer.starting import WEIGHT
@@ -54,7 +54,7 @@ class Target:
 
     def logical(self, tensor: Tensor) -> Tensor:
         """A tensor in the order in which the weight is stored, such as its gradient, as `(out, in · kernel)`."""
-        return BACKENDS[self.site.layer.kind].to_logical(WEIGHT, tensor).flatten(1)
+        return backend_of(self.site.layer).to_logical(WEIGHT, tensor).flatten(1)
 
     def gather(self, **tensors: Tensor) -> None:
         """Keep tensors for the start until the adapter begins."""

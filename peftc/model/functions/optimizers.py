@@ -231,9 +231,9 @@ def _tell_ignored(model: PeftModel, given: Mapping[str, Any]) -> None:
 
 def _keep_embeddings_whole(model: nn.Module) -> None:
     """Have bitsandbytes keep the optimiser's state of embeddings in 32 bits."""
-    import bitsandbytes  # type: ignore[import-not-found]
+    from bitsandbytes.optim.optimizer import GlobalOptimManager
 
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager = GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -13,7 +13,7 @@ from peftc.checkpoint.former import put_together
 from peftc.checkpoint.report import match
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.diagnostics import PeftcError
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.host import parallel
 from peftc.model.injected import adapters_of, config_given, unwrapped
 from peftc.model.parts.adapted import DEFAULT

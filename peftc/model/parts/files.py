@@ -20,7 +20,7 @@ from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.config.hub import CARD
 from peftc.diagnostics import PeftcError
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.host import parallel
 from peftc.model.parts import identity
 from peftc.model.parts.adapted import DEFAULT, AdaptedModel

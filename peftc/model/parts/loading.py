@@ -25,7 +25,7 @@ from peftc.config.base import CONFIG_NAME, PeftConfig
 from peftc.config.files import read_config
 from peftc.config.hub import fetch
 from peftc.diagnostics import ConfigError, PeftcError, warn
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.limits import MAX_NAME
 from peftc.model.parts import identity
 from peftc.model.parts.starts import chosen_by, with_kept

@@ -18,6 +18,7 @@ from peftc.limits import MAX_NAME
 from peftc.registry.manager import Registry, default_registry
 from peftc.runtime.applying.layer_classes import layer_factory
 from peftc.runtime.applying.snapshot import snapshot
+from peftc.runtime.bases.storages import settle
 from peftc.runtime.journal import keep, keep_trained, whole
 from peftc.runtime.layer.wrapper import Source
 from peftc.runtime.session.session import Session
@@ -59,6 +60,7 @@ def apply_plan(
     if session is None:
         session = Session(model, graph)
         freeze(model)
+        settle(model, graph)
         keep(model)
         model.__dict__[SESSION] = session
     session.lay_out(graph)

@@ -153,7 +153,11 @@ def _original(layer: TunerLayer) -> Tensor | None:
     """The base weight `(out, in)` that the adapter was trained beside, whatever other adapters have in its place now."""
     name = layer.parameter or WEIGHT
     own = layer.memory_of(name)
-    return layer.pristine().get(name) if own is None else layer.backend.to_logical(name, own.detach())
+    return (
+        layer.pristine().get(name)
+        if own is None or layer.backend.opens_anew
+        else layer.backend.to_logical(name, own.detach())
+    )
 
 
 def _mitigated(W: Tensor, A: Tensor, B: Tensor, scaling: float, how: Mitigation) -> tuple[int, Tensor, Tensor]:

@@ -17,14 +17,16 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.former import FormerLayers, starred
-from peftc.graph.nodes import FactsByName, Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, TensorFacts, block_of
+from peftc.graph.nodes import Kind, LayerFacts, ModelFacts, ModuleGraph, ModuleNode, Packed, block_of
 from peftc.graph.roles import RoleFinder
+from peftc.graph.tensors import FactsByName, TensorFacts
 from peftc.host import layers, offload
 from peftc.host.fused import former_layers
 from peftc.host.parallel import whole_shape
 from peftc.host.torch_modules import computed_by, transient_buffers
 from peftc.runtime.around.modules import ModuleWrapper
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.bases.storages import packed_facts
 from peftc.runtime.layer.wrapper import TunerLayer
 
 #: Kind of a class with exactly this forward. Order matters only for reading.
@@ -128,13 +130,17 @@ class _Inventory:
         params = self._parameters(path, module) if module._parameters else ()
         buffers = self._buffers(module) if module._buffers else ()
         computed = self._computed(module)
-        key = (cls, params, buffers, module.groups if isinstance(module, _CONVOLUTIONS) else 1, computed)
+        packed = packed_facts(module)
+        key = (cls, params, buffers, module.groups if isinstance(module, _CONVOLUTIONS) else 1, computed, packed)
         facts = self._facts.get(key)
         if facts is None:
-            kind, note = self._classes.get(cls) or self._classes.setdefault(cls, _kind_of(cls))
-            facts = self._facts[key] = _describe(
-                module, kind, note, FactsByName(params), FactsByName(buffers), computed
-            )
+            of_params, of_buffers = FactsByName(params), FactsByName(buffers)
+            if packed is not None:
+                facts = _describe_packed(cls, packed, of_params, of_buffers)
+            else:
+                kind, note = self._classes.get(cls) or self._classes.setdefault(cls, _kind_of(cls))
+                facts = _describe(module, kind, note, of_params, of_buffers, computed)
+            self._facts[key] = facts
         return facts
 
     def ties(self) -> tuple[tuple[str, ...], ...]:
@@ -194,6 +200,11 @@ def _kind_of(cls: type[nn.Module]) -> tuple[Kind, str]:
     if layers.is_transposed_linear(cls):
         return Kind.CONV1D_TRANSPOSED, ""
     return (Kind.NORM, "") if cls.__name__.endswith(_NORM_ENDINGS) else (Kind.OTHER, "")
+
+
+def _describe_packed(cls: type[nn.Module], packed: Packed, params: FactsByName, buffers: FactsByName) -> LayerFacts:
+    sizes = (packed.in_features, packed.out_features)
+    return LayerFacts(Kind.LINEAR, cls.__name__, *sizes, params=params, buffers=buffers, packed=packed)
 
 
 def _describe(

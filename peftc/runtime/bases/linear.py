@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftc.ops.linear import is_bare
 from peftc.runtime.bases.backend import Backend
 from peftc.runtime.bases.places import tensor_of
 
@@ -26,6 +27,9 @@ class LinearBackend(Backend):
 
     def up(self, base: nn.Module, B: Tensor, h: Tensor) -> Tensor:
         return F.linear(h, B)
+
+    def can_refold(self, base: nn.Module, x: Tensor) -> bool:
+        return self.is_plain_linear and is_bare(base, x)
 
     def exchanged(self, base: nn.Module, index: Tensor, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
         bias, weight = tensor_of(base, "bias"), tensor_of(base, "weight")

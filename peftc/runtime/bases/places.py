@@ -145,38 +145,55 @@ def computed_elsewhere(module: nn.Module, name: str, path: str | None = None) ->
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """A parameter of a module as it was, and what brought its value then, if it was not there."""
+    """A parameter of a module as it was, and what brought its value then, if it was not there; or whatever else holds a weight."""
 
-    parameter: nn.Parameter | None
+    parameter: Any
     kept: Mapping[str, Tensor] | None
 
     @property
     def is_elsewhere(self) -> bool:
         """Whether its value is not with the parameter."""
-        return self.parameter is not None and self.parameter.is_meta and self.kept is not None
+        return isinstance(self.parameter, Tensor) and self.parameter.is_meta and self.kept is not None
 
-    def value(self, name: str, device: torch.device) -> Tensor | None:
-        """The tensor itself, on a device if it is brought there."""
-        if self.parameter is not None and self.parameter.is_meta and self.kept is not None:
-            return self.kept[name].to(device)
-        return self.parameter
+    def value(self, name: str, device: torch.device) -> Any:
+        """The tensor itself, on a device if it is brought there; or what it is instead of one."""
+        return self.kept[name].to(device) if self.kept is not None and self.is_elsewhere else self.parameter
 
 
 #: a module's parameters as they were
 State = Mapping[str, Original]
 
 
-def state_of(module: nn.Module) -> State:
-    """The parameters of a module, and that it has none under a name that it could have, for `restore`."""
+def state_of(module: nn.Module, names: Iterable[str] = ()) -> State:
+    """The parameters of a module, and that it has none under a name that it could have, for `restore`; and what it has under
+    other names."""
     kept = offload.kept(module)
-    return {name: Original(parameter, kept) for name, parameter in module._parameters.items()}
+    others = {name: Original(held_by(module, name), None) for name in names if name not in module._parameters}
+    return {**{name: Original(parameter, kept) for name, parameter in module._parameters.items()}, **others}
 
 
-def change(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let a module have other parameters: in place of its own, or where its hook brings them from."""
+def held_by(module: nn.Module, name: str) -> Any:
+    """What a module has under a name: a parameter, a buffer or an attribute; None if nothing."""
+    own = next((own for own in _held(module) if name in own), None)
+    return None if own is None else own[name]
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module.__dict__
+
+
+def _put(module: nn.Module, name: str, value: Any) -> None:
+    """Let a module have something under a name: where it has one, else as a parameter."""
+    next((own for own in _held(module) if name in own), module._parameters)[name] = value
+
+
+def change(module: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Let a module have other parameters: in place of its own, or where its hook brings them from; and other buffers and
+    attributes that hold its weight."""
     kept = offload.kept(module)
     if kept is None:
-        module._parameters.update(parameters)
+        for name, value in parameters.items():
+            _put(module, name, value)
         return
     for name, parameter in parameters.items():
         if module._parameters.get(name) is None:  # what is brought must have a place
@@ -246,12 +263,10 @@ def restore(module: nn.Module, state: State) -> None:
     """Let a module have parameters that it had, whether they are brought now, were then, both or neither."""
     kept, here = offload.kept(module), torch.device("cpu")
     for name, own in state.items():
-        if own.parameter is None:
-            module._parameters[name] = None
-        elif kept is None:
+        if own.parameter is None or kept is None:
             value = own.value(name, here) if own.is_elsewhere else None
             again = own.parameter if value is None else nn.Parameter(value, own.parameter.requires_grad)
-            module._parameters[name] = again
+            _put(module, name, again)
         elif module._parameters.get(name) is None:
             module._parameters[name] = nn.Parameter(own.parameter.to("meta"), own.parameter.requires_grad)
     if kept is None:

@@ -29,9 +29,7 @@ def opened(under: Under) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The base layer's logical parameters: as they are, and as they were before any merge."""
     running = under.backend.opened(under.inner)
     kept = under.aside()
-    aside = {name: under.backend.to_logical(name, own.detach()) for name, own in kept.items() if own is not None}
-    before = {name: tensor for name, tensor in running.items() if name not in kept}
-    return running, {**before, **aside}
+    return running, under.backend.opened_with(under.inner, kept) if kept else dict(running)
 
 
 def trained_of(under: Under) -> dict[str, Tensor]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
-from peftc.runtime.bases.places import computed_elsewhere
 from peftc.runtime.layer.folding import adapted, opened, refuse_waiting
 from peftc.runtime.layer.parts import Part, Under
 from peftc.runtime.layer.sums import Sums, is_finite, is_sum
 
 
-def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[str, nn.Parameter]:
-    """New base parameters with the adapters folded in, by name; a bias too where the layer has none and an adapter adds a
+def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[str, Any]:
+    """What takes the place of base parameters, with the adapters folded in, by name; a bias too where the layer has none and an adapter adds a
     constant. The layer stays as it is. Raises `PeftcError` for adapters that wait for a token, and
     with `check` on NaN or infinity."""
     base, backend = under.inner, under.backend
@@ -31,28 +31,14 @@ def merged_parameters(under: Under, parts: Sequence[Part], check: bool) -> dict[
         broken = [name for name, tensor in changed.items() if not is_finite(tensor)] if check else []
         if broken:
             raise PeftcError(not_finite(parts, "bias" if broken == ["bias"] else "weights"))
-        result = {}
-        for name, tensor in changed.items():
-            if name not in base._parameters:
-                raise PeftcError(computed_elsewhere(base, name, parts[0].path))
-            own = base._parameters[name]
-            if own is None:
-                weight = base._parameters["weight"]
-                assert weight is not None
-                result[name] = nn.Parameter(tensor.to(weight.dtype), requires_grad=False)
-            else:
-                stored = backend.to_stored(name, tensor, own).to(own.dtype)
-                if stored.stride() != own.stride():  # files and kernels want weights as they lay in memory before
-                    stored = torch.empty_like(own, device=stored.device).copy_(stored)
-                result[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-        return result
+        return backend.replaced(base, changed, parts[0].path)
 
 
 def _summed(under: Under, parts: Sequence[Part], check: bool) -> nn.Parameter | None:
     """The new weight where adapters do no more than add to one that is here: no other tensor of its size is made. Else None."""
     base, backend = under.inner, under.backend
     own = base._parameters.get("weight")
-    if type(own) is not nn.Parameter or own.is_meta:
+    if type(own) is not nn.Parameter or own.is_meta or backend.opens_anew:
         return None
     if not all(is_sum(part.tuner, part.parameter) for part in parts):
         return None

@@ -7,6 +7,7 @@ while its adapters are switched off, what it made of it; so each state comes bac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 from weakref import ReferenceType
 
 import torch
@@ -63,8 +64,8 @@ class Merging(Rebasing, KeepsAside):
 
     # what adapters make of the weights ----------------------------------------------------------------------------
 
-    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, nn.Parameter]:
-        """New base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
+    def merged_parameters(self, names: Sequence[str], check: bool = False) -> dict[str, Any]:
+        """What takes the place of base parameters with these adapters, of wrappers below too, folded in; the layer stays as it is."""
         parts = [
             wrapper._parts[name].fixed(training=False)
             for wrapper in self.chain()
@@ -89,9 +90,8 @@ class Merging(Rebasing, KeepsAside):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`W' - W` of one adapter, in storage order, in the adapter's dtype."""
         name = self.parameter or "weight"
-        like = places.tensor_of(self.get_base_layer(), name)
-        assert like is not None
-        return self.backend.to_stored(name, self.changes(adapter)[name], like)
+        like, change = places.tensor_of(self.get_base_layer(), name), self.changes(adapter)[name]
+        return change if like is None else self.backend.to_stored(name, change, like)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter, or any if it is not here, adds a matrix to the weight that does not depend on the weight.
@@ -146,10 +146,11 @@ class Merging(Rebasing, KeepsAside):
         self._refuse_order(names)
         base = self.get_base_layer()
         places.refuse_absent(base, self._parts[names[0]].path, "merged, the adapter would be lost")
-        keep(self, self._shared)
-        keep_entries(self.merged_adapters, self._pristine, base._parameters)
+        keep(self, self._shared, base)
+        keep_entries(self.merged_adapters, self._pristine, base._parameters, base._buffers)
         places.keep_brought(base)
-        parameters, was = self.merged_parameters(names, check), places.state_of(base)
+        parameters = self.merged_parameters(names, check)
+        was = places.state_of(base, parameters)
         self._found_at = {**{name: was[name].kept for name in parameters}, **self._found_at}
         for name in parameters:
             self._pristine.setdefault(name, was[name].parameter)
@@ -195,7 +196,7 @@ class Merging(Rebasing, KeepsAside):
             layer._merge_own(False, own)
         self.settle()
 
-    def _found(self) -> dict[str, Tensor | None]:
+    def _found(self) -> dict[str, Any]:
         """What this wrapper found when it merged, with values."""
         if not self._pristine:
             return {}
@@ -217,8 +218,8 @@ class Merging(Rebasing, KeepsAside):
     ) -> None:
         """Have these in the base layer; what was there, and this wrapper's state, are kept for undoing."""
         base = self.get_base_layer()
-        keep(self)
-        keep_entries(base._parameters)
+        keep(self, base)
+        keep_entries(base._parameters, base._buffers)
         places.keep_brought(base)
         places.restore(base, {name: places.Original(own, at.get(name)) for name, own in parameters.items()})
 
@@ -244,7 +245,7 @@ class Merging(Rebasing, KeepsAside):
 
     def _set_aside(self) -> None:
         if not self._is_aside:
-            was = places.state_of(self.get_base_layer())
+            was = places.state_of(self.get_base_layer(), self._pristine)
             folded = {name: own for name in self._pristine if (own := was[name].parameter) is not None}
             self._put(self._pristine, self._found_at)
             self._folded, self._is_aside = folded, True

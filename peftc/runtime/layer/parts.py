@@ -72,4 +72,4 @@ class Under:
     inner: nn.Module
     backend: Backend
     between: Callable[[], Sequence[Part]]
-    aside: Callable[[], Mapping[str, Tensor | None]]
+    aside: Callable[[], Mapping[str, Any]]

@@ -235,7 +235,7 @@ def update_of_branch(under: Under, part: Part) -> Callable[[Tensor, Tensor], Ten
 
 def _vectors(path: Path, under: Under, part: Part) -> Path:
     exchange, base = exchange_of_vectors(under, part), under.base
-    fresh = base is under.inner
+    fresh = base is under.inner and under.backend.gives_fresh
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = path(x, *args, **kwargs)
@@ -375,17 +375,18 @@ def _run(under: Under, parts: Sequence[Part], beyond: int | None, args: Any, kwa
 
     Plain linear layers do not keep what was folded for backward, but fold again.
     """
-    running, pristine = opened(under)
+    once = None if under.backend.opens_anew else opened(under)
     trained = trained_of(under)
 
     def fold(parts: Sequence[Part], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        running, pristine = opened(under) if once is None else once
         now = {**running, **trained}
         found = folded(under, parts, now, pristine)
         before = {} if beyond is None else folded(under, parts[:beyond], now, pristine)
         return {name: tensor - before[name] if name in before else tensor for name, tensor in found.items()}
 
     alone = len(args) == 1 and not kwargs and torch.is_grad_enabled()
-    if alone and under.backend.is_plain_linear and is_bare(under.inner, args[0]):
+    if alone and under.backend.can_refold(under.inner, args[0]):
         return _linear_folded(fold, parts, args[0], trained)
     return under.backend.run(under.inner, fold(parts, trained), args, kwargs)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class Rebasing:
 
     # given by the layer -------------------------------------------------------------------------------------------
 
-    def aside(self) -> dict[str, nn.Parameter | None]:
+    def aside(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def get_base_layer(self) -> nn.Module:
@@ -157,6 +158,11 @@ class Rebasing:
             return
         why = "its start changes the base weight"
         places.refuse_absent(self.get_base_layer(), path, why)
+        if self.backend.opens_anew:
+            what = f"The weight of `{path}` is packed, and {why}"
+            raise PeftcError(
+                rules.START_UNFIT(what, fix="Load the base unquantised, or choose another start.", where=path)
+            )
         own = self._own_weight()
         if own is None or own.is_meta:
             what = f"`weight` of `{path}` is not with the layer, and {why}"

@@ -23,7 +23,7 @@ from peftc.registry.boundary import guarded
 from peftc.runtime.bases import places
 from peftc.runtime.bases.backend import Backend
 from peftc.runtime.bases.inputs import first_argument
-from peftc.runtime.bases.table import BACKENDS
+from peftc.runtime.bases.table import BACKENDS, backend_of
 from peftc.runtime.call import Call, Shared
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, keep_values, note, whole
 from peftc.runtime.layer.called import noticing
@@ -78,6 +78,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
     #: slots that a step of training stopped from training on, by adapter
     held: dict[str, set[str]]
     _kind: Kind
+    _backend: Backend
     _first: str
     _path: Path
     _under: Under
@@ -97,6 +98,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
             _sites={},
             _parts={},
             _kind=site.layer.kind,
+            _backend=backend_of(site.layer),
             _first=first_argument(type(self.get_base_layer()).forward),
             _active=(),
             _disabled=False,
@@ -350,12 +352,12 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
             return [self._parts[name] for name in dict.fromkeys((*self.merged_adapters, *self._active))]
         return [self._parts[name] for name in self._active if name not in self.merged_adapters]
 
-    def aside(self) -> dict[str, nn.Parameter | None]:
+    def aside(self) -> dict[str, Any]:
         """Base parameters that were merged into, as they were at first: the innermost wrapper had them first."""
         base = self.base_layer
         return {**self._pristine, **(base.aside() if isinstance(base, TunerLayer) else {})}
 
-    def _brought_aside(self) -> dict[str, Tensor | None]:
+    def _brought_aside(self) -> dict[str, Any]:
         """The same, each with its value where the layer computes."""
         base = self.base_layer
         return {**self._found(), **(base._brought_aside() if isinstance(base, TunerLayer) else {})}
@@ -439,7 +441,7 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
     @property
     def backend(self) -> Backend:
         """How the base layer stores and applies its weight."""
-        return BACKENDS[self._kind]
+        return self._backend
 
     @property
     def device(self) -> torch.device:
@@ -450,11 +452,12 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Views and the chosen path refer to this object's containers: a copy makes its own."""
-        own = ("_path", "_composed", "_under", "_parts", "_outer")
+        own = ("_path", "_composed", "_under", "_parts", "_outer", "_backend")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
+        self._backend = backend_of(next(iter(self._sites.values()))[0].layer) if self._sites else BACKENDS[self._kind]
         self._nest()
         self._parts = {}
         for adapter, (site, tuner) in self._sites.items():

@@ -18,7 +18,8 @@ from peftc.compiler.passes.starts import settled
 from peftc.compiler.plan.adapter import AdapterPlan
 from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import PeftcError
-from peftc.graph.nodes import ModuleGraph, TensorFacts
+from peftc.graph.nodes import ModuleGraph
+from peftc.graph.tensors import TensorFacts
 from peftc.registry.boundary import boundary
 from peftc.registry.manager import default_registry
 from peftc.registry.starts import known_start

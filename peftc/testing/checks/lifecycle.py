@@ -20,7 +20,7 @@ from peftc.checkpoint.load import open_adapter
 from peftc.checkpoint.report import expected_tensors
 from peftc.compiler.compile import compile_plan
 from peftc.diagnostics import PeftcError, PeftcWarning
-from peftc.graph.nodes import TensorFacts
+from peftc.graph.tensors import TensorFacts
 from peftc.model.mapping import inject_adapter_in_model
 from peftc.model.peft_model import PeftModel
 from peftc.runtime.applying.apply import session_of

@@ -1,0 +1,79 @@
+"""bitsandbytes' 4-bit layers: fp4 and nf4 in blocks, the scales quantised once more or not (Dettmers et al., arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from peftc import plugin as p
+
+#: numbers that share a scale, and scales that share one where they are quantised too, as the library has them
+BLOCK, NESTED_BLOCK = 64, 256
+#: bytes of the tables of levels: 16 of the weight; 256 of scales, with their offset
+TABLE, NESTED_TABLE = 16 * 4, 256 * 4 + 4
+
+
+class FourBit(p.Storage):
+    """bitsandbytes, 4 bits (fp4, nf4)"""
+
+    name: ClassVar[str] = "bitsandbytes-4bit"
+    package: ClassVar[str] = "bitsandbytes"
+    classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
+    held: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
+    fresh: ClassVar[bool] = False  # it is a view that a function of autograd made
+
+    def facts(self, layer: Any) -> p.Packed:
+        weight = layer.weight
+        state = weight.quant_state
+        dtype = (
+            state.dtype if state is not None else weight.dtype if weight.is_floating_point() else layer.compute_dtype
+        )
+        count, blocks = layer.in_features * layer.out_features, -(-layer.in_features * layer.out_features // BLOCK)
+        if weight.compress_statistics:
+            scales = blocks + -(-blocks // NESTED_BLOCK) * 4 + NESTED_TABLE
+        else:
+            scales = blocks * 4
+        nbytes = (count + 1) // 2 + scales + TABLE
+        return p.Packed(self.name, layer.in_features, layer.out_features, p.dtype_name(dtype), nbytes)
+
+    def settings(self, layer: Any) -> Mapping[str, Any]:
+        """In evaluation the library would pack the weight anew for some CPUs, in place, rounding its scales; from then on it gives no
+        gradient to inputs."""
+        return {"support_avx512bf16_for_cpu": False}
+
+    def open(self, layer: Any) -> p.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = layer.weight
+        if weight.quant_state is None:  # not packed yet: the library does it when the layer is moved
+            return cast("p.Tensor", weight.data)
+        opened: p.Tensor = dequantize_4bit(*_as_loaded(weight.data, weight.quant_state))
+        return opened
+
+    def pack(self, layer: Any, weight: p.Tensor) -> Mapping[str, Any]:
+        own = layer.weight
+        dtype = own.data.dtype if own.quant_state is None else own.quant_state.dtype
+        made = type(own)(
+            weight.to(dtype).cpu(),
+            requires_grad=False,
+            blocksize=own.blocksize,
+            compress_statistics=own.compress_statistics,
+            quant_type=own.quant_type,
+            quant_storage=own.quant_storage,
+        ).to(own.device)
+        return {"weight": made, "quant_state": made.quant_state}
+
+
+def _as_loaded(data: p.Tensor, state: Any) -> tuple[p.Tensor, Any]:
+    """A packed weight in the order of files, if a call before the layer was adapted put it into the order of a CPU's kernel."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data, state
+    import copy
+
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    found: tuple[p.Tensor, Any] = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+    return found
+
+
+peftc_storage = p.storing(FourBit())
