@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from peftc.plugin import PeftConfig, PeftConfigMixin, PeftType, PromptLearningConfig, TaskType
+    from peftc.runtime.applying.dequantizing import dequantize as dequantize
 
     __all__ = [
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
         "check_hotswap_configs_compatible",
         "compile_plan",
         "convert_adapter",
+        "dequantize",
         "get_base_model_state_dict",
         "get_layer_status",
         "get_model_status",
@@ -139,6 +141,7 @@ _HOMES = {
     "check_hotswap_configs_compatible": "peftc.model.functions.hotswap",
     "compile_plan": "peftc.compiler.compile",
     "convert_adapter": "peftc.model.functions.conversion",
+    "dequantize": "peftc.runtime.applying.dequantizing",
     "get_base_model_state_dict": "peftc.model.functions.base_state",
     "get_peft_config": "peftc.model.mapping",
     "get_peft_model": "peftc.model.mapping",

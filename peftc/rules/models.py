@@ -142,4 +142,13 @@ BIAS_GAINED = Rule(
 OPTIMIZER_UNFIT = UnableRule(
     "PC566", "Class of optimiser does not fit", "Gradients are scaled once in a step, before the class moves anything."
 )
+MERGE_ROUNDED = Rule(
+    "PC567",
+    "Merged weights are rounded",
+    "A packed weight has few values: merged, the model is another one than with the adapter beside it.",
+    WARNING,
+)
+WHILE_ADAPTED = Rule(
+    "PC568", "Not possible while adapted", "What is known of the layers would be of others than there are."
+)
 START_DATA = StateRule("PC570", "Start without its data", "The factors follow from what the model does with data.")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftc import PeftcError, PeftConfig, PeftModel, get_peft_model, rules
+from peftc import PeftcError, PeftConfig, PeftcWarning, PeftModel, dequantize, get_peft_model, rules
 from peftc.graph.files import graph_from_text, write_graph
 from peftc.graph.nodes import Kind
 from peftc.plugin import hookimpl, register_storage, unregister_storage
@@ -27,6 +27,7 @@ from tests.runtime.methods import Net, narrow, stretch, x
 from tests.runtime.storages import LARGEST, Rounded, RoundedStorage, Sealed, opened, packed
 
 Patch = pytest.MonkeyPatch
+pytestmark = pytest.mark.filterwarnings("ignore:.*PC567")
 CONFIGS = {"thin": narrow, "output": stretch}
 
 
@@ -202,6 +203,46 @@ def test_a_start_that_changes_the_base_weight_is_refused() -> None:
     with pytest.raises(PeftcError) as caught:
         get_peft_model(net(), narrow(begin="late", r=2))
     assert caught.value.diagnostics[0].code == rules.START_UNFIT.code
+
+
+def test_what_rounding_costs_is_told_once_for_a_merge() -> None:
+    first, second = pair(narrow())
+    first.eval(), second.eval()
+    with pytest.warns(PeftcWarning, match="PC567") as caught:
+        first.merge_adapter()
+    assert len(caught) == 1 and "2 layers stored by rounded" in str(caught[0].message)
+    second.merge_adapter()
+    worst = 0.0
+    for name in ("first", "second"):
+        wanted = getattr(second.base_model.model, name).get_base_layer().weight
+        was = getattr(opened(net()), name).weight
+        got = getattr(first.base_model.model, name).get_base_layer().numbers()
+        worst = max(worst, ((got - wanted).norm() / (wanted - was).norm()).item())
+    assert f"{worst:.0%} in the worst" in str(caught[0].message)
+
+
+def test_made_plain_the_layers_have_the_same_numbers_and_adapters_merge_exactly(tmp_path: Path) -> None:
+    first, second = pair(narrow())
+    first.save_pretrained(tmp_path)
+    base = net()
+    y, shared = base.train()(x()), base.second
+    base.again = shared
+    plain = dequantize(base)
+    assert plain is base and plain.again is plain.second and plain.training
+    assert all(type(module) is not Rounded for module in plain.modules())
+    assert not any(p.requires_grad for p in plain.parameters()) and torch.equal(plain(x()), y)
+    assert dequantize(net(), torch.bfloat16).first.weight.dtype is torch.bfloat16
+    del plain.again
+    model = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    torch.testing.assert_close(model.merge_and_unload()(x()), second.eval()(x()))
+
+
+def test_with_adapters_on_it_a_model_is_not_made_plain() -> None:
+    model = get_peft_model(net(), narrow())
+    with pytest.raises(PeftcError) as caught:
+        dequantize(model.get_base_model())
+    assert caught.value.diagnostics[0].code == rules.WHILE_ADAPTED.code
+    assert isinstance(model.base_model.model.first.get_base_layer(), Rounded)
 
 
 @pytest.mark.parametrize(

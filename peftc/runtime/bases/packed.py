@@ -18,6 +18,7 @@ from peftc.diagnostics import PeftcError
 from peftc.ops.linear import is_unwatched
 from peftc.ops.lowrank import is_traced
 from peftc.registry.boundary import boundary
+from peftc.runtime.bases import rounding
 from peftc.runtime.bases.linear import LinearBackend
 from peftc.runtime.bases.places import change, held_by, tensor_of
 from peftc.tuner.storage import Storage
@@ -59,8 +60,14 @@ class PackedBackend(LinearBackend):
             what = f"The weight of `{path}` is stored by {self._storage.name}, and takes no other: {why}"
             fix = "Load the base without quantisation and merge there, or keep the adapter beside the layer."
             raise PeftcError(rules.PACKED_FOR_GOOD(what, fix=fix, where=path))
+        weight = changed["weight"].contiguous()
         with boundary(self._who, "pack", path):
-            return {**made, **self._storage.pack(base, changed["weight"].contiguous())}
+            anew = self._storage.pack(base, weight)
+        if rounding.is_asked():
+            rounding.measured(
+                path, self._storage.name, self.opened(base)["weight"], weight, self.opened_with(base, anew)["weight"]
+            )
+        return {**made, **anew}
 
     def can_refold(self, base: nn.Module, x: Tensor) -> bool:
         return is_unwatched(base) and not torch.is_autocast_enabled(x.device.type) and not is_traced()

@@ -24,6 +24,7 @@ from peftc.registry.starts import start_of
 from peftc.runtime.around.calls import CallModule
 from peftc.runtime.around.modules import ModuleWrapper, wrapper_class
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.bases import rounding
 from peftc.runtime.bases.places import device_of
 from peftc.runtime.bases.shards import note_adding, refuse_sharded
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
@@ -320,10 +321,11 @@ class Session(Applied):
         refuse_sharded(self.ways_to(self.plans[name] for name in names), "merged, the adapter would be lost")
         self.refuse_clashes([*self.merged, *names])
         self.base.act(self.active)  # what trains along is folded in as it was trained, also while all are disabled
-        for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
-            for layer in self.layers[path].chain() if not self.enabled else ():
-                layer.enable_adapters(False)
-            self.layers[path].merge(safe, names)
+        with rounding.told():
+            for path in dict.fromkeys(site.path for name in names for site in self.plans[name].maps):
+                for layer in self.layers[path].chain() if not self.enabled else ():
+                    layer.enable_adapters(False)
+                self.layers[path].merge(safe, names)
         keep_ties(self.graph, self.layers)
         warn(gained(self.layers))
         self.base.still()
