@@ -17,17 +17,18 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.bases.made import BASES, IDS, Base
+from tests.bases.made import BASES, IDS, Base, loaded
 
 RECORD = Path(__file__).with_suffix(".json")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+FLOAT = Base("float", "transformers", lambda folder: loaded())
 NOISE = 0.05
 RATE = 0.5
 
@@ -36,7 +37,8 @@ RATE = 0.5
 class Told:
     """What the reference came to with one type on one base.
 
-    `adapter` is the folder of its first values; `losses` those of three steps of SGD from there. `merged` is by how
+    `adapter` is the folder of its first values; `losses` those of three steps of SGD from there, `apart`
+    how far they are from those on the float base (codes taken for weights show here). `merged` is by how
     much merging moved the logits, `unmerged` by how much merging and taking back did, None where it raises; `effect`
     by how much the adapter itself does: a merge that moves them as much has lost the adapter. `refused` is why it does
     not train, or nothing, and then the rest is empty.
@@ -44,6 +46,7 @@ class Told:
 
     adapter: Path | None = None
     losses: tuple[float, ...] = ()
+    apart: float = 0.0
     effect: float = 0.0
     merged: float | None = None
     unmerged: float | None = None
@@ -51,8 +54,9 @@ class Told:
 
 
 def three_steps(model: nn.Module, **inputs: Any) -> tuple[float, ...]:
-    """The losses of three steps of SGD on `IDS`, in training mode, on whatever of `model` is trainable."""
+    """The losses of three steps of SGD on `IDS`, in training mode and seeded, on whatever of `model` is trainable."""
     model.train()
+    torch.manual_seed(3)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     losses = []
     for _ in range(3):
@@ -65,8 +69,9 @@ def three_steps(model: nn.Module, **inputs: Any) -> tuple[float, ...]:
 
 
 def logits(model: nn.Module, **inputs: Any) -> Tensor:
-    """The logits for `IDS`, in training mode: in evaluation some libraries exchange the weights for others (see probe)."""
+    """The logits for `IDS`, in training mode: in evaluation some libraries exchange the weights for others of less precision."""
     model.train()
+    torch.manual_seed(3)
     with torch.no_grad():
         found: Tensor = model(input_ids=IDS, **inputs).logits.float()
     return found
@@ -102,27 +107,40 @@ def asked(name: str, peft_type: str, chosen: str) -> Told:
     """`of_reference` with options as a text, so that it can be kept."""
     folder = Path(tempfile.mkdtemp(prefix="reference-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    base = {**BASES, FLOAT.name: FLOAT}[name]
     options = json.loads(chosen)
     inputs = {"task_ids": torch.tensor([0, 1])} if "n_tasks" in options else {}
     with quiet(), torch.random.fork_rng():
         try:
-            model = adapted(BASES[name], peft_type, options, folder)
+            model = adapted(base, peft_type, options, folder)
             model.save_pretrained(folder / "adapter")
             losses = three_steps(model, **inputs)
         except Exception as error:  # the reference's own, of whatever kind
             return Told(refused=f"{type(error).__name__}: {error}")
         if not all(map(math.isfinite, losses)):
             return Told(refused=f"its losses are {losses}")
-        return merging(BASES[name], peft_type, options, folder, losses, inputs)
+        told = merging(base, peft_type, options, folder, losses, inputs)
+    plain = on_float(peft_type, chosen)
+    return replace(told, apart=max(abs(ours - float_) for ours, float_ in zip(losses, plain, strict=True)))
+
+
+@functools.cache
+def on_float(peft_type: str, chosen: str) -> tuple[float, ...]:
+    """The losses of the reference's `peft_type` on the model in floating point that all bases are made from."""
+    options = json.loads(chosen)
+    inputs = {"task_ids": torch.tensor([0, 1])} if "n_tasks" in options else {}
+    with quiet(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        return three_steps(adapted(FLOAT, peft_type, options, Path(folder)), **inputs)
 
 
 def adapted(base: Base, peft_type: str, options: Mapping[str, Any], folder: Path) -> Any:
     """The reference's model on a fresh `base`, its trainable values moved by seeded noise."""
     from peft import get_peft_config, get_peft_model
 
-    torch.manual_seed(1)
     config = get_peft_config({"peft_type": peft_type, "task_type": "CAUSAL_LM", **options})
-    model = get_peft_model(base.build(Path(tempfile.mkdtemp(dir=folder))), config)
+    model = base.build(Path(tempfile.mkdtemp(dir=folder)))
+    torch.manual_seed(1)  # only now: making a base draws too
+    model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -135,12 +153,12 @@ def merging(
     base: Base, peft_type: str, options: Mapping[str, Any], folder: Path, losses: tuple[float, ...], inputs: Any
 ) -> Told:
     """`Told` with what merging and unmerging cost, each on a fresh model."""
-    apart: dict[str, float | None] = {"merged": None, "unmerged": None}
+    costs: dict[str, float | None] = {"merged": None, "unmerged": None}
     model = adapted(base, peft_type, options, folder)
     before = logits(model, **inputs)
     with model.disable_adapter():
         effect = float((logits(model, **inputs) - before).abs().max())
-    for kind in apart:
+    for kind in costs:
         model = adapted(base, peft_type, options, folder)
         before = logits(model, **inputs)
         try:
@@ -152,8 +170,8 @@ def merging(
                 after = logits(model, **inputs)
         except Exception:  # what it raises differs by type and base: that it does is what counts
             continue
-        apart[kind] = float((after - before).abs().max())
-    return Told(folder / "adapter", losses, effect, **apart)
+        costs[kind] = float((after - before).abs().max())
+    return Told(folder / "adapter", losses, effect=effect, **costs)
 
 
 @contextmanager
@@ -182,7 +200,7 @@ def brief(told: Told) -> dict[str, float | None] | None:
     """A row of the record, or nothing where the type does not train."""
     if told.refused:
         return None
-    sizes = {"effect": told.effect, "merged": told.merged, "unmerged": told.unmerged}
+    sizes = {"apart": told.apart, "effect": told.effect, "merged": told.merged, "unmerged": told.unmerged}
     return {key: value if value is None else float(f"{value:.1e}") for key, value in sizes.items()}
 
 
