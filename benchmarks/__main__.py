@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.measure import FIXED
 from benchmarks.row import PEER, Row
-from benchmarks.rows import NAMES
+from benchmarks.rows import APART, NAMES
 from benchmarks.table import Line, Readings, Samples, Verdict, line_of, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,16 +130,18 @@ def _run(name: str, arguments: Sequence[str]) -> Readings | str:
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure peftc against the reference.")
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"rows to run, all if none: {', '.join(NAMES)}")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"rows to run, all but the last if none: {', '.join((*NAMES, *APART))}"
+    )
     parser.epilog = (
         f"`python -m benchmarks {SWEEP}` compares what both train on every architecture; it writes docs/sweep.md."
     )
     parser.add_argument("--runs", type=int, metavar="N", help="rounds, instead of each row's own number")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page here; all rows: docs/benchmarks.md")
     args = parser.parse_args(words)
-    unknown = sorted(set(args.rows) - set(NAMES))
+    unknown = sorted(set(args.rows) - {*NAMES, *APART})
     if unknown:
-        parser.error(f"unknown row: {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown row: {', '.join(unknown)}; there are {', '.join((*NAMES, *APART))}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""The rows of the table, one script each, in the order of the page."""
+"""The rows of the table, one script each, in the order of the page; and those that run by name alone."""
 
 NAMES = (
     "startup",
@@ -14,3 +14,5 @@ NAMES = (
     "merging",
     "methods",
 )
+#: What needs libraries that the ordinary environment has not: run from one that has them.
+APART = ("packed-memory",)

@@ -20,7 +20,6 @@ class FourBit(p.Storage):
     package: ClassVar[str] = "bitsandbytes"
     classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
     held: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
-    fresh: ClassVar[bool] = False  # it is a view that a function of autograd made
 
     def facts(self, layer: Any) -> p.Packed:
         weight = layer.weight

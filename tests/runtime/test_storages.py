@@ -199,6 +199,20 @@ def test_what_a_storage_raises_names_it(function: str) -> None:
     assert function in str(caught.value) and "by me" in str(caught.value)
 
 
+def test_a_packed_layer_cannot_be_trained_whole() -> None:
+    with pytest.raises(PeftcError, match="rounded") as caught:
+        get_peft_model(net(), narrow(target_modules=["first"], modules_to_save=["head"]))
+    assert caught.value.diagnostics[0].code == rules.CANNOT_SAVE.code
+
+
+def test_packed_weights_count_as_many_as_they_have_opened() -> None:
+    config = narrow()
+    assert (
+        get_peft_model(net(), config).get_nb_trainable_parameters()
+        == get_peft_model(opened(net()), config).get_nb_trainable_parameters()
+    )
+
+
 def test_a_start_that_changes_the_base_weight_is_refused() -> None:
     with pytest.raises(PeftcError) as caught:
         get_peft_model(net(), narrow(begin="late", r=2))

@@ -393,6 +393,9 @@ def copy_modules(draft: Draft, context: Context) -> Draft:
             continue
         if node.facts.cls in _CONTAINERS:
             problems.append(_container(node, context))
+        packed = next((own for own in below(context.graph, position) if own.facts.packed is not None), None)
+        if packed is not None:
+            problems.append(_packed_copy(node, packed, context))
         name = next(name for name in names if node.path.endswith(name))
         saves.append(save_site(context.graph, position, name, context.options.autocast_adapter_dtype))
     task = draft.config.task_type
@@ -425,6 +428,14 @@ def _name_problems(name: str, meant: list[str], optional: bool, context: Context
 def _container(node: ModuleNode, context: Context) -> Diagnostic:
     what = f"modules_to_save cannot be applied to modules of type {node.facts.cls}, as `{node.path}` is"
     return rules.CANNOT_SAVE(what, fix="Name the modules in it.", where=context.where("modules_to_save"))
+
+
+def _packed_copy(node: ModuleNode, packed: ModuleNode, context: Context) -> Diagnostic:
+    assert packed.facts.packed is not None
+    storage = packed.facts.packed.storage
+    what = f"`{node.path}` cannot be trained whole: the weight of `{packed.path}` is packed (`{storage}`), and no gradient can move it"
+    fix = "Adapt it instead (`target_modules`), or leave it out of what is quantised when the base is loaded."
+    return rules.CANNOT_SAVE(what, fix=fix, where=context.where("modules_to_save"))
 
 
 def save_site(graph: ModuleGraph, position: int, name: str, autocast: bool) -> SaveSite:

@@ -13,6 +13,7 @@ from peftc.diagnostics import PeftcError
 from peftc.host.layers import is_pretrained
 from peftc.runtime.applying.tuner_model import TunerModel
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
+from peftc.runtime.bases.storages import packed_facts
 from peftc.runtime.layer.wrapper import TunerLayer
 
 T = TypeVar("T")
@@ -104,11 +105,19 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def counted(model: nn.Module) -> tuple[int, int]:
-    """`(trainable, all)` parameters; a shared tensor counts once."""
+    """`(trainable, all)` parameters; a shared tensor counts once, and a packed weight as many as it has opened."""
     trainable = total = 0
-    for parameter in model.parameters():
-        total += parameter.numel()
-        trainable += parameter.numel() if parameter.requires_grad else 0
+    seen: set[int] = set()
+    for module in model.modules():
+        packed = packed_facts(module)
+        if packed is not None:
+            total += packed.in_features * packed.out_features
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or (packed is not None and name != "bias"):
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            trainable += parameter.numel() if parameter.requires_grad else 0
     return trainable, total
 
 
