@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftc import PeftModel, get_peft_model
-from peftc.ops import joint
+from peftc.ops import joint, linear
 from peftc.runtime.layer import paths
 from tests.defects import put_defect
 from tests.runtime.methods import narrow
@@ -323,3 +323,30 @@ def test_the_tables_tell(defect: tuple[str, str], told: tuple[str, str], monkeyp
             test_which_layers_are_computed_together(state)
         else:
             test_each_layer_gives_what_it_gives_by_itself(state, operation, monkeypatch)
+
+
+@pytest.mark.parametrize("state", ["as it was", "an input that is kept"])
+def test_outputs_are_no_views(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bias torch gives one, and lets nobody write into a view that came out of a function."""
+    outcome(state, "an output is written into")
+    put_defect(monkeypatch, linear, "if y._is_view() else y", "if False else y")
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        outcome(state, "an output is written into")
+
+
+def test_a_factor_that_is_written_into_between_two_layers() -> None:
+    """The output is that of the new factor. Backward does not use the old one unseen: torch says that it is no longer there."""
+    model, inner, u = block()
+
+    def write(name: str, x: Tensor) -> Tensor:
+        if name == "k":
+            with torch.no_grad():
+                next(p for n, p in inner.k.named_parameters() if "narrow_B" in n).mul_(1.5)
+        return x
+
+    inner.between = write
+    found = model(u)
+    assert together(found) == "qv"
+    torch.testing.assert_close(found["k"], inner.k(F.silu(u)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(found).backward()
