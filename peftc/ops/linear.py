@@ -48,6 +48,13 @@ def linear_low_rank(
     return y
 
 
+def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`, for a function to return: with a bias torch gives a view, into which nobody may write who got it of one."""
+    y = F.linear(x, weight, bias)
+    own: Tensor = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return own
+
+
 class _LinearLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -60,7 +67,7 @@ class _LinearLowRank(torch.autograd.Function):
         scale: float,
         noise: Noise | None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = linear_output(x, weight, bias)
         h = down(x if noise is None else noise.on(x), A)
         add_update(y, h, B, scale)
         ctx.scale, ctx.factor = scale, None if noise is None else noise.factor
