@@ -12,8 +12,9 @@ from peftc.cli import console
 from peftc.compiler.explain import Explanation, explain, render_explanation
 from peftc.compiler.of_spec import compile_spec
 from peftc.compiler.plan.files import read_graph
+from peftc.compiler.plan.mesh import Share, read_mesh, share_of
 from peftc.compiler.plan.plan import InjectionPlan
-from peftc.compiler.plan.render import render_plan
+from peftc.compiler.plan.render import render_plan, render_share
 from peftc.compiler.plan.serial import plan_to_text
 from peftc.config.base import CONFIG_NAME
 from peftc.config.places import Document, Location, json_path
@@ -35,12 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
     parser.add_argument("--json", action="store_true", help="the same as `--format json`")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, help="write the plan as JSON, for `peftc apply`")
-    parser.add_argument("--explain", metavar="MODULE", help="what each pass did to one module, adapted or not")
+    besides = parser.add_mutually_exclusive_group()
+    besides.add_argument("--mesh", metavar="AXES", help="also what each of many processes holds: `fsdp=8,tp=2`")
+    besides.add_argument("--explain", metavar="MODULE", help="what each pass did to one module, adapted or not")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, or the explanation of one module, and write the plan with `--out`."""
     args.json = args.json or args.format == "json"  # problems are then JSON too
+    mesh = None if args.mesh is None else read_mesh(args.mesh)
     file = Path(args.spec) / CONFIG_NAME if Path(args.spec).is_dir() else Path(args.spec)
     spec, said = load_spec(file, base=args.base)
     graph = _graph(spec, args.graph)
@@ -54,13 +58,16 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _write(plan, args.out)
         console.note(f"Wrote the plan to {args.out}", args.quiet)
-    if args.json:
-        console.out(plan_to_text(plan).rstrip("\n"))
-        return 0
-    warnings = _merged(said, _placed(plan.warnings, read_document(file)) if plan.warnings else ())
     train = spec.train
     optimizer = None if train is None else chosen_optimizer(train.optimizer, train.optimizer_options)
+    share = None if mesh is None else share_of(plan, mesh, optimizer)
+    if args.json:
+        _show_json(plan, share)
+        return 0
+    warnings = _merged(said, _placed(plan.warnings, read_document(file)) if plan.warnings else ())
     console.out(render_plan(replace(plan, warnings=tuple(warnings)), _paint, optimizer).rstrip("\n"))
+    if share is not None:
+        console.out("\n" + render_share(share, _paint, optimizer).rstrip("\n"))
     return 0
 
 
@@ -74,6 +81,16 @@ def _graph(spec: AdapterSpec, file: Path | None) -> ModuleGraph:
 
 def _paint(text: str, *styles: str) -> str:
     return console.paint(console.plain(text), *styles) if styles else console.plain(text)
+
+
+def _show_json(plan: InjectionPlan, share: Share | None) -> None:
+    """The plan; asked for the share of a process, that alone: a plan is the same for any number of them."""
+    if share is None:
+        console.out(plan_to_text(plan).rstrip("\n"))
+        return
+    memory = {**asdict(share.cost), "training": share.cost.training}
+    mesh = {**asdict(share.mesh), "ranks": share.mesh.ranks}
+    console.out_json({"mesh": mesh, "bytes_each": memory, "assumed": list(share.assumed)})
 
 
 def _show_explanations(explanations: list[Explanation], as_json: bool) -> None:

@@ -27,10 +27,10 @@ from peftc.graph.tensors import (
     texts_of,
 )
 
-#: Version of the JSON form. Files of version 1, which knew no former names, are read as well.
-GRAPH_VERSION = 2
+#: Version of the JSON form. Files of version 1, which knew no former names, and of 2, without splits, are read as well.
+GRAPH_VERSION = 3
 #: Versions that are read.
-READABLE = (1, 2)
+READABLE = (1, 2, 3)
 
 
 class Kind(StrEnum):
@@ -258,6 +258,8 @@ class ModuleGraph:
     ties: tuple[tuple[str, ...], ...] = ()
     #: what weights were in checkpoints, where the model has them fused or under other names
     former: tuple[FormerLayers, ...] = ()
+    #: how tensor parallelism would split modules and parameters, a style by name, with `*` for numbers; as the model says
+    splits: tuple[tuple[str, str], ...] = ()
     #: which layers are replicas of others; their parameters are in `ties`
     replication: Replication | None = field(default=None, compare=False)
 
@@ -311,12 +313,13 @@ class ModuleGraph:
     def digest(self) -> str:
         """SHA-256 over structure, shapes, dtypes and ties: what a plan depends on.
 
-        Where the model came from and what is only said for readers (roles, notes, former names) are left out: the same
-        model from another folder, or described by a later version, is the same.
+        Where the model came from and what is only said for readers (roles, notes, former names, splits) are left out: the
+        same model from another folder, or described by a later version, is the same.
         """
         data = self.to_json()
         del data["model"]["name_or_path"]
         del data["former"]
+        del data["splits"]
         data["version"] = READABLE[0]  # since when what is left has been as it is
         data["nodes"] = [[path, index] for path, index, _, _ in data["nodes"]]
         data["facts"] = [{key: value for key, value in facts.items() if key != "note"} for facts in data["facts"]]
@@ -345,6 +348,7 @@ class ModuleGraph:
             "nodes": nodes,
             "ties": [list(group) for group in self.ties],
             "former": [[former.module, former.parameter, list(former.layers)] for former in self.former],
+            "splits": [list(split) for split in self.splits],
         }
 
     @classmethod
@@ -360,7 +364,8 @@ class ModuleGraph:
         )
         if not (nodes and all(ties) and all(known.layers for known in former)):
             raise ValueError("no modules, or names of nothing")
-        made = cls(model_from_json(data["model"]), nodes, ties, former)
+        splits = tuple((text_of(name), text_of(style)) for name, style in data.get("splits", ()))
+        made = cls(model_from_json(data["model"]), nodes, ties, former, splits)
         for path in (made.model.input_embeddings, made.model.output_embeddings):
             if path is not None and path not in made.by_path:
                 raise ValueError(f"the embeddings `{path}` are no module")

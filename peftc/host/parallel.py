@@ -18,6 +18,15 @@ def parts(model: nn.Module) -> int:
     return getattr(model, "_tp_size", None) or 1
 
 
+def split_styles(model: nn.Module) -> dict[str, str]:
+    """How transformers splits the weights of one of its models by tensors: a style by the name of a module or a parameter, with
+    `*` for numbers.
+
+    Relied on: `tp_plan` of a `PreTrainedModel` (since 4.55); `_tp_plan` before.
+    """
+    return dict(getattr(model, "_tp_plan", None) or {})
+
+
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a tensor before it was sharded.
 

@@ -32,6 +32,7 @@ from peftc.runtime.applying.handed import with_handed
 from peftc.runtime.applying.planning import hollow, plan_for
 from peftc.runtime.applying.tuner_model import TunerModel, let_property_say
 from peftc.runtime.around.calls import CallModule
+from peftc.runtime.bases import splits
 from peftc.runtime.collector import collector_paused
 from peftc.runtime.gates import FromToken
 from peftc.runtime.journal import keep, keep_entries, whole
@@ -292,6 +293,9 @@ class PeftModel(AdaptedModel):
         if is_main_process:
             beginning, pickled = path_initial_model_for_weight_conversion, not safe_serialization
             files.save(self, save_directory, names, save_embedding_layers, state_dict, pickled, beginning)
+        elif state_dict is None and splits.is_split(self):  # whoever writes puts it together from what all have
+            for name in names:
+                self.adapter_tensors(name, save_embedding_layers)
 
     def adapter_tensors(
         self,

@@ -46,3 +46,4 @@ OPTIMIZER_MISFIT = Rule(
     "Optimiser does not fit the adapter",
     "What it does otherwise than others it does to layers that are not there.",
 )
+MESH_INVALID = Rule("PC733", "Not a mesh of processes", "Each process's share follows from how many there are.")

@@ -80,7 +80,9 @@ WEIGHT_ELSEWHERE = RuntimeRule(
     "PC536", "Weight is not where it is needed", "What is done without it is lost, or done to something else."
 )
 SPLIT_BASE = RuntimeRule(
-    "PC539", "Base is split by tensors", "Each process holds a part of each weight; the adapter would be held whole."
+    "PC539",
+    "Base is split by tensors",
+    "Each process holds a part of each weight; adapters act on whole inputs and outputs.",
 )
 MERGE_ORDER = Rule(
     "PC540", "Merge would change the order", "Merged into the base weights an adapter acts before all that are not."

@@ -22,6 +22,7 @@ def graph_schema() -> Schema:
         ("parameter", TEXT),
         ("layers", {**list_of(TEXT), "minItems": 1}),
     )
+    split = row("How tensor parallelism would split a module or a parameter.", ("name", TEXT), ("style", TEXT))
     graph = obj(
         "The modules of a model.",
         version={"enum": list(READABLE)},
@@ -30,6 +31,7 @@ def graph_schema() -> Schema:
         nodes={**list_of(node, "All modules, parents first."), "minItems": 1},
         ties=list_of({**list_of(TEXT), "minItems": 1}, "Names of parameters that are one tensor."),
         former=list_of(former, "What weights were; missing in files of version 1."),
-        optional=("former",),
+        splits=list_of(split, "How processes would share weights; missing in files of versions 1 and 2."),
+        optional=("former", "splits"),
     )
     return {**graph, "$defs": {"model": model(), "layer": layer(), "tensor": tensor()}}

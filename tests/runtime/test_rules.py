@@ -41,6 +41,7 @@ from peftc.runtime.applying import apply, conversion, planning, weighted
 from peftc.runtime.applying.apply import apply_plan
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.around import calls
+from peftc.runtime.bases import splits
 from peftc.runtime.call import Call
 from peftc.runtime.layer import merged as merged_weights
 from peftc.runtime.layer import merging
@@ -232,7 +233,7 @@ CASES = {
     ),
     "a base that is split by tensors": Case(
         rules.SPLIT_BASE, split, lambda m: inject_adapter_in_model(narrow(), m),
-        (planning, "    if parts > 1:", "    if False:"), "are split between 2 processes",
+        (splits, "    if parts > 1 and not is_split(model):", "    if False:"), "are split between 2 processes",
     ),
     "combining what says no way": Case(
         rules.CANNOT_COMBINE, lambda: adapted(stretch(), other=stretch()),

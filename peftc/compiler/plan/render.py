@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from peftc.compiler.plan.adapter import AdapterPlan
-from peftc.compiler.plan.cost import cost_of, file_bytes, trainable_by_role
+from peftc.compiler.plan.cost import Cost, cost_of, file_bytes, trainable_by_role
+from peftc.compiler.plan.mesh import Share
 from peftc.compiler.plan.plan import InjectionPlan
 from peftc.compiler.plan.sites import MapSite, ModuleSite
 from peftc.graph.groups import grouped
@@ -132,9 +133,30 @@ def shape_of(layer: LayerFacts) -> str:
     return f"{kind}{layer.in_features}→{layer.out_features}{kernel}"
 
 
+def render_share(share: Share, paint: Paint = plain, optimizer: ChosenOptimizer | None = None) -> str:
+    """What each process of a mesh has in memory, and what was assumed about it."""
+    mesh = share.mesh
+    told = f"{mesh.ranks:,} processes, each with at most" if mesh.ranks > 1 else "which has"
+    rows = [("memory", _memory(share.cost, optimizer or chosen_optimizer(None, None)))]
+    rows += [("assumed", "; ".join(share.assumed))] if share.assumed else []
+    head = f"{paint('Mesh', 'dim')} {paint(str(mesh), 'bold')}  {paint(told, 'dim')}"
+    return "\n".join([head, *_labelled(rows, paint)]) + "\n"
+
+
+def _labelled(rows: Iterable[tuple[str, str]], paint: Paint) -> Iterable[str]:
+    return (f"{paint(label.ljust(10), 'dim')}{paint(_wrapped(text))}" for label, text in rows)
+
+
+def _memory(cost: Cost, optimizer: ChosenOptimizer) -> str:
+    parts = {"base": cost.base, "adapter": cost.adapters, "gradients": cost.gradients}
+    parts[optimizer.record.title] = cost.optimiser
+    parts |= {"original weights": cost.originals} if cost.originals else {}
+    told = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    return f"{size(cost.training)} + activations: {told}"
+
+
 def _totals(plan: InjectionPlan, paint: Paint, optimizer: ChosenOptimizer) -> str:
     trainable, total = plan.counts()
-    cost = cost_of(plan, optimizer)
     rows = []
     if len(plan.adapters) > 1:
         for adapter in plan.adapters:
@@ -147,12 +169,8 @@ def _totals(plan: InjectionPlan, paint: Paint, optimizer: ChosenOptimizer) -> st
     rows.append(("trainable", f"{trainable:,} of {total:,} parameters ({percent(trainable, total)})"))
     files = [file_bytes(adapter, plan.model) for adapter in plan.adapters]
     rows.append(("on disk", f"{size(sum(files))} ({sum(files):,} bytes)"))
-    parts = {"base": cost.base, "adapter": cost.adapters, "gradients": cost.gradients}
-    parts[optimizer.record.title] = cost.optimiser
-    parts |= {"original weights": cost.originals} if cost.originals else {}
-    told = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
-    rows.append(("memory", f"{size(cost.training)} + activations: {told}"))
-    return "\n".join(f"{paint(label.ljust(10), 'dim')}{paint(_wrapped(text))}" for label, text in rows)
+    rows.append(("memory", _memory(cost_of(plan, optimizer), optimizer)))
+    return "\n".join(_labelled(rows, paint))
 
 
 def _wrapped(text: str, width: int = 90) -> str:

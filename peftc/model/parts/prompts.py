@@ -14,6 +14,7 @@ from peftc.diagnostics import PeftcError
 from peftc.host import caches
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.classes import encoder_class
+from peftc.runtime.bases import splits
 from peftc.runtime.journal import keep_entry, whole
 from peftc.runtime.layer.wrapper import Source
 from peftc.runtime.prompt import cache
@@ -121,6 +122,7 @@ class PromptsMixin:
             c = encoder.config
             cache.refuse_unfit(model, c.num_layers, c.num_attention_heads, c.token_dim // c.num_attention_heads)
         encoder.fill(model.get_input_embeddings(), source)  # type: ignore[operator]  # the plan found them
+        splits.agree(model, lambda: dict(encoder.named_parameters()))
         encoder.train(model.training)
         keep_entry(self.prompt_encoder._modules, adapter.name)
         self.prompt_encoder[adapter.name] = encoder

@@ -16,11 +16,11 @@ from peftc.compiler.plan.sites import WRAPPED_ROOT
 from peftc.config.base import PeftConfig
 from peftc.config.mixins import TargetNamesMixin
 from peftc.diagnostics import PeftcError, warn
-from peftc.host import parallel
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import session_of
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.bases.shards import note_adding
+from peftc.runtime.bases.splits import refuse_unknown_splits
 from peftc.runtime.layer.wrapper import Source
 from peftc.runtime.slots.filling import torch_dtype
 
@@ -43,7 +43,7 @@ def plan_for(
     if not isinstance(model, nn.Module):
         what = f"A {type(model).__name__} is not a `torch.nn.Module`"
         raise PeftcError(rules.NOT_A_MODEL(what, fix="Give the model first, then the config."))
-    _refuse_split(model)
+    refuse_unknown_splits(model)
     session = session_of(model)
     if session is None or not session.plans:
         note_adding(model, model.modules())
@@ -64,18 +64,6 @@ def plan_for(
         raise PeftcError(problems)
     warn(w for w in plan.warnings if not loading or w.code not in _OF_THE_START)
     return plan
-
-
-def _refuse_split(model: nn.Module) -> None:
-    """Raise `PeftcError` for a model whose weights transformers has split between processes by tensors.
-
-    transformers leaves it to the adapter's library to split the adapter too, and asks the version of `peft` whether it does.
-    """
-    parts = parallel.parts(model)
-    if parts > 1:
-        what = f"The weights of this `{type(model).__name__}` are split between {parts} processes"
-        fix = "Load the base without `tp_plan` or `distributed_config`, or shard it with FSDP or DeepSpeed."
-        raise PeftcError(rules.SPLIT_BASE(what, fix=fix))
 
 
 def paths_in(keys: Iterable[str], prefix: str) -> frozenset[str]:

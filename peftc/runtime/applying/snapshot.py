@@ -22,7 +22,7 @@ from peftc.graph.roles import RoleFinder
 from peftc.graph.tensors import FactsByName, TensorFacts
 from peftc.host import layers, offload
 from peftc.host.fused import former_layers
-from peftc.host.parallel import whole_shape
+from peftc.host.parallel import split_styles, whole_shape
 from peftc.host.torch_modules import computed_by, transient_buffers
 from peftc.runtime.around.modules import ModuleWrapper
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
@@ -72,7 +72,7 @@ def snapshot(model: nn.Module) -> ModuleGraph:
         nodes.append(ModuleNode(path, layer, roles.role_of(path, layer), block_of(path)))
     if inventory.lazy:
         raise PeftcError(inventory.lazy)
-    return ModuleGraph(facts, tuple(nodes), inventory.ties(), _former(model, nodes))
+    return ModuleGraph(facts, tuple(nodes), inventory.ties(), _former(model, nodes), _splits(model))
 
 
 def layer_facts(module: nn.Module) -> LayerFacts:
@@ -280,6 +280,11 @@ def _former(model: nn.Module, nodes: Sequence[ModuleNode]) -> tuple[FormerLayers
         if node.path and (name == "weight" or len(tensor.shape) == 3)
     }
     return former_layers(base, weights)
+
+
+def _splits(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    base = unwrapped(model)
+    return tuple(sorted(split_styles(base).items())) if layers.is_pretrained(base) else ()
 
 
 def _embedding_path(getter: Callable[[], nn.Module | None], paths: Mapping[int, str]) -> str | None:

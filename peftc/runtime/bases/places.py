@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftc import rules
 from peftc.diagnostics import Diagnostic, PeftcError
-from peftc.host import offload, parallel
+from peftc.host import offload, parallel, tensor_parallel
 from peftc.host.torch_modules import computed_by
 from peftc.ops.combine import padded
 from peftc.ops.lowrank import is_traced
@@ -37,6 +37,8 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
         return _brought(module, name, tensor)
     if tensor.requires_grad and torch.is_grad_enabled() and offload.hook_of(module) is not None:
         tensor.register_hook(lambda grad: _refuse_gradient(name))  # it is there for this call
+    if parallel.is_distributed(tensor) and tensor_parallel.split_of(module) is not None:
+        return tensor_parallel.whole(tensor)
     return parallel.gathered(tensor)
 
 
@@ -49,10 +51,22 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def entire(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model, each as a call of its module would have it: those that are brought with their values."""
+    """Tensors of a model, each as a call of its module would have it: those that are brought with their values, and all of
+    those that are split, for which every process has to ask."""
     absent = _offloaded(model, tensors.values())
+    split = _split(model, tensors.values())
+    tensors = {key: tensor_parallel.whole(tensor) if id(tensor) in split else tensor for key, tensor in tensors.items()}
     found = {key: (tensor, absent.get(id(tensor))) for key, tensor in tensors.items()}
     return {key: tensor if at is None else _brought(*at, tensor) for key, (tensor, at) in found.items()}
+
+
+def _split(model: nn.Module, tensors: Iterable[Tensor]) -> set[int]:
+    """Of these tensors those that processes share as transformers splits layers, by identity."""
+    shared = {id(tensor) for tensor in tensors if parallel.is_distributed(tensor)}
+    if not shared:
+        return set()
+    layers = (module for module in model.modules() if tensor_parallel.split_of(module) is not None)
+    return shared & {id(tensor) for layer in layers for tensor in layer._parameters.values()}
 
 
 def _offloaded(model: nn.Module, tensors: Iterable[Tensor]) -> dict[int, tuple[nn.Module, str]]:
@@ -128,7 +142,8 @@ def called_with(module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Any
     # FSDP lays attributes over the parameters, which the module's forward would find before these
     views = {name: module.__dict__.pop(name) for name in module._parameters if name in module.__dict__}
     try:
-        yield args, kwargs
+        with tensor_parallel.own_forward(module):
+            yield args, kwargs
     finally:
         module.__dict__.update(views)
 

@@ -18,6 +18,7 @@ from peftc import rules
 from peftc.compiler.plan.sites import MapSite
 from peftc.diagnostics import PeftcError
 from peftc.graph.nodes import Kind
+from peftc.host import tensor_parallel
 from peftc.host.attention import PRIVATE
 from peftc.registry.boundary import guarded
 from peftc.runtime.bases import places
@@ -341,9 +342,15 @@ class TunerLayer(Merging, Scaling, BaseTunerLayer):
         # into __dict__, not by setattr: a path may be the base layer, which would be registered as a child once more
         state, base = self.__dict__, self.base_layer
         between = base.in_effect if isinstance(base, TunerLayer) else tuple
-        under = state["_under"] = Under(base, self.get_base_layer(), self.backend, between, self._brought_aside)
-        rows = self._parts if self._shared.by_rows else None
-        state["_composed"] = noticing(self.room, self._shared, under, self._pending(), rows)
+        inner, rows, pending = self.get_base_layer(), self._parts if self._shared.by_rows else None, self._pending()
+        split = tensor_parallel.split_of(inner)
+        called = base if split is None else tensor_parallel.Whole(base, inner, split)
+        under = state["_under"] = Under(called, inner, self.backend, between, self._brought_aside)
+        if split is not None and rows is None and not pending:
+            state["_composed"] = base
+        else:
+            path = noticing(self.room, self._shared, under, pending, rows)
+            state["_composed"] = path if split is None else tensor_parallel.in_parts(path, inner, split)
         self._take_path()
 
     def _pending(self) -> list[Part]:

@@ -27,6 +27,7 @@ from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
 from peftc.runtime.bases import rounding
 from peftc.runtime.bases.places import device_of
 from peftc.runtime.bases.shards import note_adding, refuse_sharded
+from peftc.runtime.bases.splits import agree, refuse_split_sites
 from peftc.runtime.journal import keep, keep_entries, keep_entry, keep_trained, note, whole
 from peftc.runtime.layer.beside import slip_under
 from peftc.runtime.layer.wrapper import Source, TunerLayer
@@ -80,6 +81,7 @@ class Session(Applied):
         problems = tuple(drift(self, plan))
         if problems:
             raise PeftcError(problems)
+        refuse_split_sites(self.model, plan, self._base_at)
         method = registry.method_of(plan.config)
         stock, chosen = Stock(self.stores), start_of(method, plan.config)
         starts.refuse_unready(self, plan, chosen, source)
@@ -113,6 +115,7 @@ class Session(Applied):
                 self.readers[plan.name] = readers[0]
             self.seams[plan.name] = frozenset[str]().union(*{tuner.seams for tuner in tuners.values()})
             self.plans[plan.name] = plan
+            agree(self.model, partial(self.tensors, plan.name))
             self.base.act(self.active if self.enabled else ())
 
     def _tie(self, name: str, path: str, tail: str, home: str) -> None:
@@ -121,6 +124,11 @@ class Session(Applied):
         first = self.copies[at].modules_to_save[name].get_parameter(own)
         twin = self.copies[path].modules_to_save[name]
         twin.get_submodule(tail.rpartition(".")[0])._parameters[tail.rpartition(".")[2]] = first
+
+    def _base_at(self, path: str) -> nn.Module:
+        """The base model's module at a path, under wrappers of layers."""
+        module = self._place(path)[2]
+        return module.get_base_layer() if isinstance(module, TunerLayer) else module
 
     def _layer(self, site: MapSite, wrap: Callable[[nn.Module], TunerLayer]) -> TunerLayer:
         """A new wrapper round what is at a site's path; of rows that train beside a method, under all that is there."""
