@@ -66,7 +66,7 @@ DEFECTS: dict[str, tuple[str, ModuleType, str, str]] = {
     "a flag": ("set_adapter", layer, "keep_trained(parameter, trainable and requires_grad)", "parameter.requires_grad_(trainable and requires_grad)"),
     "what is active": ("set_adapter", session, "keep(self.shared)\n        self.shared.gated", "self.shared.gated"),
     "a copy": ("delete_adapter", saved_modules, "keep_entries(self.modules_to_save._modules)", "pass"),
-    "merged weights": ("merge_adapter", merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"),
+    "merged weights": ("merge_adapter", merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters, base._buffers)", "pass"),
     "frozen weights": ("get_peft_model", apply, "keep_trained(parameter, False)", "parameter.requires_grad_(False)"),
     "the collector": ("add_adapter", collector, "note(gc.enable)", "pass"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peftc import get_peft_model, get_peft_model_state_dict
-from peftc.runtime.layer import merged
+from peftc.runtime.bases import backend
 from peftc.testing.subjects import Subject, quiet
 from tests.defects import put_defect
 from tests.runtime.examples import examples, rows
@@ -33,7 +33,7 @@ def test_merged_weights_lie_in_memory_as_before(subject: Subject) -> None:
 
 
 def test_some_method_gives_weights_that_lie_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_defect(monkeypatch, merged, "if stored.stride() != own.stride():", "if False:")
+    put_defect(monkeypatch, backend, "if stored.stride() != own.stride():", "if False:")
     apart = 0
     for subject in (param.values[0] for param in MERGING):
         assert isinstance(subject, Subject)

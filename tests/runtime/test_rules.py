@@ -177,7 +177,7 @@ CASES = {
     ),
     "a merge that fails half-way": Case(
         rules.MERGE_NOT_FINITE, infinite, lambda m: m.merge_and_unload(safe_merge=True),
-        (merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters)", "pass"), "The adapter default seems to be broken",
+        (merging, "keep_entries(self.merged_adapters, self._pristine, base._parameters, base._buffers)", "pass"), "The adapter default seems to be broken",
     ),
     "a model that was unloaded": Case(
         rules.NOT_ADAPTED, unloaded, lambda m: m.merge_adapter(),

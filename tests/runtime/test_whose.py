@@ -33,7 +33,9 @@ from peftc.plugin import (
     derived_slot,
     model_validator,
     register_plugin,
+    register_storage,
     unregister_plugin,
+    unregister_storage,
 )
 from peftc.registry import boundary
 from peftc.registry.boundary import guarded
@@ -65,6 +67,7 @@ from tests.runtime.methods import (
     tint,
     x,
 )
+from tests.runtime.storages import RoundedStorage, packed
 
 Patch = pytest.MonkeyPatch
 HERE = Path(__file__).name
@@ -409,9 +412,33 @@ def seams_in_source() -> set[str]:
 
 
 def test_every_seam_is_held() -> None:
-    held = {seam.name for seam in (*LAYERS, *MODULES, *PROMPTS, *CALLS, *STARTS)} | set(OTHERS)
+    held = {seam.name for seam in (*LAYERS, *MODULES, *PROMPTS, *CALLS, *STARTS)} | {*OTHERS, *OF_STORAGES}
     assert seams_in_source() <= held
     assert {*LOWERINGS, *SEAMS, "combine", "encoded"} <= held
+
+
+OF_STORAGES = ("facts", "settings", "open", "pack")
+
+
+@pytest.mark.parametrize("name", OF_STORAGES)
+def test_so_is_what_a_storage_raises(name: str, monkeypatch: Patch) -> None:
+    record = RoundedStorage()
+    register_storage(record)
+    try:
+        for how, check in ((of_the_method, assert_of_plugin), (of_the_core, assert_of_core)):
+            model, base = get_peft_model(packed(Net()), narrow()), packed(Net())
+            monkeypatch.setattr(RoundedStorage, name, failing(name, how))
+            check(
+                told(
+                    model.merge_adapter
+                    if name in ("open", "pack")
+                    else lambda base=base: get_peft_model(base, narrow())
+                ),
+                name,
+            )
+            monkeypatch.undo()
+    finally:
+        unregister_storage(record)
 
 
 # cases of their own ------------------------------------------------------------------------------------------------------
