@@ -25,6 +25,7 @@ from peftc.graph import roles
 from peftc.graph.files import graph_from_text, replace_file
 from peftc.graph.locate import LocatedBase
 from peftc.graph.nodes import GRAPH_VERSION, ModuleGraph
+from peftc.graph.quantised import distributions_of, packed_config
 from peftc.limits import MAX_GRAPH
 
 #: Seconds to wait for another process that builds the same graph, before building it as well.
@@ -56,9 +57,18 @@ def key_of(base: LocatedBase) -> str:
         "weights": base.has_weights,
         "task_type": base.ref.task_type,
         "dtype": base.ref.dtype,
+        **_quantised(base),
         "versions": [VERSION, GRAPH_VERSION, roles.digest(), *(_version(name) for name in ("transformers", "torch"))],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _quantised(base: LocatedBase) -> dict[str, object]:
+    """What the packed layers of a quantised base depend on besides its config."""
+    config = packed_config(base) or base.ref.quantization
+    if config is None:
+        return {}
+    return {"quantization": base.ref.quantization, "packed_by": [_version(name) for name in distributions_of(config)]}
 
 
 @dataclass(frozen=True, slots=True)
