@@ -100,7 +100,8 @@ class TrainSection(ConfigModel):
     """Peak learning rate."""
     optimizer: Text | None = None
     """What moves the parameters: `adamw`, which is taken if it is left out, `adamw_torch`, `sgd`, `adafactor`, `adagrad`,
-    `rmsprop`, or one that an installed method brings."""
+    `rmsprop`, those of bitsandbytes (`adamw_8bit`, `paged_adamw_8bit`, `paged_adamw_32bit`, `lion_8bit`, …), or one that an
+    installed method brings."""
     optimizer_options: dict[str, Any] | None = None
     """Options of the optimiser; learning rate and weight decay are those of this section."""
     batch_size: int = Field(default=8, ge=1)
