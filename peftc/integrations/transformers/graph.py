@@ -17,6 +17,7 @@ from peftc.graph.locate import LocatedBase, locate
 from peftc.graph.nodes import ModuleGraph
 from peftc.graph.quantised import STEADY, quantization_of
 from peftc.limits import MAX_MODULES
+from peftc.registry.storages import default_storages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +32,8 @@ def graph_of(base: BaseRef, cache: GraphCache | None = None) -> ModuleGraph:
     packed = quantization_of(located)
     label = f"{base.name or 'config'} {base.task_type or ''} {base.dtype or ''}".strip()
     if packed is None or method_of(packed) in STEADY:
-        graph = (cache or GraphCache()).get_or_build(key_of(located), label, lambda: _unnamed(build_graph(located)))
+        key = key_of(located, () if packed is None else default_storages().names)
+        graph = (cache or GraphCache()).get_or_build(key, label, lambda: _unnamed(build_graph(located)))
     else:  # which layers there are also depends on the devices here
         graph = build_graph(located)
     return replace(graph, model=replace(graph.model, name_or_path=base.name))
