@@ -4,7 +4,6 @@ place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from peftc import rules
 from peftc.checkpoint.names import BASE_NAME, QUANTIZATION
 from peftc.config.files import read_config
+from peftc.config.json_text import parse_json
 from peftc.config.reader import read_text
 from peftc.config.sections import section_of_word
 from peftc.diagnostics import Diagnostic, PeftcError, Where
@@ -42,9 +42,10 @@ def _quantised_in(folder: Path) -> Mapping[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(read_text(str(file), MAX_CARD)).get(QUANTIZATION)
-    except (ValueError, AttributeError, RecursionError):  # a remark in a file, which anyone may have written
+        data = parse_json(read_text(str(file), MAX_CARD), str(file)).data
+    except PeftcError:  # a remark in a file, which anyone may have written
         return None
+    found = data.get(QUANTIZATION) if isinstance(data, Mapping) else None
     return found if isinstance(found, dict) else None
 
 
