@@ -62,8 +62,9 @@ def base_named(
     else:
         section: dict[str, Any] = section_of_word(os.path.expanduser(word))
         base = BaseRef(**section)
-    given = {"task_type": task_type, "dtype": dtype, "revision": revision}
-    return replace(base, **{name: value for name, value in given.items() if value is not None})
+    said = {"task_type": task_type, "dtype": dtype, "revision": revision}
+    given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    return replace(base, **given)
 
 
 def summary(graph: ModuleGraph) -> str:

@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftc import rules
 from peftc.cli import console, progress
 from peftc.cli.generate import adapter_named
 from peftc.cli.graph import base_named
 from peftc.compiler.plan.render import size
+from peftc.diagnostics import Diagnostic, warn
 
 if TYPE_CHECKING:
     from peftc.graph.base_ref import BaseRef
@@ -39,6 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--untie", action="store_true", help="let input and output embeddings differ that are one tensor in the base"
     )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="save a plain model: of a base that is quantised, or was in training, with the weights that its packed ones stand "
+        "for; left out, they are packed anew",
+    )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="of weights that are packed anew, print what each layer's rounding costs",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -54,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     reason = ""
     try:
         facts = _by_files(args, ref)
+        if args.dequantize:
+            warn([_not_packed()])
     except NeedsModel as error:
         reason = str(error)
         console.note(f"The model is built: {console.plain(reason)}", args.quiet)
@@ -80,11 +96,26 @@ def _by_files(args: argparse.Namespace, ref: BaseRef) -> dict[str, Any]:
 
 def _in_memory(args: argparse.Namespace, ref: BaseRef) -> dict[str, Any]:
     """Build the model, and merge into that."""
+    from peftc.host.quantised import is_quantised
     from peftc.integrations.transformers import jobs  # here: below the torch line
+    from peftc.runtime.applying.dequantizing import dequantize
+    from peftc.runtime.bases import rounding
 
     with progress.stage("Loading the base model", quiet=args.quiet):
         base, tokenizer = jobs.load_any(ref, jobs.device_named("cpu"))
+        if args.dequantize and not is_quantised(base):
+            warn([_not_packed()])
+        if args.dequantize:
+            dequantize(base)
         model = jobs.with_adapter(base, args.adapter, any_base=args.any_base)
-    with progress.stage("Merging and saving", quiet=args.quiet):
+    with progress.stage("Merging and saving", quiet=args.quiet), rounding.told() as rounded:
         merged = jobs.merge(model, tokenizer, args.out, untie=args.untie)
-    return {"parameters": merged.num_parameters(), "dtype": str(merged.dtype).removeprefix("torch.")}
+    if args.verbose and not args.json:
+        for path, part in rounded.parts.items():
+            console.out(f"  {console.plain(path)}  {part:.1%} of the change lost to rounding")
+    facts = {"parameters": merged.num_parameters(), "dtype": str(merged.dtype).removeprefix("torch.")}
+    return {**facts, **({"rounding": rounded.parts} if rounded.parts else {})}
+
+
+def _not_packed() -> Diagnostic:
+    return rules.WITHOUT_EFFECT("`--dequantize` has no effect: the base is not quantised", fix="Leave it out.")

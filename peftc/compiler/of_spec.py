@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from peftc import rules
 from peftc.compiler.compile import compile_plan
@@ -81,4 +82,5 @@ def _failure(what: str, key: str) -> Diagnostic:
 def _anchored(base: BaseRef) -> BaseRef:
     """The base with local paths made absolute: a plan may be applied from another folder."""
     local = {"path": base.path, "gguf": base.gguf, "config": base.config}
-    return replace(base, **{key: os.path.abspath(value) for key, value in local.items() if isinstance(value, str)})
+    whole: dict[str, Any] = {key: os.path.abspath(value) for key, value in local.items() if isinstance(value, str)}
+    return replace(base, **whole)

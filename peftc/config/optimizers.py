@@ -24,6 +24,14 @@ class AdamOptions(ConfigModel):
     """What is added to the divisor."""
 
 
+class LionOptions(ConfigModel):
+    """Options of Lion."""
+
+    betas: Annotated[tuple[Kept, Kept], Field(strict=False)] = (0.9, 0.999)
+    """How much of the mean of gradients counts in a step, and how much of it is kept; each from 0 to below 1. Left out, those that
+    transformers gives it, which are Adam's."""
+
+
 class SgdOptions(ConfigModel):
     """Options of stochastic gradient descent."""
 

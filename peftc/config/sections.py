@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from peftc.config.base import ConfigModel
+from peftc.config.quantize import QuantizeSection
 from peftc.config.types import TaskType
 
 #: Ways to name a base model; a document gives one.
@@ -71,6 +72,15 @@ class BaseSection(ConfigModel):
     """Number format of the base weights; left out, the one that the model was saved in."""
     task_type: TaskType | None = Field(default=None, strict=False)
     """What the model is for; decides its class, and holds for adapters that do not say it themselves."""
+    quantize: QuantizeSection | None = None
+    """How bitsandbytes is to quantise the base while it is loaded (QLoRA), e.g. `{bits: 4, type: nf4, double: true}`."""
+    quantization_config: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+    """The same for any library, as transformers has it: `quant_method` and the options of that."""
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base is to be quantised, in transformers' words; None for as it is."""
+        return self.quantization_config if self.quantize is None else self.quantize.as_config()
 
 
 class TrainSection(ConfigModel):
@@ -90,7 +100,8 @@ class TrainSection(ConfigModel):
     """Peak learning rate."""
     optimizer: Text | None = None
     """What moves the parameters: `adamw`, which is taken if it is left out, `adamw_torch`, `sgd`, `adafactor`, `adagrad`,
-    `rmsprop`, or one that an installed method brings."""
+    `rmsprop`, those of bitsandbytes (`adamw_8bit`, `paged_adamw_8bit`, `paged_adamw_32bit`, `lion_8bit`, …), or one that an
+    installed method brings."""
     optimizer_options: dict[str, Any] | None = None
     """Options of the optimiser; learning rate and weight decay are those of this section."""
     batch_size: int = Field(default=8, ge=1)

@@ -43,6 +43,7 @@ from peftc.config.files import (
 from peftc.config.kinds import kind_of, use_of
 from peftc.config.places import Document, Location
 from peftc.config.problems import ModelsAt, Problem, as_validation_error, by_place, models_below, problems
+from peftc.config.quantize import contradictions_of_base, missing_packages
 from peftc.config.reader import read_document
 from peftc.config.sections import SOURCES, BaseSection, ChecksSection, TrainSection, section_of_word
 from peftc.config.types import TaskType
@@ -197,6 +198,7 @@ class AdapterSpec(ConfigModel):
             revision=base.revision,
             task_type=self.task_type,
             dtype=base.dtype,
+            quantization=base.quantization,
         )
 
     def resolve(self, path: str) -> Path:
@@ -241,6 +243,8 @@ def _of_base(base: Mapping[str, Any]) -> Iterator[Problem]:
         if base.get(name) is not None and base.get(needed) is None:
             what = f"`{name}` has no effect without `{needed}`"
             yield Problem(("base", name), rules.CONTRADICTION(what, fix=f"Add `{needed}` or remove it."), on_key=True)
+    for problem in contradictions_of_base(base):
+        yield replace(problem, location=("base", *problem.location))
 
 
 def _of_active(active: Sequence[Any], adapters: Mapping[str, Any]) -> Iterator[Problem]:
@@ -341,6 +345,8 @@ def read_spec(document: Document, registry: Registry | None = None) -> Reading:
         for name, options in adapters.items():
             found.extend(_of_method(options, ("adapters", name), registry, data["adapters"][name]))
     found.extend(_of_optimizer(data, registry))
+    if isinstance(data.get("base"), Mapping):
+        found.extend(replace(own, location=("base", *own.location)) for own in missing_packages(data["base"]))
     told = in_order(document, found)
     return Reading(document, None if any(d.severity is Severity.ERROR for d in told) else spec, told)
 

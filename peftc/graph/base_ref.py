@@ -25,7 +25,8 @@ class BaseRef:
     initialised model.
 
     `dtype` is a name such as `"bfloat16"`; None is the config's, or float32 where it says nothing. `task_type` is one of
-    `peftc.config.types.TaskType` and decides the model class; None is the class that the config names.
+    `peftc.config.types.TaskType` and decides the model class; None is the class that the config names. `quantization` says how
+    the weights are packed while they are loaded, as transformers' `quantization_config`; None is as they are in the files.
     """
 
     model: str | None = None
@@ -37,6 +38,7 @@ class BaseRef:
     revision: str | None = None
     task_type: str | None = None
     dtype: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str | None:

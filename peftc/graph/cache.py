@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +25,7 @@ from peftc.graph import roles
 from peftc.graph.files import graph_from_text, replace_file
 from peftc.graph.locate import LocatedBase
 from peftc.graph.nodes import GRAPH_VERSION, ModuleGraph
+from peftc.graph.quantised import distributions_of, packed_config
 from peftc.limits import MAX_GRAPH
 
 #: Seconds to wait for another process that builds the same graph, before building it as well.
@@ -46,8 +47,9 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftc"
 
 
-def key_of(base: LocatedBase) -> str:
-    """Hash of all that a graph depends on: config, class wanted, dtype, and the versions that build it.
+def key_of(base: LocatedBase, storages: Iterable[str] = ()) -> str:
+    """Hash of all that a graph depends on: config, class wanted, dtype, the versions that build it, and for a quantised base the
+    names of the storages that packed layers are known by.
 
     Raises `PeftcError` when transformers or torch is not installed.
     """
@@ -56,9 +58,19 @@ def key_of(base: LocatedBase) -> str:
         "weights": base.has_weights,
         "task_type": base.ref.task_type,
         "dtype": base.ref.dtype,
+        **_quantised(base, storages),
         "versions": [VERSION, GRAPH_VERSION, roles.digest(), *(_version(name) for name in ("transformers", "torch"))],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _quantised(base: LocatedBase, storages: Iterable[str]) -> dict[str, object]:
+    """What the packed layers of a quantised base depend on besides its config."""
+    config = packed_config(base) or base.ref.quantization
+    if config is None:
+        return {}
+    versions = [_version(name) for name in distributions_of(config)]
+    return {"quantization": base.ref.quantization, "packed_by": versions, "storages": sorted(storages)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,10 @@ def dense_options() -> dict[str, Any]:
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Let a model whose weights are dense say so. Relied on: what says otherwise are these attributes (5.0)."""
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+    """Let a model whose weights are dense say so. Relied on: what says otherwise are these attributes (5.0); conversions of packed
+    files go too, and saving then looks for those of the model itself (5.1)."""
+    said = ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+    for name in (*said, "_weight_conversions"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)
 

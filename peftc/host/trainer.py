@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
@@ -24,6 +26,20 @@ RECOMPUTE: Final = min(
 def use_one_device(arguments: TrainingArguments) -> None:
     """Keep a model off `DataParallel`, which copies it at every step. Relied on: `_n_gpu`, once `n_gpu` was read (4.0)."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+@contextmanager
+def adapted_model(model: nn.Module) -> Iterator[None]:
+    """Within, a `Trainer` is made for a model on a quantised base, whose adapters it does not know.
+
+    Relied on: it refuses a quantised model that is no `peft.PeftModel` unless this attribute is set, which it asks then alone
+    (`validate_quantization_for_training`, 5.0).
+    """
+    vars(model)["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        del vars(model)["_hf_peft_config_loaded"]
 
 
 def takes_loss_keywords(base: nn.Module) -> bool:

@@ -7,14 +7,22 @@ would have on a layer of each kind.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from peftc import rules
-from peftc.config.base import PeftConfig
-from peftc.config.optimizers import AdafactorOptions, AdagradOptions, AdamOptions, RmspropOptions, SgdOptions
+from peftc.config.base import ConfigModel, PeftConfig
+from peftc.config.optimizers import (
+    AdafactorOptions,
+    AdagradOptions,
+    AdamOptions,
+    LionOptions,
+    RmspropOptions,
+    SgdOptions,
+)
 from peftc.config.problems import Problem, problems_of
 from peftc.diagnostics import PeftcError, did_you_mean
 from peftc.graph.nodes import CONV_KINDS, LINEAR_KINDS, Kind, LayerFacts
@@ -23,7 +31,7 @@ from peftc.registry.boundary import boundary
 from peftc.registry.manager import Registry, default_registry
 from peftc.tuner.maps import MapTuner
 from peftc.tuner.method import TunerMethod
-from peftc.tuner.optimizer import NamedOptimizer, any_layer
+from peftc.tuner.optimizer import NamedOptimizer, any_layer, two_means
 
 #: What is taken where a spec names none.
 DEFAULT = "adamw"
@@ -52,6 +60,37 @@ def _one_each(c: Any, shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
+#: From how many numbers on bitsandbytes keeps states in eight bits, and how many of them share a scale.
+_SMALLEST, _BLOCK = 4096, 256
+
+
+def _bytes_each(states: int) -> Callable[[Any, Sequence[int]], int]:
+    """A byte for each number and state, with the scales of blocks, counted in numbers of four bytes, as adapters have."""
+
+    def keeps(c: Any, shape: Sequence[int]) -> int:
+        numel = math.prod(shape)
+        return states * (numel if numel < _SMALLEST else -(-numel // 4) + -(-numel // _BLOCK))
+
+    return keeps
+
+
+def _of_bitsandbytes(name: str, title: str, states: int, options: type[ConfigModel], *aliases: str) -> NamedOptimizer:
+    """One of bitsandbytes', by transformers' name for it, which says in how many bits states are and where they may go."""
+    bits, paged = 8 if "8bit" in name else 32, "paged" in name
+    moved = ", in main memory while the accelerator's is full" if paged else ""
+    return NamedOptimizer(
+        name,
+        f"{title}{', 8 bits' if bits == 8 else ''}",
+        options,
+        cls=f"bitsandbytes.optim:{title}",
+        fixed={"optim_bits": bits, "is_paged": paged},
+        summary=f"bitsandbytes', with states of {bits} bits{moved}.",
+        aliases=aliases,
+        keeps=_bytes_each(states) if bits == 8 else two_means if states == 2 else _one_each,
+        package="bitsandbytes",
+    )
+
+
 #: Those that know no adapters. `adamw` is what transformers takes by itself.
 PLAIN: tuple[NamedOptimizer, ...] = (
     NamedOptimizer(
@@ -69,6 +108,12 @@ PLAIN: tuple[NamedOptimizer, ...] = (
     ),
     NamedOptimizer("adagrad", "Adagrad", AdagradOptions, cls="torch.optim:Adagrad", keeps=_one_each),
     NamedOptimizer("rmsprop", "RMSprop", RmspropOptions, cls="torch.optim:RMSprop", keeps=_of_rmsprop),
+    _of_bitsandbytes("adamw_8bit", "AdamW", 2, AdamOptions, "adamw_bnb_8bit"),
+    _of_bitsandbytes("paged_adamw_8bit", "AdamW", 2, AdamOptions),
+    _of_bitsandbytes("paged_adamw_32bit", "AdamW", 2, AdamOptions),
+    _of_bitsandbytes("lion_8bit", "Lion", 1, LionOptions),
+    _of_bitsandbytes("paged_lion_8bit", "Lion", 1, LionOptions),
+    _of_bitsandbytes("paged_lion_32bit", "Lion", 1, LionOptions),
 )
 
 
@@ -126,6 +171,10 @@ def option_problems(
         fix = did_you_mean(str(name).lower(), known) or f"There are {', '.join(known)}."
         yield Problem(("optimizer",), rules.OPTIMIZER_UNKNOWN(f"No optimiser is called `{name}`", fix=fix))
         return
+    if record.package and find_spec(record.package) is None:
+        what = f"The optimiser `{record.name}` needs the package `{record.package}`"
+        told = rules.DEPENDENCY_MISSING(what, fix=f"Install it: `pip install {record.package}`.", why="")
+        yield Problem(("optimizer",), told)
     given = dict(options or {})
     for key, own in {**_SAID, **record.said}.items():
         if key in given and key not in record.options.model_fields:

@@ -25,9 +25,6 @@ REMOTE_CODE = Rule(
 )
 CACHE_UNUSABLE = Rule("PC307", "Cache cannot be used", "Without the cache every plan builds the model anew.", WARNING)
 GRAPH_INVALID = Rule("PC308", "Graph file cannot be read", "The file is not a graph that this version wrote.")
-QUANTIZED_BASE = Rule(
-    "PC309", "Base is quantised", "How a quantised layer stores its weight is only known once it is loaded.", WARNING
-)
 BASE_RENAMED = Rule(
     "PC310", "Base model renamed", "What is saved names the base model that it was trained on.", WARNING
 )
@@ -42,4 +39,8 @@ STORAGE_UNKNOWN = UnableRule(
 )
 PACKED_FOR_GOOD = UnableRule(
     "PC314", "Packed weight takes no other", "What is merged would be lost, or the layer would be another one."
+)
+QUANTIZER_UNKNOWN = Rule("PC321", "No such quantisation", "Which library packs the weights decides how they are read.")
+QUANTIZER_REFUSES = UnableRule(
+    "PC322", "Base cannot be quantised so", "What would be planned could not be loaded, so nothing of it is."
 )

@@ -122,7 +122,9 @@ def _base() -> Schema:
     texts = dict.fromkeys(names, TEXT)
     config: Schema = {"type": ["object", "string"]}
     what = "How the base model is named: as the section `base` of a spec."
-    return obj(what, optional=(*names, "config"), config=config, **texts)
+    packed: Schema = {"type": "object", "description": "How the base is quantised, as transformers has it."}
+    optional = (*names, "config", "quantization")
+    return obj(what, optional=optional, config=config, quantization=packed, **texts)
 
 
 def _rewrite() -> Schema:

@@ -88,5 +88,7 @@ class NamedOptimizer:
     freezes: bool = False
     #: how many numbers it keeps of a tensor of some shape, with the options
     keeps: Callable[[Any, Sequence[int]], int] = two_means
+    #: the package that has to be installed for it, beside those that peftc needs
+    package: str = ""
     #: options that the section has, by the name that others have for them
     said: Mapping[str, str] = field(default_factory=dict)

@@ -72,6 +72,8 @@ def _as_loaded(data: p.Tensor, state: Any) -> tuple[p.Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
     found: tuple[p.Tensor, Any] = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+    if not found[1].nested:  # the library forgets to turn these back
+        found[1].absmax = state.absmax.T.reshape(-1).float()
     return found
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from peftc.cli.main import main
 from peftc.compiler.plan.files import read_graph
-from peftc.diagnostics import Diagnostic, PeftcError, PeftcWarning
+from peftc.diagnostics import Diagnostic, PeftcError
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache
 from peftc.graph.locate import locate
@@ -290,14 +290,6 @@ def test_weights_that_are_cut_off(saved: dict[str, Path], tmp_path: Path) -> Non
     (tmp_path / "config.json").write_bytes((saved["llama"] / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((saved["llama"] / "model.safetensors").read_bytes()[:-100])
     assert problem(BaseRef(path=str(tmp_path), task_type="CAUSAL_LM"), load_base).code == "PC304"
-
-
-def test_a_quantised_base_is_planned_with_a_warning_each_time(cache: GraphCache) -> None:
-    config = {"model_type": "llama", **LLAMA, "quantization_config": {"quant_method": "fp8"}}
-    for _ in range(2):
-        with pytest.warns(PeftcWarning, match="PC309"):
-            graph_of(BaseRef(config=config, task_type="CAUSAL_LM"))
-    assert len(cache.entries()) == 1
 
 
 # the cache and the command --------------------------------------------------------------------------------------------

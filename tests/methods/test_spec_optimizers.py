@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,11 +39,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adafactor": {},
     "adagrad": {"lr_decay": 0.1},
     "rmsprop": {"momentum": 0.5, "centered": True},
+    "adamw_8bit": {"betas": [0.8, 0.99]},
+    "paged_adamw_8bit": {"eps": 1e-4},
+    "paged_adamw_32bit": {"betas": [0.8, 0.99]},
+    "lion_8bit": {"betas": [0.8, 0.9]},
+    "paged_lion_8bit": {"betas": [0.8, 0.9]},
+    "paged_lion_32bit": {"betas": [0.8, 0.9]},
     "loraplus": {"loraplus_lr_ratio": 4.0},
     "lorafa": {},
     "riemannian": {"reg": 0.5},
 }
-every_optimizer = pytest.mark.parametrize("name", list(OPTIONS))
+
+
+def given(record: Any, value: Any) -> Any:
+    """What is skipped, with the reason, where the optimiser's package is not installed."""
+    there = not record.package or find_spec(record.package) is not None
+    return pytest.param(value, id=record.name, marks=pytest.mark.skipif(not there, reason=f"needs {record.package}"))
+
+
+every_optimizer = pytest.mark.parametrize("name", [given(optimizers()[name], name) for name in OPTIONS])
 
 
 def adapted(seed: int = 0, **options: Any) -> Any:
@@ -64,6 +79,14 @@ def trained(how: TrainSection, folder: Path, seed: int = 0, **keywords: Any) -> 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registered, "find_spec", lambda name: None)
+    (problem,) = registered.option_problems("paged_adamw_8bit", None)
+    assert (problem.location, problem.diagnostic.code) == (("optimizer",), "PC305")
+    assert "pip install bitsandbytes" in problem.diagnostic.fix
+    assert not list(registered.option_problems("adamw", None))
 
 
 def test_all_names_are_tried_here() -> None:
@@ -117,7 +140,7 @@ def test_left_out_it_is_what_transformers_takes(tmp_path: Path, monkeypatch: pyt
     assert same(trained(section(weight_decay=0.1), tmp_path / "theirs"), ours)
 
 
-@pytest.mark.parametrize("record", PLAIN, ids=lambda record: record.name)
+@pytest.mark.parametrize("record", [given(record, record) for record in PLAIN])
 def test_plain_ones_are_transformers_of_that_name(record: Any, tmp_path: Path) -> None:
     """With the options that are taken if they are left out, but for what `Trainer` adds of Adam's."""
     for name in (record.name, *record.aliases):

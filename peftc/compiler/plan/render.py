@@ -53,7 +53,7 @@ def _adapter(adapter: AdapterPlan, active: bool, paint: Paint) -> str:
     facts += [f"targets {reasons.copy().pop()}"] if len(reasons) == 1 else []
     title = f"{paint('Adapter', 'dim')} {paint(adapter.name, 'bold', 'cyan')}  {paint(', '.join(facts), 'dim')}"
     rows = [*_site_rows(adapter.sites, with_reason=len(reasons) > 1), *_other_rows(adapter)]
-    heads = ("module", "", "layer", "adds", "trainable", "why")
+    heads = ("module", "", "layer", "stored", "adds", "trainable", "why")
     notes = [paint(_wrapped(note, 100), "dim") for note in adapter.notes]
     told = [_rewritten(adapter, paint)] if adapter.rewrites else []
     return "\n".join([title, *notes, _table(rows, heads, paint), *told])
@@ -66,7 +66,7 @@ def _rewritten(adapter: AdapterPlan, paint: Paint) -> str:
     return f"{paint('rewritten '.ljust(10), 'dim')}{paint(_wrapped(told))}"
 
 
-_Row = tuple[str, str, str, str, str, str]
+_Row = tuple[str, str, str, str, str, str, str]
 
 
 def _site_rows(sites: Sequence[MapSite | ModuleSite], with_reason: bool) -> Iterable[_Row]:
@@ -81,9 +81,10 @@ def _site_rows(sites: Sequence[MapSite | ModuleSite], with_reason: bool) -> Iter
         why = [site.reason] if with_reason else []
         why += [f"{option}={value}" for option, value in site.overrides] if isinstance(site, MapSite) else []
         layer = shape_of(site.layer) if isinstance(site, MapSite) else f"around {site.layer.cls}"
+        stored = site.layer.packed.storage if site.layer.packed is not None else ""
         adds = " + ".join("×".join(map(str, slot.shape)) for slot in site.slots)
         number = group.count * sum(slot.numel for slot in site.slots if slot.trainable)
-        yield group.pattern, f"×{group.count:,}", layer, adds, f"{number:,}", ", ".join(why)
+        yield group.pattern, f"×{group.count:,}", layer, stored, adds, f"{number:,}", ", ".join(why)
 
 
 def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
@@ -95,6 +96,7 @@ def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
             copy.pattern,
             f"×{copy.count:,}",
             "whole module",
+            "",
             "a float32 copy" if lifted else "a copy",
             told,
             f"modules_to_save: {reason}",
@@ -103,7 +105,7 @@ def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
     for bias in grouped(tagged):
         shape, reason = bias.tag
         told = f"{bias.count * math.prod(shape):,}"
-        yield bias.pattern, f"×{bias.count:,}", "×".join(map(str, shape)), "trains itself", told, reason
+        yield bias.pattern, f"×{bias.count:,}", "×".join(map(str, shape)), "", "trains itself", told, reason
     if adapter.prompt is not None:
         for slot in adapter.prompt.slots:
             rows, width = adapter.prompt.shape
@@ -113,6 +115,7 @@ def _other_rows(adapter: AdapterPlan) -> Iterable[_Row]:
                 "prompt",
                 "×1",
                 layer,
+                "",
                 "×".join(map(str, slot.shape)),
                 f"{number:,}",
                 f"before {adapter.prompt.embeddings}",
@@ -208,13 +211,13 @@ def _table(rows: Sequence[_Row], heads: _Row, paint: Paint) -> str:
     """Columns two spaces apart, numbers to the right; columns without content are left out."""
     used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     widths = {i: max(len(row[i]) for row in [heads, *rows]) for i in used}
-    right = {1, 4}
+    right = {1, 5}
 
     def line(row: _Row) -> list[str]:
         return [row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in used]
 
     def styled(i: int, cell: str) -> str:
-        return paint(cell, "bold") if i == 4 else paint(cell, "dim") if i in (1, 5) else paint(cell)
+        return paint(cell, "bold") if i == 5 else paint(cell, "dim") if i in (1, 6) else paint(cell)
 
     laid = [paint("  ".join(line(heads)).rstrip(), "dim")]
     for row in rows:

@@ -16,13 +16,16 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from peftc import rules
 from peftc.checkpoint.load import AdapterFile
-from peftc.diagnostics import PeftcError
+from peftc.diagnostics import PeftcError, Where
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.locate import LocatedBase, locate
+from peftc.graph.quantised import quantization_of
 from peftc.integrations.transformers import gguf
 from peftc.integrations.transformers.architecture import FAILURES, architecture_of, unbuildable
 from peftc.integrations.transformers.dtypes import dtype_of
+from peftc.integrations.transformers.quantising import loading_options
 from peftc.registry.boundary import is_out_of_memory
 
 #: A folder with one of these has a tokenizer.
@@ -51,7 +54,8 @@ def load_base(
         model = _loaded_model(located, device) if located.has_weights else _random_model(located, seed)
         tokenizer = load_tokenizer(located)
     model.name_or_path = model.config._name_or_path = base.lasting_name or ""  # not where a distribution lies
-    nn.Module.to(model, device)
+    if quantization_of(located) is None:  # others are there, and some of them cannot be moved
+        nn.Module.to(model, device)
     return model.eval(), tokenizer
 
 
@@ -80,6 +84,7 @@ def _loaded_model(base: LocatedBase, device: torch.device | str) -> PreTrainedMo
     options: dict[str, Any] = {"config": found.config, "dtype": dtype_of(base, found.config)}
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": device}  # straight to the device, not through main memory
+    options |= loading_options(base, device)
     with without_bars(where=not sys.stderr.isatty()):
         if base.gguf is not None:
             return gguf.load_model(base.gguf, found.cls, **options)
@@ -95,6 +100,10 @@ def _loaded_model(base: LocatedBase, device: torch.device | str) -> PreTrainedMo
 
 
 def _random_model(base: LocatedBase, seed: int) -> PreTrainedModel:
+    if quantization_of(base) is not None:
+        what = "A bare config has no weights to quantise"
+        fix = "Name a model with weights, or leave the quantisation out; planning does without weights."
+        raise PeftcError(rules.QUANTIZER_REFUSES(what, fix=fix, where=Where(file=base.ref.name)))
     found = architecture_of(base)
     try:
         with torch.random.fork_rng(devices=[]):

@@ -9,12 +9,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peftc import rules
-from peftc.diagnostics import PeftcError, Where, warn
+from peftc.config.quantize import method_of
+from peftc.diagnostics import PeftcError, Where
 from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache, key_of
 from peftc.graph.locate import LocatedBase, locate
 from peftc.graph.nodes import ModuleGraph
+from peftc.graph.quantised import STEADY, quantization_of
 from peftc.limits import MAX_MODULES
+from peftc.registry.storages import default_storages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +29,13 @@ def graph_of(base: BaseRef, cache: GraphCache | None = None) -> ModuleGraph:
     Raises `PeftcError` when the base is not on this machine (nothing is downloaded) or transformers cannot build it.
     """
     located = locate(base)
-    if (located.config or {}).get("quantization_config"):
-        what = "The base is quantised; the graph is that of the same model with ordinary layers"
-        fix = "Expect the loaded model to differ in the kind and dtype of its layers."
-        warn([rules.QUANTIZED_BASE(what, fix=fix, where=Where(file=base.name))])
+    packed = quantization_of(located)
     label = f"{base.name or 'config'} {base.task_type or ''} {base.dtype or ''}".strip()
-    graph = (cache or GraphCache()).get_or_build(key_of(located), label, lambda: _unnamed(build_graph(located)))
+    if packed is None or method_of(packed) in STEADY:
+        key = key_of(located, () if packed is None else default_storages().names)
+        graph = (cache or GraphCache()).get_or_build(key, label, lambda: _unnamed(build_graph(located)))
+    else:  # which layers there are also depends on the devices here
+        graph = build_graph(located)
     return replace(graph, model=replace(graph.model, name_or_path=base.name))
 
 
@@ -54,20 +58,25 @@ def meta_model(base: LocatedBase) -> PreTrainedModel:
     from peftc.host.torch_modules import counted_modules
     from peftc.integrations.transformers.architecture import FAILURES, architecture_of, quiet, unbuildable
     from peftc.integrations.transformers.dtypes import dtype_of, keep_some_in_float32
+    from peftc.integrations.transformers.quantising import quantised_meta_model
 
     with quiet():
         found = architecture_of(base)
-        dtype = dtype_of(base, found.config)
-        try:
+        dtype, packed = dtype_of(base, found.config), quantization_of(base)
+
+        def build(dtype: torch.dtype) -> PreTrainedModel:
             with torch.device("meta"), counted_modules(MAX_MODULES, lambda: _too_many(base)):
-                model: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype)
+                made: PreTrainedModel = found.cls._from_config(found.config, dtype=dtype)
+            if base.has_weights:
+                keep_some_in_float32(made, dtype)
+            return made
+
+        try:
+            return build(dtype) if packed is None else quantised_meta_model(base, packed, dtype, build)
         except PeftcError:
             raise
         except FAILURES as error:
             raise PeftcError(unbuildable(base, error)) from error
-    if base.has_weights:
-        keep_some_in_float32(model, dtype)
-    return model
 
 
 def _too_many(base: LocatedBase) -> PeftcError:

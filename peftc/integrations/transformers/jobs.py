@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftc import rules
@@ -26,10 +27,12 @@ from peftc.config.sections import TrainSection
 from peftc.config.spec import AdapterSpec
 from peftc.diagnostics import PeftcError, Severity, Where, did_you_mean, warn
 from peftc.graph.base_ref import BaseRef
+from peftc.host.quantised import is_quantised, is_saved_packed
 from peftc.integrations.transformers.asked import refuse_other_base, require_new
 from peftc.integrations.transformers.base import fit_vocabulary, load_base, without_bars
 from peftc.integrations.transformers.data import Collator, Encoded, Encoder, pad_id, read_examples, stop_ids
 from peftc.integrations.transformers.training import Step, TrainResult, fit
+from peftc.model.functions.precision import prepare_model_for_kbit_training
 from peftc.model.parts import identity
 from peftc.model.peft_model import PeftModel
 from peftc.registry.boundary import boundary
@@ -109,6 +112,8 @@ def load(ref: BaseRef, device: torch.device) -> Base:
 def fresh_adapter(base: Base, spec: AdapterSpec, seed: int, rows: Sequence[Encoded] = (), batch: int = 1) -> PeftModel:
     """The spec's adapters on the base, initialised from `seed`, the active ones trainable. Starts that read data read the first of
     these rows, so many at a time. Raises `PeftcError`."""
+    if is_quantised(base.model):
+        prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=False)  # `Trainer` sees to that
     graph = snapshot(base.model)
     plan = compile_spec(spec, graph)
     warn(plan.warnings)
@@ -186,9 +191,11 @@ def merge(
 
     With `untie`, input and output embeddings that are one tensor in the base model may become two. The folder appears whole
     or not at all. Raises `PeftcError` if it holds something, if the adapter cannot be merged, if merged weights are not
-    finite, if tied embeddings would differ, or if the config does not describe replicated layers.
+    finite, if tied embeddings would differ, if the config does not describe replicated layers, or if transformers cannot save
+    the base's packed weights.
     """
     require_new(folder)
+    _require_saved(model.get_base_model())
     session = session_of(model.get_base_model())
     lost = [] if session is None else list(undescribed(session, Severity.ERROR))
     if lost:
@@ -213,6 +220,13 @@ def merge(
         fix = "Free some space, or save to another disk."
         raise PeftcError(rules.SAVE_FAILED(what, fix=fix, where=Where(file=str(folder)))) from error
     return merged
+
+
+def _require_saved(base: nn.Module) -> None:
+    """Raise `PeftcError` if a base with packed weights could not be saved once it is merged."""
+    if is_quantised(base) and not is_saved_packed(base):
+        what = "transformers does not save weights that are packed like those of this base"
+        raise PeftcError(rules.SAVE_FAILED(what, fix="Give `--dequantize`, to save a plain model."))
 
 
 def _part(model: PreTrainedModel) -> None:

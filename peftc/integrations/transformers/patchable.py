@@ -25,6 +25,7 @@ from peftc.graph.base_ref import BaseRef
 from peftc.graph.cache import GraphCache, key_of
 from peftc.graph.locate import LocatedBase, folder_of, locate
 from peftc.graph.nodes import ModuleGraph
+from peftc.graph.quantised import packed_config
 from peftc.graph.tensors import TRAINABLE, TensorFacts
 from peftc.integrations.transformers.graph import graph_of, meta_model
 from peftc.registry.manager import default_registry
@@ -128,7 +129,7 @@ def job_on(
 def _shards_of(located: LocatedBase) -> Shards:
     if located.gguf is not None:
         raise NeedsModel("the base is a GGUF file")
-    if (located.config or {}).get("quantization_config"):
+    if packed_config(located) is not None or located.ref.quantization is not None:
         raise NeedsModel("the base is quantised")
     folder = folder_of(located)
     shards = None if folder is None else open_shards(folder)

@@ -32,7 +32,7 @@ from peftc.config.json_text import parse_json
 from peftc.config.reader import read_text
 from peftc.config.sections import TrainSection
 from peftc.diagnostics import Diagnostic, PeftcError, Where
-from peftc.host.trainer import RECOMPUTE, takes_loss_keywords, use_one_device
+from peftc.host.trainer import RECOMPUTE, adapted_model, takes_loss_keywords, use_one_device
 from peftc.installed.requirements import require
 from peftc.integrations.transformers.architecture import FAILURES, told
 from peftc.integrations.transformers.data import Collator, Encoded
@@ -161,7 +161,8 @@ class AdapterTrainer(Trainer):
         self._folder = folder
         self._run = run
         self._stage: Path | None = None
-        super().__init__(model=adapted, **keywords)
+        with adapted_model(adapted):
+            super().__init__(model=adapted, **keywords)
         self.model_accepts_loss_kwargs = takes_loss_keywords(adapted.get_base_model())  # not what the wrapper passes on
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from peftc import rules
-from peftc.checkpoint.names import BASE_NAME
+from peftc.checkpoint.names import BASE_NAME, QUANTIZATION
 from peftc.config.reader import read_text
 from peftc.diagnostics import Diagnostic, Severity, Where
 from peftc.graph.replication import Replication
+from peftc.host.quantised import quantization_said
 from peftc.limits import MAX_CARD
 from peftc.runtime.session.session import Session
 
@@ -41,9 +42,11 @@ class Sample:
 
 
 def print_of(session: Session) -> str | None:
-    """The print of a model's base as it is without adapters, as text; None where no weight can be read here, as all are
-    quantised, sharded, or elsewhere."""
-    samples = {name: asdict(_sample(tensor)) for name, tensor in _chosen(session)}
+    """The print of a model's base as it is without adapters, as text, with how it is quantised; None where no weight can be read
+    here, as all are sharded, or elsewhere."""
+    samples: dict[str, Any] = {name: asdict(_sample(tensor)) for name, tensor in _chosen(session)}
+    said = quantization_said(session.model)
+    samples |= {QUANTIZATION: said} if said else {}
     return json.dumps(samples, separators=(",", ":")) if samples else None
 
 
@@ -165,6 +168,7 @@ def _read(text: str) -> Iterable[tuple[str, Sample]]:
                 ),
             )
             for name, of in data.items()
+            if name != QUANTIZATION
         ]
     except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ()

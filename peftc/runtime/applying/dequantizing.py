@@ -9,7 +9,7 @@ from torch import nn
 
 from peftc import rules
 from peftc.diagnostics import PeftcError
-from peftc.host.layers import is_pretrained
+from peftc.host.layers import is_pretrained, is_transposed_linear
 from peftc.host.loading import forget_quantization
 from peftc.registry.boundary import boundary
 from peftc.runtime.applying.apply import session_of
@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @whole
 def dequantize(model: M, dtype: torch.dtype | None = None) -> M:
-    """Give each packed layer of a base model, in place, an ordinary `nn.Linear` with the weight that it computes with, frozen; in
+    """Give each packed layer of a base model, in place, an ordinary one, `nn.Linear` but in GPT-2 and the like, with the weight that it computes with, frozen; in
     `dtype`, or the one that the weight is opened in. A model of transformers calls itself quantised no more. Returns the model.
 
     Of one layer at a time both forms are there. Raises `PeftcError`, with nothing changed, if the model has adapters, whose
@@ -34,7 +34,7 @@ def dequantize(model: M, dtype: torch.dtype | None = None) -> M:
         what = "The model has adapters, which were planned for its layers as they are"
         fix = "Call it on the base model, and load the adapter afterwards."
         raise PeftcError(rules.WHILE_ADAPTED(what, fix=fix))
-    made: dict[int, nn.Linear] = {}
+    made: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             storage = None if child is None else storage_of(child)
@@ -51,10 +51,21 @@ def dequantize(model: M, dtype: torch.dtype | None = None) -> M:
     return model
 
 
-def _plain(layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype | None) -> nn.Linear:
+def _plain(layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype | None) -> nn.Module:
     bias = getattr(layer, "bias", None)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta").train(layer.training)
-    plain.weight = nn.Parameter(weight.detach().to(dtype or weight.dtype).clone(), requires_grad=False)
+    made = _empty(layer, weight.shape[1], weight.shape[0], bias is not None).train(layer.training)
+    own = (weight.T if is_transposed_linear(type(made)) else weight).detach()
+    made.weight = nn.Parameter(own.to(dtype or weight.dtype).clone(), requires_grad=False)
     if isinstance(bias, torch.Tensor):
-        plain.bias = nn.Parameter(bias.detach().to(plain.weight.dtype).clone(), requires_grad=False)
-    return plain
+        made.bias = nn.Parameter(bias.detach().to(made.weight.dtype).clone(), requires_grad=False)
+    return made
+
+
+def _empty(layer: nn.Module, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    """One without numbers, of transformers' class that stores `(in, out)` if the packed one stands for such: files have it so."""
+    source = getattr(layer, "source_cls", nn.Linear)
+    with torch.device("meta"):
+        if isinstance(source, type) and is_transposed_linear(source):
+            made: nn.Module = source(outputs, inputs)
+            return made
+        return nn.Linear(inputs, outputs, bias)

@@ -72,5 +72,6 @@ def _tell(found: Rounded) -> None:
         f"{count} stored by {', '.join(sorted(found.storages))} took what was merged rounded: what is lost has {ordered[len(ordered) // 2]:.0%} "
         f"of the size of the change in the middle one, {found.parts[worst]:.0%} in the worst, `{worst}`"
     )
-    fix = "To lose nothing, keep the adapter beside the model, or give the base plain weights first: `peftc.dequantize(model)`."
+    fix = "To lose nothing, keep the adapter beside the model, or give the base plain weights first (`peftc.dequantize(model)`, "
+    fix += "`peftc merge --dequantize`)."
     warn([rules.MERGE_ROUNDED(what, fix=fix)])
