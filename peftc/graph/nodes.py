@@ -132,7 +132,7 @@ class LayerFacts:
     experts: int = 0
     #: whether a module stores the weights of experts as (experts, in, out)
     transposed: bool = False
-    #: how the weight is stored, where that is in a form of its own; `params` and `buffers` are as stored then
+    #: how the weight is stored, where that is in a form of its own; what holds it is not among `params` and `buffers` then
     packed: Packed | None = None
 
     def __post_init__(self) -> None:

@@ -46,8 +46,8 @@ class Storage(ABC):
         return self.unwritable
 
     def settings(self, layer: nn.Module) -> Mapping[str, Any]:
-        """Attributes that a layer needs to have once adapters are on its model, by name: where the library would else change its
-        weight in calls, for example."""
+        """Attributes, and parameters, that a layer needs to have once adapters are on its model, by name: where the library would
+        else change its weight in calls, for example, or has."""
         return {}
 
     @abstractmethod

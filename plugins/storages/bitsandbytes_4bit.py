@@ -37,8 +37,12 @@ class FourBit(p.Storage):
 
     def settings(self, layer: Any) -> Mapping[str, Any]:
         """In evaluation the library would pack the weight anew for some CPUs, in place, rounding its scales; from then on it gives no
-        gradient to inputs."""
-        return {"support_avx512bf16_for_cpu": False}
+        gradient to inputs. Where it has, the weight is put back into the order of files."""
+        own, wanted = layer.weight, {"support_avx512bf16_for_cpu": False}
+        if not getattr(own.quant_state, "packing_format_for_cpu", False):
+            return wanted
+        data, state = _as_loaded(own.data, own.quant_state)
+        return {**wanted, "weight": _like(own, data, quant_state=state, bnb_quantized=True), "quant_state": state}
 
     def open(self, layer: Any) -> p.Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -52,15 +56,14 @@ class FourBit(p.Storage):
     def pack(self, layer: Any, weight: p.Tensor) -> Mapping[str, Any]:
         own = layer.weight
         dtype = own.data.dtype if own.quant_state is None else own.quant_state.dtype
-        made = type(own)(
-            weight.to(dtype).cpu(),
-            requires_grad=False,
-            blocksize=own.blocksize,
-            compress_statistics=own.compress_statistics,
-            quant_type=own.quant_type,
-            quant_storage=own.quant_storage,
-        ).to(own.device)
+        made = _like(own, weight.to(dtype).cpu()).to(own.device)
         return {"weight": made, "quant_state": made.quant_state}
+
+
+def _like(own: Any, data: p.Tensor, **more: Any) -> Any:
+    """A parameter with the settings of another one."""
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return type(own)(data, requires_grad=False, **{name: getattr(own, name) for name in names}, **more)
 
 
 def _as_loaded(data: p.Tensor, state: Any) -> tuple[p.Tensor, Any]:

@@ -26,7 +26,7 @@ from peftc.host.parallel import split_styles, whole_shape
 from peftc.host.torch_modules import computed_by, transient_buffers
 from peftc.runtime.around.modules import ModuleWrapper
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
-from peftc.runtime.bases.storages import packed_facts
+from peftc.runtime.bases.storages import packed_facts, storage_of
 from peftc.runtime.layer.wrapper import TunerLayer
 
 #: Kind of a class with exactly this forward. Order matters only for reading.
@@ -129,6 +129,9 @@ class _Inventory:
         cls = type(module)
         params = self._parameters(path, module) if module._parameters else ()
         buffers = self._buffers(module) if module._buffers else ()
+        storage = storage_of(module)
+        if storage is not None:  # what holds the weight may lie otherwise after a call: `packed` tells of it
+            params, buffers = (tuple(row for row in rows if row[0] not in storage.held) for rows in (params, buffers))
         computed = self._computed(module)
         packed = packed_facts(module)
         key = (cls, params, buffers, module.groups if isinstance(module, _CONVOLUTIONS) else 1, computed, packed)

@@ -25,6 +25,7 @@ from peftc.ops.combine import COMBINATIONS, PRUNING, Pruning, closest_factors, p
 from peftc.registry.boundary import guarded
 from peftc.registry.manager import default_registry
 from peftc.runtime.applying.apply import name_taken
+from peftc.runtime.bases.places import tensor_of
 from peftc.runtime.bases.shards import refuse_sharded
 from peftc.runtime.layer.wrapper import TunerLayer
 from peftc.runtime.session.session import Session
@@ -310,7 +311,8 @@ def _factors(member: _Member, how: Recipe, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _stored(member: _Member, delta: Tensor) -> Tensor:
-    return member.layer.backend.to_stored("weight", delta, member.layer.weight)
+    like = tensor_of(member.layer.get_base_layer(), "weight")
+    return delta if like is None else member.layer.backend.to_stored("weight", delta, like)
 
 
 def _entrywise(parts: Sequence[tuple[Tensor, Tensor, float, float]], how: Recipe, rank: int) -> tuple[Tensor, Tensor]:

@@ -38,5 +38,6 @@ def settle(model: nn.Module, graph: ModuleGraph) -> None:
         with boundary(f"the storage `{storage.name}`", "settings"):
             wanted = storage.settings(module)
         for name, value in wanted.items():
-            keep_entry(module.__dict__, name)
-            module.__dict__[name] = value
+            own = module._parameters if isinstance(value, nn.Parameter) else module.__dict__
+            keep_entry(own, name)
+            own[name] = value
