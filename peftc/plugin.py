@@ -258,6 +258,13 @@ def drop_outputs(a: View, update: Tensor, dim: int = -1, rescale: bool = True) -
     return dropping.drop_outputs(update, dim, c.rank_dropout, c.module_dropout, rescale)
 
 
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes of tensors as they are stored: of one that a library makes of others, those of these. They may be on the meta device."""
+    from peftc.ops import stored
+
+    return sum(map(stored.bytes_of, tensors))
+
+
 def columns(A: Tensor, ids: Tensor) -> Tensor:
     """Columns of A `(r, num)` for ids `(...)`, as rows `(..., r)`: what an embedding computes of A."""
     from peftc.ops import plain
@@ -397,6 +404,7 @@ __all__ = [
     "Weights",
     "base_weights",
     "begin_anew",
+    "bytes_of",
     "columns",
     "constant_slot",
     "convert_adapter",

@@ -94,6 +94,9 @@ class Packed:
     dtype: str
     #: all bytes of the weight as it is stored, scales and the like counted
     nbytes: int
+    #: whether a call of the layer has a derivative by its input; where it has none, adapters nearer to the model's input learn
+    #: nothing through it
+    passes_gradients: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +424,8 @@ def _packed_from_json(data: Any) -> Packed | None:
     texts_of((made.storage, made.dtype))
     for size in (made.in_features, made.out_features, made.nbytes):
         size_of(size)
+    if type(made.passes_gradients) is not bool:
+        raise ValueError("`passes_gradients` is true or false")
     return made
 
 

@@ -40,6 +40,12 @@ STORAGE_UNKNOWN = UnableRule(
 PACKED_FOR_GOOD = UnableRule(
     "PC314", "Packed weight takes no other", "What is merged would be lost, or the layer would be another one."
 )
+GRADIENT_STOPS = Rule(
+    "PC315",
+    "Gradient stops at a layer",
+    "Adapters nearer to the model's input learn from what goes round the layer alone, or the backward pass fails.",
+    WARNING,
+)
 QUANTIZER_UNKNOWN = Rule("PC321", "No such quantisation", "Which library packs the weights decides how they are read.")
 QUANTIZER_REFUSES = UnableRule(
     "PC322", "Base cannot be quantised so", "What would be planned could not be loaded, so nothing of it is."

@@ -52,7 +52,7 @@ class Storage(ABC):
 
     @abstractmethod
     def facts(self, layer: nn.Module) -> Packed:
-        """Sizes, dtype and bytes of the weight. No numbers are looked at: the layer may be on the meta device."""
+        """Sizes, dtype and bytes of the weight, and whether gradients pass its layer. No numbers are looked at: the layer may be on the meta device."""
 
     @abstractmethod
     def open(self, layer: nn.Module) -> Tensor:

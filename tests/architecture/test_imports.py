@@ -53,6 +53,7 @@ UPWARDS = {
     ("peftc.plugin", "peftc.ops.plain"): "and what they write alike is computed from them",
     ("peftc.plugin", "peftc.ops.compressed"): "products that keep less for backward are, too",
     ("peftc.plugin", "peftc.ops.rescaled"): "norms of updated weights too",
+    ("peftc.plugin", "peftc.ops.stored"): "what a storage counts is held by tensors",
     ("peftc.tuner.rows", "peftc.ops.plain"): "indices in options become a tensor",
 }
 

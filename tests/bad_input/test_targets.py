@@ -20,7 +20,7 @@ from peftc.compiler.plan.plan import InjectionPlan
 from peftc.config.base import PeftConfig
 from peftc.diagnostics import NoMatchingPeftModuleError, PeftcError, PeftError
 from peftc.graph.former import FormerLayers
-from peftc.graph.nodes import EXPERT_KINDS, Kind
+from peftc.graph.nodes import EXPERT_KINDS, Kind, Packed
 from peftc.registry import boundary
 from peftc.registry.manager import default_registry
 from tests.bad_input.told import Case, examine, warned
@@ -65,6 +65,14 @@ HYBRID = and_modules(decoder(2), {"model.layers.2.mixer.in_proj": linear(8, 8)})
 MAMBA = and_modules(decoder(), {"model.layers.0.mixer.out_proj": linear(8, 8)}, model_type="mamba")
 VISION = and_modules(decoder(), {"vision.layers.0.q_proj": linear(8, 8)})
 MIXED = and_modules(decoder(), experts())
+CLOSED = and_modules(
+    decoder(),
+    {
+        "model.layers.1.self_attn.q_proj": replace(
+            linear(8, 8), packed=Packed("sealing", 8, 8, "float32", 64, passes_gradients=False)
+        )
+    },
+)
 NO_ROLES = plans.graph_of({"layers.0.mixer": linear(8, 8)})
 FUSED = replace(
     MIXED,
@@ -288,6 +296,10 @@ CASES: dict[str, Case] = {
         rules.READ_DIRECTLY, plan(MAMBA, target_modules=["q_proj", "out_proj"]), ("`model.layers.0.mixer.out_proj`", "exclude_modules: [out_proj]"),
         (checks, "    if not hit:\n        return draft\n    names", "    if hit:\n        return draft\n    names"),
     ),
+    "a layer without a derivative": warned(
+        rules.GRADIENT_STOPS, plan(CLOSED, target_modules=["v_proj"]), ("`model.layers.1.self_attn.q_proj` (sealing)", "another quantisation"),
+        (checks, "    if not closed:", "    if True:"),
+    ),
     "an orientation that no layer has": warned(
         rules.ORIENTATION, plan(fan_in_fan_out=True), ("fan_in_fan_out",),
         (sites, "    if given and not transposed:", "    if False:"),
@@ -386,6 +398,10 @@ def test_dead_entries_can_be_allowed() -> None:
     options = {"strict": True, "allow_dead": ["v_porj", "k_proj", "gone"]}
     config = {"target_modules": ["q_proj", "v_porj"], "rank_pattern": {"k_proj": 2}, "exclude_modules": ["gone"]}
     assert plans.planned(None, options, **config).warnings == ()
+
+
+def test_a_layer_without_a_derivative_is_no_matter_where_nothing_trains() -> None:
+    assert plans.codes(plans.planned(CLOSED, target_modules=["v_proj"], inference_mode=True)) == []
 
 
 def test_a_container_that_is_not_at_fault_is_not_named() -> None:

@@ -165,5 +165,20 @@ def check_direct_reads(draft: Draft, context: Context) -> Draft:
     return draft.told(rules.READ_DIRECTLY(what, fix=fix, where=context.where("target_modules")))
 
 
+def check_gradients(draft: Draft, context: Context) -> Draft:
+    """Packed layers that have no derivative by their input, under an adapter that is to train."""
+    if draft.config.inference_mode:
+        return draft
+    closed = [node for node in context.graph.nodes if node.facts.packed and not node.facts.packed.passes_gradients]
+    if not closed:
+        return draft
+    first = closed[0]
+    storage = first.facts.packed.storage if first.facts.packed else ""
+    more = f", nor through {len(closed) - 1:,} more" if len(closed) > 1 else ""
+    what = f"No gradient goes through `{first.path}` ({storage}) to what is before it{more}"
+    fix = "Load the base with another quantisation: weights alone, not inputs; or adapt nothing before the last such layer."
+    return draft.told(rules.GRADIENT_STOPS(what, fix=fix, where=first.path))
+
+
 def _ending(path: str) -> str:
     return path.rpartition(".")[2]

@@ -80,6 +80,7 @@ PASSES: tuple[Pass, ...] = (
     checks.check_coverage,
     checks.check_towers,
     checks.check_direct_reads,
+    checks.check_gradients,
 )
 
 
