@@ -25,7 +25,7 @@ class EightBit(p.Storage):
 
     def facts(self, layer: Any) -> p.Packed:
         out, into = layer.out_features, layer.in_features
-        return p.Packed(self.name, into, out, "float16", out * into + out * 4)
+        return p.Packed(self.name, into, out, "float32", out * into + out * 4)
 
     def open(self, layer: Any) -> p.Tensor:
         weight = layer.weight
