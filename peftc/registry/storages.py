@@ -73,7 +73,7 @@ def _wrong(storage: Storage, key: str) -> Iterator[str]:
         yield f"`name` is {name!r:.60}, not a text in lower case"
     elif key and name != key:
         yield f"the record says `{name}`, the entry point `{key}`"
-    for option in ("classes", "tensors", "held"):
+    for option in ("classes", "tensors", "held", "openers"):
         value = getattr(storage, option)
         if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
             yield f"`{option}` is {value!r:.60}, not a tuple of texts"

@@ -132,12 +132,13 @@ def keep_entry(mapping: MutableMapping[Any, Any], key: Any) -> None:
         journal._undo.append((_restore_entry, (mapping, key, mapping.get(key, _ABSENT))))
 
 
-def keep_entries(*containers: dict[Any, Any] | list[Any] | set[Any]) -> None:
-    """Keep all entries, and their order: for those that are to be taken out."""
+def keep_entries(*containers: MutableMapping[Any, Any] | list[Any] | set[Any]) -> None:
+    """Keep all entries, and their order: for those that are to be taken out. Libraries have mappings of their own for tensors."""
     journal = _open.journal
     if journal is not None:
         for container in containers:
-            journal._undo.append((_restore_entries, (container, container.copy())))
+            before = container.copy() if isinstance(container, dict | list | set) else dict(container)
+            journal._undo.append((_restore_entries, (container, before)))
 
 
 def keep_trained(tensor: Tensor, trained: bool) -> None:

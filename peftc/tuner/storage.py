@@ -34,6 +34,9 @@ class Storage(ABC):
     held: ClassVar[tuple[str, ...]] = ("weight",)
     #: whether a call of the layer gives a tensor that nobody else keeps, so that an update may be added to it in place
     fresh: ClassVar[bool] = True
+    #: functions, each as `module.qualified_name`, that the library has called before a model's own forward to open its weights for
+    #: good; they are taken off the model once adapters are on it, and the layers have to compute as they are (`settings`)
+    openers: ClassVar[tuple[str, ...]] = ()
     #: why no other weight can be stored in this form; empty if it can
     unwritable: ClassVar[str] = ""
 

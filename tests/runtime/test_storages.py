@@ -144,6 +144,52 @@ def test_a_setting_is_there_while_adapters_are() -> None:
     assert not any(module.drifts for module in first.modules() if isinstance(module, Rounded))
 
 
+class Opening(RoundedStorage):
+    """A storage whose library would open a model's weights before its first call"""
+
+    openers = (f"{__name__}.opens",)
+
+
+def opens(model: nn.Module, args: object) -> None:
+    raise AssertionError("the weights are open now")
+
+
+def other(model: nn.Module, args: object) -> None:
+    """Somebody else's hook."""
+
+
+def with_hooks(model: nn.Module) -> nn.Module:
+    for hook in (other, opens):
+        model.register_forward_pre_hook(hook)
+    return model
+
+
+def test_what_would_open_the_weights_is_taken_off_the_model_and_is_back_if_nothing_comes_of_it() -> None:
+    default_storages().forget("rounded")
+    table._packed.cache_clear()
+    register_storage(Opening())
+    model = with_hooks(net())
+    with pytest.raises(PeftcError):
+        get_peft_model(model, narrow(begin="late", r=2))
+    assert list(model._forward_pre_hooks.values()) == [other, opens]
+    tuned = get_peft_model(model, narrow())
+    assert list(model._forward_pre_hooks.values()) == [other]
+    tuned(x())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_bias_in_a_buffer_is_as_one_in_a_parameter(name: str) -> None:
+    first, second = pair(CONFIGS[name]())
+    layer, plain = (model.base_model.model.first.get_base_layer() for model in (first.eval(), second.eval()))
+    layer.register_buffer("bias", layer._parameters.pop("bias").data)
+    before = layer.bias
+    first.merge_adapter(), second.merge_adapter()
+    torch.testing.assert_close(layer.bias, plain.bias.detach())
+    assert "bias" in layer._buffers and "bias" not in layer._parameters
+    first.unmerge_adapter()
+    assert layer.bias is before
+
+
 def test_a_storage_that_takes_no_other_weight_refuses_merging_and_changes_nothing() -> None:
     default_storages().forget("rounded")
     table._packed.cache_clear()

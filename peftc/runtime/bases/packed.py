@@ -52,7 +52,9 @@ class PackedBackend(LinearBackend):
     def replaced(self, base: nn.Module, changed: Mapping[str, Tensor], path: str) -> dict[str, Any]:
         """The weight is packed anew, with the layer's own settings. Raises `PeftcError` if the storage takes no other."""
         rest = {name: tensor for name, tensor in changed.items() if name != "weight"}
-        made = super().replaced(base, rest, path) if rest else {}
+        owned = {name: own for name in rest if isinstance(own := held_by(base, name), Tensor)}
+        beside = {name: rest.pop(name).to(own.dtype) for name, own in owned.items() if name not in base._parameters}
+        made = {**beside, **(super().replaced(base, rest, path) if rest else {})}
         if "weight" not in changed:
             return made
         why = self._storage.cannot_pack(base)

@@ -32,7 +32,8 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     tensor = module._buffers.get(name) if parameter is None else parameter
     if tensor is None:  # computed from others, or for now a view of what is sharded
         found = getattr(module, name, None)
-        return found if isinstance(found, Tensor) else None
+        is_empty = name == "bias" and isinstance(found, Tensor) and not found.numel()  # how some libraries have none
+        return found if isinstance(found, Tensor) and not is_empty else None
     if tensor.is_meta:
         return _brought(module, name, tensor)
     if tensor.requires_grad and torch.is_grad_enabled() and offload.hook_of(module) is not None:

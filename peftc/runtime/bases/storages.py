@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from torch import nn
 
 from peftc.graph.nodes import ModuleGraph, Packed
 from peftc.registry.boundary import boundary
 from peftc.registry.storages import default_storages
-from peftc.runtime.journal import keep_entry
+from peftc.runtime.journal import keep_entries, keep_entry
 from peftc.tuner.storage import Storage
 
 
@@ -31,13 +33,32 @@ def settle(model: nn.Module, graph: ModuleGraph) -> None:
     """Let the packed layers of a model, adapted or not, be as they have to be while adapters are on it."""
     if not any(node.facts.packed for node in graph.nodes):
         return
+    openers: set[str] = set()
     for module in model.modules():
         storage = storage_of(module)
         if storage is None:
             continue
+        openers.update(storage.openers)
         with boundary(f"the storage `{storage.name}`", "settings"):
             wanted = storage.settings(module)
         for name, value in wanted.items():
             own = module._parameters if isinstance(value, nn.Parameter) else module.__dict__
             keep_entry(own, name)
             own[name] = value
+    if openers:
+        _stop(model, openers)
+
+
+def _stop(model: nn.Module, openers: Set[str]) -> None:
+    """Have functions of these names not be called before modules of a model any more."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        unwanted = [key for key, hook in hooks.items() if _name(hook) in openers]
+        if unwanted:
+            keep_entries(hooks)
+        for key in unwanted:
+            del hooks[key]
+
+
+def _name(hook: object) -> str:
+    return f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', '')}"
