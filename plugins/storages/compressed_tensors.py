@@ -61,7 +61,7 @@ class CompressedTensors(p.Storage):
         values = weight.to(form.device, form.dtype)
         candidates = [_with_own_grid(layer, own, values), _with_grid(layer, values, form)]
         packed = [_compressed(layer, {**kept, **candidate}) for candidate in candidates]
-        grouped = [_groups(_opened(layer, made) - values, args).square().sum(-1).reshape(form.shape) for made in packed]
+        grouped = [_groups(_opened(layer, made) - values, args).abs().amax(-1).reshape(form.shape) for made in packed]
         nearer = grouped[1] < grouped[0]
         chosen = {
             name: torch.where(nearer, candidates[1][name], candidates[0][name]) if name != "weight" else values
