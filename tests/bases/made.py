@@ -46,9 +46,16 @@ class Base:
     build: Callable[[Path], nn.Module]
     dtype: torch.dtype = torch.float32
     flows: bool = True
+    opens: bool = False
+    lets_through: bool = False
     stands_in: bool = False
     runs: str = ""
     needs: tuple[str, ...] = field(default=())
+
+    @property
+    def passes(self) -> bool:
+        """Whether gradients pass once adapters are on the model."""
+        return self.flows or self.lets_through
 
     def missing(self) -> str:
         """Why this base cannot be made here, or nothing: which package is not installed."""
@@ -345,14 +352,27 @@ MADE = (
         "compressed-tensors int4",
         "compressed_tensors",
         compressed(num_bits=4, type="int", strategy="group", group_size=32),
+        opens=True,
     ),
-    Base("compressed-tensors int8", "compressed_tensors", compressed(num_bits=8, type="int", strategy="channel")),
-    Base("compressed-tensors float8", "compressed_tensors", compressed(num_bits=8, type="float", strategy="channel")),
+    Base(
+        "compressed-tensors int8",
+        "compressed_tensors",
+        compressed(num_bits=8, type="int", strategy="channel"),
+        opens=True,
+    ),
+    Base(
+        "compressed-tensors float8",
+        "compressed_tensors",
+        compressed(num_bits=8, type="float", strategy="channel"),
+        opens=True,
+    ),
     Base(
         "compressed-tensors float8 dynamic",
         "compressed_tensors",
         compressed(activations=True, num_bits=8, type="float", strategy="channel"),
         flows=False,
+        opens=True,
+        lets_through=True,
     ),
     Base("gguf transformers q8_0", "gguf", gguf_transformers("Q8_0")),
     Base("gguf transformers q4_0", "gguf", gguf_transformers("Q4_0")),

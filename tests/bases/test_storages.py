@@ -23,7 +23,7 @@ from peftc.registry.manager import default_registry
 from peftc.runtime.applying.snapshot import snapshot
 from peftc.runtime.bases import table
 from peftc.runtime.bases.places import change, held_by
-from peftc.runtime.bases.storages import packed_facts, storage_of
+from peftc.runtime.bases.storages import packed_facts, settle, storage_of
 from peftc.testing.models import seeded
 from peftc.tuner.storage import Storage
 from tests.bases.made import BASES, FIRST, IDS, LINEARS, Base, loaded
@@ -53,7 +53,7 @@ def made(base: Base, folder: Path, runs: bool = True) -> nn.Module:
 
 def trainable(base: Base, folder: Path) -> nn.Module:
     """The same where gradients pass."""
-    if not base.flows:
+    if not base.passes:
         pytest.skip(f"{base.name}: the library gives no gradient to inputs, as PC315 says")
     return made(base, folder)
 
@@ -147,15 +147,17 @@ def test_facts_are_the_sizes_bytes_and_dtype_of_what_is_there(base: Base, tmp_pa
         assert nodes[name].facts.packed == found and found.storage == storage(layer).name
         assert (found.out_features, found.in_features) == wanted[name].shape
         assert found.nbytes == stored_bytes(layer), name
-        assert found.passes_gradients is base.flows
+        assert found.passes_gradients is base.passes
         weight = storage(layer).open(layer)
         assert weight.shape == wanted[name].shape and found.dtype == dtype_name(weight.dtype)
 
 
 @EVERY
 def test_what_is_opened_is_what_the_layer_computes_with(base: Base, tmp_path: Path) -> None:
+    model = made(base, tmp_path)
+    settle(model, snapshot(model))  # some libraries' own calls would open all weights first
     with torch.no_grad():
-        for layer in layers(made(base, tmp_path)).values():
+        for layer in layers(model).values():
             x = inputs(layer, base.dtype)
             wanted = F.linear(x, storage(layer).open(layer).to(x.dtype))
             assert apart(layer(x), wanted) <= (1e-5 if exact(base) else 3e-2) * float(wanted.abs().max())
@@ -209,7 +211,7 @@ def test_where_no_gradient_passes_it_is_told_before_training(base: Base, tmp_pat
         warnings.simplefilter("always")
         get_peft_model(model, config())
     told = [str(w.message) for w in caught if rules.GRADIENT_STOPS.code in str(w.message)]
-    assert len(told) == (not base.flows) and all(f"`{FIRST}`" in text for text in told)
+    assert len(told) == (not base.passes) and all(f"`{FIRST}`" in text for text in told)
 
 
 @EVERY
@@ -243,6 +245,8 @@ def test_merged_it_is_off_by_rounding_alone_and_comes_back_bit_for_bit(base: Bas
 @EVERY
 def test_merging_costs_no_more_than_in_the_reference(base: Base, tmp_path: Path) -> None:
     model = made(base, tmp_path)
+    if base.opens:
+        pytest.skip(f"{base.name}: the reference merges into weights that the library opened, and packs none again")
     told = of_reference(base, PEFT_TYPE)
     if told.adapter is None or told.merged is None:
         pytest.skip(f"{base.name}: the reference does not merge there: {told.refused or 'it raises'}"[:200])
@@ -286,6 +290,8 @@ def test_it_generates_and_trains_on_from_the_same_weights(base: Base, tmp_path: 
 @EVERY
 def test_losses_are_those_of_the_reference(base: Base, tmp_path: Path) -> None:
     model = made(base, tmp_path)
+    if base.lets_through:
+        pytest.skip(f"{base.name}: gradients go through the rounding of inputs, which stops them in the reference")
     told = of_reference(base, PEFT_TYPE)
     if told.adapter is None or not told.losses:
         pytest.skip(f"{base.name}: the reference does not train there: {told.refused}"[:200])
