@@ -50,6 +50,11 @@ class Storage(ABC):
         else change its weight in calls, for example, or has."""
         return {}
 
+    def example(self, layer: nn.Linear) -> nn.Module:
+        """A layer in this storage with the weight and bias of a plain one in float32, whose sizes are multiples of 32: what the
+        conformance kit builds its models of (`peftc plugins check NAME`, and `--storage NAME` of methods)."""
+        raise NotImplementedError(f"{type(self).__name__} gives no `example`")
+
     @abstractmethod
     def facts(self, layer: nn.Module) -> Packed:
         """Sizes, dtype and bytes of the weight, and whether gradients pass its layer. No numbers are looked at: the layer may be on the meta device."""

@@ -179,7 +179,7 @@ class _Declarer:
     def _declare(self, tuner: MapTuner[Any], node: ModuleNode, overrides: Overrides) -> _Kind:
         path, dtype = node.path, self._dtype(node.facts)
         kind = _Kind(self._draft.config, overrides, (), dtype, (), fails=True, tuner=tuner, node=node)
-        if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):
+        if node.facts.kind not in tuner.supports or _is_in_the_way(tuner, node, self._context):
             kind.problems = (_unsupported(tuner, node, self._draft.config, self._context),)
             return kind
         try:
@@ -351,8 +351,11 @@ def _dropping(tuner: MapTuner[Any], config: PeftConfig, node: ModuleNode, contex
         yield rules.BAD_TARGET(what, fix=fix, where=node.path, severity=severity)
 
 
-def _is_in_the_way(node: ModuleNode, context: Context) -> str:
-    """Why a module of no known kind cannot be run with other parameters in place; empty if it can."""
+def _is_in_the_way(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> str:
+    """Why a module cannot be run with other parameters in place, where that is all that mathematics for modules of no known kind
+    does; empty if it can."""
+    if node.facts.packed is not None and Kind.OTHER in tuner.supports:
+        return f"with a packed weight ({node.facts.packed.storage}), which does not train"
     if node.facts.kind not in OPAQUE_KINDS:
         return ""
     if any(n.path.startswith(node.path + ".") and n.facts.params for n in context.graph.nodes):
@@ -364,7 +367,7 @@ def _unsupported(tuner: MapTuner[Any], node: ModuleNode, config: PeftConfig, con
     variant = context.method.variant_for(config)
     supported = (variant or context.method).supports or tuner.supports
     kinds = ", ".join(sorted(kind.value for kind in supported))
-    obstacle = _is_in_the_way(node, context) if node.facts.kind in supported else ""
+    obstacle = _is_in_the_way(tuner, node, context) if node.facts.kind in supported else ""
     note = f" {obstacle}" if obstacle else f" ({node.facts.note})" if node.facts.note else ""
     below = [n for n in context.graph.nodes if n.path.startswith(node.path + ".") and n.facts.kind in supported]
     names = list(dict.fromkeys(n.name for n in below if not n.name.isdigit()))

@@ -94,7 +94,7 @@ def several_active_merge_alike(s: Subject) -> None:
     """Adapters active together act one after the other, merged or not, merged at once or in turn."""
     model = s.trained("first", dtype=torch.float64)
     s.join(model, "second")
-    if _clash(model):
+    if clash(model):
         _refuses_both(model)
         return
     model.set_adapter(["first", "second"])
@@ -109,7 +109,7 @@ def several_active_merge_alike(s: Subject) -> None:
     close(s.output(in_turn, torch.float64), y, "The output with both merged in turn", fix, tolerance=tolerance)
 
 
-def _clash(model: PeftModel) -> bool:
+def clash(model: PeftModel) -> bool:
     """Whether the method says that two adapters with these options cannot act on a layer at once."""
     parts = [layer.part("first") for layer in layers_of(model, "first").values()]
     return any(part.tuner.clash(part.view.config, part.view.config) for part in parts)
