@@ -25,8 +25,8 @@ from peftc.tuner.method import TunerMethod
 from peftc.tuner.storage import Storage
 
 Layers: TypeAlias = dict[str, nn.Module]
-#: Sizes of the models: libraries pack groups of 32 and 64 numbers.
-_SIZES = (64, 96, 32)
+#: Sizes of the models: libraries pack groups of up to 64 numbers.
+_SIZES = (64, 128, 64)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _told_apart(found: list[Subject], model: PackedModel) -> Iterator[Subject]:
 def packed_model(speaks: bool, storage: Storage = ROUNDED) -> PackedModel:
     """The model of linear layers, or the language model, in a storage."""
     plain = (
-        language_model("llama", {**LANGUAGE_MODEL, "hidden_size": 64, "intermediate_size": 96}, 1e-5)
+        language_model("llama", {**LANGUAGE_MODEL, "hidden_size": 64, "intermediate_size": 128}, 1e-5)
         if speaks
         else None
     )
@@ -125,7 +125,11 @@ def packed_model(speaks: bool, storage: Storage = ROUNDED) -> PackedModel:
         for path, layer in list(model.named_modules()):
             if type(layer) is nn.Linear and not path.endswith("lm_head"):
                 with boundary(f"the storage `{storage.name}`", "example", path):
-                    model.set_submodule(path, storage.example(layer))
+                    made = storage.example(layer)
+                    vars(made).update(
+                        storage.settings(made)
+                    )  # as on a model with adapters, so that bases compute alike
+                model.set_submodule(path, made)
         return model
 
     name = f"{'mlp' if plain is None else plain.name}-{storage.name}"

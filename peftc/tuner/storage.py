@@ -51,7 +51,7 @@ class Storage(ABC):
         return {}
 
     def example(self, layer: nn.Linear) -> nn.Module:
-        """A layer in this storage with the weight and bias of a plain one in float32, whose sizes are multiples of 32: what the
+        """A layer in this storage with the weight and bias of a plain one in float32, whose sizes are multiples of 64: what the
         conformance kit builds its models of (`peftc plugins check NAME`, and `--storage NAME` of methods)."""
         raise NotImplementedError(f"{type(self).__name__} gives no `example`")
 

@@ -53,6 +53,20 @@ class FourBit(p.Storage):
         opened: p.Tensor = dequantize_4bit(*_as_loaded(weight.data, weight.quant_state))
         return opened
 
+    def example(self, layer: Any) -> Any:
+        import bitsandbytes as bnb
+        import torch
+
+        made = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            compute_dtype=torch.float32,
+            quant_type="nf4",
+        )
+        made.load_state_dict(layer.state_dict())
+        return made.to("cpu")
+
     def pack(self, layer: Any, weight: p.Tensor) -> Mapping[str, Any]:
         own = layer.weight
         dtype = own.data.dtype if own.quant_state is None else own.quant_state.dtype

@@ -35,6 +35,15 @@ class EightBit(p.Storage):
         opened: p.Tensor = weight.data.float() * (scale.to(weight.device) / LARGEST).unsqueeze(1)
         return opened
 
+    def example(self, layer: Any) -> Any:
+        import bitsandbytes as bnb
+
+        made = bnb.nn.Linear8bitLt(
+            layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
+        )
+        made.load_state_dict(layer.state_dict())
+        return made.to("cpu")
+
     def pack(self, layer: Any, weight: p.Tensor) -> Mapping[str, Any]:
         import copy
 
