@@ -21,6 +21,7 @@ from peftc.registry.boundary import boundary
 from peftc.registry.doors import Record, name_of, record_of
 from peftc.registry.manager import default_registry
 from peftc.registry.starts import default_starts
+from peftc.registry.storages import default_storages
 from peftc.testing.cells import Row, all_rows, rows
 from peftc.testing.checks import (
     calls,
@@ -346,11 +347,13 @@ class Case:
 
 
 def cases(*plugins: str | ModuleType) -> list[Case]:
-    """All cases of the methods, or of every installed one; of a variant or a start, those that it has a part in. Raises `PeftcError`
+    """All cases of the methods, or of every installed one; of a variant, a start or a storage, those that it has a part in. Raises `PeftcError`
     for a plugin that cannot be loaded."""
     records = [(plugin, record_of(plugin)) for plugin in plugins or default_registry().names]
     brought = [(plugin, record) for plugin, record in records if isinstance(plugin, ModuleType)]
-    modules = {record.peft_type: plugin.__name__ for plugin, record in brought if not isinstance(record, Start)}
+    modules = {
+        record.peft_type: plugin.__name__ for plugin, record in brought if not isinstance(record, (Start, Storage))
+    }
     concerned = [(name_of(record), *_concerned(record)) for _, record in records]
     elsewhere = Elsewhere([s for _, found, _, _ in concerned for s in found], modules)
     made = (
@@ -360,19 +363,25 @@ def cases(*plugins: str | ModuleType) -> list[Case]:
     return [replace(case, of=name) for name, own in made for case in own]
 
 
-def cases_on(storage: Storage, *peft_types: str) -> list[Case]:
-    """The cases of methods, or of every installed one, on layers in a storage. Raises `PeftcError` for one that cannot be loaded."""
-    methods = [default_registry().get(name) for name in peft_types or default_registry().names]
-    return [
-        replace(case, of=method.peft_type)
-        for method in methods
-        for case in _cases_of_packed(packed_subjects(method, storage))
-    ]
+def cases_on(storage: Storage, plugin: str | ModuleType) -> list[Case]:
+    """The cases of a method, or a variant of one, on layers in a storage. Raises `PeftcError` for one that cannot be loaded."""
+    record = record_of(plugin)
+    if isinstance(record, Variant):
+        method, examples = default_registry().get(record.peft_type).with_variant(record), record.examples
+        method = replace(method, examples=examples or ({"variant": record.name},))
+    elif isinstance(record, TunerMethod):
+        method = record
+    else:
+        what = f"`{name_of(record)}` is no method, which could be checked on layers in the storage `{storage.name}`"
+        raise PeftcError(rules.UNKNOWN_CHECK(what, fix="Name a PEFT type."))
+    return [replace(case, of=name_of(record)) for case in _cases_of_packed(packed_subjects(method, storage))]
 
 
 def _concerned(record: Record) -> tuple[Sequence[Subject], Sequence[Row], Sequence[Subject]]:
     """What a record has a part in."""
     registry = default_registry()
+    if isinstance(record, Storage):
+        return (), (), [s for name in registry.names for s in packed_subjects(registry.get(name), record)]
     if isinstance(record, TunerMethod):
         return subjects(record), all_rows(record), packed_subjects(record)
     if isinstance(record, Variant):
@@ -427,12 +436,12 @@ def all_checks() -> tuple[Callable[..., None], ...]:
     )
 
 
-def chosen(plugin: str | ModuleType, only: Sequence[str] = ()) -> list[Case]:
-    """The cases of one method; with `only`, of the checks of that name.
+def chosen(plugin: str | ModuleType, only: Sequence[str] = (), storage: str = "") -> list[Case]:
+    """The cases of one method; with `only`, of the checks of that name; with the name of a storage, those on layers in it.
 
     Raises `PeftcError` for a plugin that cannot be loaded, and for names of checks that this method has no case of.
     """
-    found = cases(plugin)
+    found = cases_on(default_storages().get(storage), plugin) if storage else cases(plugin)
     there = list(dict.fromkeys(case.check for case in found))
     if unknown := [name for name in only if name not in there]:
         raise PeftcError([_unknown(name, there) for name in unknown])

@@ -54,10 +54,11 @@ class FourBit(p.Storage):
         return opened
 
     def example(self, layer: Any) -> Any:
-        import bitsandbytes as bnb
+        import bitsandbytes.nn as library
         import torch
 
-        made = bnb.nn.Linear4bit(
+        layers: Any = library
+        made = layers.Linear4bit(
             layer.in_features,
             layer.out_features,
             layer.bias is not None,

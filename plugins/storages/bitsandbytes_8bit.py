@@ -36,9 +36,10 @@ class EightBit(p.Storage):
         return opened
 
     def example(self, layer: Any) -> Any:
-        import bitsandbytes as bnb
+        import bitsandbytes.nn as library
 
-        made = bnb.nn.Linear8bitLt(
+        layers: Any = library
+        made = layers.Linear8bitLt(
             layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
         )
         made.load_state_dict(layer.state_dict())

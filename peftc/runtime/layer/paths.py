@@ -119,9 +119,15 @@ def _fused(path: Path, under: Under, part: Part, alone: bool) -> Path:
                     return joint_low_rank(seat, x, Layer(linear.weight, linear.bias, A, B, scale))
                 return linear_low_rank(x, linear.weight, linear.bias, A, B, scale, noise)
             y = path(x, *args, **kwargs)
-        if forward or backward or backward_pre or GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1] or GLOBAL_HOOKS[2]:
-            y = y.clone()
-        elif packed and _is_view(y):
+        if (
+            forward
+            or backward
+            or backward_pre
+            or GLOBAL_HOOKS[0]
+            or GLOBAL_HOOKS[1]
+            or GLOBAL_HOOKS[2]
+            or (packed and _is_view(y))
+        ):
             y = y.clone()
         return add_low_rank(y, own, A, B, scale, noise)
 
