@@ -24,6 +24,8 @@ class Storage(ABC):
 
     #: what it is asked for by, in lower case
     name: ClassVar[str]
+    #: what the status of a model calls it (`quantization_backend`), where the reference has another word; left out, its name
+    known_as: ClassVar[str] = ""
     #: the package that brings these layers, as it is installed
     package: ClassVar[str] = ""
     #: classes of layers that are stored so, each as `module.Class`; subclasses are as well

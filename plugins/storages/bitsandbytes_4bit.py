@@ -17,6 +17,7 @@ class FourBit(p.Storage):
     """bitsandbytes, 4 bits (fp4, nf4)"""
 
     name: ClassVar[str] = "bitsandbytes-4bit"
+    known_as: ClassVar[str] = "bnb 4bit"
     package: ClassVar[str] = "bitsandbytes"
     classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
     held: ClassVar[tuple[str, ...]] = ("weight", "quant_state")

@@ -15,6 +15,7 @@ class EightBit(p.Storage):
     """bitsandbytes, 8 bits (LLM.int8())"""
 
     name: ClassVar[str] = "bitsandbytes-8bit"
+    known_as: ClassVar[str] = "bnb 8bit"
     package: ClassVar[str] = "bitsandbytes"
     classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear8bitLt",)
     held: ClassVar[tuple[str, ...]] = ("weight", "state")

@@ -292,3 +292,14 @@ def test_a_plan_says_that_a_start_changes_a_packed_weight() -> None:
 def test_a_plan_on_packed_layers_comes_back_from_its_file() -> None:
     plan = compile_plan(snapshot(net()), {"default": narrow()})
     assert plan_from_json(plan_to_json(plan)) == plan
+
+
+def test_the_status_names_how_layers_are_stored(monkeypatch: Patch) -> None:
+    first, second = pair(narrow())
+    assert {layer.quantization_backend for layer in first.get_layer_status()} == {"rounded"}
+    assert (first.get_model_status().quantization_backend, second.get_model_status().quantization_backend) == (
+        "rounded",
+        None,
+    )
+    monkeypatch.setattr(RoundedStorage, "known_as", "in rows")
+    assert first.get_model_status().quantization_backend == "in rows"
