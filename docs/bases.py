@@ -88,7 +88,9 @@ def _left(s: Subject) -> str:
 
 def _said(s: Subject, storage: Storage, reasons: dict[str, list[str]]) -> str:
     found = cell_of(s)
-    named = f"`{s.method.peft_type}`"
+    uses = features_of(s.method)["uses"]
+    options = f" (`{', '.join(s.options)}`)" if uses["merge"] else ""
+    named = f"`{s.method.peft_type}`{options}"
     if found.codes:
         for rule in (r for r in vars(rules).values() if isinstance(r, Rule) and r.code in found.codes):
             reasons.setdefault(f"{rule.title}. {rule.why}", []).append(f"[{rule.code}](diagnostics.md)")
@@ -101,7 +103,7 @@ def _said(s: Subject, storage: Storage, reasons: dict[str, list[str]]) -> str:
         reasons.setdefault(why, []).append(f"`{storage.name}`")
     else:
         letters += "MU"
-    rows = features_of(s.method)["uses"]["rows"] and not s.rebases
+    rows = uses["rows"] and not s.rebases
     if not rows:
         reasons.setdefault("R: it is no change of layers, of which each row could have its own", []).append(named)
     return f"{letters}S{'R' if rows else ''}"

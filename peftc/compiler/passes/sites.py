@@ -352,15 +352,13 @@ def _dropping(tuner: MapTuner[Any], config: PeftConfig, node: ModuleNode, contex
 
 
 def _is_in_the_way(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> str:
-    """Why a module cannot be run with other parameters in place, where that is all that mathematics for modules of no known kind
-    does; empty if it can."""
+    """Why a module cannot be run with other parameters in place, where no more is known to be done; empty if it can."""
     if node.facts.packed is not None and Kind.OTHER in tuner.supports:
         return f"with a packed weight ({node.facts.packed.storage}), which does not train"
-    if node.facts.kind not in OPAQUE_KINDS:
-        return ""
-    if any(n.path.startswith(node.path + ".") and n.facts.params for n in context.graph.nodes):
+    opaque = node.facts.kind in OPAQUE_KINDS
+    if opaque and any(n.path.startswith(node.path + ".") and n.facts.params for n in context.graph.nodes):
         return "with layers in it, which have parameters too"
-    return "" if node.facts.params else "without parameters of its own"
+    return "" if node.facts.params or not opaque else "without parameters of its own"
 
 
 def _unsupported(tuner: MapTuner[Any], node: ModuleNode, config: PeftConfig, context: Context) -> Diagnostic:
