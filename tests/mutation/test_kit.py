@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peftc import rules
 from peftc.compiler.passes import order as passes
@@ -36,7 +37,7 @@ from peftc.runtime.session.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
 from peftc.testing.kit import Case, all_checks, cases
-from peftc.testing.storage import RoundedRows, rounded
+from peftc.testing.storage import RoundedLinear, RoundedRows, rounded
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import TunerMethod
 from tests.mutation import imports_torch, mutants, sound, test_cells
@@ -219,7 +220,7 @@ def experts_as_layers(patch: Patch) -> None:
 
 
 def opened_otherwise(patch: Patch) -> None:
-    patch.setattr(RoundedRows, "open", lambda storage, layer: 1.5 * layer.numbers())
+    patch.setattr(RoundedLinear, "forward", lambda layer, x: functional.linear(x, 1.5 * layer.numbers(), layer.bias))
 
 
 def never_packed_anew(patch: Patch) -> None:
