@@ -86,6 +86,8 @@ def _packed() -> Schema:
         out_features=SIZE,
         dtype={**TEXT, "description": "The dtype of the weight as it is opened."},
         nbytes={**SIZE, "description": "All bytes of the weight as it is stored."},
+        passes_gradients={**FLAG, "description": "Whether a call gives gradients to its input."},
+        optional=("passes_gradients",),
     )
 
 
