@@ -1,5 +1,5 @@
 """Writes the pages that follow from the code or from records: `diagnostics.md`, `cli.md`, `plugin-reference.md`, `variants.md`,
-`versions.md`, `peer-suite.md`, `methods/`, and the output shown in others.
+`bases.md`, `versions.md`, `peer-suite.md`, `methods/`, and the output shown in others.
 
 python docs/generate.py          write them
 python docs/generate.py --check  exit 1 if a page is not what the code says
@@ -15,7 +15,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from blocks import with_output  # beside this file
+from bases import bases_page  # beside this file
+from blocks import with_output
 from hf_compat import compat_page
 from plugin_reference import reference_page
 from pydantic.fields import FieldInfo
@@ -69,6 +70,7 @@ def pages(examples: bool = True) -> dict[str, str]:
         "plugin-reference.md": reference_page(_cell, _option),
         "hf-compat.md": compat_page(registry),
         "variants.md": variants_page(methods, _cell),
+        "bases.md": bases_page(methods, _cell),
         "versions.md": versions_page(),
         "peer-suite.md": peer_suite_page(),
         "methods/README.md": methods_page(methods),

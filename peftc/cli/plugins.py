@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "name",
         metavar="NAME",
-        help="a PEFT type, `<peft type>.<variant>`, a start, or the file or folder of a module with one",
+        help="a PEFT type, `<peft type>.<variant>`, a start, a storage, or the file or folder of a module with one",
     )
     check.add_argument("--only", action="append", metavar="CHECK", help="only the check of this name; may be repeated")
+    check.add_argument("--storage", default="", metavar="NAME", help="check a method on layers in this storage alone")
 
 
 def _action(actions: argparse._SubParsersAction[Any], name: str, line: str) -> argparse.ArgumentParser:
@@ -55,25 +56,26 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     from peftc.registry.manager import default_registry
     from peftc.registry.starts import default_starts
+    from peftc.registry.storages import default_storages
 
     problems: list[Diagnostic] = []
     registry = default_registry()
-    rows, variants, starts = (
-        _rows(door, args.check, problems) for door in (registry, registry.variants, default_starts())
-    )
+    doors: tuple[Door[Any], ...] = (registry, registry.variants, default_starts(), default_storages())
+    rows, variants, starts, storages = (_rows(door, args.check, problems) for door in doors)
     rows += variants
     told = list(dict.fromkeys(problems))
     if args.json:
         keys = ("module", "distribution", "state")
-        of_methods, of_starts = (
+        of_methods, of_starts, of_storages = (
             [dict(zip((name, *keys), row, strict=True)) for row in found]
-            for name, found in (("peft_type", rows), ("start", starts))
+            for name, found in (("peft_type", rows), ("start", starts), ("storage", storages))
         )
-        facts = {"plugins": of_methods, "starts": of_starts}
+        facts = {"plugins": of_methods, "starts": of_starts, "storages": of_storages}
         console.out_json({"ok": not told, **facts, "diagnostics": [d.to_dict() for d in told]})
     else:
         console.out(console.table(rows, ("TYPE", "MODULE", "DISTRIBUTION", "STATE")))
         console.out(console.table(starts, ("START", "MODULE", "DISTRIBUTION", "STATE")))
+        console.out(console.table(storages, ("STORAGE", "MODULE", "DISTRIBUTION", "STATE")))
         console.show(told)
     return int(bool(told))
 
@@ -131,7 +133,7 @@ def _check(args: argparse.Namespace) -> int:
     from peftc.testing import kit
 
     plugin = _plugin(args.name)
-    chosen = kit.chosen(plugin, args.only or ())
+    chosen = kit.chosen(plugin, args.only or (), args.storage)
     with progress.stage(f"Checking {chosen[0].of}", len(chosen), quiet=args.quiet) as stage:
         report = kit.report_of(chosen, stage.at)
     if args.json:

@@ -78,6 +78,19 @@ def model() -> Schema:
     )
 
 
+def _packed() -> Schema:
+    return obj(
+        "How the weight is stored, where that is in a form of its own.",
+        storage={**TEXT, "description": "Name of the storage."},
+        in_features=SIZE,
+        out_features=SIZE,
+        dtype={**TEXT, "description": "The dtype of the weight as it is opened."},
+        nbytes={**SIZE, "description": "All bytes of the weight as it is stored."},
+        passes_gradients={**FLAG, "description": "Whether a call gives gradients to its input."},
+        optional=("passes_gradients",),
+    )
+
+
 def layer() -> Schema:
     """Facts of a kind of layer; refers to `tensor`."""
     return obj(
@@ -90,7 +103,8 @@ def layer() -> Schema:
         groups=SIZE,
         experts={**SIZE, "description": "How many maps a parameter holds; missing for other layers."},
         transposed={**FLAG, "description": "Whether experts are stored as (experts, in, out)."},
-        optional=("experts", "transposed"),
+        packed=_packed(),
+        optional=("experts", "transposed", "packed"),
         note={**TEXT, "description": "Why it is none of the kinds that it looks like, if so."},
         params=list_of(ref("tensor")),
         buffers=list_of(ref("tensor")),

@@ -21,6 +21,7 @@ from peftc.registry.boundary import boundary
 from peftc.registry.doors import Record, name_of, record_of
 from peftc.registry.manager import default_registry
 from peftc.registry.starts import default_starts
+from peftc.registry.storages import default_storages
 from peftc.testing.cells import Row, all_rows, rows
 from peftc.testing.checks import (
     calls,
@@ -31,17 +32,20 @@ from peftc.testing.checks import (
     gradients,
     lifecycle,
     modules,
+    packed,
     planning,
     prompts,
     states,
     used,
 )
 from peftc.testing.elsewhere import Planned, label_of, plan_elsewhere
+from peftc.testing.packed import PackedModel, known_to, packed_subjects
 from peftc.testing.report import Finding, Report, broken
 from peftc.testing.subjects import Subject, quiet, subjects
 from peftc.tuner.method import TunerMethod
 from peftc.tuner.prompt import PromptTuner
 from peftc.tuner.start import Start
+from peftc.tuner.storage import Storage
 from peftc.tuner.variant import Variant
 
 When = Callable[[Subject], bool]
@@ -75,6 +79,16 @@ def for_each_row(s: Subject) -> bool:
 def on_features(s: Subject) -> bool:
     """Methods that act on each token by itself."""
     return s.method.adapts_layers and not s.values
+
+
+def in_weights_that_change(s: Subject) -> bool:
+    """The first options of those, where packed weights can be others."""
+    return s.first and in_weights(s) and isinstance(s.model, PackedModel) and not s.model.storage.unwritable
+
+
+def for_each_row_of_the_first(s: Subject) -> bool:
+    """The first options of methods that change layers."""
+    return s.first and for_each_row(s)
 
 
 def in_the_model(s: Subject) -> bool:
@@ -253,6 +267,24 @@ ON_PARAMETERS = frozenset(
     }
 )
 
+#: Those that are run on packed layers: on the first options, and the last two on all.
+ON_PACKED: tuple[tuple[Callable[[Subject], None], When], ...] = (
+    (planning.plan_survives_json, first_options),
+    (effect.disabled_is_base, first_options),
+    (effect.disabled_is_base_while_merged, in_weights_that_change),
+    (effect.unmerging_restores, in_weights_that_change),
+    (gradients.a_step_changes_slots_only, first_options),
+    (lifecycle.saving_and_loading_is_exact, first_options),
+    (lifecycle.adapters_do_not_leak, first_options),
+    (lifecycle.rows_are_as_alone, for_each_row_of_the_first),
+    (lifecycle.deleting_leaves_nothing, first_options),
+    (lifecycle.unloading_restores, first_options),
+    (lifecycle.copies_are_equal_and_apart, first_options),
+    (lifecycle.failed_apply_restores, first_options),
+    (packed.trains_as_on_plain_layers, everywhere),
+    (packed.merges_into_packed_layers, in_weights),
+)
+
 #: Checks of what another process planned. Where it had to build the model, torch was needed.
 CHECKS_OF_PLANS: tuple[tuple[Callable[[Subject, Planned], None], When], ...] = (
     (planning.plan_equals_model, everywhere),
@@ -306,35 +338,61 @@ class Case:
     def run(self) -> None:
         """Raise `PeftcError` that says what is wrong and how to mend it, if the method fails the check."""
         __tracebackhide__ = True
-        with quiet(), boundary(self.subject.method.peft_type, f"conformance check {self.check}"):
+        with (
+            quiet(),
+            known_to(self.subject),
+            boundary(self.subject.method.peft_type, f"conformance check {self.check}"),
+        ):
             self.call()
 
 
 def cases(*plugins: str | ModuleType) -> list[Case]:
-    """All cases of the methods, or of every installed one; of a variant or a start, those that it has a part in. Raises `PeftcError`
+    """All cases of the methods, or of every installed one; of a variant, a start or a storage, those that it has a part in. Raises `PeftcError`
     for a plugin that cannot be loaded."""
     records = [(plugin, record_of(plugin)) for plugin in plugins or default_registry().names]
     brought = [(plugin, record) for plugin, record in records if isinstance(plugin, ModuleType)]
-    modules = {record.peft_type: plugin.__name__ for plugin, record in brought if not isinstance(record, Start)}
+    modules = {
+        record.peft_type: plugin.__name__ for plugin, record in brought if not isinstance(record, (Start, Storage))
+    }
     concerned = [(name_of(record), *_concerned(record)) for _, record in records]
-    elsewhere = Elsewhere([s for _, found, _ in concerned for s in found], modules)
-    made = ((name, [*_cases(found, elsewhere), *_cases_of_rows(table)]) for name, found, table in concerned)
+    elsewhere = Elsewhere([s for _, found, _, _ in concerned for s in found], modules)
+    made = (
+        (name, [*_cases(found, elsewhere), *_cases_of_rows(table), *_cases_of_packed(packed)])
+        for name, found, table, packed in concerned
+    )
     return [replace(case, of=name) for name, own in made for case in own]
 
 
-def _concerned(record: Record) -> tuple[Sequence[Subject], Sequence[Row]]:
+def cases_on(storage: Storage, plugin: str | ModuleType) -> list[Case]:
+    """The cases of a method, or a variant of one, on layers in a storage. Raises `PeftcError` for one that cannot be loaded."""
+    record = record_of(plugin)
+    if isinstance(record, Variant):
+        method, examples = default_registry().get(record.peft_type).with_variant(record), record.examples
+        method = replace(method, examples=examples or ({"variant": record.name},))
+    elif isinstance(record, TunerMethod):
+        method = record
+    else:
+        what = f"`{name_of(record)}` is no method, which could be checked on layers in the storage `{storage.name}`"
+        raise PeftcError(rules.UNKNOWN_CHECK(what, fix="Name a PEFT type."))
+    return [replace(case, of=name_of(record)) for case in _cases_of_packed(packed_subjects(method, storage))]
+
+
+def _concerned(record: Record) -> tuple[Sequence[Subject], Sequence[Row], Sequence[Subject]]:
     """What a record has a part in."""
     registry = default_registry()
+    if isinstance(record, Storage):
+        return (), (), [s for name in registry.names for s in packed_subjects(registry.get(name), record)]
     if isinstance(record, TunerMethod):
-        return subjects(record), all_rows(record)
+        return subjects(record), all_rows(record), packed_subjects(record)
     if isinstance(record, Variant):
         method = registry.get(record.peft_type).with_variant(record)
         alone = replace(method, examples=record.examples or ({"variant": record.name},))
         table = rows(method, [default_starts().get(name) for name in default_starts().names])
         # what is asked once is asked of the method
-        return [replace(s, foremost=False) for s in subjects(alone)], [row for row in table if row.variant is record]
+        ours = [row for row in table if row.variant is record]
+        return [replace(s, foremost=False) for s in subjects(alone)], ours, packed_subjects(alone)
     methods = (method for method in map(registry.get, registry.names) if method.start_option)
-    return (), [row for method in methods for row in rows(method, [record]) if row.start is record]
+    return (), [row for method in methods for row in rows(method, [record]) if row.start is record], ()
 
 
 def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
@@ -346,6 +404,13 @@ def _cases(found: Sequence[Subject], elsewhere: Elsewhere) -> Iterator[Case]:
             if when(s):
                 call = partial(_check_plan, of_plan, s, elsewhere)
                 yield Case(of_plan.__name__, s, call, inspect.getdoc(of_plan) or "")
+
+
+def _cases_of_packed(found: Sequence[Subject]) -> Iterator[Case]:
+    for s in found:
+        for check, when in ON_PACKED:
+            if when(s):
+                yield Case(check.__name__, s, partial(check, s), inspect.getdoc(check) or "")
 
 
 def _cases_of_rows(tables: Sequence[Row]) -> Iterator[Case]:
@@ -364,15 +429,19 @@ def _check_plan(check: Callable[[Subject, Planned], None], s: Subject, elsewhere
 
 def all_checks() -> tuple[Callable[..., None], ...]:
     """Every check that there is."""
-    return (*(check for check, _ in CHECKS), *(check for check, _ in CHECKS_OF_PLANS), *CHECKS_OF_ROWS)
+    return (
+        *dict.fromkeys(check for check, _ in (*CHECKS, *ON_PACKED)),
+        *(check for check, _ in CHECKS_OF_PLANS),
+        *CHECKS_OF_ROWS,
+    )
 
 
-def chosen(plugin: str | ModuleType, only: Sequence[str] = ()) -> list[Case]:
-    """The cases of one method; with `only`, of the checks of that name.
+def chosen(plugin: str | ModuleType, only: Sequence[str] = (), storage: str = "") -> list[Case]:
+    """The cases of one method; with `only`, of the checks of that name; with the name of a storage, those on layers in it.
 
     Raises `PeftcError` for a plugin that cannot be loaded, and for names of checks that this method has no case of.
     """
-    found = cases(plugin)
+    found = cases_on(default_storages().get(storage), plugin) if storage else cases(plugin)
     there = list(dict.fromkeys(case.check for case in found))
     if unknown := [name for name in only if name not in there]:
         raise PeftcError([_unknown(name, there) for name in unknown])

@@ -77,15 +77,15 @@ class TinyModel:
 class Mlp(nn.Module):
     """Linear layers, with and without bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, ins: int = 12, width: int = 20, outs: int = 4) -> None:
         super().__init__()
-        self.lin0 = nn.Linear(12, 20)
-        self.lin1 = nn.Linear(20, 20)
-        self.norm = nn.LayerNorm(20)
-        self.lin2 = nn.Linear(20, 4, bias=False)
+        self.lin0 = nn.Linear(ins, width)
+        self.lin1 = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.lin2 = nn.Linear(width, outs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., 12)` -> `(..., 4)`."""
+        """`(..., in)` -> `(..., out)`."""
         out: Tensor = self.lin2(self.norm(self.lin1(self.lin0(x).relu()).relu()))
         return out
 
@@ -180,7 +180,7 @@ class ExpertsNet(nn.Module):
         return torch.einsum("te,etf->tf", shares, y)
 
 
-_LLAMA = {
+LANGUAGE_MODEL = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2, "initializer_range": 0.2,
@@ -191,7 +191,8 @@ _GPT2 = {
 }  # fmt: skip
 
 
-def _language_model(name: str, config: Mapping[str, Any], tolerance: float) -> TinyModel:
+def language_model(name: str, config: Mapping[str, Any], tolerance: float) -> TinyModel:
+    """A language model that transformers builds from a config."""
     base = BaseRef(config=config, task_type="CAUSAL_LM")
 
     def make() -> nn.Module:
@@ -213,8 +214,8 @@ MODELS: tuple[TinyModel, ...] = (
     TinyModel("conv3d", Conv3dNet, lambda: {"x": torch.randn(2, 2, 3, 4, 4)}),
     TinyModel("embedding", EmbeddingNet, lambda: {"x": torch.randint(1, 20, (3, 5))}),
     TinyModel("experts", ExpertsNet, lambda: {"x": torch.randn(5, 8)}, parameters=("up.lin0", "down.lin1")),
-    _language_model("llama", _LLAMA, tolerance=1e-5),
-    _language_model("gpt2", _GPT2, tolerance=1e-9),
+    language_model("llama", LANGUAGE_MODEL, tolerance=1e-5),
+    language_model("gpt2", _GPT2, tolerance=1e-9),
 )
 
 

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -291,16 +291,21 @@ def subjects(method: TunerMethod) -> tuple[Subject, ...]:
     for options in method.examples or ({},):
         first = not found
         for model in MODELS:
-            targets = _targets(method, options, model) if method.adapts_layers else None
-            parameters = _parameters(method, options, model)
-            if (parameters if model.parameters else _has_place(method, options, model, targets)) and (
-                first or not method.adapts_layers or not model.is_language_model
-            ):
-                for part, own in _parted(method, options, model, targets).items():
-                    found.append(Subject(method, options, model, own, first, not found, parameters, part))
+            if first or not method.adapts_layers or not model.is_language_model:
+                for s in on_model(method, options, model):
+                    found.append(replace(s, first=first, foremost=not found))
     if method.default_targets:
         found += [_by_defaults(method, model) for model in MODELS if model.is_language_model]
     return tuple(found)
+
+
+def on_model(method: TunerMethod, options: Mapping[str, Any], model: TinyModel) -> Iterator[Subject]:
+    """The options on the layers of a model that the method can adapt; nothing if there are none."""
+    targets = _targets(method, options, model) if method.adapts_layers else None
+    parameters = _parameters(method, options, model)
+    if parameters if model.parameters else _has_place(method, options, model, targets):
+        for part, own in _parted(method, options, model, targets).items():
+            yield Subject(method, options, model, own, parameters=parameters, part=part)
 
 
 def _by_defaults(method: TunerMethod, model: TinyModel) -> Subject:

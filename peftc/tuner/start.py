@@ -193,7 +193,8 @@ class Chosen:
         if start.within_rank and rank > layer.rank:
             what = f"The rank {rank} is beyond what `{path}` can have ({layer.rank}), and `{self.value}` takes as many components"
             yield rules.START_UNFIT(what, fix=f"Set the rank to at most {layer.rank} there.", where=path)
-        dtype = layer.weight.dtype if layer.weight is not None else ""
+        stored = layer.packed or layer.weight
+        dtype = stored.dtype if stored is not None else ""
         if (start.changes_base or start.within_rank) and dtype not in _REAL:
             what = f"`{self.value}` decomposes the weight of `{path}`, which is {dtype or 'not there'}"
             yield rules.START_UNFIT(what, fix="Load the base model unquantised.", where=path)

@@ -24,6 +24,8 @@ class Storage(ABC):
 
     #: what it is asked for by, in lower case
     name: ClassVar[str]
+    #: what the status of a model calls it (`quantization_backend`), where the reference has another word; left out, its name
+    known_as: ClassVar[str] = ""
     #: the package that brings these layers, as it is installed
     package: ClassVar[str] = ""
     #: classes of layers that are stored so, each as `module.Class`; subclasses are as well
@@ -52,6 +54,11 @@ class Storage(ABC):
         """Attributes, and parameters, that a layer needs to have once adapters are on its model, by name: where the library would
         else change its weight in calls, for example, or has."""
         return {}
+
+    def example(self, layer: nn.Linear) -> nn.Module:
+        """A layer in this storage with the weight and bias of a plain one in float32, whose sizes are multiples of 64: what the
+        conformance kit builds its models of (`peftc plugins check NAME`, and `--storage NAME` of methods)."""
+        raise NotImplementedError(f"{type(self).__name__} gives no `example`")
 
     @abstractmethod
     def facts(self, layer: nn.Module) -> Packed:

@@ -17,6 +17,7 @@ class FourBit(p.Storage):
     """bitsandbytes, 4 bits (fp4, nf4)"""
 
     name: ClassVar[str] = "bitsandbytes-4bit"
+    known_as: ClassVar[str] = "bnb 4bit"
     package: ClassVar[str] = "bitsandbytes"
     classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear4bit",)
     held: ClassVar[tuple[str, ...]] = ("weight", "quant_state")
@@ -52,6 +53,21 @@ class FourBit(p.Storage):
             return cast("p.Tensor", weight.data)
         opened: p.Tensor = dequantize_4bit(*_as_loaded(weight.data, weight.quant_state))
         return opened
+
+    def example(self, layer: Any) -> Any:
+        import bitsandbytes.nn as library
+        import torch
+
+        layers: Any = library
+        made = layers.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            compute_dtype=torch.float32,
+            quant_type="nf4",
+        )
+        made.load_state_dict(layer.state_dict())
+        return made.to("cpu")
 
     def pack(self, layer: Any, weight: p.Tensor) -> Mapping[str, Any]:
         own = layer.weight

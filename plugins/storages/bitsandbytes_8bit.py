@@ -15,6 +15,7 @@ class EightBit(p.Storage):
     """bitsandbytes, 8 bits (LLM.int8())"""
 
     name: ClassVar[str] = "bitsandbytes-8bit"
+    known_as: ClassVar[str] = "bnb 8bit"
     package: ClassVar[str] = "bitsandbytes"
     classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear8bitLt",)
     held: ClassVar[tuple[str, ...]] = ("weight", "state")
@@ -34,6 +35,16 @@ class EightBit(p.Storage):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         opened: p.Tensor = weight.data.float() * (scale.to(weight.device) / LARGEST).unsqueeze(1)
         return opened
+
+    def example(self, layer: Any) -> Any:
+        import bitsandbytes.nn as library
+
+        layers: Any = library
+        made = layers.Linear8bitLt(
+            layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
+        )
+        made.load_state_dict(layer.state_dict())
+        return made.to("cpu")
 
     def pack(self, layer: Any, weight: p.Tensor) -> Mapping[str, Any]:
         import copy

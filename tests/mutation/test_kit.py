@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peftc import rules
 from peftc.compiler.passes import order as passes
@@ -36,6 +37,7 @@ from peftc.runtime.session.session import Session
 from peftc.testing import check, examine
 from peftc.testing.checks import lifecycle
 from peftc.testing.kit import Case, all_checks, cases
+from peftc.testing.storage import RoundedLinear, RoundedRows, rounded
 from peftc.tuner.experts import PerExpert
 from peftc.tuner.method import TunerMethod
 from tests.mutation import imports_torch, mutants, sound, test_cells
@@ -217,6 +219,14 @@ def experts_as_layers(patch: Patch) -> None:
     patch.setattr(AdapterPlan, "adapts_parameters", False)
 
 
+def opened_otherwise(patch: Patch) -> None:
+    patch.setattr(RoundedLinear, "forward", lambda layer, x: functional.linear(x, 1.5 * layer.numbers(), layer.bias))
+
+
+def never_packed_anew(patch: Patch) -> None:
+    patch.setattr(RoundedRows, "pack", lambda storage, layer, weight: rounded(1.5 * weight))
+
+
 CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "keys_follow_the_rule": ("sound", name_in_keys, "its_name"),
     "disabled_is_base": ("sound", never_disabled, "disabled"),
@@ -230,6 +240,8 @@ CORE: dict[str, tuple[str, Callable[[Patch], None], str]] = {
     "excluded_modules_are_left_alone": ("sound", none_excluded, "one is excluded"),
     "patterns_reach_their_layer": ("sound", never_overridden, "`r_pattern`"),
     "saved_modules_ride_along": ("sound", frozen_copies, "does not train"),
+    "trains_as_on_plain_layers": ("sound", opened_otherwise, "opens other weights"),
+    "merges_into_packed_layers": ("sound", never_packed_anew, "is off by"),
     "swapping_exchanges_values": ("sound", never_swapped, "swapped in"),
     "conversion_is_exact_at_full_rank": ("sound", half_converted, "converted"),
     "experts_change_as_layers": ("sound", experts_mixed_up, "The change of expert 0 of"),

@@ -329,3 +329,107 @@ def test_a_start_of_a_stranger_serves_every_method_that_it_is_named_in(installed
         assert "my-start passes all" in peftc(installed, tmp_path, "plugins", "check", "my-start", "-q")
     finally:
         removed(installed, "peftc-my-start")
+
+
+#: A storage of a stranger's: rows of whole numbers with a scale each, in a layer of its own.
+MY_STORAGE = {
+    "pyproject.toml": """[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "peftc-my-storage"
+version = "0.4.0"
+dependencies = ["peftc"]
+[project.entry-points."peftc.storages"]
+my-storage = "peftc_my_storage"
+[tool.setuptools]
+py-modules = ["peftc_my_storage", "my_layers"]
+""",
+    "my_layers.py": '''"""The library: layers of whole numbers."""
+import torch
+from torch import nn
+
+
+class Whole(nn.Module):
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("numbers", None)
+        self.register_buffer("scale", None)
+        self.numbers, self.scale = whole(weight)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.numbers * self.scale, self.bias)
+
+
+def whole(weight):
+    scale = weight.detach().abs().amax(1, keepdim=True).clamp(min=1e-9) / 100
+    return (weight.detach() / scale).round().to(torch.int8), scale
+''',
+    "peftc_my_storage.py": '''"""My storage."""
+from peftc import plugin as p
+
+
+class MyStorage(p.Storage):
+    """Whole numbers"""
+
+    name = "my-storage"
+    classes = ("my_layers.Whole",)
+    held = ("numbers", "scale")
+
+    def facts(self, layer):
+        out, into = layer.out_features, layer.in_features
+        return p.Packed(self.name, into, out, "float32", out * into + 4 * out)
+
+    def example(self, layer):
+        from my_layers import Whole
+        return Whole(layer.weight, layer.bias)
+
+    def open(self, layer):
+        return layer.numbers * layer.scale
+
+    def pack(self, layer, weight):
+        from my_layers import whole
+        return dict(zip(self.held, whole(weight)))
+
+
+peftc_storage = p.storing(MyStorage())
+''',
+}
+#: Adapted, merged and taken out again; the base is packed all the while.
+STORED = """
+import sys, torch
+from torch import nn
+from my_layers import Whole
+from peftc import get_peft_config, get_peft_model
+torch.manual_seed(0)
+base = nn.Sequential(Whole(torch.randn(8, 8)), nn.ReLU(), Whole(torch.randn(8, 8)))
+config = {"peft_type": sys.argv[1], "target_modules": ["0", "2"], "init_weights" if sys.argv[1] == "LOHA" else "init_lora_weights": False}
+model = get_peft_model(base, get_peft_config(config)).eval()
+x = torch.randn(4, 8)
+y, numbers = model(x), base[0].get_base_layer().numbers
+model.merge_adapter()
+print(torch.allclose(model(x), y, atol=0.05 * float(y.abs().max())), base[0].get_base_layer().numbers is not numbers)
+model.unmerge_adapter()
+print(torch.equal(model(x), y), base[0].get_base_layer().numbers is numbers, type(model.merge_and_unload()[0]) is Whole)
+"""
+
+
+def test_a_storage_of_a_stranger_serves_every_method(installed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "my_storage"
+    source.mkdir()
+    for name, text in MY_STORAGE.items():
+        (source / name).write_text(text, encoding="utf-8")
+    install(built(source, tmp_path / "wheel"), installed)
+    try:
+        (listed,) = peftc_each(installed, tmp_path, "plugins --check --json")
+        (ours,) = [row for row in json.loads(listed)["storages"] if row["storage"] == "my-storage"]
+        assert (ours["distribution"], ours["state"]) == ("peftc-my-storage 0.4.0", "loads")
+        for peft_type in ("LORA", "LOHA"):
+            told = ran(installed / "python", "-c", STORED, peft_type, folder=tmp_path).split()
+            assert told == ["True"] * 5, peft_type
+        check = ("plugins", "check", "my-storage", "-q", "--only", "merges_into_packed_layers")
+        assert "my-storage passes all" in peftc(installed, tmp_path, *check)
+    finally:
+        removed(installed, "peftc-my-storage")

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from peftc import PeftcError, PeftConfig, PeftcWarning, PeftModel, dequantize, get_peft_model, rules
+from peftc.compiler.compile import compile_plan
+from peftc.compiler.plan.serial import plan_from_json, plan_to_json
 from peftc.graph.files import graph_from_text, write_graph
 from peftc.graph.nodes import Kind
 from peftc.plugin import hookimpl, register_storage, unregister_storage
@@ -323,3 +325,27 @@ def test_these_tests_find_defects(monkeypatch: Patch, module: Any, before: str, 
     put_defect(monkeypatch, module, before, after)
     with pytest.raises((AssertionError, PeftcError, RuntimeError, TypeError)):
         test_merged_the_weight_is_packed_anew_and_comes_back_bit_for_bit("thin")
+
+
+def test_a_plan_says_that_a_start_changes_a_packed_weight() -> None:
+    with pytest.raises(
+        PeftcError, match=r"`begin: late` changes the weight of `first`, which is packed \(rounded\)"
+    ) as caught:
+        compile_plan(snapshot(net()), {"default": narrow(begin="late", r=2)})
+    assert {problem.code for problem in caught.value.diagnostics} == {rules.START_UNFIT.code}
+
+
+def test_a_plan_on_packed_layers_comes_back_from_its_file() -> None:
+    plan = compile_plan(snapshot(net()), {"default": narrow()})
+    assert plan_from_json(plan_to_json(plan)) == plan
+
+
+def test_the_status_names_how_layers_are_stored(monkeypatch: Patch) -> None:
+    first, second = pair(narrow())
+    assert {layer.quantization_backend for layer in first.get_layer_status()} == {"rounded"}
+    assert (first.get_model_status().quantization_backend, second.get_model_status().quantization_backend) == (
+        "rounded",
+        None,
+    )
+    monkeypatch.setattr(RoundedStorage, "known_as", "in rows")
+    assert first.get_model_status().quantization_backend == "in rows"

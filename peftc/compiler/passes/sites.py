@@ -179,7 +179,7 @@ class _Declarer:
     def _declare(self, tuner: MapTuner[Any], node: ModuleNode, overrides: Overrides) -> _Kind:
         path, dtype = node.path, self._dtype(node.facts)
         kind = _Kind(self._draft.config, overrides, (), dtype, (), fails=True, tuner=tuner, node=node)
-        if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):
+        if node.facts.kind not in tuner.supports or _is_in_the_way(tuner, node, self._context):
             kind.problems = (_unsupported(tuner, node, self._draft.config, self._context),)
             return kind
         try:
@@ -351,20 +351,21 @@ def _dropping(tuner: MapTuner[Any], config: PeftConfig, node: ModuleNode, contex
         yield rules.BAD_TARGET(what, fix=fix, where=node.path, severity=severity)
 
 
-def _is_in_the_way(node: ModuleNode, context: Context) -> str:
-    """Why a module of no known kind cannot be run with other parameters in place; empty if it can."""
-    if node.facts.kind not in OPAQUE_KINDS:
-        return ""
-    if any(n.path.startswith(node.path + ".") and n.facts.params for n in context.graph.nodes):
+def _is_in_the_way(tuner: MapTuner[Any], node: ModuleNode, context: Context) -> str:
+    """Why a module cannot be run with other parameters in place, where no more is known to be done; empty if it can."""
+    if node.facts.packed is not None and Kind.OTHER in tuner.supports:
+        return f"with a packed weight ({node.facts.packed.storage}), which does not train"
+    opaque = node.facts.kind in OPAQUE_KINDS
+    if opaque and any(n.path.startswith(node.path + ".") and n.facts.params for n in context.graph.nodes):
         return "with layers in it, which have parameters too"
-    return "" if node.facts.params else "without parameters of its own"
+    return "" if node.facts.params or not opaque else "without parameters of its own"
 
 
 def _unsupported(tuner: MapTuner[Any], node: ModuleNode, config: PeftConfig, context: Context) -> Diagnostic:
     variant = context.method.variant_for(config)
     supported = (variant or context.method).supports or tuner.supports
     kinds = ", ".join(sorted(kind.value for kind in supported))
-    obstacle = _is_in_the_way(node, context) if node.facts.kind in supported else ""
+    obstacle = _is_in_the_way(tuner, node, context) if node.facts.kind in supported else ""
     note = f" {obstacle}" if obstacle else f" ({node.facts.note})" if node.facts.note else ""
     below = [n for n in context.graph.nodes if n.path.startswith(node.path + ".") and n.facts.kind in supported]
     names = list(dict.fromkeys(n.name for n in below if not n.name.isdigit()))

@@ -38,6 +38,11 @@ def problems(
         what = f"{chosen.said(option)} changes the weight of `{path}`, for all tokens, and the update acts for some"
         fix = f"{chosen.otherwise(option).capitalize()}, so that the base is left as it is."
         yield rules.START_UNFIT(what, fix=fix, where=path)
+    if chosen.start.changes_base and layer.packed is not None and chosen.acts_on(layer):
+        what = f"{chosen.said(option)} changes the weight of `{path}`, which is packed ({layer.packed.storage})"
+        fix = f"Load the base model unquantised, or {chosen.otherwise(option)}."
+        yield rules.START_UNFIT(what, fix=fix, where=path)
+        return
     if context.options.loading:
         return
     if not (tuner.is_startable or chosen.along) and chosen.acts_on(layer):

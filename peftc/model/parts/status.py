@@ -13,7 +13,7 @@ from peftc.diagnostics import PeftcError
 from peftc.host.layers import is_pretrained
 from peftc.runtime.applying.tuner_model import TunerModel
 from peftc.runtime.around.saved_modules import ModulesToSaveWrapper
-from peftc.runtime.bases.storages import packed_facts
+from peftc.runtime.bases.storages import packed_facts, storage_of
 from peftc.runtime.layer.wrapper import TunerLayer
 
 T = TypeVar("T")
@@ -138,8 +138,14 @@ def _status(name: str, module: TunerLayer | ModulesToSaveWrapper) -> TunerLayerS
         requires_grad={adapter: _agreed([p.requires_grad for p in own]) for adapter, own in tensors.items()},
         available_adapters=sorted(tensors),
         devices={adapter: sorted({p.device.type for p in own}) for adapter, own in tensors.items()},
-        quantization_backend=None,
+        quantization_backend=_storage(module),
     )
+
+
+def _storage(module: TunerLayer | ModulesToSaveWrapper) -> str | None:
+    """How the base weight is stored, in the reference's word for it; it names that for some methods alone."""
+    storage = storage_of(module.get_base_layer()) if isinstance(module, TunerLayer) else None
+    return None if storage is None else storage.known_as or storage.name
 
 
 def _tensors(module: TunerLayer | ModulesToSaveWrapper) -> Iterator[tuple[str, Tensor]]:

@@ -80,7 +80,7 @@ def _step(path: Path, under: Under, part: Part, alone: bool) -> Path:
     if "thin" in given:
         fresh = under.base is under.inner  # else another method made the output, and may need it
         if fresh and under.backend.is_plain_linear and part.modules is None:
-            return _fused(path, under.base, part, alone)
+            return _fused(path, under, part, alone)
         return _thin(path, under, part)
     if "rescaled" in given and alone and under.base is under.inner and under.backend.is_plain_linear:
         return _rescaled(path, under, part)
@@ -93,13 +93,14 @@ def _step(path: Path, under: Under, part: Part, alone: bool) -> Path:
     return _output(path, change_of_output(under, part)) if "output" in given else path
 
 
-def _fused(path: Path, base: nn.Module, part: Part, alone: bool) -> Path:
+def _fused(path: Path, under: Under, part: Part, alone: bool) -> Path:
     """Base and update as one function in training, where the base allows it and nothing is to be added to what that returns;
     else the update goes into the base's fresh output.
 
     A hook of the base may have kept that output, or made a view of it: then it goes into a copy.
     """
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
+    base, packed = under.base, under.backend.opens_anew
     forward, backward, backward_pre = own_hooks(base)
     seat = Seat(base, owner) if isinstance(owner := view.owner, nn.Module) else None
 
@@ -118,7 +119,15 @@ def _fused(path: Path, base: nn.Module, part: Part, alone: bool) -> Path:
                     return joint_low_rank(seat, x, Layer(linear.weight, linear.bias, A, B, scale))
                 return linear_low_rank(x, linear.weight, linear.bias, A, B, scale, noise)
             y = path(x, *args, **kwargs)
-        if forward or backward or backward_pre or GLOBAL_HOOKS[0] or GLOBAL_HOOKS[1] or GLOBAL_HOOKS[2]:
+        if (
+            forward
+            or backward
+            or backward_pre
+            or GLOBAL_HOOKS[0]
+            or GLOBAL_HOOKS[1]
+            or GLOBAL_HOOKS[2]
+            or (packed and _is_view(y))
+        ):
             y = y.clone()
         return add_low_rank(y, own, A, B, scale, noise)
 
@@ -239,13 +248,18 @@ def update_of_branch(under: Under, part: Part) -> Callable[[Tensor, Tensor], Ten
 
 def _vectors(path: Path, under: Under, part: Part) -> Path:
     exchange, base = exchange_of_vectors(under, part), under.base
-    fresh = base is under.inner and under.backend.gives_fresh
+    fresh, packed = base is under.inner and under.backend.gives_fresh, under.backend.opens_anew
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = path(x, *args, **kwargs)
-        return exchange(x, y if fresh and not _is_hooked(base) else y.clone())
+        return exchange(x, y if fresh and not _is_hooked(base) and not (packed and _is_view(y)) else y.clone())
 
     return run
+
+
+def _is_view(y: Tensor) -> bool:
+    """Whether it is a view: one that a library's own function of autograd made may not be written to."""
+    return not is_traced() and y._is_view()
 
 
 def _is_hooked(base: nn.Module) -> bool:

@@ -42,7 +42,7 @@ def _problems(row: Row, model: TinyModel, cell: Cell) -> Iterator[Diagnostic]:
             s = row.on(model)
             _as_declared(row, s, cell)
             if cell.codes:
-                _refused(s, cell)
+                refused_as_planned(s, cell)
             else:
                 _works(row, s, cell)
     except PeftcError as error:
@@ -75,7 +75,7 @@ def _kinds_in(s: Subject) -> frozenset[Kind]:
     return frozenset({Kind.EXPERTS, Kind.LINEAR} if kind is Kind.ATTENTION else {kind})
 
 
-def _refused(s: Subject, cell: Cell) -> None:
+def refused_as_planned(s: Subject, cell: Cell) -> None:
     """The same rules as in the plan, and the model is as it was."""
     model = s.build()
     state, objects = state_of(model), objects_of(model)
