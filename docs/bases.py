@@ -49,11 +49,20 @@ def bases_page(methods: Sequence[TunerMethod], cell: Callable[[str], str]) -> st
         f"Starts that change the base weight ({names}) are refused on packed layers ({rules.START_UNFIT.code}): what they take out"
         " of the weight would be lost in rounding. The others begin from the opened weight."
     )
-    blocks = [_HEAD, "## Storages", "\n".join(_storages(storages, cell)), "## Methods", _LETTERS]
+    blocks = [_HEAD, "## Storages", "\n".join(_storages(storages, cell)), _HELD, "## Methods", _LETTERS]
     return (
         "\n\n".join([*blocks, "\n".join(table), "Where a letter is missing:", "\n".join(told), "## Starts", starts])
         + "\n"
     )
+
+
+#: What the cells rest on, beside the compiler's answers and the records.
+_HELD = """\
+What holds it, beside the kit on the storage that is made for it: every method by the kit on bitsandbytes' layers; one method on each of 27
+bases of all libraries that run on a CPU (`make test-bases`: a step of training, losses of the reference, merging, unmerging, files,
+generation). AQLM, AWQ, EETQ, GPTQ and transformer-engine do not run on the machines of these tests: layers in plain torch with their
+classes' names and the layouts that they document stand in for them. FP8 of transformers is opened and packed there, and not called, as
+its kernels need a GPU."""
 
 
 def _storages(storages: Sequence[Storage], cell: Callable[[str], str]) -> Iterator[str]:
