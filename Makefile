@@ -67,7 +67,8 @@ test-on: $(VENV)/dev.stamp
 
 test-bases: $(VENV)-bases/made.stamp
 	OMP_NUM_THREADS=1 $(VENV)-bases/bin/python -m pytest $(WORKERS) $(ARGS) tests/bases \
-		tests/integration/test_quantised.py tests/integration/test_quantised_jobs.py tests/methods/test_quantised_base.py
+		tests/integration/test_quantised.py tests/integration/test_quantised_jobs.py tests/methods/test_quantised_base.py \
+		tests/methods/test_loftq_in_four_bits.py
 
 peer-suite: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.peer_suite $(ARGS)

@@ -1,7 +1,7 @@
 """`replace_lora_weights_loftq`: A and B make up for what quantising a base lost, read from its files; layer by layer, all or nothing.
 
-bitsandbytes' layers cannot be adapted yet, so layers in 4 bits are put below adapters that are there; without bitsandbytes a
-stand-in does for its parameter and for `dequantize_4bit`, with the same arithmetic.
+Layers in 4 bits are put below adapters that are there, so that a stand-in can do for bitsandbytes where that is not installed, with the
+same arithmetic; on a base that was loaded in 4 bits `tests/methods/test_loftq_in_four_bits.py` tries it.
 """
 
 from __future__ import annotations
