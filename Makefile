@@ -66,7 +66,7 @@ test-on: $(VENV)/dev.stamp
 	$(call suite,$(subst ==,-,$(RELEASE)))
 
 test-bases: $(VENV)-bases/made.stamp
-	OMP_NUM_THREADS=1 $(VENV)-bases/bin/python -m pytest $(WORKERS) $(ARGS) tests/bases \
+	OMP_NUM_THREADS=1 $(VENV)-bases/bin/python -m pytest $(WORKERS) --disable-warnings $(ARGS) tests/bases \
 		tests/integration/test_quantised.py tests/integration/test_quantised_jobs.py tests/methods/test_quantised_base.py \
 		tests/methods/test_loftq_in_four_bits.py
 
