@@ -45,17 +45,6 @@ def saved_with_input(ctx: Any) -> tuple[Any, ...]:
     return kept.again(saved[: kept.count]), *saved[kept.count :]
 
 
-def is_made_again(x: Tensor) -> bool:
-    """Whether an input will be made again. If so, a backward that passes what made it frees what that needs: without
-    `retain_graph` there is no second one."""
-    return _making(x) is not None
-
-
-def is_hooked() -> bool:
-    """Whether hooks pack what is kept for backward, such as those of a checkpoint."""
-    return _top_saved_tensors_default_hooks(False) is not None
-
-
 class _Kept:
     """An input that several layers may have read, one after the other, as their backwards find it."""
 
@@ -113,7 +102,7 @@ def _making(x: Tensor) -> Making | None:
     node = x.grad_fn
     if node is None or node.name() not in _BY or x._version:
         return None
-    if not _TELLS or is_hooked():
+    if not _TELLS or _top_saved_tensors_default_hooks(False) is not None:
         return None
     try:
         return _BY[node.name()](node, _DEPTH)

@@ -23,6 +23,7 @@ class RoundedLinear(nn.Module):
     """A linear layer of rounded rows: `codes` (out, in) of int8 times `scale` (out, 1), about the number `middle`."""
 
     codes: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class RoundedLinear(nn.Module):
         made = rounded(weight)
         self.register_buffer("codes", made["codes"])
         self.scale, self.middle = made["scale"], made["middle"]
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
 
     def numbers(self) -> Tensor:
         """The weight, `(out, in)`."""

@@ -190,11 +190,11 @@ CASES: dict[str, Case] = {
     ),
     "a layer of another kind": Case(
         rules.BAD_TARGET, plan(target_modules=["q_proj", "model.norm"]), ("`model.norm` is a RMSNorm", "linear"),
-        (sites, "if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):", "if False:"),
+        (sites, "if node.facts.kind not in tuner.supports or _is_in_the_way(tuner, node, self._context):", "if False:"),
     ),
     "a container": Case(
         rules.BAD_TARGET, plan(target_modules=["self_attn"]), ("`model.layers.0.self_attn`", "Name the layers in it: `q_proj`, `v_proj`", "2 more"),
-        (sites, "if node.facts.kind not in tuner.supports or _is_in_the_way(node, self._context):", "if False:"),
+        (sites, "if node.facts.kind not in tuner.supports or _is_in_the_way(tuner, node, self._context):", "if False:"),
     ),
     "a rank beyond the layer": warned(
         rules.RANK_BEYOND_LAYER, plan(r=9), ("rank 9", "2 more layers like it"),

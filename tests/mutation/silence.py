@@ -49,7 +49,7 @@ PROVOKED = {
     "BASE_TOO_LARGE": f"{_LOCATE}test_a_config_that_asks_for_more_than_any_model_has[config0-num_hidden_layers]",
     "REMOTE_CODE": f"{_BASES}test_configs_that_make_no_model[config3-PC306-mine]",
     "GRAPH_INVALID": "tests/unit/test_graph_nodes.py::test_every_mistake_of_a_graph_is_told_with_its_line",
-    "QUANTIZER_UNKNOWN": "tests/unit/test_quantize.py::test_another_library_is_pointed_to_its_own_section",
+    "QUANTIZER_UNKNOWN": "tests/unit/test_quantize.py::test_all_mistakes_come_at_once_each_with_its_place",
     "QUANTIZER_REFUSES": "tests/integration/test_quantised.py::test_what_needs_an_accelerator_is_refused_without",
     "DATA_UNREADABLE": f"{_DATA}test_files_that_give_nothing[None-code0-No such file]",
     "DATA_LINE": f"{_DATA}test_a_bad_line_is_told_with_its_number[no keys]",

@@ -287,7 +287,7 @@ def _make_it_once() -> None:
 
 DEFECTS: dict[str, tuple[Any, str, str, Callable[[], None]]] = {
     "hooks": (inputs, '.unpack_hook is not None:\n        return None', '.unpack_hook is not None:\n        pass', lambda: test_checkpoints_around_before_and_after(False)),
-    "hooks around": (inputs, " or is_hooked()", "", test_with_hooks_the_input_is_what_they_pack),
+    "hooks around": (inputs, " or _top_saved_tensors_default_hooks(False) is not None", "", test_with_hooks_the_input_is_what_they_pack),
     "own input": (inputs, "own = self._input()\n", "own = None\n", test_the_input_itself_is_differentiated_twice),
     "shared": (inputs, "kept.uses += 1", "kept.uses = 1", _make_it_once),
     "written into": (inputs, " or x._version", "", lambda: test_gradients_are_those_of_the_formula(KEPT["a product that was written into without a history"], fused, False, 0.0)),

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.module import register_module_forward_hook
 
+from peftc.ops import linear
+from peftc.ops.linear import linear_low_rank
 from peftc.ops.lowrank import add_low_rank
+from tests.defects import put_defect
 from tests.runtime.methods import adapted, narrow, x
 
 IN, OUT, RANK, SCALE = 8, 6, 3, 0.7
@@ -239,3 +242,26 @@ def test_a_layer_in_training_is_the_plain_formula(bias: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(found.square().sum(), leaves), torch.autograd.grad(wanted.square().sum(), leaves)
     )
+
+
+def test_what_a_layer_with_a_bias_gives_can_be_written_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bias torch gives a view for inputs of three dimensions, and lets nobody write into a view that came out of a function."""
+
+    def written() -> torch.Tensor:
+        leaves = (
+            torch.randn(2, 5, 4, requires_grad=True),
+            torch.randn(3, 4),
+            torch.randn(3),
+            torch.randn(2, 4),
+            torch.randn(3, 2),
+        )
+        A, B = (leaf.requires_grad_() for leaf in leaves[3:])
+        y = linear_low_rank(*leaves[:3], A, B, 0.5)
+        y.mul_(2).sum().backward()
+        assert leaves[0].grad is not None
+        return y
+
+    written()
+    put_defect(monkeypatch, linear, "if y._is_view() else y", "if False else y")
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        written()

@@ -54,7 +54,10 @@ class PackedBackend(LinearBackend):
         rest = {name: tensor for name, tensor in changed.items() if name != "weight"}
         owned = {name: own for name in rest if isinstance(own := held_by(base, name), Tensor)}
         beside = {name: rest.pop(name).to(own.dtype) for name, own in owned.items() if name not in base._parameters}
-        made = {**beside, **(super().replaced(base, rest, path) if rest else {})}
+        gained = [name for name in rest if name in base._parameters and base._parameters[name] is None]
+        dtype = self.opened(base)["weight"].dtype if gained else None
+        new = {name: nn.Parameter(rest.pop(name).to(dtype), requires_grad=False) for name in gained}
+        made = {**beside, **new, **(super().replaced(base, rest, path) if rest else {})}
         if "weight" not in changed:
             return made
         why = self._storage.cannot_pack(base)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from peftc.host.torch_modules import GLOBAL_HOOKS, own_hooks
 from peftc.ops.folded import linear_folded
-from peftc.ops.joint import Layer, Seat, joint_low_rank
 from peftc.ops.linear import is_bare, is_unwatched, linear_low_rank
 from peftc.ops.lowrank import Noise, add_low_rank, is_traced
 from peftc.ops.recomputed import can_recompute, recomputed
@@ -102,7 +101,6 @@ def _fused(path: Path, under: Under, part: Part, alone: bool) -> Path:
     thin, view, dropout = part.lowering("thin"), part.view, part.dropout
     base, packed = under.base, under.backend.opens_anew
     forward, backward, backward_pre = own_hooks(base)
-    seat = Seat(base, owner) if isinstance(owner := view.owner, nn.Module) else None
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # the base first, which may draw random numbers, then dropout, then the method: as the reference does
@@ -115,8 +113,6 @@ def _fused(path: Path, under: Under, part: Part, alone: bool) -> Path:
         A, B, scale = thin(view)
         if y is None:
             if linear is not None and own is x and type(scale) is float and A.dtype == x.dtype:
-                if noise is None and seat is not None:
-                    return joint_low_rank(seat, x, Layer(linear.weight, linear.bias, A, B, scale))
                 return linear_low_rank(x, linear.weight, linear.bias, A, B, scale, noise)
             y = path(x, *args, **kwargs)
         if (
