@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftc.runtime.bases.storages import storage_of
+
 #: bitsandbytes' parameter classes, by name: looking must not import it
 _BNB: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
 
@@ -28,13 +30,12 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
 
     Raises `TypeError` if the weight is no tensor.
     """
-    if "W_q" in module._parameters or "W_q" in vars(module):  # HQQ
-        return module.dequantize()  # type: ignore[operator]
+    storage = storage_of(module)
+    if storage is not None:
+        return storage.open(module)
     weight = module.weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"The weight is a {type(weight).__name__}, not a tensor")
-    if type(weight).__module__.startswith("torchao."):
-        return weight.dequantize()
     if not isinstance(weight, nn.Parameter) or not get_bnb_param_type(weight):
         return weight
     return dequantize_bnb_weight(weight, getattr(module, "state", None))

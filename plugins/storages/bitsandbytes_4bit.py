@@ -7,8 +7,8 @@ from typing import Any, ClassVar, cast
 
 from peftc import plugin as p
 
-#: numbers that share a scale, and scales that share one where they are quantised too, as the library has them
-BLOCK, NESTED_BLOCK = 64, 256
+#: scales that share one where they are quantised too, as the library has them
+NESTED_BLOCK = 256
 #: bytes of the tables of levels: 16 of the weight; 256 of scales, with their offset
 TABLE, NESTED_TABLE = 16 * 4, 256 * 4 + 4
 
@@ -28,7 +28,8 @@ class FourBit(p.Storage):
         dtype = (
             state.dtype if state is not None else weight.dtype if weight.is_floating_point() else layer.compute_dtype
         )
-        count, blocks = layer.in_features * layer.out_features, -(-layer.in_features * layer.out_features // BLOCK)
+        count = layer.in_features * layer.out_features
+        blocks = -(-count // weight.blocksize)
         if weight.compress_statistics:
             scales = blocks + -(-blocks // NESTED_BLOCK) * 4 + NESTED_TABLE
         else:

@@ -19,7 +19,6 @@ class EightBit(p.Storage):
     package: ClassVar[str] = "bitsandbytes"
     classes: ClassVar[tuple[str, ...]] = ("bitsandbytes.nn.modules.Linear8bitLt",)
     held: ClassVar[tuple[str, ...]] = ("weight", "state")
-    fresh: ClassVar[bool] = False  # it is a view that a function of autograd made
 
     def holds(self, layer: Any) -> bool:
         return not layer.state.has_fp16_weights

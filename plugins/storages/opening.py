@@ -13,8 +13,7 @@ def bytes_of(layer: p.nn.Module, names: Iterable[str] | None = None) -> int:
     """Bytes of a layer's tensors of these names, or of all but its bias."""
     own = {**layer._parameters, **layer._buffers}
     wanted = [name for name in own if name != "bias"] if names is None else names
-    found = [tensor for name in wanted if (tensor := own.get(name)) is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+    return sum(p.bytes_of(tensor) for name in wanted if (tensor := own.get(name)) is not None)
 
 
 def by_identity(layer: Any, inputs: int, like: p.Tensor) -> p.Tensor:

@@ -14,7 +14,6 @@ class Quanto(p.Storage):
     name: ClassVar[str] = "quanto"
     package: ClassVar[str] = "optimum-quanto"
     classes: ClassVar[tuple[str, ...]] = ("optimum.quanto.nn.qlinear.QLinear",)
-    fresh: ClassVar[bool] = False  # it is a view that a function of autograd made
 
     def holds(self, layer: Any) -> bool:
         return layer.weight_qtype is not None

@@ -5,41 +5,21 @@ it merges, unmerging gives the same bits.
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peftc import PeftcError, PeftModel, get_peft_model, rules
+from peftc import PeftcError, rules
 from peftc.registry.manager import default_registry
-from peftc.testing.models import seeded
 from tests.bases.made import BASES, Base
-from tests.bases.reference import NOISE, TARGETS, logits, record, three_steps
-from tests.bases.test_storages import exact, made, opened
+from tests.bases.reference import logits, record, three_steps
+from tests.bases.test_storages import adapted, exact, made, opened
 
 OPTIONS = {name: options for name, options in record()["options"].items() if name in default_registry().names}
 #: What says that an adapter, or a layer, does not merge.
 UNMERGEABLE = {rules.CANNOT_MERGE.code, rules.PACKED_FOR_GOOD.code}
-
-
-def adapted(model: Any, peft_type: str) -> PeftModel:
-    """The model with an adapter of this type, its trainable values moved by seeded noise."""
-    config = (
-        default_registry()
-        .get(peft_type)
-        .config(target_modules=TARGETS, task_type="CAUSAL_LM", **copy.deepcopy(OPTIONS[peft_type]))
-    )
-    with warnings.catch_warnings(), seeded(1):
-        warnings.simplefilter("ignore")
-        found = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            if parameter.requires_grad:
-                parameter += NOISE * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-    return found.train()
 
 
 def given(peft_type: str) -> dict[str, Any]:
@@ -51,7 +31,7 @@ def given(peft_type: str) -> dict[str, Any]:
 @pytest.mark.parametrize("peft_type", OPTIONS)
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_it_does_what_it_does_on_plain_layers(base: Base, peft_type: str, tmp_path: Path) -> None:
-    model = adapted(made(base, tmp_path / "own"), peft_type)
+    model = adapted(made(base, tmp_path / "own"), peft_type, **copy.deepcopy(OPTIONS[peft_type]))
     more = given(peft_type)
     y = logits(model, **more)
     try:
@@ -64,5 +44,5 @@ def test_it_does_what_it_does_on_plain_layers(base: Base, peft_type: str, tmp_pa
     if base.passes:
         plain = opened(made(base, tmp_path / "twin"), base.dtype)
         plain._forward_pre_hooks.clear()  # of a library that would open the layers, which are open
-        twin = adapted(plain, peft_type)
+        twin = adapted(plain, peft_type, **copy.deepcopy(OPTIONS[peft_type]))
         assert three_steps(model, **more) == pytest.approx(three_steps(twin, **more), abs=2e-4 if exact(base) else 3e-2)

@@ -85,15 +85,15 @@ def opened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def config(**options: Any) -> PeftConfig:
-    return default_registry().get(PEFT_TYPE).config(target_modules=TARGETS, **options)
+def config(peft_type: str = PEFT_TYPE, **options: Any) -> PeftConfig:
+    return default_registry().get(peft_type).config(target_modules=TARGETS, **options)
 
 
-def adapted(model: nn.Module) -> PeftModel:
+def adapted(model: nn.Module, peft_type: str = PEFT_TYPE, **options: Any) -> PeftModel:
     """The model with an adapter of seeded values."""
     with warnings.catch_warnings(), seeded(1):
         warnings.simplefilter("ignore")
-        found = get_peft_model(model, config(task_type="CAUSAL_LM"))
+        found = get_peft_model(model, config(peft_type, task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in found.parameters():

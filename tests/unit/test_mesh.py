@@ -136,7 +136,7 @@ def test_all_that_is_wrong_with_a_mesh_is_told_at_once() -> None:
     ("text", "line", "without"),
     [
         ("pp=2", "if axis not in AXES:", "if False:"),
-        ("tp=2,tp=3", "if axis in found:", "if False:"),
+        ("tp=2,tp=3", "if axis in seen:", "if False:"),
         ("tp=1000,fsdp=1001", "math.prod(found.values()) > MAX_RANKS", "False"),
     ],
 )

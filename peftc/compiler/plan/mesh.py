@@ -7,7 +7,7 @@ All is computed from the plan and its graph. Of shares that are not equal the la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from peftc import rules
@@ -62,10 +62,12 @@ def read_mesh(text: str) -> Mesh:
     16
     """
     found: dict[str, int] = {}
+    seen: set[str] = set()
     problems: list[Diagnostic] = []
     for part in text.split(","):
         axis, sign, number = (piece.strip() for piece in part.partition("="))
-        what = _wrong(axis, sign, number, found)
+        what = _wrong(axis, sign, number, seen)
+        seen.add(axis)
         if what is None:
             found[axis] = int(number)
         else:
@@ -82,13 +84,13 @@ def read_mesh(text: str) -> Mesh:
 _FIX = "Give axes of " + ", ".join(f"`{axis}`" for axis in AXES) + ", each once, with a number: `fsdp=8,tp=2`."
 
 
-def _wrong(axis: str, sign: str, number: str, found: Mapping[str, int]) -> str | None:
+def _wrong(axis: str, sign: str, number: str, seen: Set[str]) -> str | None:
     """What is wrong with one part of a mesh, if anything."""
     if not axis and not sign:
         return "A mesh has an empty part"
     if axis not in AXES:
         return f"A mesh has no axis `{axis[:40]}`"
-    if axis in found:
+    if axis in seen:
         return f"The axis `{axis}` is given twice"
     if not (number.isascii() and number.isdigit() and len(number) < len(str(MAX_RANKS)) + 1 and int(number) > 0):
         return f"`{axis}={number[:40]}` is not a number of processes from 1 to {MAX_RANKS:,}"
